@@ -1,0 +1,50 @@
+"""RoSA (RoPE-aware Selective Adaptation) fine-tuning for PyTorch Lightning.
+
+Names are imported at first use, so that RoAE works without importing Lightning.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rosa_lightning.data import ReasoningDataModule
+    from rosa_lightning.dls import DynamicLayerSelection
+    from rosa_lightning.module import RoSAModule
+    from rosa_lightning.roae import RoAEConfig, RoAELinear
+    from rosa_lightning.surgery import RoAEReport, inject_roae, merge_roae
+
+__all__ = [
+    "DynamicLayerSelection",
+    "ReasoningDataModule",
+    "RoAEConfig",
+    "RoAELinear",
+    "RoAEReport",
+    "RoSAModule",
+    "inject_roae",
+    "merge_roae",
+]
+
+__version__ = version("rosa-lightning")
+
+_HOMES = {
+    "DynamicLayerSelection": "dls",
+    "ReasoningDataModule": "data",
+    "RoAEConfig": "roae",
+    "RoAELinear": "roae",
+    "RoAEReport": "surgery",
+    "RoSAModule": "module",
+    "inject_roae": "surgery",
+    "merge_roae": "surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,166 @@
+"""The frozen base: loading it and its tokenizer, and knowing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from rosa_lightning import tiny
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_NUM_SAMPLES = 16
+"""Weights looked at to recognise a base, spread evenly over the model."""
+_SAMPLE_SIZE = 8
+"""Values kept of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIdentity:
+    """What a checkpoint remembers of the base it was trained on."""
+
+    base: str
+    """Hub id, folder, or ``tiny``, as given."""
+    revision: str | None
+    """Commit of the hub repository, where there is one."""
+    samples: dict[str, list[float]]
+    """First values of some weights, by name: they tell bases apart that share a name or shape."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint."""
+        return asdict(self)
+
+    def check(self, trained_on: dict[str, Any]) -> None:
+        """Compare with the base that a checkpoint remembers.
+
+        Raises:
+            ValueError: The weights differ. Another name or folder for the same weights is fine.
+        """
+        theirs = trained_on["samples"]
+        differing = [name for name in theirs if not _alike(theirs[name], self.samples.get(name))]
+        if differing or theirs.keys() != self.samples.keys():
+            what = differing[0] if differing else next(iter(self.samples.keys() - theirs.keys()))
+            revision = f" at revision {trained_on['revision']}" if trained_on["revision"] else ""
+            raise ValueError(
+                f"the checkpoint was trained on base {trained_on['base']!r}{revision}, and the "
+                f"base given, {self.base!r}, is another one: {what} differs. Set model.base to "
+                "the base that the checkpoint was trained on."
+            )
+
+
+def identify(model: nn.Module, base: str) -> BaseIdentity:
+    """The identity of a loaded base, before anything is added to it."""
+    weights = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+    step = max(1, len(weights) // _NUM_SAMPLES)
+    samples = {
+        name: parameter.detach().flatten()[:_SAMPLE_SIZE].float().tolist()
+        for name, parameter in weights[::step]
+    }
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return BaseIdentity(base=base, revision=revision, samples=samples)
+
+
+def _alike(theirs: list[float], ours: list[float] | None) -> bool:
+    """Equal up to the rounding of a load in another dtype (bfloat16 keeps 8 bits)."""
+    if ours is None or len(ours) != len(theirs):
+        return False
+    return torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=2**-7, atol=1e-6)
+
+
+def load_base(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Args:
+        base: Hub id, folder, or ``tiny`` for the embedded model.
+        revision: Branch, tag or commit on the hub.
+        dtype: Of the weights; ``auto`` is what the base says of itself.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None lets
+            `transformers` choose.
+        trust_remote_code: Run Python code that comes with the base.
+
+    Raises:
+        ValueError: It cannot be loaded; says why in one line.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _default_float32(), _one_line_errors(base, "model"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            _location(base),
+            revision=revision or "main",
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    return model
+
+
+def load_tokenizer(
+    base: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base; arguments and errors as `load_base`."""
+    from transformers import AutoTokenizer
+
+    with _one_line_errors(base, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Compute activations again in the backward pass, without reentering autograd."""
+    # transformers 5.23 renamed it; the older name warns there.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    # Enabling may make the embeddings' output require a gradient, and so the backward pass of
+    # every frozen layer necessary.
+    model.disable_input_require_grads()
+
+
+def _location(base: str) -> str:
+    return str(tiny.folder()) if base == "tiny" else base
+
+
+@contextmanager
+def _default_float32() -> Iterator[None]:
+    """Lightning's -true precisions change the default dtype while a model is built.
+
+    The base's dtype is ``model.dtype``'s to say, and rotary frequencies need float32.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _one_line_errors(base: str, what: str) -> Iterator[None]:
+    """Turn the loaders' long and varied errors into one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"the {what} of base {base!r} could not be loaded: {reason} Set model.base to a folder "
+            "with a causal language model, to a hub id that can be reached, or to tiny."
+        ) from error

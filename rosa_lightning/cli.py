@@ -1,0 +1,155 @@
+"""The command line: LightningCLI for ``fit``, ``validate``, ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerCallable,
+    OptimizerCallable,
+)
+
+from rosa_lightning.data import ReasoningDataModule
+from rosa_lightning.module import RoSAModule
+from rosa_lightning.predictions import PredictionWriter
+
+TRACEBACK_VARIABLE = "ROSA_TRACEBACK"
+"""Environment variable that, set to 1, shows the traceback of a user's error."""
+
+SUGGESTION = " Did you mean"
+
+_PACKAGE = Path(__file__).parent
+
+
+class RoSAParser(LightningArgumentParser):
+    """A parser whose errors are one line and name the nearest right key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error in one line and exit with status 2.
+
+        Parsers of nested classes hand their error up instead, with what they know of their keys.
+        """
+        parser = getattr(ex, "subcommand_parser", None) or self
+        message = short_message(message)
+        unknown = unknown_key(message)
+        if unknown is not None and SUGGESTION not in message:
+            known = [action.dest for action in parser._actions]
+            near = difflib.get_close_matches(unknown, known, n=1)
+            message = f"{message.rstrip('.')}.{SUGGESTION} {near[0]}?" if near else message
+        if not self.exit_on_error:
+            raise ArgumentError(None, message) from ex
+        if os.environ.get(TRACEBACK_VARIABLE) == "1" and ex is not None:
+            traceback.print_exception(ex)
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(2)
+
+
+class RoSACLI(LightningCLI):
+    """LightningCLI over `RoSAModule` and `ReasoningDataModule`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Optimizer and schedule at the top level, given to the model."""
+        parser.add_argument(
+            "--optimizer",
+            type=OptimizerCallable,
+            default={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+            help="Any torch optimizer, over the adapters.",
+        )
+        parser.add_argument(
+            "--lr_scheduler",
+            type=LRSchedulerCallable,
+            default={"class_path": "rosa_lightning.schedule.WarmupCosine"},
+            help="Any torch learning rate schedule, stepped once an optimizer step.",
+        )
+        parser.link_arguments("optimizer", "model.optimizer")
+        parser.link_arguments("lr_scheduler", "model.lr_scheduler")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as the user gave it.
+
+        Lightning would overwrite it with the checkpoint's in silence; a checkpoint that does not
+        fit the configuration is an error here.
+        """
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 for a failure, 2 for a wrong command line."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        RoSACLI(
+            RoSAModule,
+            ReasoningDataModule,
+            parser_class=RoSAParser,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"callbacks": [PredictionWriter()]},
+            args=args,
+        )
+    except Exception as error:
+        cause = user_error(error)
+        if cause is None or os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        sys.stderr.write(f"error: {one_line(str(cause))}\n")
+        return 1
+    return 0
+
+
+def user_error(error: BaseException) -> BaseException | None:
+    """The error that speaks to the user, if one does.
+
+    It is one that this package raised on purpose, perhaps wrapped by the parser that was
+    instantiating a class, or one of Lightning's or of a file. Anything else is a defect, whose
+    traceback is wanted.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        frames = traceback.extract_tb(link.__traceback__)
+        raised_here = bool(frames) and _PACKAGE in Path(frames[-1].filename).parents
+        if raised_here and isinstance(link, ValueError | TypeError | ImportError):
+            return link
+        link = link.__cause__ or link.__context__
+    return error if isinstance(error, OSError | MisconfigurationException) else None
+
+
+def one_line(message: str) -> str:
+    """A message on one line, without runs of blanks."""
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def short_message(message: str) -> str:
+    """The telling part of a parser's message, on one line.
+
+    For a class in a list (a callback, say) jsonargparse tells every type that it tried; the user
+    needs the reason why the class that was named does not fit.
+    """
+    message = one_line(message)
+    where = re.match(r'Parser key "([\w.]+)":', message)
+    reason = re.search(
+        r"(?:Problem with given class_path|expects a function or a callable class:) "
+        r"(.+?)(?= - [A-Z]|\.? Given value|\. Got value: Namespace|$)",
+        message,
+    )
+    return f"{where[1]}: {reason[1]}" if where and reason else message
+
+
+def unknown_key(message: str) -> str | None:
+    """The key that a parser's message calls unknown."""
+    for pattern in (
+        r"unrecognized arguments: --([\w.]+)",
+        r"does not accept option '([\w.]+)'",
+        r"Option '([\w.]+)' is not accepted",
+    ):
+        if match := re.search(pattern, message):
+            return match.group(1)
+    return None

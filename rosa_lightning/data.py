@@ -1,0 +1,448 @@
+"""`ReasoningDataModule`: several sources, one training stream."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+
+from rosa_lightning import tiny
+from rosa_lightning.batching import (
+    Example,
+    MixtureSampler,
+    Overlong,
+    OverlongCount,
+    PromptCollator,
+    ResumableLoader,
+    TrainCollator,
+    encode,
+)
+from rosa_lightning.sources import (
+    Purpose,
+    Source,
+    as_source,
+    demo_source,
+    hold_out,
+    load_records,
+)
+from rosa_lightning.tasks import Record, Template
+
+SourceLike = Source | dict[str, Any]
+"""A source or its fields: of a mistyped field, ours is the shorter error than jsonargparse's."""
+
+
+class ReasoningDataModule(LightningDataModule):
+    """Mixes data sources by weight into one training stream; evaluates on others.
+
+    Each prefix of the stream is mixed as the whole is. All records of a source come before one
+    comes again. The order is a function of seed and epoch alone, and a run that is resumed in
+    the middle of an epoch goes on with the very record that would have followed.
+
+    Args:
+        sources: What to train on: demo, or a list of sources. Weights are relative; either all
+            sources have one or none has.
+        test_sources: What `test` answers: demo, or a list of sources.
+        predict_sources: What `predict` answers: sources without outputs, or paths; a .txt file
+            holds one prompt a line.
+        tokenizer: Hub id or folder of the tokenizer, or tiny. By default the model's own. From
+            Python also a tokenizer object.
+        batch_size: Records a batch, on each device.
+        max_length: Longest record, in tokens, prompt and response together.
+        template: Text around the instruction: alpaca, as LLM-Adapters has it, or plain.
+        overlong: What becomes of longer records: cut the prompt's beginning, or drop the record.
+        val_fraction: Part of each source that is held out to validate on, at least one record;
+            0 for none. Equal prompts stay on one side. Trainer(limit_val_batches) uses fewer.
+        num_workers: Processes that prepare batches; 0 prepares them in the main process.
+        seed: Decides the order and what is held out.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Literal["demo"] | list[SourceLike] = "demo",
+        test_sources: Literal["demo"] | list[SourceLike] | None = None,
+        predict_sources: list[str | SourceLike] | None = None,
+        tokenizer: str | Any | None = None,
+        batch_size: int = 16,
+        max_length: int = 512,
+        template: Template = "alpaca",
+        overlong: Overlong = "cut",
+        val_fraction: float = 0.02,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Checks the settings; files are read in `setup`.
+
+        Raises ValueError or TypeError for a setting that cannot be used.
+        """
+        super().__init__()
+        _check_at_least("batch_size", batch_size, 1)
+        _check_at_least("max_length", max_length, 8)
+        _check_at_least("num_workers", num_workers, 0)
+        _check_one_of("template", template, ("alpaca", "plain"))
+        _check_one_of("overlong", overlong, ("cut", "drop"))
+        if not 0 <= val_fraction < 1:
+            raise ValueError(
+                f"val_fraction={val_fraction} is outside [0, 1). Set data.val_fraction; 0.02 "
+                "holds out 2 of 100 records, 0 none."
+            )
+        self.sources = _weighted(_source_list("sources", sources, "train"))
+        self.test_sources = _source_list("test_sources", test_sources, "test")
+        self.predict_sources = _source_list("predict_sources", predict_sources, "test")
+        self.tokenizer = tokenizer
+        self.batch_size, self.max_length = batch_size, max_length
+        self.template, self.overlong = template, overlong
+        self.val_fraction, self.num_workers, self.seed = val_fraction, num_workers, seed
+        self._seen = [0] * len(self.sources)  # on this rank, since the start or the resumption
+        self._seen_before = [0] * len(self.sources)  # on all ranks, as a checkpoint says
+        self._logged_step = 0
+        self._train: list[list[Example]] | None = None
+        self._val: list[Example] = []
+        self._prompts: dict[str, list[Example]] = {}
+        self._tokenizer: Any = None
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the training sources, which a batch's `source` indexes."""
+        return [source.label for source in self.sources]
+
+    @property
+    def task_names(self) -> list[str]:
+        """All tasks that validation and test may meet, sorted; complete after `setup`."""
+        validated = {example.record.task for example in self._val}
+        return sorted(validated | {source.benchmark for source in self.test_sources})
+
+    # Reading.
+
+    def prepare_data(self) -> None:
+        """Fetches hub data sets once a node, so that the ranks find them in the cache."""
+        stage = getattr(getattr(self.trainer, "state", None), "fn", None)
+        sources, purpose = self._of_stage(str(stage.value) if stage else "fit")
+        for source in sources:
+            if source.hub:
+                load_records(source, purpose)
+
+    def setup(self, stage: str) -> None:
+        """Reads and tokenizes what the stage needs; once, however often it is called.
+
+        Raises OSError or ValueError for sources that cannot be read, ValueError for a stage
+        whose sources are not named.
+        """
+        if stage in {"test", "predict"}:
+            if stage not in self._prompts:
+                self._prompts[stage] = self._read_prompts(stage)
+            return
+        if self._train is None:
+            self._read_training()
+        if stage == "validate" and not self._val:
+            raise ValueError(
+                f"There is nothing to validate on: data.val_fraction={self.val_fraction} held "
+                "out no record. Set data.val_fraction, or name more data in data.sources."
+            )
+
+    def _of_stage(self, stage: str) -> tuple[list[Source], Purpose]:
+        if stage == "test":
+            return self.test_sources, "test"
+        return (self.predict_sources, "predict") if stage == "predict" else (self.sources, "train")
+
+    def _read_prompts(self, stage: str) -> list[Example]:
+        sources, purpose = self._of_stage(stage)
+        if not sources:
+            raise ValueError(
+                f"There is nothing to {stage}: data.{stage}_sources names no source. Set it, "
+                f"such as data.{stage}_sources: [{{path: FILE.jsonl}}]."
+            )
+        examples: list[Example] = []
+        for source in sources:
+            encoded, count = self._encode(load_records(source, purpose), with_response=False)
+            self._report_overlong(source.label, count, "cut")
+            examples += encoded
+        return examples
+
+    def _read_training(self) -> None:
+        train, held = hold_out(
+            [load_records(source) for source in self.sources], self.val_fraction, self.seed
+        )
+        sources, val = [], []
+        for name, to_train, to_hold in zip(self.source_names, train, held, strict=True):
+            examples, count = self._encode(to_train)
+            held_examples, held_count = self._encode(to_hold)
+            count.add(held_count)
+            if not examples:
+                raise ValueError(
+                    f"source {name}: all {count.total} records are longer than data.max_length="
+                    f"{self.max_length} tokens. Raise it, or set data.overlong: cut."
+                )
+            self._report_overlong(name, count, self.overlong)
+            sources.append(examples)
+            val += held_examples
+        self._train, self._val = sources, val
+        self._report_mixture()
+
+    def _encode(
+        self, records: Sequence[Record], with_response: bool = True
+    ) -> tuple[list[Example], OverlongCount]:
+        return encode(
+            records,
+            self._get_tokenizer(),
+            template=self.template,
+            max_length=self.max_length,
+            overlong=self.overlong,
+            with_response=with_response,
+        )
+
+    def _get_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            given = self.tokenizer
+            if given is None:
+                module = getattr(self.trainer, "lightning_module", None)
+                given = getattr(module, "tokenizer", None)
+            if given is None:
+                raise ValueError(
+                    "There is no tokenizer: data.tokenizer is not set and the model has none. "
+                    "Set data.tokenizer to a hub id, a folder, or tiny."
+                )
+            self._tokenizer = _load_tokenizer(given) if isinstance(given, str) else given
+            if self._tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "The tokenizer has no end-of-sequence token, which ends each response. Set "
+                    "data.tokenizer to one that has."
+                )
+        return self._tokenizer
+
+    def _pad_id(self) -> int:
+        tokenizer = self._get_tokenizer()
+        # Padding is masked everywhere, so any token will do.
+        pad_id = tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if pad_id is None else pad_id)
+
+    # Loaders.
+
+    def train_dataloader(self) -> ResumableLoader:
+        """The mixture, this rank's part, from where the trainer stands."""
+        assert self._train is not None, "setup('fit') comes first"
+        ranks = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        sampler = MixtureSampler(
+            [len(examples) for examples in self._train],
+            self._weights(),
+            self.source_names,
+            self.seed,
+            **ranks,
+        )
+        loader = ResumableLoader(
+            [example for examples in self._train for example in examples],  # type: ignore[arg-type]
+            sampler=sampler,
+            collate_fn=TrainCollator(tuple(self.source_names), self._pad_id()),
+            **self._loader_options(),
+        )
+        if self.trainer is not None:
+            # Lightning gives a loader its saved state only when it resumes within an epoch.
+            position = self.trainer.fit_loop.total_batch_idx + 1
+            loader.seek(position)
+            if position == 0:  # another training, with the data of an earlier one
+                self._seen = [0] * len(self.sources)
+                self._seen_before, self._logged_step = list(self._seen), 0
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Example] | list[Any]:
+        """The held-out records of all sources; an empty list where there are none."""
+        collator = TrainCollator(tuple(self.source_names), self._pad_id())
+        return self._in_order(self._val, collator) if self._val else []
+
+    def test_dataloader(self) -> DataLoader[Example]:
+        """The prompts of the test sources."""
+        return self._in_order(self._prompts["test"], PromptCollator(self._pad_id()))
+
+    def predict_dataloader(self) -> DataLoader[Example]:
+        """The prompts of the predict sources."""
+        return self._in_order(self._prompts["predict"], PromptCollator(self._pad_id()))
+
+    def _in_order(self, examples: list[Example], collator: Any) -> DataLoader[Example]:
+        return DataLoader(
+            examples,  # type: ignore[arg-type]
+            shuffle=False,
+            collate_fn=collator,
+            **self._loader_options(),
+        )
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            # Without its own generator a loader draws from the global one at each pass, and a
+            # resumed run would draw other dropout masks than the run that never stopped.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+    # Shares.
+
+    def _weights(self) -> list[float]:
+        """Each source's part of the training stream; they sum to 1."""
+        assert self._train is not None, "setup('fit') comes first"
+        weights = [
+            float(len(examples)) if source.weight is None else source.weight
+            for source, examples in zip(self.sources, self._train, strict=True)
+        ]
+        return [weight / sum(weights) for weight in weights]
+
+    def examples_seen(self) -> dict[str, int]:
+        """Examples of each source trained on so far, on all ranks; every rank must call this."""
+        seen = torch.tensor(self._seen)
+        if self.trainer is not None and self.trainer.world_size > 1:
+            strategy = self.trainer.strategy
+            seen = strategy.reduce(seen.to(strategy.root_device), reduce_op="sum").cpu()
+        total = (seen + torch.tensor(self._seen_before)).tolist()
+        return dict(zip(self.source_names, total, strict=True))
+
+    def shares(self) -> dict[str, float]:
+        """Each source's part of the examples trained on so far; every rank must call this."""
+        seen = self.examples_seen()
+        return {name: count / max(1, sum(seen.values())) for name, count in seen.items()}
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Counts what is trained on."""
+        trainer = self.trainer
+        if trainer is not None and trainer.training:
+            self._log_shares()
+            counts = torch.bincount(batch["source"], minlength=len(self._seen)).tolist()
+            self._seen = [sum(pair) for pair in zip(self._seen, counts, strict=True)]
+        return batch
+
+    def _log_shares(self) -> None:
+        assert self.trainer is not None
+        step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and step % interval == 0 and step > self._logged_step:
+            self._logged_step = step
+            shares = {f"data/share/{name}": share for name, share in self.shares().items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(shares, step=step)
+
+    def teardown(self, stage: str) -> None:
+        """After training, says what was trained on."""
+        if stage != "fit" or self._train is None:
+            return
+        seen, shares = self.examples_seen(), self.shares()
+        for name, weight in zip(self.source_names, self._weights(), strict=True):
+            rank_zero_info(
+                f"trained on {name}: {seen[name]} examples, share {shares[name]:.3f}, "
+                f"weight {weight:.3f}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was trained on, and the settings that the order depends on."""
+        return {"seen": self.examples_seen(), "order": self._order_settings()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting; warns if the order is not the one that the checkpoint was in."""
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        self._seen_before = [state_dict["seen"].get(name, 0) for name in self.source_names]
+        self._seen = [0] * len(self.sources)
+        now, then = self._order_settings(), state_dict["order"]
+        changed = [key for key in now if now[key] != then.get(key)]
+        if changed:
+            was = ", ".join(f"{key} was {then.get(key)} and is {now[key]}" for key in changed)
+            rank_zero_warn(
+                f"The data differ from the checkpoint's: {was}. Training goes on, but not with "
+                "the records that would have followed."
+            )
+
+    def _order_settings(self) -> dict[str, Any]:
+        sizes = [len(examples) for examples in self._train or []]
+        return {
+            "sources": dict(zip(self.source_names, sizes, strict=False)),
+            "weights": [source.weight for source in self.sources],
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    # Reports.
+
+    def _report_overlong(self, name: str, count: OverlongCount, done: Overlong) -> None:
+        if count.too_long:
+            rank_zero_warn(count.message(name, self.max_length, done))
+
+    def _report_mixture(self) -> None:
+        assert self._train is not None
+        total = sum(len(examples) for examples in self._train)
+        for name, weight, examples in zip(
+            self.source_names, self._weights(), self._train, strict=True
+        ):
+            rank_zero_info(
+                f"{name}: {len(examples)} records, weight {weight:.3g}, seen "
+                f"{total * weight / len(examples):.2g} times an epoch"
+            )
+        if self._val:
+            rank_zero_info(f"held out to validate on: {len(self._val)} records")
+
+
+# --- settings -------------------------------------------------------------------------------
+
+
+def _check_at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}={value} is below {least}. Set data.{key} to at least {least}.")
+
+
+def _check_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}={value!r} is none of {', '.join(choices)}. Set data.{key}.")
+
+
+def _source_list(key: str, given: Any, demo: Literal["train", "test"]) -> list[Source]:
+    """The sources that a setting names; names must differ, as results go by them."""
+    if given is None:
+        return []
+    if given == "demo":
+        return [demo_source(demo)]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(
+            f"{key} is {given!r}; expected demo or a list of sources. "
+            f"Set data.{key}: [{{path: FILE.jsonl}}]."
+        )
+    sources = [as_source(value) for value in given]
+    names = [source.label for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"Two sources in data.{key} are named {name!r}. Give each a name: "
+                "[{name: first, path: ...}, {name: second, path: ...}]."
+            )
+    return sources
+
+
+def _weighted(sources: list[Source]) -> list[Source]:
+    """The sources that take part in training.
+
+    Raises ValueError if there is none, or if some have a weight and others not.
+    """
+    if not sources:
+        raise ValueError("data.sources names no source. Set it to demo or to a list of sources.")
+    without = [source.label for source in sources if source.weight is None]
+    if without and len(without) < len(sources):
+        raise ValueError(
+            f"In data.sources some sources have a weight and others not ({', '.join(without)}). "
+            "Give each one a weight, or none."
+        )
+    used = [source for source in sources if source.weight != 0]
+    if not used:
+        raise ValueError(
+            "The weights in data.sources sum to zero. Give one source a weight above 0."
+        )
+    return used
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer  # seconds to import, and --help does without
+
+    try:
+        return AutoTokenizer.from_pretrained(str(tiny.folder()) if name == "tiny" else name)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise OSError(
+            f"Could not load the tokenizer {name!r}: {reason} Set data.tokenizer to a hub id that "
+            "can be reached, a folder, or tiny."
+        ) from error

@@ -1,0 +1,40 @@
+"""Answers written by a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: dict[str, Any],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy continuations of left-padded prompts, without special tokens.
+
+    Args:
+        model: The causal language model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        batch: ``input_ids`` and ``attention_mask``, shape (B, T).
+        max_new_tokens: Longest continuation, in tokens.
+    """
+    from transformers import GenerationConfig
+
+    # Made afresh: a base's own generation settings (sampling, penalties) would change the answer.
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    prompt_BT = batch["input_ids"]
+    output = model.generate(
+        input_ids=prompt_BT, attention_mask=batch["attention_mask"], generation_config=config
+    )
+    new = output[:, prompt_BT.shape[1] :]
+    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts

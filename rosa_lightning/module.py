@@ -1,0 +1,379 @@
+"""`RoSAModule`: a frozen RoPE language model with RoAE, as a LightningModule.
+
+Axes: B batch, T tokens, K last positions that are needed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rosa_lightning.base import (
+    BaseIdentity,
+    Dtype,
+    enable_checkpointing,
+    identify,
+    load_base,
+    load_tokenizer,
+)
+from rosa_lightning.evaluate import generate
+from rosa_lightning.metrics import TaskAccuracy
+from rosa_lightning.rng import all_rng_states, set_rng_state
+from rosa_lightning.roae import RoAEConfig
+from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
+from rosa_lightning.surgery import RoAEReport, check_adapter_keys, inject_roae, is_adapter_key
+from rosa_lightning.tasks import extract_answer, same_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHECKPOINT_KEY = "rosa"
+"""Entry of a checkpoint that holds the base's identity, the RoAE settings and the version."""
+
+
+def default_optimizer(params: Iterable[Any]) -> Optimizer:
+    """AdamW without weight decay."""
+    return AdamW(params, lr=1e-3, weight_decay=0.0)
+
+
+def default_lr_scheduler(optimizer: Optimizer) -> LRScheduler:
+    """Warm-up over the first 5 % of the steps, then cosine decay to zero."""
+    return WarmupCosine(optimizer)
+
+
+class RoSAModule(LightningModule):
+    """Fine-tunes a frozen RoPE language model through RoAE alone.
+
+    Only the RoAE weights are trained, in float32 under every precision but 64-true. Checkpoints
+    hold them and not the base.
+
+    Args:
+        base: The causal language model to adapt: hub id, local folder, or ``tiny`` for the
+            embedded demonstration model.
+        roae: What RoAE adds.
+        revision: Branch, tag or commit of the base on the hub.
+        dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
+            the base says of itself.
+        attn_implementation: Attention kernel: eager, sdpa, flash_attention_2, flex_attention; by
+            default what `transformers` chooses.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping
+            them: less memory, more time.
+        max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
+        trust_remote_code: Run Python code that comes with the base. Off unless asked for.
+        optimizer: Makes the optimizer from the trainable parameters.
+        lr_scheduler: Makes the learning rate schedule, stepped once an optimizer step.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        roae: RoAEConfig,
+        *,
+        revision: str | None = None,
+        dtype: Dtype = "auto",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 256,
+        trust_remote_code: bool = False,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable = default_lr_scheduler,
+    ) -> None:
+        super().__init__()
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} is below 1. Set model.max_new_tokens; 256 is the "
+                "default."
+            )
+        if isinstance(roae, Mapping):  # as saved in a checkpoint
+            roae = RoAEConfig(**roae)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "roae"])
+        # Plain values, so that checkpoints load with weights_only.
+        self.save_hyperparameters({"roae": {**asdict(roae), "targets": list(roae.targets)}})
+        self.base = base
+        self.roae = roae
+        self.revision = revision
+        self.dtype_of_base = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_new_tokens = max_new_tokens
+        self.trust_remote_code = trust_remote_code
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.model: PreTrainedModel | None = None
+        self.identity: BaseIdentity | None = None
+        self.report: RoAEReport | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._accuracy: TaskAccuracy | None = None
+        self._rng_to_restore: dict[str, Any] | None = None
+        self._tokens: Tensor | int = 0
+        self._tokens_since = 0.0
+
+    # The model.
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, loaded at first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load the base, freeze it and add RoAE; once."""
+        if self.model is not None:
+            return
+        model = load_base(
+            self.base,
+            revision=self.revision,
+            dtype=self.dtype_of_base,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+        self.identity = identify(model, self.base)
+        self.report = inject_roae(model, self.roae)
+        if self.gradient_checkpointing:
+            enable_checkpointing(model)
+        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
+        self.model = model.train()
+        rank_zero_info(str(self.report))
+
+    def to(self, *args: Any, **kwargs: Any) -> RoSAModule:
+        """Move to a device; a dtype is left out unless it is float64.
+
+        Lightning's bf16-true and 16-true cast the whole module, adapters included. The base's
+        dtype is ``dtype``'s to say, and adapters are trained in float32.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype == torch.float64:
+            return self.double()
+        if device is not None:
+            super().to(device=device, non_blocking=non_blocking)
+        return self
+
+    def double(self) -> RoSAModule:
+        """Cast base and adapters to float64, and say so."""
+        rank_zero_info("64-true: base and adapters are cast to float64.")
+        return super().double()
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The adapted model's own forward."""
+        return self._built()(input_ids=input_ids, **kwargs)
+
+    def _built(self) -> PreTrainedModel:
+        if self.model is None:
+            self.configure_model()
+        return cast("PreTrainedModel", self.model)
+
+    def _logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits that predict labels, those labels, and which belong to the answer.
+
+        Batches are right-aligned, so that the head is needed at the last positions only.
+
+        Returns:
+            logits (B, K, V), labels (B, K), answer mask (B, K).
+        """
+        keep = batch["num_label_positions"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        model = self._built()
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            inputs["logits_to_keep"] = keep + 1
+        logits = model(**inputs, use_cache=False).logits
+        return (
+            logits[:, -keep - 1 : -1],
+            batch["labels"][:, -keep:],
+            batch["answer_mask"][:, -keep:],
+        )
+
+    # Training.
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Cross-entropy of the response, averaged over the batch's response tokens, in nats."""
+        logits, labels, _ = self._logits(batch)
+        return cross_entropy(logits, labels)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss, logged as ``train/loss``."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def on_train_start(self) -> None:
+        """Forget generator states that were loaded for another purpose than going on."""
+        if self.trainer.ckpt_path is None:
+            self._rng_to_restore = None
+        self._tokens, self._tokens_since = 0, time.perf_counter()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Restore the generators as late as possible: starting up may draw from them."""
+        if self._rng_to_restore is not None:
+            set_rng_state(self._rng_to_restore)
+            self._rng_to_restore = None
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the learning rate and the tokens per second since the last time."""
+        # Summed on the device and read only when it is logged, to spare a synchronisation a step.
+        self._tokens = self._tokens + batch["attention_mask"].sum()
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            now = time.perf_counter()
+            rate = float(self._tokens) * self.trainer.world_size / (now - self._tokens_since)
+            self.log("throughput/tokens_per_s", rate)
+            self._tokens, self._tokens_since = 0, now
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = self.make_optimizer(parameters)
+        scheduler = self.make_lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": lightning_scheduler(scheduler, self.trainer),
+        }
+
+    # Evaluation.
+
+    def on_validation_start(self) -> None:
+        """Make the metric for the tasks at hand."""
+        self._start_accuracy()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Loss, and whether every token of the answer is the model's first choice.
+
+        The reference text before each token is given. For a response that is the answer alone
+        this is the exact match of greedy generation.
+        """
+        logits, labels, is_answer = self._logits(batch)
+        supervised = int((labels != -100).sum())
+        self.log(
+            "val/loss",
+            cross_entropy(logits, labels),
+            prog_bar=True,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=supervised,
+        )
+        correct = ((logits.argmax(-1) == labels) | ~is_answer).all(-1)
+        cast(TaskAccuracy, self._accuracy).update(batch["task"], correct)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/accuracy`` and ``val/accuracy/<task>``."""
+        self._log_accuracy("val")
+
+    def on_test_start(self) -> None:
+        """Make the metric for the tasks at hand."""
+        self._start_accuracy()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Write an answer to each prompt, greedily, and compare it with the reference."""
+        texts = generate(self._built(), self.tokenizer, batch, self.max_new_tokens)
+        correct = [
+            same_answer(task, extract_answer(task, text), reference)
+            for task, text, reference in zip(batch["task"], texts, batch["reference"], strict=True)
+        ]
+        cast(TaskAccuracy, self._accuracy).update(batch["task"], torch.tensor(correct))
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/accuracy`` and ``test/accuracy/<task>``."""
+        self._log_accuracy("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Write an answer to each prompt, greedily.
+
+        Returns:
+            A record for each: source, index, task, prompt, response (the text written) and answer
+            (what the task's format finds in it, or None).
+        """
+        texts = generate(self._built(), self.tokenizer, batch, self.max_new_tokens)
+        names = ("source", "task", "prompt")
+        columns = zip(*(batch[name] for name in names), batch["index"].tolist(), texts, strict=True)
+        return [
+            {
+                "source": source,
+                "index": index,
+                "task": task,
+                "prompt": prompt,
+                "response": text,
+                "answer": extract_answer(task, text),
+            }
+            for source, task, prompt, index, text in columns
+        ]
+
+    def _start_accuracy(self) -> None:
+        tasks = getattr(getattr(self.trainer, "datamodule", None), "task_names", ["all"])
+        self._accuracy = TaskAccuracy(tasks).to(self.device)
+
+    def _log_accuracy(self, stage: str) -> None:
+        accuracy = cast(TaskAccuracy, self._accuracy).compute()
+        for name, value in accuracy.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy")
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapters, and remember the base and every rank's random state."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in state if is_adapter_key(key)}
+        checkpoint[CHECKPOINT_KEY] = {
+            **cast(BaseIdentity, self.identity).to_dict(),
+            "roae": dict(self.hparams["roae"]),
+            "version": version("rosa-lightning"),
+            "rng": all_rng_states(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is ours and was trained on this base.
+
+        Raises:
+            ValueError: It is not, or it was; says what differs.
+        """
+        remembered = checkpoint.get(CHECKPOINT_KEY)
+        if remembered is None:
+            raise ValueError(
+                "the checkpoint holds no RoSA adapter. Give one that RoSAModule has written."
+            )
+        self._built()
+        cast(BaseIdentity, self.identity).check(remembered)
+        states = remembered["rng"]
+        if len(states) == self._world_size():
+            self._rng_to_restore = states[self.global_rank]
+        else:
+            rank_zero_warn(
+                f"the checkpoint holds random states of {len(states)} processes, and this run has "
+                f"{self._world_size()}: dropout will differ from that of the run that wrote it."
+            )
+
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self._trainer is not None else 1
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load adapters: exactly the base's weights are missing, and nothing else.
+
+        Raises:
+            ValueError: Names what is missing, unknown, or of another shape.
+        """
+        check_adapter_keys(self, state_dict)
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
+
+
+def cross_entropy(logits_BKV: Tensor, labels_BK: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over the positions whose label is not -100, in float32."""
+    return F.cross_entropy(logits_BKV.flatten(0, 1).float(), labels_BK.flatten())

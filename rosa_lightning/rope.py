@@ -1,0 +1,107 @@
+"""The geometry of a rotary position embedding, measured instead of guessed.
+
+Layouts differ between model families (half-split, interleaved, partial), and so do frequencies
+(llama3, yarn, longrope, one base per layer type). A rotation itself cannot hide any of it: rotating
+every unit vector by one position shows which dimensions turn together, and by what angle.
+
+Axes: N unit vectors, T positions, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Rotation = Callable[[Tensor], Tensor]
+"""Rotates states x_NTD, token t of each row standing at position t, and returns the same shape."""
+
+_TOLERANCE = 1e-3
+"""Share of a unit vector that may be lost to rounding before a rotation is called unreadable."""
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Which dimensions of a head RoPE turns together, and how fast.
+
+    RoFormer (Su et al., 2021), section 3.2.2: pair i turns by ``t * inv_freq_i`` at token t.
+    """
+
+    head_dim: int
+    """D, the number of dimensions of one head."""
+    pairs: tuple[tuple[int, int], ...]
+    """The two dimensions of each pair, smaller one first, in the order of the first."""
+    inv_freq: tuple[float, ...]
+    """Radians per token of each pair, above zero, in the order of ``pairs``."""
+
+    @property
+    def rotated_dims(self) -> tuple[int, ...]:
+        """All dimensions that are rotated at all, ascending."""
+        return tuple(sorted(dim for pair in self.pairs for dim in pair))
+
+
+def read_pair_table(rotate: Rotation, head_dim: int) -> PairTable:
+    """Measure the pair table of a rotation.
+
+    Args:
+        rotate: The rotation of one layer. It is given float32 states of shape (D, 2, D), row n
+            holding unit vector n at the positions 0 and 1. A common factor on all dimensions
+            (YaRN's attention factor) is allowed.
+        head_dim: D.
+
+    Returns:
+        The table. It is empty where nothing is rotated.
+
+    Raises:
+        ValueError: The function does something else than turning pairs of dimensions.
+    """
+    x_NTD = torch.eye(head_dim)[:, None, :].expand(head_dim, 2, head_dim).contiguous()
+    y_NTD = rotate(x_NTD).to(torch.float64)
+    start_ND, turned_ND = y_NTD[:, 0], y_NTD[:, 1]
+    scale_N = start_ND.diagonal()
+    if not torch.allclose(start_ND, torch.diag(scale_N), atol=_TOLERANCE) or (scale_N <= 0).any():
+        raise ValueError("position 0 is not left in place by the rotation.")
+    turned_ND = turned_ND / scale_N[:, None]
+    off_ND = turned_ND - torch.diag(turned_ND.diagonal())
+
+    # A dimension that is not rotated comes back exactly; the slowest pair still moves by its sine.
+    partner = {n: int(off_ND[n].abs().argmax()) for n in range(head_dim) if off_ND[n].any()}
+    pairs, inv_freq = [], []
+    for n, m in sorted(partner.items()):
+        if partner.get(m) != n:
+            raise ValueError(f"dimension {n} turns into {m}, but {m} does not turn into {n}.")
+        sine, cosine = float(off_ND[n, m]), float(turned_ND[n, n])
+        if abs(sine**2 + cosine**2 - 1) > _TOLERANCE or off_ND[n].abs().sum() - abs(sine) > 1e-4:
+            raise ValueError(f"dimensions {n} and {m} are not turned as a pair.")
+        if n < m:
+            pairs.append((n, m))
+            inv_freq.append(float(torch.atan2(off_ND[n, m].abs(), turned_ND[n, n])))
+    return PairTable(head_dim, tuple(pairs), tuple(inv_freq))
+
+
+def low_frequency_pairs(table: PairTable, ratio: float) -> tuple[int, ...]:
+    """Indices into ``table.pairs`` of the slowest ``max(1, round(ratio * pairs))`` pairs, ascending.
+
+    Pairs of equal frequency are taken from the later dimension on, as in a table sorted downwards.
+
+    Raises:
+        ValueError: ``ratio`` is outside (0, 1], or nothing is rotated.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(
+            f"low_freq_ratio={ratio} is outside (0, 1]. Set model.roae.low_freq_ratio; 0.25 keeps "
+            "the slowest quarter of the RoPE pairs."
+        )
+    if not table.pairs:
+        raise ValueError("no dimension is rotated, so there are no low-frequency dimensions.")
+    count = max(1, round(ratio * len(table.pairs)))
+    slowest_first = sorted(range(len(table.pairs)), key=lambda i: (table.inv_freq[i], -i))
+    return tuple(sorted(slowest_first[:count]))
+
+
+def low_frequency_dims(table: PairTable, ratio: float) -> tuple[int, ...]:
+    """The head dimensions of the slowest pairs, ascending; arguments as `low_frequency_pairs`."""
+    chosen = low_frequency_pairs(table, ratio)
+    return tuple(sorted(dim for i in chosen for dim in table.pairs[i]))

@@ -1,0 +1,368 @@
+"""Data sources: a local file or a hub data set to records, and the held-out split.
+
+Two schemas are read: LLM-Adapters' `instruction`, `input`, `output`, `answer`, and GSM8K's
+`question`, `answer` with the final number after `####`. Whatever does not fit ends in an error
+that names file, record and field; records are counted from 1, blank lines are not counted.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from rosa_lightning.tasks import TASKS, Record, find_task, reference
+
+Purpose = Literal["train", "test", "predict"]
+"""What records are for: a response to train on, a gold answer, or only a question."""
+
+_SUFFIXES = ".json, .jsonl, .parquet"
+_SCHEMAS = (
+    "expected instruction, input, output, answer, or GSM8K's question, answer ('... #### 42')"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data source: a local file (`path`) or a Hugging Face data set (`hub`)."""
+
+    name: str | None = None
+    """Name in logs and tables; by default the file's name or the hub id's last part."""
+    path: str | None = None
+    """Local file: .json (a list of objects), .jsonl, .parquet; to predict also .txt."""
+    hub: str | None = None
+    """Hugging Face data set id, such as openai/gsm8k."""
+    subset: str | None = None
+    """Configuration of the hub data set, where it has several."""
+    split: str = "train"
+    """Split of the hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set."""
+    task: str | None = None
+    """Benchmark, which sets the answer format; by default told from the name, else text."""
+    weight: float | None = None
+    """Share in training, relative to the other sources; by default the number of records."""
+
+    @cached_property
+    def label(self) -> str:
+        """The name, given or told from the path or hub id."""
+        return self.name or (Path(self.path).stem if self.path else str(self.hub).split("/")[-1])
+
+    @cached_property
+    def benchmark(self) -> str:
+        """The task, given or told from the label; `text` where the label names none."""
+        return find_task(self.task or self.label) or "text"
+
+    @property
+    def place(self) -> str:
+        """Where the records are, for messages."""
+        return self.path or f"hub data set {self.hub}"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def as_source(value: Source | Mapping[str, Any] | str | Path) -> Source:
+    """A `Source` from itself, from its fields in a mapping, or from a path; checked.
+
+    Raises TypeError for another type and for a field that a source does not have, ValueError for
+    fields that contradict each other or lie outside their range.
+    """
+    if isinstance(value, str | Path):
+        value = {"path": str(value)}
+    if isinstance(value, Mapping):
+        known = [field.name for field in fields(Source)]
+        for key in value:
+            if key not in known:
+                raise TypeError(
+                    f"A data source has no field {key!r}{_nearest(str(key), known)}. "
+                    f"Its fields are {', '.join(known)}."
+                )
+        value = Source(**value)
+    if not isinstance(value, Source):
+        raise TypeError(
+            f"A data source is given as {value!r}; expected its fields, such as "
+            "{path: FILE, weight: 0.5}."
+        )
+    _check_fields(value)
+    return value
+
+
+# Not in __post_init__: jsonargparse would wrap these errors in twenty lines of its own.
+def _check_fields(source: Source) -> None:
+    if (source.path is None) == (source.hub is None):
+        given = "neither path nor hub" if source.path is None else "both path and hub"
+        raise ValueError(
+            f"A data source names {given}. Give exactly one: path: FILE, or hub: OWNER/NAME."
+        )
+    weight = source.weight
+    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+        raise ValueError(
+            f"Source {source.label} has weight {weight!r}. A weight is a number of at least 0; "
+            "leave it out to weigh the source by its number of records."
+        )
+    if source.task is not None and find_task(source.task) is None:
+        raise ValueError(
+            f"Source {source.label} has task {source.task!r}{_nearest(source.task, TASKS)}. "
+            f"There are {', '.join(TASKS)}."
+        )
+
+
+def demo_source(split: Literal["train", "test"]) -> Source:
+    """The embedded demonstration set, which `data.sources: demo` means."""
+    file = resources.files("rosa_lightning") / "tiny" / f"demo_{split}.jsonl"
+    return Source(name="demo", path=str(file), task="demo")
+
+
+def load_records(source: Source, purpose: Purpose = "train") -> list[Record]:
+    """All records of a source.
+
+    To train, a record needs an output; to test, an answer or an output that states one; to
+    predict, only what is asked. Raises OSError for what cannot be read or reached, ValueError
+    for what has not the expected shape.
+    """
+    source = as_source(source)
+    rows = _hub_rows(source) if source.hub else _file_rows(source, purpose)
+    records = [_record(row, number, source, purpose) for number, row in enumerate(rows, start=1)]
+    if not records:
+        raise ValueError(f"{source.place} holds no records. Name a source that has some.")
+    return records
+
+
+# --- rows -----------------------------------------------------------------------------------
+
+
+def _hub_rows(source: Source) -> Iterable[Any]:
+    import datasets  # over a second to import, and only hub sources need it
+
+    try:
+        return datasets.load_dataset(  # type: ignore[no-any-return]
+            source.hub, source.subset, split=source.split, revision=source.revision
+        )
+    except Exception as error:  # datasets, huggingface_hub and httpx share no base class
+        reason = " ".join(str(error).split())[:300].rstrip(".") or "no reason given"
+        raise OSError(
+            f"Could not load hub data set {source.hub} (subset {source.subset}, split "
+            f"{source.split}): {type(error).__name__}: {reason}. Check the id and the network, "
+            "or name a local file instead of hub: {path: FILE.jsonl}."
+        ) from error
+
+
+def _file_rows(source: Source, purpose: Purpose) -> Iterable[Any]:
+    path = Path(source.place)
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. Name an existing file with path.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Name one file in it ({_SUFFIXES}).")
+    if suffix == ".txt" and purpose != "predict":
+        raise ValueError(
+            f"{path} is a text file, which holds prompts only. Name it in data.predict_sources, "
+            f"or give {_SUFFIXES} here."
+        )
+    if suffix == ".parquet":
+        return _parquet_rows(path)
+    if suffix not in {".json", ".jsonl", ".txt"}:
+        raise ValueError(f"{path} ends in {suffix!r}; expected {_SUFFIXES} (or .txt to predict).")
+    text = _read_text(path)
+    if suffix == ".json":
+        return _json_rows(path, text)
+    # Not splitlines: JSON strings may hold U+2028, which splitlines takes for a line end.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if suffix == ".txt":
+        return [{"instruction": line.rstrip("\r")} for _, line in lines]
+    return [_json_line(path, number, line) for number, line in lines]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}). Save it in UTF-8."
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be read: {error.strerror or error}. Check its permissions."
+        ) from error
+
+
+def _json_rows(path: Path, text: str) -> list[Any]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = ""
+        if error.msg == "Extra data":
+            hint = " If it holds one object a line, name it .jsonl."
+        raise ValueError(
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}. "
+            f"Expected a list of objects.{hint}"
+        ) from error
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"{path} holds {_kind(rows)} at the top; expected a list of objects: "
+            '[{"instruction": ..., "output": ..., "answer": ...}, ...].'
+        )
+    return rows
+
+
+def _json_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {number} is not JSON: column {error.colno}: {error.msg}. "
+            "Expected one object a line."
+        ) from error
+
+
+def _parquet_rows(path: Path) -> list[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows: list[Any] = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ValueError(
+            f"{path} cannot be read as Parquet: {reason}. Write it again, or as .jsonl."
+        ) from error
+    return rows
+
+
+# --- records --------------------------------------------------------------------------------
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value"}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "a number"
+    return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _record(row: Any, number: int, source: Source, purpose: Purpose) -> Record:
+    where = f"{source.place}, record {number}"
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} is {_kind(row)}; expected an object with fields: {_SCHEMAS}.")
+    if "instruction" in row:
+        asked = _text(row, "instruction", where)
+        context, output = _text(row, "input", where), _text(row, "output", where)
+        answer = _answer(row, where)
+    elif "question" in row:
+        asked, context = _text(row, "question", where), ""
+        output, answer = _gsm8k_solution(row, where, purpose)
+    else:
+        found = ", ".join(str(key) for key in row) or "none"
+        raise ValueError(f"{where} has the fields {found}; {_SCHEMAS}.")
+    record = Record(asked, context, output, answer, source.benchmark, source.label, number)
+    _check_use(record, "output" in row or "question" in row, where, purpose)
+    return record
+
+
+def _check_use(record: Record, has_output: bool, where: str, purpose: Purpose) -> None:
+    if not record.instruction.strip():
+        raise ValueError(f"{where}: field 'instruction' is empty; expected what is asked.")
+    if purpose == "train" and not record.output.strip():
+        raise ValueError(
+            f"{where}: field 'output' is {'empty' if has_output else 'missing'}; training needs "
+            "a response. Fill it in, or take the record out."
+        )
+    if purpose == "test" and reference(record) is None:
+        raise ValueError(
+            f"{where}: field 'answer' is missing or empty, and 'output' states none; a test "
+            "needs the gold answer. Fill it in, or take the record out."
+        )
+
+
+def _text(row: Mapping[str, Any], field: str, where: str) -> str:
+    """The field's text; empty where the field is missing or null."""
+    value = row.get(field)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field {field!r} is {_kind(value)}; expected text.")
+    return value
+
+
+def _answer(row: Mapping[str, Any], where: str) -> str | None:
+    value = row.get("answer")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None or isinstance(value, str | int | float):
+        return None if value is None else str(value).strip() or None
+    raise ValueError(f"{where}: field 'answer' is {_kind(value)}; expected text or a number.")
+
+
+def _gsm8k_solution(row: Mapping[str, Any], where: str, purpose: Purpose) -> tuple[str, str | None]:
+    """The worked solution, and the final number that stands after its last `####`."""
+    value = row.get("answer")
+    if value is None and purpose == "predict":
+        return "", None
+    if not isinstance(value, str) or "####" not in value:
+        found = "missing" if value is None else f"{str(value)[:40]!r}"
+        raise ValueError(
+            f"{where}: field 'answer' is {found}; beside 'question' expected GSM8K's solution "
+            "ending in '#### 42'. (Other schemas: instruction, input, output, answer.)"
+        )
+    return value, value.rsplit("####", 1)[1].strip() or None
+
+
+# --- held-out split -------------------------------------------------------------------------
+
+
+def normalised_prompt(record: Record) -> str:
+    """What is asked, in lower case, every run of other than letters and digits one space."""
+    asked = f"{record.instruction} {record.input}"
+    return re.sub(r"[\W_]+", " ", asked.casefold()).strip() or asked
+
+
+def hold_out(
+    records: Sequence[Sequence[Record]], fraction: float, seed: int
+) -> tuple[list[list[Record]], list[list[Record]]]:
+    """Splits each source's records into those to train on and those held out.
+
+    A prompt's hash with the seed decides, so the order in a file does not matter and equal
+    prompts, in one source or in several, stand on one side. Each source with two or more
+    different prompts gives `fraction` of its records, at least one, and keeps at least one.
+    """
+    keyed = [[(_split_key(record, seed), record) for record in source] for source in records]
+    held: set[bytes] = set()
+    if fraction > 0:
+        held = held.union(*(_chosen([key for key, _ in source], fraction) for source in keyed))
+    for source in keyed:
+        keys = {key for key, _ in source}
+        if keys and keys <= held:  # other sources hold out all its prompts: it gets one back
+            held.discard(max(keys))
+    return (
+        [[record for key, record in source if key not in held] for source in keyed],
+        [[record for key, record in source if key in held] for source in keyed],
+    )
+
+
+def _split_key(record: Record, seed: int) -> bytes:
+    text = f"{seed}\0{normalised_prompt(record)}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _chosen(keys: Sequence[bytes], fraction: float) -> set[bytes]:
+    """Keys that hold out as nearly `fraction` of the records as whole groups allow."""
+    sizes: dict[bytes, int] = {}
+    for key in sorted(keys):
+        sizes[key] = sizes.get(key, 0) + 1
+    if len(sizes) < 2:
+        return set()
+    wanted = max(1, round(len(keys) * fraction))
+    chosen: set[bytes] = set()
+    for key, size in list(sizes.items())[:-1]:
+        if size <= wanted:
+            chosen.add(key)
+            wanted -= size
+    return chosen or {min(sizes, key=lambda key: (sizes[key], key))}

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import os
+
+# Before transformers or datasets are imported: tests never reach out.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "mistral": ("MistralConfig", {}),
+    "gemma": ("GemmaConfig", {"head_dim": 32}),
+    "gemma2": ("Gemma2Config", {"head_dim": 32}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "cohere": ("CohereConfig", {}),
+    "glm": ("GlmConfig", {"head_dim": 32}),
+    "phi": ("PhiConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "yarn": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "llama3": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "rope_theta": 500000.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Workers share the cores; more threads than cores only slow small models down."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A small random model of a family, in evaluation mode."""
+    name, special = FAMILIES[family]
+    config = getattr(transformers, name)(**{**SMALL, **special, **changes})
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+@pytest.fixture
+def ids_BT() -> torch.Tensor:
+    return torch.randint(3, 96, (2, 9))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data, with train/ and test/."""
+    folder = os.environ.get("ROSA_DATA")
+    if not folder:
+        pytest.skip("ROSA_DATA is not set: no folder of real data")
+    return Path(folder)
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a byte, an end-of-sequence and a padding token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: number for number, symbol in enumerate([*alphabet, "<eos>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+def save_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A small random Llama of four layers with a byte tokenizer, as a folder."""
+    torch.manual_seed(seed)
+    config = {"vocab_size": 258, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    ends = {"pad_token_id": 257, "bos_token_id": None, "eos_token_id": 256}
+    model = build("llama", **{**config, **ends, **changes})
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def write_records(path: Path, count: int, output: str = "{}", answer: str = "{}") -> Path:
+    records = [
+        {
+            "instruction": f"Say {number}.",
+            "input": "",
+            "output": output.format(number),
+            "answer": answer.format(number),
+        }
+        for number in range(count)
+    ]
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two sources of 40 and 31 records, a number and a label task."""
+    folder = tmp_path_factory.mktemp("data")
+    numbers = write_records(folder / "numbers.json", 40)
+    labels = write_records(folder / "labels.json", 31, "the correct answer is true", "true")
+    return [
+        {"path": str(numbers), "task": "gsm8k", "weight": 0.4},
+        {"path": str(labels), "task": "boolq", "weight": 0.6},
+    ]

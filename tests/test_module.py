@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import save_base
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from rosa_lightning import ReasoningDataModule, RoAEConfig, RoSAModule
+from rosa_lightning.surgery import is_adapter_key
+
+
+def trainer(tmp_path: Path, **options) -> Trainer:
+    settings = {
+        "default_root_dir": tmp_path,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "max_steps": 2,
+    }
+    return Trainer(**{**settings, **options})
+
+
+def data(sources, **options) -> ReasoningDataModule:
+    return ReasoningDataModule(
+        **{"sources": sources, "batch_size": 4, "max_length": 256, "val_fraction": 0.1, **options}
+    )
+
+
+def module(base_folder: Path, **options) -> RoSAModule:
+    return RoSAModule(str(base_folder), RoAEConfig(rank=4), **options)
+
+
+def randomise(built: RoSAModule) -> RoSAModule:
+    built.configure_model()
+    for name, parameter in built.named_parameters():
+        if name.endswith("roae_B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return built
+
+
+@pytest.fixture
+def batch(base_folder, sources):
+    datamodule = data(sources, tokenizer=str(base_folder))
+    datamodule.setup("fit")
+    return next(iter(datamodule.train_dataloader()))
+
+
+def one_row_loss(model, batch) -> torch.Tensor:
+    """Sum over rows, each alone and without padding, through the whole head."""
+    losses = []
+    for row in range(len(batch["labels"])):
+        mask = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row][mask], batch["labels"][row][mask]
+        logits = model(input_ids=ids[None]).logits[0]
+        losses.append(
+            F.cross_entropy(logits[:-1], labels[1:], reduction="none")[labels[1:] != -100]
+        )
+    return torch.cat(losses).mean()
+
+
+def test_the_training_loss_is_that_of_single_unpadded_rows(base_folder, batch):
+    built = randomise(module(base_folder))
+    assert_close(built.loss(batch), one_row_loss(built.model, batch))
+
+
+def test_validation_accuracy_is_the_exact_match_of_greedy_generation(base_folder, tmp_path):
+    """Three answers as the model writes them itself; in two more one token differs."""
+    built = randomise(module(base_folder)).eval()
+    prompts = torch.randint(3, 256, (5, 11))
+    written = built.model.generate(
+        prompts, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=257
+    )
+    written[3, -1] = (written[3, -1] + 1) % 256
+    written[4, -4] = (written[4, -4] + 1) % 256
+    labels = written.clone()
+    labels[:, :-4] = -100
+    batch = {
+        "input_ids": written,
+        "attention_mask": torch.ones_like(written),
+        "position_ids": torch.arange(15).expand(5, -1),
+        "labels": labels,
+        "answer_mask": labels != -100,
+        "num_label_positions": 4,
+        "task": ["all"] * 5,
+    }
+    loader = DataLoader([batch], batch_size=None)
+    metrics = trainer(tmp_path).validate(built, loader, verbose=False)[0]
+    assert metrics["val/accuracy"] == pytest.approx(3 / 5)
+
+
+@pytest.mark.filterwarnings("ignore:You passed .*16-mixed")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_train_in_float32_and_the_base_keeps_its_dtype(
+    precision, dtype, base_folder, sources, tmp_path
+):
+    built = module(base_folder, dtype=dtype)
+    run = trainer(tmp_path, precision=precision)
+    built.configure_model()
+    before = {key: value.clone() for key, value in built.state_dict().items()}
+    run.fit(built, data(sources))
+    for name, parameter in built.named_parameters():
+        if is_adapter_key(name):
+            assert parameter.dtype == torch.float32
+        else:
+            assert parameter.dtype == getattr(torch, dtype)
+            assert torch.equal(parameter, before[name])
+    moments = run.optimizers[0].state.values()
+    assert {state["exp_avg"].dtype for state in moments} == {torch.float32}
+    assert any(not torch.equal(before[key], value) for key, value in built.state_dict().items())
+
+
+def test_16_mixed_trains_with_a_loss_scale(base_folder, sources, tmp_path):
+    """Lightning turns 16-mixed into bf16-mixed on a CPU, unless it is given the plugin itself."""
+    plugin = MixedPrecision("16-mixed", "cpu")
+    built = module(base_folder, dtype="float16")
+    run = trainer(tmp_path, plugins=[plugin], limit_val_batches=0, max_steps=3)
+    run.fit(built, data(sources))
+    assert plugin.scaler.get_scale() > 1
+    changed = [p for n, p in built.named_parameters() if n.endswith("roae_B") and p.any()]
+    assert changed
+    assert {p.dtype for p in changed} == {torch.float32}
+
+
+def test_64_true_casts_everything_and_says_so_once(base_folder, sources, tmp_path, caplog):
+    built = module(base_folder)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, precision="64-true").fit(built, data(sources))
+    assert {parameter.dtype for parameter in built.parameters()} == {torch.float64}
+    assert caplog.text.count("64-true") == 1
+
+
+def test_a_checkpoint_holds_the_adapters_and_not_the_base(base_folder, sources, tmp_path):
+    built = module(base_folder)
+    run = trainer(tmp_path)
+    run.fit(built, data(sources))
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    saved = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    adapters = {key for key in built.state_dict() if is_adapter_key(key)}
+    assert set(saved["state_dict"]) == adapters
+    assert saved["rosa"]["base"] == str(base_folder)
+    assert saved["rosa"]["revision"] is None
+
+
+def test_load_from_checkpoint_gives_the_same_model(base_folder, sources, tmp_path):
+    built = module(base_folder)
+    run = trainer(tmp_path)
+    run.fit(built, data(sources))
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    loaded = RoSAModule.load_from_checkpoint(tmp_path / "c.ckpt")
+    assert loaded.roae == built.roae
+    assert all(
+        torch.equal(value, built.state_dict()[key]) for key, value in loaded.state_dict().items()
+    )
+
+
+@pytest.fixture
+def checkpoint(base_folder, sources, tmp_path) -> Path:
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module(base_folder), data(sources))
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    return tmp_path / "c.ckpt"
+
+
+def test_a_checkpoint_of_another_base_is_refused(checkpoint, tmp_path):
+    other = save_base(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"trained on base .* is another one.*Set model\.base"):
+        RoSAModule.load_from_checkpoint(checkpoint, base=str(other))
+
+
+def test_the_same_base_under_another_name_or_dtype_is_accepted(checkpoint, base_folder, tmp_path):
+    moved = tmp_path / "moved"
+    moved.symlink_to(base_folder)
+    loaded = RoSAModule.load_from_checkpoint(checkpoint, base=str(moved), dtype="bfloat16")
+    assert loaded.base == str(moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state, key: state.pop(key), "is missing"),
+        (lambda state, key: state.update({key + "x": state.pop(key)}), "is unknown|is missing"),
+        (lambda state, key: state.update({key: state[key][:1]}), "has shape"),
+    ],
+)
+def test_adapter_weights_that_do_not_fit_are_named(checkpoint, change, message):
+    saved = torch.load(checkpoint, weights_only=True)
+    change(saved["state_dict"], next(iter(saved["state_dict"])))
+    torch.save(saved, checkpoint)
+    with pytest.raises(ValueError, match=message):
+        RoSAModule.load_from_checkpoint(checkpoint)
+
+
+def test_another_rank_does_not_load(checkpoint, base_folder):
+    with pytest.raises(ValueError, match="has shape"):
+        RoSAModule.load_from_checkpoint(checkpoint, roae={"rank": 2})
+
+
+def test_a_checkpoint_without_an_adapter_is_refused(checkpoint):
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["rosa"]
+    torch.save(saved, checkpoint)
+    with pytest.raises(ValueError, match="holds no RoSA adapter"):
+        RoSAModule.load_from_checkpoint(checkpoint)
+
+
+class Recorder(Callback):
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_the_default_schedule_warms_up_and_decays_over_the_trainers_steps(
+    base_folder, sources, tmp_path
+):
+    recorder = Recorder()
+    run = trainer(
+        tmp_path,
+        max_steps=20,
+        accumulate_grad_batches=2,
+        callbacks=[recorder],
+        limit_val_batches=0,
+        max_epochs=10,
+    )
+    run.fit(module(base_folder), data(sources))
+    # The rate after each second micro-batch is that of the next step; 5 % of 20 steps warm up.
+    after = recorder.rates[1::2]
+    wanted = [1e-3 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 19)) for step in range(1, 21)]
+    assert after == pytest.approx(wanted)
+
+
+def test_metrics_are_logged_under_their_names(base_folder, sources, tmp_path):
+    run = trainer(tmp_path, val_check_interval=2, max_steps=2)
+    run.fit(module(base_folder), data(sources))
+    assert set(run.callback_metrics) >= {
+        "train/loss",
+        "train/lr",
+        "throughput/tokens_per_s",
+        "val/loss",
+        "val/accuracy",
+        "val/accuracy/boolq",
+        "val/accuracy/gsm8k",
+    }
+
+
+def test_predict_returns_a_record_for_each_prompt(base_folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Say 1.\nSay 2.\nSay 3.\n")
+    built = module(base_folder, max_new_tokens=4)
+    datamodule = ReasoningDataModule(predict_sources=[str(prompts)], batch_size=2)
+    batches = trainer(tmp_path).predict(built, datamodule)
+    records = [record for batch in batches for record in batch]
+    assert [record["prompt"] for record in records] == ["Say 1.", "Say 2.", "Say 3."]
+    assert set(records[0]) == {"source", "index", "task", "prompt", "response", "answer"}
+    assert all(isinstance(record["response"], str) for record in records)
+
+
+def test_generated_answers_are_scored_by_their_tasks(base_folder, sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "rosa_lightning.module.generate", lambda *_: ["the answer is 3", "it is false"] * 2
+    )
+    built = module(base_folder)
+    built.configure_model()
+    run = trainer(tmp_path)
+    datamodule = data(sources, test_sources=[{**source, "weight": None} for source in sources])
+    rows = [
+        {
+            "input_ids": torch.zeros(4, 1, dtype=torch.long),
+            "attention_mask": torch.ones(4, 1, dtype=torch.long),
+            "task": ["gsm8k", "boolq", "gsm8k", "boolq"],
+            "reference": ["3", "true", "4", "false"],
+        }
+    ]
+    datamodule.test_dataloader = lambda: DataLoader(rows, batch_size=None)
+    result = run.test(built, datamodule, verbose=False)[0]
+    assert result == pytest.approx(
+        {"test/accuracy": 0.5, "test/accuracy/gsm8k": 0.5, "test/accuracy/boolq": 0.5}
+    )
+
+
+def test_gradient_checkpointing_keeps_the_gradients_and_spares_the_frozen_layers(
+    base_folder, batch
+):
+    gradients, entered = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        built = randomise(module(base_folder, gradient_checkpointing=checkpointing))
+        layers = built.model.model.layers
+        for parameter in layers[:2].parameters():
+            parameter.requires_grad_(False)
+        count: list[int] = []
+        layers[0].mlp.register_forward_hook(lambda *_, count=count: count.append(1))
+        built.loss(batch).backward()
+        gradients.append([p.grad for p in built.parameters() if p.requires_grad])
+        entered.append(len(count))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert_close(plain, checkpointed)
+    # A recomputation of the lowest layer would be a second forward.
+    assert entered == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["nowhere/model", "/does/not/exist"])
+def test_a_base_that_cannot_be_loaded_is_one_line(name):
+    with pytest.raises(ValueError, match=r"of base '.*' could not be loaded.*model\.base") as error:
+        RoSAModule(name, RoAEConfig()).configure_model()
+    assert "\n" not in str(error.value)

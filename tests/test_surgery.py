@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import math
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, build
+from torch import nn
+from torch.testing import assert_close
+
+from rosa_lightning.roae import RoAEConfig, RoAELinear
+from rosa_lightning.surgery import (
+    check_adapter_keys,
+    inject_roae,
+    is_adapter_key,
+    merge_roae,
+    roae_layers,
+)
+
+
+def randomise(model: nn.Module) -> None:
+    for _, layer in roae_layers(model):
+        nn.init.normal_(layer.roae_B)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_adapter_leaves_logits_bit_for_bit_unchanged(family, dtype, ids_BT):
+    model = build(family, dtype)
+    before = model(ids_BT).logits
+    inject_roae(model, RoAEConfig(rank=4))
+    assert torch.equal(model(ids_BT).logits, before)
+
+
+def _rotated_queries(model, layer_index: int, row: torch.Tensor, positions: list[int]):
+    """Query states (positions, head_dim) of the first head for one projection output.
+
+    Shares nothing with the package: it calls the model's rotary module and its
+    ``apply_rotary_pos_emb`` by name.
+    """
+    attention = model.model.layers[layer_index].self_attn
+    code = sys.modules[type(attention).__module__]
+    args = [row[None, None], torch.tensor([positions])]
+    if type(model.config).__name__ == "Gemma3TextConfig":
+        args.append(model.config.layer_types[layer_index])
+    cos, sin = (value.double() for value in model.model.rotary_emb(*args))
+    head = row.view(1, -1, 1, attention.head_dim)[:, :1].expand(-1, -1, len(positions), -1)
+    width = cos.shape[-1]
+    rotated, _ = code.apply_rotary_pos_emb(head[..., :width], head[..., :width], cos, sin)
+    return torch.cat([rotated, head[..., width:]], -1)[0, 0]
+
+
+def _frequencies(model, layer_index: int) -> torch.Tensor:
+    """Radians per token of each dimension from q(p+s) + q(p-s) = 2 cos(s theta) q(p).
+
+    Rotations are computed in float32 by the models, so a slow pair shows only over a long step:
+    the step grows as long as it stays below half a turn.
+    """
+    row = torch.randn(model.model.layers[layer_index].self_attn.q_proj.weight.shape[0]).double()
+    theta = None
+    for step in (1, 20, 400, 8000, 160000):
+        q = _rotated_queries(model, layer_index, row, [step * k for k in range(9)])
+        middle = q[1:-1]
+        cosine = ((q[2:] + q[:-2]) * middle).sum(0) / (2 * middle.square().sum(0))
+        estimate = cosine.clamp(-1, 1).arccos() / step
+        theta = estimate if theta is None else torch.where(theta * step < 2.0, estimate, theta)
+    return theta
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_frequency_dimensions_agree_with_the_recurrence_of_rotations(family):
+    model = build(family)
+    report = inject_roae(model, RoAEConfig(rank=2, low_freq_ratio=0.25))
+    queries = [p for p in report.projections if p.target == "q"]
+    assert len(queries) == (1 if family == "smollm3" else 2)
+    for projection in queries:
+        theta = _frequencies(model, int(projection.name.split(".")[2]))
+        rotated = [dim for dim in range(len(theta)) if float(theta[dim]) > 1e-8]
+        count = 2 * max(1, round(0.25 * len(rotated) / 2))
+        slowest = sorted(rotated, key=lambda dim: float(theta[dim]))[:count]
+        assert projection.dims == tuple(sorted(slowest))
+        for (first, second), frequency in zip(
+            projection.table.pairs, projection.table.inv_freq, strict=True
+        ):
+            assert [float(theta[first]), float(theta[second])] == pytest.approx(
+                [frequency] * 2, rel=1e-3
+            )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_low_frequency_outputs_of_each_projection_change(family):
+    model = build(family, torch.float64)
+    report = inject_roae(model, RoAEConfig(rank=4, low_freq_ratio=0.5))
+    model.double()
+    randomise(model)
+    for projection in report.projections:
+        layer = model.get_submodule(projection.name)
+        x = torch.randn(3, 7, layer.roae_A.shape[1], dtype=torch.float64)
+        delta = (layer(x) - layer.base(x)).unflatten(-1, (projection.num_heads, -1))
+        low = list(projection.dims)
+        high = [d for d in range(delta.shape[-1]) if d not in low]
+        assert (delta[..., low] != 0).all()
+        assert (delta[..., high] == 0).all()
+
+
+def test_it_equals_a_peft_lora_whose_b_is_zero_off_the_low_frequencies(ids_BT):
+    ours, theirs = build("llama"), build("llama")
+    theirs.load_state_dict(ours.state_dict())
+    inject_roae(ours, RoAEConfig(rank=4, alpha=8.0))
+    randomise(ours)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj"])
+    theirs = peft.get_peft_model(theirs, config)
+    for name, layer in roae_layers(ours):
+        lora = theirs.get_submodule(f"base_model.model.{name}")
+        lora.lora_A["default"].weight.data = layer.roae_A.data
+        wide = torch.zeros_like(lora.lora_B["default"].weight)
+        head_dim = 16
+        rows = [
+            h * head_dim + d
+            for h in range(layer.num_heads)
+            for d in range(head_dim)
+            if d in layer.head_dims
+        ]
+        wide[rows] = layer.roae_B.data
+        lora.lora_B["default"].weight.data = wide
+    assert_close(ours(ids_BT).logits, theirs.eval()(ids_BT).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "cohere", "gemma3", "phi"])
+def test_merging_keeps_the_logits_and_leaves_a_plain_model(family, ids_BT):
+    model = build(family)
+    before_keys = set(model.state_dict())
+    inject_roae(model, RoAEConfig(rank=4))
+    for _, layer in roae_layers(model):
+        nn.init.normal_(layer.roae_B, std=0.02)
+    before = model(ids_BT).logits
+    merge_roae(model)
+    assert_close(model(ids_BT).logits, before, atol=1e-4, rtol=1e-4)
+    assert set(model.state_dict()) == before_keys
+    assert not any(isinstance(module, RoAELinear) for module in model.modules())
+
+
+def test_only_adapters_take_gradients(ids_BT):
+    model = build("llama")
+    report = inject_roae(model, RoAEConfig(rank=4))
+    randomise(model)
+    model(ids_BT).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == is_adapter_key(name)
+        assert (parameter.grad is not None) == is_adapter_key(name)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.num_trainable == trainable
+    assert report.num_total == sum(p.numel() for p in model.parameters())
+
+
+def test_the_report_says_what_stands_where():
+    report = inject_roae(build("llama"), RoAEConfig(rank=4, low_freq_ratio=0.25))
+    assert [p.name for p in report.projections] == [
+        f"model.layers.{i}.self_attn.{t}_proj" for i in range(2) for t in "qk"
+    ]
+    q, k = report.projections[:2]
+    # Eight pairs a head of 16, base 10000: frequency i is 10000 ** (-i / 8).
+    assert q.table.inv_freq == pytest.approx([10000 ** (-i / 8) for i in range(8)], rel=1e-4)
+    assert q.dims == (6, 7, 14, 15)
+    assert q.border == pytest.approx((10000 ** (-6 / 8), 10000 ** (-5 / 8)), rel=1e-4)
+    assert (q.num_heads, k.num_heads) == (4, 2)
+    assert q.num_parameters == 4 * 64 + 4 * (4 * 4)
+    assert "4 of 16 dimensions a head" in str(report)
+
+
+def test_targets_may_be_q_or_k_alone():
+    report = inject_roae(build("llama"), RoAEConfig(rank=4, targets=("k",)))
+    assert {p.target for p in report.projections} == {"k"}
+
+
+def test_layers_without_rotation_get_no_adapter():
+    report = inject_roae(build("smollm3"), RoAEConfig(rank=4))
+    assert {p.name.split(".")[2] for p in report.projections} == {"0"}
+
+
+def test_the_model_keeps_its_attention_kernel_and_its_mode():
+    model = build("llama")
+    kernel = model.config._attn_implementation
+    inject_roae(model.train(), RoAEConfig(rank=4))
+    assert model.config._attn_implementation == kernel
+    assert model.training
+
+
+def test_the_slowest_pairs_of_a_half_precision_model_are_told_apart():
+    model = build(
+        "llama", torch.bfloat16, rope_parameters={"rope_type": "default", "rope_theta": 1e7}
+    )
+    report = inject_roae(model, RoAEConfig(rank=4))
+    wanted = [math.exp(-i / 8 * math.log(1e7)) for i in range(8)]
+    assert report.projections[0].table.inv_freq == pytest.approx(wanted, rel=1e-5)
+
+
+REFUSED = {
+    "GPT2Config": {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4},
+    "OPTConfig": {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_without_rope_is_refused_by_name_and_left_as_it_was(name):
+    config = getattr(transformers, name)(
+        **REFUSED[name], bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    keys = set(model.state_dict())
+    with pytest.raises(ValueError, match=rf"{type(model).__name__} .*Give a RoPE model") as error:
+        inject_roae(model, RoAEConfig())
+    assert "\n" not in str(error.value)
+    assert set(model.state_dict()) == keys
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_adapting_twice_and_merging_a_plain_model_are_refused():
+    model = build("llama")
+    with pytest.raises(ValueError, match="carries no RoAE"):
+        merge_roae(model)
+    inject_roae(model, RoAEConfig())
+    with pytest.raises(ValueError, match="carries RoAE already"):
+        inject_roae(model, RoAEConfig())
+
+
+def test_adapter_keys_that_do_not_fit_are_named():
+    model = build("llama")
+    inject_roae(model, RoAEConfig(rank=4))
+    good = {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
+    check_adapter_keys(model, good)
+    key = next(iter(good))
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        check_adapter_keys(model, {k: v for k, v in good.items() if k != key})
+    with pytest.raises(ValueError, match="lm_head.weight is unknown"):
+        check_adapter_keys(model, {**good, "lm_head.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=f"{key} has shape"):
+        check_adapter_keys(model, {**good, key: torch.zeros(1)})
+
+
+def test_generation_with_a_cache_equals_generation_without(ids_BT):
+    model = build("llama")
+    inject_roae(model, RoAEConfig(rank=4))
+    randomise(model)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(ids_BT, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids_BT, use_cache=False, **options))
+    assert cached.shape[1] == ids_BT.shape[1] + 5
