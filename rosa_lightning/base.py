@@ -132,7 +132,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
     # Enabling may make the embeddings' output require a gradient, and so the backward pass of
     # every frozen layer necessary.
-    model.disable_input_require_grads()
+    model.disable_input_require_grads()  # type: ignore[no-untyped-call]
 
 
 def _location(base: str) -> str:

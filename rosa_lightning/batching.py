@@ -84,6 +84,8 @@ def encode(
     leaves the record out. Without responses, prompts are always cut: an evaluation that left
     records out would not be one.
     """
+    if not records:  # which tokenizers do not take
+        return [], OverlongCount()
     prefix = prompt_prefix(tokenizer)
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     prompts = tokenizer([prompt(record, template) for record in records], **options)["input_ids"]

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +28,10 @@ from rosa_lightning.predictions import PredictionWriter
 TRACEBACK_VARIABLE = "ROSA_TRACEBACK"
 """Environment variable that, set to 1, shows the traceback of a user's error."""
 
+DESCRIPTION = (
+    "RoSA fine-tuning: RoAE adapters on the low-frequency RoPE dimensions of Q and K, trained in "
+    "the layers that Dynamic Layer Selection picks."
+)
 SUGGESTION = " Did you mean"
 
 _PACKAGE = Path(__file__).parent
@@ -85,16 +90,19 @@ class RoSACLI(LightningCLI):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 for a failure, 2 for a wrong command line."""
+    # Lightning still uses a name that torch 2.13 deprecates; no user can do anything about it.
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec\)` is deprecated")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         RoSACLI(
             RoSAModule,
             ReasoningDataModule,
             parser_class=RoSAParser,
+            parser_kwargs={"prog": "python -m rosa_lightning", "description": DESCRIPTION},
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={"callbacks": [PredictionWriter()]},
-            args=args,
+            args=None if args is None else list(args),
         )
     except Exception as error:
         cause = user_error(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,14 +25,14 @@ def generate(
     from transformers import GenerationConfig
 
     # Made afresh: a base's own generation settings (sampling, penalties) would change the answer.
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     prompt_BT = batch["input_ids"]
-    output = model.generate(
+    output = cast("Any", model).generate(
         input_ids=prompt_BT, attention_mask=batch["attention_mask"], generation_config=config
     )
     new = output[:, prompt_BT.shape[1] :]

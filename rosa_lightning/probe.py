@@ -84,11 +84,11 @@ def _attention_inputs(
     """
     inputs: dict[str, dict[str, Any]] = {}
 
-    def to_float32(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def to_float32(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return _cast((args, kwargs), torch.float32)
 
     def keep(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             inputs[name] = {"hidden_states": hidden, **rest}

@@ -112,7 +112,7 @@ class RoAELinear(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         num_rows = num_heads * len(self.head_dims)
         # float32 by name: Lightning's -true precisions change the default dtype around this call.
-        factory = {"dtype": torch.float32, "device": device}
+        factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.roae_A = nn.Parameter(torch.empty(config.rank, in_features, **factory))
         self.roae_B = nn.Parameter(torch.zeros(num_rows, config.rank, **factory))
         # The usual start of LoRA (Hu et al., 2021): A as a linear layer, B zero.
@@ -133,7 +133,7 @@ class RoAELinear(nn.Module):
         """Project and add the term; (..., D) to (..., num_heads * head_dim)."""
         z = self.base(x_BTD)
         low = self.low_rank(x_BTD).to(z.dtype)
-        out: Tensor = AddToRuns.apply(z, low, self.num_heads, self.runs)
+        out: Tensor = AddToRuns.apply(z, low, self.num_heads, self.runs)  # type: ignore[no-untyped-call]
         return out
 
     def low_rank(self, x_BTD: Tensor) -> Tensor:
@@ -177,6 +177,11 @@ def contiguous_runs(dims: Sequence[int]) -> Runs:
     return tuple(runs)
 
 
+def by_head(x: Tensor, num_heads: int) -> Tensor:
+    """(..., num_heads * n) seen as (..., num_heads, n)."""
+    return x.view(*x.shape[:-1], num_heads, -1)
+
+
 class AddToRuns(torch.autograd.Function):
     """Add ``low`` in place to some dimensions of every head of ``z``, and return ``z``.
 
@@ -193,7 +198,7 @@ class AddToRuns(torch.autograd.Function):
         """Write the low-frequency outputs, and no others."""
         ctx.mark_dirty(z)
         ctx.num_heads, ctx.runs = num_heads, runs
-        z_heads, low_heads = z.unflatten(-1, (num_heads, -1)), low.unflatten(-1, (num_heads, -1))
+        z_heads, low_heads = by_head(z, num_heads), by_head(low, num_heads)
         column = 0
         for start, stop in runs:
             width = stop - start
@@ -202,8 +207,8 @@ class AddToRuns(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """The gradient of z is the gradient of the sum; that of ``low`` is gathered from it."""
-        heads = grad.unflatten(-1, (ctx.num_heads, -1))
+        heads = grad.reshape(*grad.shape[:-1], ctx.num_heads, -1)
         low = torch.cat([heads[..., start:stop] for start, stop in ctx.runs], dim=-1)
         return grad, low.flatten(-2), None, None

@@ -82,7 +82,7 @@ def read_pair_table(rotate: Rotation, head_dim: int) -> PairTable:
 
 
 def low_frequency_pairs(table: PairTable, ratio: float) -> tuple[int, ...]:
-    """Indices into ``table.pairs`` of the slowest ``max(1, round(ratio * pairs))`` pairs, ascending.
+    """Indices into ``table.pairs`` of the ``max(1, round(ratio * pairs))`` slowest, ascending.
 
     Pairs of equal frequency are taken from the later dimension on, as in a table sorted downwards.
 

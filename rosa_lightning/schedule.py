@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -50,11 +51,11 @@ class WarmupCosine(LRScheduler):
     def set_total_steps(self, total_steps: int) -> None:
         """Say how long the run is, once that is known, before the first step."""
         self.total_steps = total_steps
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = rate
         self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rates for the step numbered ``last_epoch`` (torch's name), from 0."""
         factor = self._factor(self.last_epoch)
         return [float(base) * factor for base in self.base_lrs]

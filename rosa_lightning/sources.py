@@ -339,7 +339,7 @@ def hold_out(
         held = held.union(*(_chosen([key for key, _ in source], fraction) for source in keyed))
     for source in keyed:
         keys = {key for key, _ in source}
-        if keys and keys <= held:  # other sources hold out all its prompts: it gets one back
+        if keys and keys <= held:  # nothing would be left to train on: it gets one back
             held.discard(max(keys))
     return (
         [[record for key, record in source if key not in held] for source in keyed],
@@ -361,7 +361,7 @@ def _chosen(keys: Sequence[bytes], fraction: float) -> set[bytes]:
         return set()
     wanted = max(1, round(len(keys) * fraction))
     chosen: set[bytes] = set()
-    for key, size in list(sizes.items())[:-1]:
+    for key, size in sizes.items():
         if size <= wanted:
             chosen.add(key)
             wanted -= size

@@ -2,7 +2,6 @@
 
 import pickle
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -80,8 +79,6 @@ def test_prompt_begins_with_what_the_tokenizer_adds_and_never_ends_with_eos(toke
 @pytest.mark.parametrize("tokenizer", [PLAIN, WITH_BOS, WITH_BOTH, MERGING])
 @given(instruction=st.text(min_size=1), output=st.text(min_size=1))
 def test_border_between_prompt_and_response_is_exact(tokenizer, instruction, output):
-    instruction = instruction.encode("utf-8", "replace").decode()
-    output = output.encode("utf-8", "replace").decode()
     example, count = encode_one(record(instruction, output), tokenizer, max_length=10_000)
     assert tokenizer.decode(example.prompt, skip_special_tokens=True) == f"{instruction}\n"
     assert example.response[-1] == tokenizer.eos_token_id
@@ -174,6 +171,10 @@ def test_prompts_to_answer_are_cut_and_never_dropped():
     assert count.too_long == 1
 
 
+def test_no_records_are_no_examples():
+    assert encode([], PLAIN)[0] == []
+
+
 def test_overlong_message_says_how_many_and_what_to_set():
     _, count = encode([record(), record("x" * 9), record(output="y" * 99)], PLAIN, max_length=8)
     assert count.message("boolq", 8, "cut") == (
@@ -217,8 +218,10 @@ def test_training_batch_is_right_aligned_with_loss_on_the_response_alone():
 def test_prompt_batch_holds_prompts_alone_and_the_gold_answers():
     examples, _ = encode(RECORDS, PLAIN, template="plain", with_response=False)
     batch = PromptCollator(pad_id=0)(examples)
-    texts = [text.lstrip("<pad>") for text in PLAIN.batch_decode(batch["input_ids"])]
-    assert texts == ["One\n", "A longer one\n"]
+    assert PLAIN.batch_decode(batch["input_ids"], skip_special_tokens=True) == [
+        "One\n",
+        "A longer one\n",
+    ]
     assert batch["attention_mask"].sum(1).tolist() == [4, 13]
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]
     assert batch["position_ids"][:, -1].tolist() == [3, 12]
@@ -237,9 +240,9 @@ def test_examples_and_collators_can_be_sent_to_worker_processes():
 
 # Order.
 
-mixtures = st.lists(
-    st.tuples(st.integers(1, 40), st.floats(0.05, 1)), min_size=1, max_size=5
-).map(lambda pairs: [list(column) for column in zip(*pairs, strict=True)])
+mixtures = st.lists(st.tuples(st.integers(1, 40), st.floats(0.05, 1)), min_size=1, max_size=5).map(
+    lambda pairs: [list(column) for column in zip(*pairs, strict=True)]
+)
 
 
 def names_of(sizes):
@@ -303,6 +306,14 @@ def test_order_depends_on_seed_and_epoch():
     assert not torch.equal(order, epoch_order(sizes, counts, ["a", "b"], 0, 1))
 
 
+def test_sources_take_turns_differently_in_each_epoch():
+    turns = [
+        source_of(epoch_order([20, 30], [25, 25], ["a", "b"], 0, epoch), [20, 30])
+        for epoch in (0, 1)
+    ]
+    assert turns[0].tolist() != turns[1].tolist()
+
+
 def sampler(num_replicas=1, rank=0, sizes=(20, 13), weights=(0.5, 0.5)):
     return MixtureSampler(sizes, weights, names_of(sizes), 0, num_replicas, rank)
 
@@ -345,11 +356,10 @@ def test_each_pass_is_the_next_epoch():
     assert len(loader()) == 9
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("done", [0, 1, 8, 9, 13])
+@pytest.mark.parametrize(
+    ("done", "num_workers"), [(0, 0), (1, 0), (8, 0), (9, 0), (13, 0), (13, 2)]
+)
 def test_loader_goes_on_from_its_saved_place(done, num_workers):
-    if num_workers and done != 13:
-        pytest.skip("one place is enough for slow workers")
     expected = passes(loader(), 4)
     stopped = loader(num_workers=num_workers)
     stream = (batch for _ in range(4) for batch in stopped)
@@ -381,9 +391,9 @@ def test_loader_with_a_sampler_of_the_trainer_reads_it_as_it_is():
 
 
 def test_no_global_random_generator_is_read():
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     passes(loader(), 2)
-    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
 
@@ -393,10 +403,3 @@ def test_lightning_epochs_do_not_move_the_sampler():
     first = list(one)
     one.set_epoch(5)
     assert list(one) == first
-
-
-def test_shares_of_a_small_weight_add_up_over_an_epoch():
-    order = epoch_order([100, 50], epoch_counts([0.99, 0.01], 150), ["a", "b"], 0, 0)
-    assert Counter(source_of(order, [100, 50]).tolist()) == {0: 149, 1: 1} or Counter(
-        source_of(order, [100, 50]).tolist()
-    ) == {0: 148, 1: 2}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,14 +15,13 @@ from rosa_lightning.roae import RoAEConfig, RoAELinear, contiguous_runs
 
 def layer(bias: bool = False, dtype: torch.dtype = torch.float32, **config) -> RoAELinear:
     base = nn.Linear(12, 24, bias=bias).to(dtype).requires_grad_(False)
-    made = RoAELinear(
+    return RoAELinear(
         base,
         in_features=12,
         num_heads=3,
         head_dims=(2, 3, 6),
         config=RoAEConfig(**{"rank": 4, "alpha": 8.0, **config}),
     )
-    return made
 
 
 def with_random_term(made: RoAELinear) -> RoAELinear:
@@ -138,7 +139,7 @@ def test_compiled_forward_and_backward_have_no_graph_break():
 def test_runs_hold_the_same_dimensions(dims):
     runs = contiguous_runs(sorted(dims))
     assert [dim for run in runs for dim in range(*run)] == sorted(dims)
-    assert all(first[1] < second[0] for first, second in zip(runs, runs[1:], strict=False))
+    assert all(first[1] < second[0] for first, second in pairwise(runs))
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,7 @@ def test_records_of_parquet_files(tmp_path):
     path = str(tmp_path / "svamp.parquet")
     datasets.Dataset.from_list([ROW, {**ROW, "input": None}]).to_parquet(path)
     assert load(path) == [
-        Record("What is 2 + 2?", "", "It is 4.", "4", "svamp", "svamp", number)
-        for number in (1, 2)
+        Record("What is 2 + 2?", "", "It is 4.", "4", "svamp", "svamp", number) for number in (1, 2)
     ]
 
 

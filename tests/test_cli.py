@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+from conftest import byte_tokenizer, save_base, write_records
+
+from rosa_lightning.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _as_a_command(monkeypatch, tmp_path):
+    """Lightning warns about other arguments on the command line, and runs write where they are."""
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    monkeypatch.chdir(tmp_path)
+
+
+def config(base_folder: Path, sources, **trainer) -> dict:
+    return {
+        "model": {"base": str(base_folder), "roae": {"rank": 4}},
+        "data": {"sources": sources, "batch_size": 4, "val_fraction": 0.1},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "rosa_lightning.DynamicLayerSelection", "init_args": {"interval": 5}}
+            ],
+            **trainer,
+        },
+    }
+
+
+@pytest.fixture
+def settings(base_folder, sources):
+    return config(base_folder, sources)
+
+
+def run(command: str, settings: dict, *arguments: str) -> int:
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    return main([command, "--config", "config.yaml", *arguments])
+
+
+def refused(capsys, command: str, settings: dict, *arguments: str) -> str:
+    """The one line that a refused command prints on stderr, without a traceback."""
+    try:
+        status = run(command, settings, *arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status in (1, 2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_fit_leaves_logs_and_an_adapter_only_checkpoint(settings):
+    assert run("fit", settings) == 0
+    folder = Path("lightning_logs/version_0")
+    assert list(folder.glob("events.out.tfevents.*"))
+    (checkpoint,) = folder.glob("checkpoints/*.ckpt")
+    assert checkpoint.stat().st_size < 200_000
+
+
+def test_validate_test_and_predict_take_the_checkpoint(settings, tmp_path):
+    settings["model"]["max_new_tokens"] = 3
+    settings["data"]["test_sources"] = [
+        {"path": str(write_records(tmp_path / "t.json", 5)), "task": "gsm8k"}
+    ]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"instruction": f"Say {n}."} for n in range(5)]))
+    settings["data"]["predict_sources"] = [str(prompts)]
+    assert run("fit", settings) == 0
+    (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))
+    for command in ("validate", "test", "predict"):
+        assert run(command, settings, "--ckpt_path", checkpoint) == 0
+    (predictions,) = Path().rglob("predictions.jsonl")
+    records = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == [f"Say {n}." for n in range(5)]
+    assert not list(Path().rglob("*.rank0"))
+
+
+def test_optimizer_and_schedule_are_replaced_from_the_command_line(settings, capsys):
+    arguments = ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--optimizer.momentum", "0.9"]
+    schedule = ["--lr_scheduler", "ConstantLR", "--lr_scheduler.factor", "0.25"]
+    settings["trainer"]["callbacks"] = None
+    assert run("fit", settings, *arguments, *schedule) == 0
+    import torch
+
+    (path,) = Path("lightning_logs").rglob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    assert group["momentum"] == 0.9
+    assert group["lr"] == pytest.approx(0.5 * 0.25)
+
+
+def test_a_schedule_on_a_plateau_is_stepped_by_the_validation_loss(settings):
+    arguments = ["--lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau"]
+    assert run("fit", settings, *arguments, "--lr_scheduler.monitor", "val/loss") == 0
+
+
+def test_print_config_round_trips(settings, capsys):
+    outputs = []
+    for name in ("first.yaml", "second.yaml"):
+        source = "config.yaml" if not outputs else "first.yaml"
+        Path("config.yaml").write_text(yaml.safe_dump(settings))
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", "--config", source, "--print_config"])
+        assert exit_.value.code == 0
+        outputs.append(capsys.readouterr().out)
+        Path(name).write_text(outputs[-1])
+    assert outputs[0] == outputs[1]
+    assert yaml.safe_load(outputs[0])["model"]["roae"]["rank"] == 4
+
+
+def test_help_shows_what_the_attributes_of_nested_settings_mean(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Share of each head's RoPE pairs that is adapted" in text
+    assert "python -m rosa_lightning" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "nearest"),
+    [
+        (lambda c: c["model"].update(basee="x"), "model.base"),
+        (lambda c: c["model"]["roae"].update(low_frq_ratio=0.5), "model.roae.low_freq_ratio"),
+        (lambda c: c["data"].update(batchsize=4), "data.batch_size"),
+        (lambda c: c["trainer"].update(max_stps=4), "trainer.max_steps"),
+        (
+            lambda c: c["trainer"]["callbacks"][0]["init_args"].update(intervall=4),
+            "interval",
+        ),
+        (
+            lambda c: c.update(
+                optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lrr": 0.1}}
+            ),
+            "lr",
+        ),
+    ],
+)
+def test_a_mistyped_key_names_the_nearest_right_one(settings, change, nearest, capsys):
+    change(settings)
+    assert refused(capsys, "fit", settings).endswith(f" Did you mean {nearest}?")
+
+
+def test_a_mistyped_option_and_command_are_one_line(settings, capsys):
+    line = refused(capsys, "fit", settings, "--model.roae.rnk", "3")
+    assert line.endswith("Did you mean model.roae.rank?")
+    with pytest.raises(SystemExit):
+        main(["fitt"])
+    assert "invalid choice: 'fitt'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.roae.rank", "0"], "rank=0 is not a whole number of at least 1"),
+        (["--model.roae.low_freq_ratio", "0"], "low_freq_ratio=0.0 is outside (0, 1]"),
+        (["--model.roae.low_freq_ratio", "1.5"], "low_freq_ratio=1.5 is outside (0, 1]"),
+        (["--model.roae.rank", "x"], "Parser key \"model.roae.rank\": Expected a <class 'int'>"),
+        (["--model.base", "no/such-model"], "base 'no/such-model' could not be loaded"),
+        (["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
+        (["--data.sources", "[{path: missing.json}]"], "missing.json does not exist"),
+        (["--data.sources", "[{hub: nobody/nothing}]"], "nobody/nothing"),
+        (["--data.sources", "[]"], "data.sources names no source"),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "the run has no end"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(settings, arguments, message, capsys):
+    assert message in refused(capsys, "fit", settings, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json", "broken.json"),
+        ("[]", "broken.json"),
+        ('[{"instruction": "a", "output": "b", "answer": "b"}, {"instruction": "a"}]', "output"),
+        ('{"instruction": "a"}', "broken.json"),
+    ],
+)
+def test_a_source_of_the_wrong_shape_is_one_line(settings, content, message, capsys):
+    Path("broken.json").write_text(content)
+    settings["data"]["sources"] = [{"path": "broken.json"}]
+    assert message in refused(capsys, "fit", settings)
+
+
+def test_weights_that_sum_to_zero_are_one_line(settings, capsys):
+    settings["data"]["sources"] = [{**s, "weight": 0} for s in settings["data"]["sources"]]
+    assert "weight" in refused(capsys, "fit", settings)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "OPT"])
+def test_a_base_without_rope_is_one_line(settings, name, tmp_path, capsys):
+    sizes = {"GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2}}.get(
+        name,
+        {
+            "hidden_size": 32,
+            "ffn_dim": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 32,
+        },
+    )
+    ends = {"bos_token_id": 1, "eos_token_id": 256, "pad_token_id": 257}
+    made = getattr(transformers, f"{name}Config")(vocab_size=258, **ends, **sizes)
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    line = refused(capsys, "fit", settings, "--model.base", str(tmp_path / "base"))
+    assert "RoPE" in line
+    assert name in line
+
+
+def test_a_checkpoint_of_another_base_is_one_line(settings, tmp_path, capsys):
+    assert run("fit", settings) == 0
+    (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))
+    other = str(save_base(tmp_path / "other", seed=1))
+    line = refused(capsys, "validate", settings, "--ckpt_path", checkpoint, "--model.base", other)
+    assert "was trained on base" in line
+
+
+def test_the_traceback_is_shown_when_asked_for(settings, monkeypatch):
+    monkeypatch.setenv("ROSA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="rank=0"):
+        run("fit", settings, "--model.roae.rank", "0")
+
+
+def test_a_defect_keeps_its_traceback(settings, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("a defect")
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", broken)
+    with pytest.raises(KeyError, match="a defect"):
+        run("fit", settings)
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "rosa_lightning", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("fit", "validate", "test", "predict"))

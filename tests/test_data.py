@@ -1,0 +1,470 @@
+"""The data module: settings, stages, and what a Trainer sees of the mixture."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import RunningStage
+from test_batching import byte_tokenizer
+
+from rosa_lightning.data import ReasoningDataModule
+from rosa_lightning.sources import Source, normalised_prompt
+from rosa_lightning.tasks import Record
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOKENIZER = byte_tokenizer()
+SIZES = {"a": 37, "b": 23, "c": 9}
+WEIGHTS = {"a": 0.5, "b": 0.2, "c": 0.3}
+
+
+class Recorder(LightningModule):
+    """Trains nothing; notes which records it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen, self.validated, self.noise = [], [], []
+        self.tokenizer = TOKENIZER
+
+    def training_step(self, batch, batch_idx):
+        names = batch["source"].tolist()
+        self.seen.append(list(zip(names, batch["index"].tolist(), strict=True)))
+        self.noise.append(torch.rand(1).item())
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += batch["index"].tolist()
+
+    def test_step(self, batch, batch_idx):
+        pass
+
+    def predict_step(self, batch, batch_idx):
+        return [batch["prompt"], batch["source"], batch["index"].tolist(), batch["reference"]]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, size in SIZES.items():
+        rows = [
+            {"instruction": f"{name} {n}?", "output": f"The answer is {n}.", "answer": n}
+            for n in range(size)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return tmp_path
+
+
+def sources(folder, weights=WEIGHTS):
+    return [{"path": str(folder / f"{name}.jsonl"), "weight": w} for name, w in weights.items()]
+
+
+def data(folder, **settings):
+    defaults = {"sources": sources(folder), "batch_size": 4, "val_fraction": 0.1, "seed": 3}
+    return ReasoningDataModule(**{**defaults, **settings})
+
+
+def trainer(**options):
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "accelerator": "cpu",
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**{**quiet, **options})
+
+
+def fit(data_module, ckpt_path=None, **options):
+    module, a_trainer = Recorder(), trainer(**options)
+    a_trainer.fit(module, datamodule=data_module, ckpt_path=ckpt_path)
+    return module, a_trainer
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size=0 is below 1"),
+        ({"max_length": 7}, ValueError, "max_length=7 is below 8"),
+        ({"num_workers": -1}, ValueError, "num_workers=-1 is below 0"),
+        ({"val_fraction": 1.0}, ValueError, r"val_fraction=1.0 is outside \[0, 1\)"),
+        ({"template": "chat"}, ValueError, "template='chat' is none of alpaca, plain"),
+        ({"overlong": "keep"}, ValueError, "overlong='keep' is none of cut, drop"),
+        ({"sources": "dmo"}, TypeError, "sources is 'dmo'; expected demo or a list"),
+        ({"sources": []}, ValueError, "data.sources names no source"),
+        ({"sources": [{"pth": "a"}]}, TypeError, "did you mean path?"),
+        ({"test_sources": [{"path": "x/a"}, {"path": "y/a"}]}, ValueError, "are named 'a'"),
+        (
+            {"sources": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]},
+            ValueError,
+            "weights in data.sources sum to zero",
+        ),
+        (
+            {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
+            ValueError,
+            r"some sources have a weight and others not \(b\)",
+        ),
+    ],
+)
+def test_setting_that_cannot_be_used_is_one_clear_line(settings, error, words):
+    with pytest.raises(error, match=words) as caught:
+        ReasoningDataModule(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_source_of_weight_zero_takes_no_part(folder):
+    module = data(folder, sources=sources(folder, {"a": 1, "b": 0}), tokenizer=TOKENIZER)
+    assert module.source_names == ["a"]
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_stage_without_sources_names_the_setting(folder, stage):
+    with pytest.raises(ValueError, match=rf"data\.{stage}_sources"):
+        data(folder, tokenizer=TOKENIZER).setup(stage)
+
+
+def test_validation_without_held_out_records_names_the_setting(folder):
+    with pytest.raises(ValueError, match=r"data\.val_fraction=0\.0"):
+        data(folder, tokenizer=TOKENIZER, val_fraction=0.0).setup("validate")
+
+
+def test_no_tokenizer_and_unknown_tokenizer_are_one_clear_line(folder):
+    with pytest.raises(ValueError, match=r"data\.tokenizer is not set"):
+        data(folder).setup("fit")
+    with pytest.raises(OSError, match=r"tokenizer 'no/such'.*data\.tokenizer") as caught:
+        data(folder, tokenizer="no/such").setup("fit")
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_without_end_token_is_refused(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        data(folder, tokenizer=tokenizer).setup("fit")
+
+
+def test_tokenizer_is_read_from_a_folder(folder):
+    TOKENIZER.save_pretrained(str(folder / "tokenizer"))
+    module = data(folder, tokenizer=str(folder / "tokenizer"))
+    module.setup("fit")
+    assert TOKENIZER.eos_token_id in next(iter(module.train_dataloader()))["labels"]
+
+
+# Reading.
+
+
+def test_held_out_records_are_not_trained_on(folder):
+    module, _ = fit(data(folder), max_epochs=4)
+    trained_on = {pair for batch in module.seen for pair in batch}
+    # A tenth of 37, 23 and 9, rounded.
+    assert len(module.validated) / 4 == 4 + 2 + 1
+    assert len(trained_on) == 37 + 23 + 9 - 7
+
+
+def test_without_held_out_records_nothing_is_validated(folder):
+    module, _ = fit(data(folder, val_fraction=0.0), max_epochs=1)
+    assert module.validated == []
+    assert len({pair for batch in module.seen for pair in batch if pair[0] == 2}) == 9
+
+
+def test_cut_records_are_counted_in_a_warning(folder):
+    module = data(folder, tokenizer=TOKENIZER, max_length=22, template="plain")
+    with pytest.warns(UserWarning, match=r"source a: 27 of 37 records .*data\.max_length=22"):
+        module.setup("fit")
+
+
+def test_dropped_records_are_counted_in_a_warning(folder):
+    settings = {"max_length": 22, "template": "plain", "overlong": "drop", "val_fraction": 0.0}
+    module = data(folder, tokenizer=TOKENIZER, **settings)
+    with pytest.warns(UserWarning, match="source a: 27 of 37 records .* were left out"):
+        module.setup("fit")
+    assert len(module.train_dataloader().dataset) == 10 + 10 + 9
+
+
+def test_source_that_is_dropped_whole_is_an_error(folder):
+    module = data(folder, tokenizer=TOKENIZER, max_length=8, overlong="drop")
+    with pytest.raises(ValueError, match="source a: all 37 records are longer"):
+        module.setup("fit")
+
+
+def test_setup_reads_once(folder):
+    module = data(folder, tokenizer=TOKENIZER, test_sources=sources(folder, {"a": None}))
+    for stage in ("fit", "validate", "test"):
+        module.setup(stage)
+    for name in SIZES:
+        (folder / f"{name}.jsonl").unlink()
+    for stage in ("fit", "validate", "test"):
+        module.setup(stage)
+    assert len(module.test_dataloader().dataset) == 37
+
+
+def test_hub_sources_are_fetched_before_the_ranks_read(folder, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(
+        "rosa_lightning.data.load_records",
+        lambda source, purpose: fetched.append((source.hub, purpose)),
+    )
+    given = [Source(hub="a/b"), Source(path="c.jsonl")]
+    ReasoningDataModule(sources=given).prepare_data()
+    assert fetched == [("a/b", "train")]
+
+
+def test_task_names_cover_validation_and_test(folder):
+    given = [{"path": str(folder / "a.jsonl"), "task": "svamp"}]
+    module = data(folder, sources=given, test_sources=[Source(path="boolq.json")])
+    fit(module, max_epochs=1)
+    assert module.task_names == ["boolq", "svamp"]
+
+
+def test_predict_sources_may_be_records_or_lines_of_text(folder):
+    (folder / "ask.txt").write_text("One?\nTwo?\n")
+    given = [str(folder / "ask.txt"), {"path": str(folder / "c.jsonl"), "name": "records"}]
+    module = data(folder, predict_sources=given)
+    (first, *_, last) = trainer().predict(Recorder(), datamodule=module)
+    assert first[0] == ["One?", "Two?", "c 0?", "c 1?"]
+    assert first[1] == ["ask", "ask", "records", "records"]
+    assert first[2] == [1, 2, 1, 2]
+    assert first[3] == [None, None, "0", "1"]
+    assert last[2][-1] == 9
+
+
+def test_test_batches_hold_the_gold_answers(folder):
+    module = data(folder, test_sources=sources(folder, {"c": None}), tokenizer=TOKENIZER)
+    trainer().test(Recorder(), datamodule=module)
+    batches = list(module.test_dataloader())
+    assert [answer for batch in batches for answer in batch["reference"]] == list("012345678")
+
+
+def test_embedded_tokenizer_and_demonstration_set_need_no_setting():
+    from rosa_lightning import tiny
+
+    if not (tiny.folder() / "tokenizer.json").exists():
+        pytest.skip("the embedded model is not built")
+    module = ReasoningDataModule(tokenizer="tiny", test_sources="demo")
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    assert module.task_names == ["demo"]
+    batch = next(iter(module.train_dataloader()))
+    assert (batch["labels"] != -100).any(1).all()
+
+
+# Shares.
+
+
+def test_shares_are_counted_logged_and_said(folder, caplog):
+    module = data(folder)
+    logger = CSVLogger(folder)
+    with caplog.at_level("INFO"):
+        fit(module, max_epochs=2, logger=logger, log_every_n_steps=5)
+    assert module.shares() == pytest.approx(WEIGHTS, abs=0.02)
+    # One epoch has 62 records, and 62 * 0.3 = 18.6 of them of 8 in the training part of c.
+    assert "c: 8 records, weight 0.3, seen 2.3 times an epoch" in caplog.text
+    assert "trained on c: 38 examples, share 0.306, weight 0.300" in caplog.text
+    rows = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    assert rows[0].split(",") == ["data/share/a", "data/share/b", "data/share/c", "step"]
+    assert [row.split(",")[-1] for row in rows[1:]] == ["5", "10", "15", "20", "25", "30"]
+
+
+def test_shares_are_of_what_was_trained_on(folder):
+    module = data(folder)
+    recorder, _ = fit(module, max_steps=7)
+    counted = Counter(source for batch in recorder.seen for source, _ in batch)
+    assert module.examples_seen() == {"a": counted[0], "b": counted[1], "c": counted[2]}
+
+
+def test_another_training_with_the_same_data_counts_and_begins_anew(folder):
+    module = data(folder)
+    first, _ = fit(module, max_steps=7)
+    second, _ = fit(module, max_steps=7)
+    assert first.seen == second.seen
+    assert sum(module.examples_seen().values()) == 28
+
+
+def test_training_on_without_a_checkpoint_goes_on_in_the_order(folder):
+    straight, _ = fit(data(folder), max_epochs=2)
+    module, a_trainer = fit(data(folder), max_epochs=1)
+    a_trainer.fit_loop.max_epochs = 2
+    a_trainer.fit(module, datamodule=a_trainer.datamodule)
+    assert module.seen == straight.seen
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, {"a": None, "b": None, "c": None}])
+def test_without_weights_every_record_comes_once_an_epoch(folder, weights):
+    module, _ = fit(data(folder, sources=sources(folder, weights)), max_epochs=1)
+    counted = Counter(pair for batch in module.seen for pair in batch)
+    assert (set(counted.values()) == {1}) == (None in weights.values())
+
+
+# Resuming.
+
+
+class SaveAt(Callback):
+    """Saves one checkpoint, at the end of a batch, of an epoch, or of a validation."""
+
+    def __init__(self, path, moment, number):
+        self.path, self.moment, self.number, self.seen_then = path, moment, number, None
+
+    def _save(self, a_trainer, moment):
+        if moment == self.moment:
+            self.number -= 1
+            if self.number == 0:
+                a_trainer.save_checkpoint(self.path)
+                self.seen_then = len(a_trainer.lightning_module.seen)
+
+    def on_train_batch_end(self, a_trainer, *_):
+        self._save(a_trainer, "batch")
+
+    def on_train_epoch_end(self, a_trainer, *_):
+        self._save(a_trainer, "epoch")
+
+    def on_validation_end(self, a_trainer, *_):
+        self._save(a_trainer, "validation")
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "options"),
+    [
+        ("batch", 7, {"max_epochs": 2}),
+        ("batch", 21, {"max_epochs": 2}),
+        ("batch", 16, {"max_epochs": 2}),
+        ("epoch", 1, {"max_epochs": 2}),
+        ("validation", 1, {"max_epochs": 2}),
+        ("validation", 1, {"max_epochs": 2, "val_check_interval": 5}),
+        ("batch", 21, {"max_steps": 15}),
+        ("epoch", 1, {"max_steps": 15}),
+        ("epoch", 2, {"max_epochs": 4, "limit_train_batches": 9}),
+        ("batch", 12, {"max_epochs": 4, "limit_train_batches": 9}),
+    ],
+)
+def test_resumed_run_sees_exactly_the_records_that_follow(folder, moment, number, options):
+    path = str(folder / "saved.ckpt")
+    save = SaveAt(path, moment, number)
+    options = {"accumulate_grad_batches": 2, **options}
+    straight_data, resumed_data = data(folder), data(folder)
+    straight, _ = fit(straight_data, callbacks=[save], **options)
+    resumed, _ = fit(resumed_data, ckpt_path=path, **options)
+    assert save.seen_then
+    assert resumed.seen == straight.seen[save.seen_then :]
+    assert resumed_data.examples_seen() == straight_data.examples_seen()
+
+
+def test_resumed_run_with_workers_sees_exactly_the_records_that_follow(folder):
+    path = str(folder / "saved.ckpt")
+    save = SaveAt(path, "batch", 21)
+    options = {"accumulate_grad_batches": 2, "max_epochs": 2}
+    straight, _ = fit(data(folder, num_workers=2), callbacks=[save], **options)
+    resumed, _ = fit(data(folder, num_workers=2), ckpt_path=path, **options)
+    assert resumed.seen == straight.seen[21:]
+    unworked, _ = fit(data(folder), **options)
+    assert unworked.seen == straight.seen
+
+
+def test_checkpoint_loads_with_weights_only(folder):
+    path = str(folder / "saved.ckpt")
+    fit(data(folder), callbacks=[SaveAt(path, "batch", 3)], max_steps=5)
+    saved = torch.load(path, weights_only=True)
+    assert sum(saved["ReasoningDataModule"]["seen"].values()) == 12
+
+
+def test_resuming_with_other_data_warns(folder):
+    path = str(folder / "saved.ckpt")
+    fit(data(folder), callbacks=[SaveAt(path, "batch", 3)], max_steps=5)
+    with pytest.warns(UserWarning, match="differ from the checkpoint's: seed was 3 and is 4"):
+        fit(data(folder, seed=4), ckpt_path=path, max_steps=5)
+
+
+def test_loaders_leave_the_global_generator_alone(folder):
+    torch.manual_seed(1)
+    expected = [torch.rand(1).item() for _ in range(32)]
+    torch.manual_seed(1)
+    module, _ = fit(data(folder), max_epochs=2)
+    assert module.validated
+    assert module.noise == expected
+
+
+def test_overfit_batches_repeat_the_same_records(folder):
+    module, _ = fit(data(folder), overfit_batches=3, max_epochs=2)
+    assert len(module.seen) == 6
+    assert module.seen[:3] == module.seen[3:]
+
+
+RANK = """
+import json, sys
+sys.path[:0] = {paths!r}
+from test_data import Path, data, fit, torch
+folder = Path({folder!r})
+module, trainer = fit(data(folder), strategy="ddp", devices=2, max_epochs=2)
+result = {{"seen": module.seen, "trained_on": trainer.datamodule.examples_seen()}}
+(folder / f"rank{{trainer.global_rank}}.json").write_text(json.dumps(result))
+torch.distributed.destroy_process_group()
+"""
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def test_two_processes_share_the_mixture(folder):
+    script = folder / "rank.py"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script.write_text(RANK.format(paths=paths, folder=str(folder)))
+    # Started here and not by Lightning, whose second process would wait for the first's imports.
+    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script)], env={**os.environ, **shared, "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    streams = [[tuple(pair) for batch in rank["seen"] for pair in batch] for rank in ranks]
+    joint = [pair for turn in zip(*streams, strict=True) for pair in turn]
+    alone, _ = fit(data(folder), max_epochs=2)
+    assert joint == [pair for batch in alone.seen for pair in batch]
+    counted = Counter(source for source, _ in joint)
+    expected = {"a": counted[0], "b": counted[1], "c": counted[2]}
+    assert ranks[0]["trained_on"] == ranks[1]["trained_on"] == expected
+
+
+def test_lightning_leaves_the_training_loader_as_it_is_under_ddp(folder):
+    module = data(folder, tokenizer=TOKENIZER)
+    module.setup("fit")
+    loader = module.train_dataloader()
+    connector = trainer(strategy="ddp", devices=2)._data_connector
+    assert connector._prepare_dataloader(loader, True, RunningStage.TRAINING) is loader
+
+
+def test_real_mixture_is_within_two_points_of_its_weights(real_data):
+    weights = {"boolq": 0.3, "openbookqa": 0.2, "arc_easy": 0.1, "arc_challenge": 0.1}
+    given = [
+        {"path": str(real_data / "train" / f"{name}.json"), "weight": weight}
+        for name, weight in weights.items()
+    ]
+    given.append({"path": str(real_data / "train" / "gsm8k.jsonl"), "weight": 0.3})
+    module = ReasoningDataModule(sources=given, batch_size=8, max_length=1024)
+    recorder, _ = fit(module, max_steps=200, limit_val_batches=1)
+    assert module.shares() == pytest.approx({**weights, "gsm8k": 0.3}, abs=0.02)
+    held = {(e.record.source, e.record.index) for e in module._val}
+    names = module.source_names
+    assert not held & {(names[s], i) for batch in recorder.seen for s, i in batch}
+    prompts: set[str] = {normalised_prompt(e.record) for e in module._val}
+    train: list[Record] = [e.record for source in module._train or [] for e in source]
+    assert not prompts & {normalised_prompt(record) for record in train}

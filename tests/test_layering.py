@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
+
+FLOORS = {
+    "rope": 0,
+    "selection": 0,
+    "tasks": 0,
+    "roae": 1,
+    "probe": 1,
+    "rng": 1,
+    "schedule": 1,
+    "surgery": 2,
+    "base": 2,
+    "sources": 2,
+    "batching": 2,
+    "metrics": 3,
+    "evaluate": 3,
+    "module": 4,
+    "data": 4,
+    "dls": 4,
+    "predictions": 4,
+    "cli": 5,
+    "__init__": 6,
+    "__main__": 6,
+}
+"""A file imports from lower floors only. ``tiny`` holds resources, and any floor may read it."""
+
+FILES = sorted(PACKAGE.glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the package's modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "rosa_lightning":
+                found |= {f"rosa_lightning.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("rosa_lightning.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_has_a_floor_and_imports_downwards_only(path):
+    floor = FLOORS[path.stem]
+    for name in imported(path) - {"tiny"}:
+        assert FLOORS[name] < floor, f"{path.stem} (floor {floor}) imports {name}"
+
+
+@pytest.mark.parametrize("name", ["rope", "selection", "tasks"])
+def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
+    import sys
+
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            tops = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            tops = {str(node.module).split(".")[0]}
+        else:
+            continue
+        assert tops <= {"torch"} | sys.stdlib_module_names
+
+
+def test_the_selection_callback_needs_nothing_of_this_package_but_the_decision():
+    assert imported(PACKAGE / "dls.py") == {"selection"}
