@@ -98,7 +98,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    with _default_float32(), _one_line_errors(base, "model"):
+    with _default_float32(), _one_line_errors(base, "model", "model.base"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             _location(base),
             revision=revision or "main",
@@ -110,12 +110,19 @@ def load_base(
 
 
 def load_tokenizer(
-    base: str, *, revision: str | None = None, trust_remote_code: bool = False
+    base: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    setting: str = "model.base",
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base; arguments and errors as `load_base`."""
+    """Load the tokenizer of a base; arguments and errors as `load_base`.
+
+    ``setting`` is the configuration key that an error names.
+    """
     from transformers import AutoTokenizer
 
-    with _one_line_errors(base, "tokenizer"):
+    with _one_line_errors(base, "tokenizer", setting):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
         )
@@ -154,13 +161,13 @@ def _default_float32() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line_errors(base: str, what: str) -> Iterator[None]:
+def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
     """Turn the loaders' long and varied errors into one line."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(
-            f"the {what} of base {base!r} could not be loaded: {reason} Set model.base to a folder "
+            f"the {what} of base {base!r} could not be loaded: {reason} Set {setting} to a folder "
             "with a causal language model, to a hub id that can be reached, or to tiny."
         ) from error

@@ -8,24 +8,22 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from rosa_lightning import tiny
+from rosa_lightning.base import load_tokenizer
 from rosa_lightning.batching import (
     Example,
-    MixtureSampler,
     Overlong,
     OverlongCount,
     PromptCollator,
-    ResumableLoader,
     TrainCollator,
     encode,
 )
+from rosa_lightning.mixture import MixtureSampler, ResumableLoader, hold_out
 from rosa_lightning.sources import (
     Purpose,
     Source,
-    as_source,
-    demo_source,
-    hold_out,
     load_records,
+    source_list,
+    weighted_sources,
 )
 from rosa_lightning.tasks import Record, Template
 
@@ -88,9 +86,9 @@ class ReasoningDataModule(LightningDataModule):
                 f"val_fraction={val_fraction} is outside [0, 1). Set data.val_fraction; 0.02 "
                 "holds out 2 of 100 records, 0 none."
             )
-        self.sources = _weighted(_source_list("sources", sources, "train"))
-        self.test_sources = _source_list("test_sources", test_sources, "test")
-        self.predict_sources = _source_list("predict_sources", predict_sources, "test")
+        self.sources = weighted_sources(source_list("sources", sources, "train"))
+        self.test_sources = source_list("test_sources", test_sources, "test")
+        self.predict_sources = source_list("predict_sources", predict_sources, "test")
         self.tokenizer = tokenizer
         self.batch_size, self.max_length = batch_size, max_length
         self.template, self.overlong = template, overlong
@@ -204,7 +202,9 @@ class ReasoningDataModule(LightningDataModule):
                     "There is no tokenizer: data.tokenizer is not set and the model has none. "
                     "Set data.tokenizer to a hub id, a folder, or tiny."
                 )
-            self._tokenizer = _load_tokenizer(given) if isinstance(given, str) else given
+            if isinstance(given, str):
+                given = load_tokenizer(given, setting="data.tokenizer")
+            self._tokenizer = given
             if self._tokenizer.eos_token_id is None:
                 raise ValueError(
                     "The tokenizer has no end-of-sequence token, which ends each response. Set "
@@ -390,59 +390,3 @@ def _check_at_least(key: str, value: int, least: int) -> None:
 def _check_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{key}={value!r} is none of {', '.join(choices)}. Set data.{key}.")
-
-
-def _source_list(key: str, given: Any, demo: Literal["train", "test"]) -> list[Source]:
-    """The sources that a setting names; names must differ, as results go by them."""
-    if given is None:
-        return []
-    if given == "demo":
-        return [demo_source(demo)]
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise TypeError(
-            f"{key} is {given!r}; expected demo or a list of sources. "
-            f"Set data.{key}: [{{path: FILE.jsonl}}]."
-        )
-    sources = [as_source(value) for value in given]
-    names = [source.label for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"Two sources in data.{key} are named {name!r}. Give each a name: "
-                "[{name: first, path: ...}, {name: second, path: ...}]."
-            )
-    return sources
-
-
-def _weighted(sources: list[Source]) -> list[Source]:
-    """The sources that take part in training.
-
-    Raises ValueError if there is none, or if some have a weight and others not.
-    """
-    if not sources:
-        raise ValueError("data.sources names no source. Set it to demo or to a list of sources.")
-    without = [source.label for source in sources if source.weight is None]
-    if without and len(without) < len(sources):
-        raise ValueError(
-            f"In data.sources some sources have a weight and others not ({', '.join(without)}). "
-            "Give each one a weight, or none."
-        )
-    used = [source for source in sources if source.weight != 0]
-    if not used:
-        raise ValueError(
-            "The weights in data.sources sum to zero. Give one source a weight above 0."
-        )
-    return used
-
-
-def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer  # seconds to import, and --help does without
-
-    try:
-        return AutoTokenizer.from_pretrained(str(tiny.folder()) if name == "tiny" else name)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise OSError(
-            f"Could not load the tokenizer {name!r}: {reason} Set data.tokenizer to a hub id that "
-            "can be reached, a folder, or tiny."
-        ) from error

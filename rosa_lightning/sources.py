@@ -1,4 +1,4 @@
-"""Data sources: a local file or a hub data set to records, and the held-out split.
+"""Data sources: a local file or a hub data set to records.
 
 Two schemas are read: LLM-Adapters' `instruction`, `input`, `output`, `answer`, and GSM8K's
 `question`, `answer` with the final number after `####`. Whatever does not fit ends in an error
@@ -6,10 +6,8 @@ that names file, record and field; records are counted from 1, blank lines are n
 """
 
 import difflib
-import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -120,6 +118,49 @@ def demo_source(split: Literal["train", "test"]) -> Source:
     """The embedded demonstration set, which `data.sources: demo` means."""
     file = resources.files("rosa_lightning") / "tiny" / f"demo_{split}.jsonl"
     return Source(name="demo", path=str(file), task="demo")
+
+
+def source_list(key: str, given: Any, demo: Literal["train", "test"]) -> list[Source]:
+    """The sources that a setting names; names must differ, as results go by them."""
+    if given is None:
+        return []
+    if given == "demo":
+        return [demo_source(demo)]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(
+            f"{key} is {given!r}; expected demo or a list of sources. "
+            f"Set data.{key}: [{{path: FILE.jsonl}}]."
+        )
+    sources = [as_source(value) for value in given]
+    names = [source.label for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"Two sources in data.{key} are named {name!r}. Give each a name: "
+                "[{name: first, path: ...}, {name: second, path: ...}]."
+            )
+    return sources
+
+
+def weighted_sources(sources: list[Source]) -> list[Source]:
+    """The sources that take part in training.
+
+    Raises ValueError if there is none, or if some have a weight and others not.
+    """
+    if not sources:
+        raise ValueError("data.sources names no source. Set it to demo or to a list of sources.")
+    without = [source.label for source in sources if source.weight is None]
+    if without and len(without) < len(sources):
+        raise ValueError(
+            f"In data.sources some sources have a weight and others not ({', '.join(without)}). "
+            "Give each one a weight, or none."
+        )
+    used = [source for source in sources if source.weight != 0]
+    if not used:
+        raise ValueError(
+            "The weights in data.sources sum to zero. Give one source a weight above 0."
+        )
+    return used
 
 
 def load_records(source: Source, purpose: Purpose = "train") -> list[Record]:
@@ -313,56 +354,3 @@ def _gsm8k_solution(row: Mapping[str, Any], where: str, purpose: Purpose) -> tup
             "ending in '#### 42'. (Other schemas: instruction, input, output, answer.)"
         )
     return value, value.rsplit("####", 1)[1].strip() or None
-
-
-# --- held-out split -------------------------------------------------------------------------
-
-
-def normalised_prompt(record: Record) -> str:
-    """What is asked, in lower case, every run of other than letters and digits one space."""
-    asked = f"{record.instruction} {record.input}"
-    return re.sub(r"[\W_]+", " ", asked.casefold()).strip() or asked
-
-
-def hold_out(
-    records: Sequence[Sequence[Record]], fraction: float, seed: int
-) -> tuple[list[list[Record]], list[list[Record]]]:
-    """Splits each source's records into those to train on and those held out.
-
-    A prompt's hash with the seed decides, so the order in a file does not matter and equal
-    prompts, in one source or in several, stand on one side. Each source with two or more
-    different prompts gives `fraction` of its records, at least one, and keeps at least one.
-    """
-    keyed = [[(_split_key(record, seed), record) for record in source] for source in records]
-    held: set[bytes] = set()
-    if fraction > 0:
-        held = held.union(*(_chosen([key for key, _ in source], fraction) for source in keyed))
-    for source in keyed:
-        keys = {key for key, _ in source}
-        if keys and keys <= held:  # nothing would be left to train on: it gets one back
-            held.discard(max(keys))
-    return (
-        [[record for key, record in source if key not in held] for source in keyed],
-        [[record for key, record in source if key in held] for source in keyed],
-    )
-
-
-def _split_key(record: Record, seed: int) -> bytes:
-    text = f"{seed}\0{normalised_prompt(record)}"
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _chosen(keys: Sequence[bytes], fraction: float) -> set[bytes]:
-    """Keys that hold out as nearly `fraction` of the records as whole groups allow."""
-    sizes: dict[bytes, int] = {}
-    for key in sorted(keys):
-        sizes[key] = sizes.get(key, 0) + 1
-    if len(sizes) < 2:
-        return set()
-    wanted = max(1, round(len(keys) * fraction))
-    chosen: set[bytes] = set()
-    for key, size in sizes.items():
-        if size <= wanted:
-            chosen.add(key)
-            wanted -= size
-    return chosen or {min(sizes, key=lambda key: (sizes[key], key))}

@@ -13,15 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from rosa_lightning.batching import (
     IGNORED,
-    MixtureSampler,
     PromptCollator,
-    ResumableLoader,
     TrainCollator,
     encode,
-    epoch_counts,
-    epoch_order,
     prompt_prefix,
 )
+from rosa_lightning.mixture import MixtureSampler, ResumableLoader, epoch_counts, epoch_order
 from rosa_lightning.tasks import Record, prompt
 
 

@@ -16,7 +16,8 @@ from lightning.pytorch.trainer.states import RunningStage
 from test_batching import byte_tokenizer
 
 from rosa_lightning.data import ReasoningDataModule
-from rosa_lightning.sources import Source, normalised_prompt
+from rosa_lightning.mixture import normalised_prompt
+from rosa_lightning.sources import Source
 from rosa_lightning.tasks import Record
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -146,7 +147,7 @@ def test_validation_without_held_out_records_names_the_setting(folder):
 def test_no_tokenizer_and_unknown_tokenizer_are_one_clear_line(folder):
     with pytest.raises(ValueError, match=r"data\.tokenizer is not set"):
         data(folder).setup("fit")
-    with pytest.raises(OSError, match=r"tokenizer 'no/such'.*data\.tokenizer") as caught:
+    with pytest.raises(ValueError, match=r"tokenizer of base 'no/such'.*data\.tokenizer") as caught:
         data(folder, tokenizer="no/such").setup("fit")
     assert "\n" not in str(caught.value)
 

@@ -19,6 +19,7 @@ FLOORS = {
     "base": 2,
     "sources": 2,
     "batching": 2,
+    "mixture": 2,
     "metrics": 3,
     "evaluate": 3,
     "module": 4,

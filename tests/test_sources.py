@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rosa_lightning.mixture import hold_out, normalised_prompt
 from rosa_lightning.sources import (
     Source,
     as_source,
     demo_source,
-    hold_out,
     load_records,
-    normalised_prompt,
 )
 from rosa_lightning.tasks import Record
 
