@@ -122,6 +122,7 @@ class RoSAModule(LightningModule):
         self._rng_to_restore: dict[str, Any] | None = None
         self._tokens: Tensor | int = 0
         self._tokens_since = 0.0
+        self._tokens_per_s: float | None = None
 
     # The model.
 
@@ -208,16 +209,18 @@ class RoSAModule(LightningModule):
         return cross_entropy(logits, labels)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss, logged as ``train/loss``."""
+        """The loss, logged as ``train/loss`` beside the step's learning rate."""
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def on_train_start(self) -> None:
         """Forget generator states that were loaded for another purpose than going on."""
         if self.trainer.ckpt_path is None:
             self._rng_to_restore = None
-        self._tokens, self._tokens_since = 0, time.perf_counter()
+        self._tokens_per_s = None
+        self._restart_clock()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the generators as late as possible: starting up may draw from them."""
@@ -226,15 +229,18 @@ class RoSAModule(LightningModule):
             self._rng_to_restore = None
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the learning rate and the tokens per second since the last time."""
-        # Summed on the device and read only when it is logged, to spare a synchronisation a step.
+        """Log how many tokens per second all devices train on, padding left out."""
+        # Summed on the device and read only now and then, to spare a synchronisation a step.
         self._tokens = self._tokens + batch["attention_mask"].sum()
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            now = time.perf_counter()
-            rate = float(self._tokens) * self.trainer.world_size / (now - self._tokens_since)
-            self.log("throughput/tokens_per_s", rate)
-            self._tokens, self._tokens_since = 0, now
+            seconds = time.perf_counter() - self._tokens_since
+            self._tokens_per_s = float(self._tokens) * self.trainer.world_size / seconds
+            self._restart_clock()
+        if self._tokens_per_s is not None:
+            self.log("throughput/tokens_per_s", self._tokens_per_s)
+
+    def _restart_clock(self) -> None:
+        self._tokens, self._tokens_since = 0, time.perf_counter()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
@@ -274,6 +280,10 @@ class RoSAModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy`` and ``val/accuracy/<task>``."""
         self._log_accuracy("val")
+
+    def on_validation_end(self) -> None:
+        """Keep the time of validation out of the training throughput."""
+        self._restart_clock()
 
     def on_test_start(self) -> None:
         """Make the metric for the tasks at hand."""

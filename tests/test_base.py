@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import build, save_base
+
+from rosa_lightning.base import enable_checkpointing, identify, load_base, load_tokenizer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_base_is_loaded_in_the_dtype_asked_for_whatever_the_default(base_folder, dtype):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = load_base(str(base_folder), dtype=dtype)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_a_base_is_known_again_in_another_dtype(base_folder):
+    first = identify(load_base(str(base_folder)), "one")
+    for dtype in ("bfloat16", "float16"):
+        identify(load_base(str(base_folder), dtype=dtype), "two").check(first.to_dict())
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}])
+def test_another_base_is_refused_and_named(base_folder, tmp_path, changes):
+    first = identify(load_base(str(base_folder)), "the first")
+    other = identify(load_base(str(save_base(tmp_path / "other", **changes))), "the other")
+    with pytest.raises(ValueError, match="'the first', and the base given, 'the other'"):
+        other.check(first.to_dict())
+
+
+def test_a_fine_tuned_copy_of_the_same_shape_is_another_base(base_folder):
+    model = load_base(str(base_folder))
+    first = identify(model, "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    with pytest.raises(ValueError, match="is another one"):
+        identify(model, "tuned").check(first.to_dict())
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_path):
+    tokenizer = load_tokenizer(str(base_folder))
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<eos>"
+
+
+def test_remote_code_is_not_run_unless_asked_for(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}'
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_base(str(tmp_path))
+
+
+def test_checkpointing_leaves_the_embeddings_without_a_gradient():
+    model = build("llama").train().requires_grad_(False)
+    enable_checkpointing(model)
+    assert not model(torch.tensor([[3, 4]])).logits.requires_grad
