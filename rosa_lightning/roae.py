@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Target = Literal["q", "k"]
-Placement = Literal["projection"]
-Runs = tuple[tuple[int, int], ...]
+from rosa_lightning.rows import Blocks, add_to_rows, by_head, contiguous_runs
+
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Placement = Literal["projection", "state"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,13 @@ class RoAEConfig:
     alpha: float = 32.0
     """Scale of the term: it is multiplied by alpha / rank. Above 0."""
     targets: tuple[Target, ...] = ("q", "k")
-    """Which projections take the term."""
+    """Which projections take the term. Only q and k hold rotated dimensions; on the others every
+    row takes it, which is LoRA."""
     dropout: float = 0.0
     """Dropout probability on the term's input while training, in [0, 1)."""
     placement: Placement = "projection"
-    """Where the term is added: right after the projection, before any norm on Q and K."""
+    """Where the term of q and k is added: right after the projection, where it folds into the
+    weight, or after the norm on Q and K of models that have one."""
 
     def __post_init__(self) -> None:
         """Check each value; lists from a configuration file become tuples."""
@@ -60,12 +63,13 @@ class RoAEConfig:
         unknown = [target for target in self.targets if target not in get_args(Target)]
         if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
             raise ValueError(
-                f"targets={list(self.targets)} must name each of q and k at most once, and at "
-                "least one of them. Set model.roae.targets; [q, k] is the default."
+                f"targets={list(self.targets)} must name each of {', '.join(get_args(Target))} at "
+                "most once, and at least one of them. Set model.roae.targets; [q, k] is usual."
             )
         if self.placement not in get_args(Placement):
             raise ValueError(
-                f"placement={self.placement!r} is unknown. Set model.roae.placement to projection."
+                f"placement={self.placement!r} is unknown. Set model.roae.placement to projection "
+                "or state."
             )
 
     @property
@@ -85,11 +89,15 @@ class RoAELinear(nn.Module):
     autocast dtype inside autocast, and cast to the base's output dtype when it is added.
 
     Args:
-        base: The projection, any module from (..., D) to (..., num_heads * head_dim).
+        base: The projection, any module from (..., D) to (..., rows), a `RoAELinear` included.
         in_features: D.
-        num_heads: H, how many heads the output holds, one after the other.
-        head_dims: Low-frequency dimensions of a head, ascending, the same for every head.
+        num_heads: H, in how many blocks of equal height the rows stand; usually the heads.
+        head_dims: The rows of a block that take the term, ascending, the same for every block;
+            usually low-frequency dimensions.
         config: Rank, scale and dropout.
+        start: The first row of the first block.
+        stride: Rows of a block; all rows by the number of blocks if not given.
+        defer: Leave the output as it is and keep the term for a `RoAENorm`.
         device: Where to make the new weights.
     """
 
@@ -101,14 +109,20 @@ class RoAELinear(nn.Module):
         num_heads: int,
         head_dims: Sequence[int],
         config: RoAEConfig,
+        start: int = 0,
+        stride: int | None = None,
+        defer: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.base = base
         self.num_heads = num_heads
         self.head_dims = tuple(head_dims)
-        self.runs = contiguous_runs(head_dims)
+        self.start = start
+        self.stride = self.weight.shape[0] // num_heads if stride is None else stride
         self.scale = config.scale
+        self.deferred: Tensor | None = None
+        self.defer = defer
         self.dropout = nn.Dropout(config.dropout)
         num_rows = num_heads * len(self.head_dims)
         # float32 by name: Lightning's -true precisions change the default dtype around this call.
@@ -117,6 +131,7 @@ class RoAELinear(nn.Module):
         self.roae_B = nn.Parameter(torch.zeros(num_rows, config.rank, **factory))
         # The usual start of LoRA (Hu et al., 2021): A as a linear layer, B zero.
         nn.init.kaiming_uniform_(self.roae_A, a=math.sqrt(5))
+        self.blocks = Blocks(start, num_heads, self.stride, contiguous_runs(self.head_dims))
 
     @property
     def weight(self) -> Tensor:
@@ -130,11 +145,12 @@ class RoAELinear(nn.Module):
         return getattr(self.base, "bias", None)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Project and add the term; (..., D) to (..., num_heads * head_dim)."""
-        z = self.base(x_BTD)
-        low = self.low_rank(x_BTD).to(z.dtype)
-        out: Tensor = AddToRuns.apply(z, low, self.num_heads, self.runs)  # type: ignore[no-untyped-call]
-        return out
+        """Project and add the term; (..., D) to (..., rows)."""
+        z: Tensor = self.base(x_BTD)
+        if self.defer:
+            self.deferred = self.low_rank(x_BTD)
+            return z
+        return add_to_rows(z, self.low_rank(x_BTD).to(z.dtype), self.blocks)
 
     def low_rank(self, x_BTD: Tensor) -> Tensor:
         """The scaled term alone, (..., D) to (..., L)."""
@@ -147,13 +163,21 @@ class RoAELinear(nn.Module):
     @property
     def rows(self) -> Tensor:
         """Output rows that the term is added to, in the order of B's rows; shape (L,)."""
-        head_dim = self.weight.shape[0] // self.num_heads
-        starts = torch.arange(self.num_heads)[:, None] * head_dim
+        starts = self.start + torch.arange(self.num_heads)[:, None] * self.stride
         return (starts + torch.tensor(self.head_dims)).flatten()
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Fold the term into the projection's weight, in float32, and return the projection."""
+        """Fold the term into the projection's weight, in float32, and return the projection.
+
+        Raises:
+            ValueError: The term is added after a norm, so no weight can take it.
+        """
+        if self.defer:
+            raise ValueError(
+                "placement=state adds the term after a norm on Q and K, which no weight can hold. "
+                "Train with model.roae.placement=projection to merge."
+            )
         weight, rows = self.weight, self.rows.to(self.weight.device)
         delta = self.scale * (self.roae_B.float() @ self.roae_A.float())
         folded = weight[rows].float() + delta.to(weight.device)
@@ -166,49 +190,51 @@ class RoAELinear(nn.Module):
         return f"rank={rank}, heads={self.num_heads}, low_dims={len(self.head_dims)}"
 
 
-def contiguous_runs(dims: Sequence[int]) -> Runs:
-    """Ascending dimensions as half-open runs: [2, 3, 6] gives ((2, 4), (6, 7))."""
-    runs: list[tuple[int, int]] = []
-    for dim in dims:
-        if runs and runs[-1][1] == dim:
-            runs[-1] = (runs[-1][0], dim + 1)
-        else:
-            runs.append((dim, dim + 1))
-    return tuple(runs)
+class RoAENorm(nn.Module):
+    """A norm on Q or K that adds the deferred term of the projection before it.
 
-
-def by_head(x: Tensor, num_heads: int) -> Tensor:
-    """(..., num_heads * n) seen as (..., num_heads, n)."""
-    return x.view(*x.shape[:-1], num_heads, -1)
-
-
-class AddToRuns(torch.autograd.Function):
-    """Add ``low`` in place to some dimensions of every head of ``z``, and return ``z``.
-
-    Written by hand because autograd's own slice assignment copies the whole gradient once a slice.
-    In place is safe: a projection saves its input for the backward pass, never its output.
-
-    Inputs are z (..., H * head_dim), low (..., L) ordered by head, then by dimension, H, and the
-    dimensions of a head as half-open runs. The gradient passes to z as it is, and its
-    low-frequency part to ``low``.
+    Args:
+        base: The norm, whatever it takes besides its input.
+        source: The projection's layer, made with ``defer=True``.
+        layout: Axes of the norm's output after the batch: ``THD``, ``HTD`` or ``T(HD)``.
+        num_heads: H.
+        head_dim: D.
+        head_dims: Dimensions of a head that take the term, ascending.
     """
 
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, low: Tensor, num_heads: int, runs: Runs) -> Tensor:
-        """Write the low-frequency outputs, and no others."""
-        ctx.mark_dirty(z)
-        ctx.num_heads, ctx.runs = num_heads, runs
-        z_heads, low_heads = by_head(z, num_heads), by_head(low, num_heads)
-        column = 0
-        for start, stop in runs:
-            width = stop - start
-            z_heads[..., start:stop].add_(low_heads[..., column : column + width])
-            column += width
-        return z
+    def __init__(
+        self,
+        base: nn.Module,
+        source: RoAELinear,
+        *,
+        layout: str,
+        num_heads: int,
+        head_dim: int,
+        head_dims: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.base = base
+        # In a tuple, so that the projection's weights are not registered twice.
+        self.source = (source,)
+        self.layout = layout
+        self.num_heads = num_heads
+        self.blocks = Blocks(0, num_heads, head_dim, contiguous_runs(head_dims))
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """The gradient of z is the gradient of the sum; that of ``low`` is gathered from it."""
-        heads = grad.reshape(*grad.shape[:-1], ctx.num_heads, -1)
-        low = torch.cat([heads[..., start:stop] for start, stop in ctx.runs], dim=-1)
-        return grad, low.flatten(-2), None, None
+    @property
+    def weight(self) -> Tensor:
+        """The norm's weight, for model code that asks for its dtype or device."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Norm, then add the term."""
+        out: Tensor = self.base(*args, **kwargs)
+        low, self.source[0].deferred = self.source[0].deferred, None
+        assert low is not None, "the projection runs before its norm"
+        low = low.to(out.dtype)
+        if self.layout == "T(HD)":
+            return add_to_rows(out, low, self.blocks)
+        if self.layout == "THD":
+            return add_to_rows(out.flatten(-2), low, self.blocks).view(out.shape)
+        flat = add_to_rows(out.transpose(1, 2).flatten(-2), low, self.blocks)
+        return by_head(flat, self.num_heads).transpose(1, 2)

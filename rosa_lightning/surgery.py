@@ -8,9 +8,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from rosa_lightning.probe import read_pair_tables
-from rosa_lightning.roae import RoAEConfig, RoAELinear, Target
-from rosa_lightning.rope import PairTable, low_frequency_pairs
+from rosa_lightning.plan import Term, plan_terms
+from rosa_lightning.roae import RoAEConfig, RoAELinear, RoAENorm, Target
+from rosa_lightning.rope import PairTable
+from rosa_lightning.rows import contiguous_runs, find_blocks
 
 ADAPTER_WEIGHTS = ("roae_A", "roae_B")
 """Names of the trainable parameters; all others belong to the base."""
@@ -18,30 +19,49 @@ ADAPTER_WEIGHTS = ("roae_A", "roae_B")
 
 @dataclass(frozen=True)
 class ProjectionReport:
-    """One adapted projection."""
+    """One term on one projection."""
 
     name: str
-    """Dotted path of the projection in the model."""
+    """Dotted path of the RoAE layer in the model: the projection's own path, or below it where a
+    fused projection takes several terms."""
     target: Target
     table: PairTable
-    """All RoPE pairs of a head in this layer."""
+    """All RoPE pairs of a head in this layer; empty for targets other than q and k."""
     low_pairs: tuple[int, ...]
     """Indices of the adapted pairs in ``table.pairs``."""
     num_heads: int
     num_parameters: int
     """Trainable parameters of the term."""
+    layer: str
+    """Dotted path of the layer's attention module."""
+    rows: tuple[int, ...]
+    """The output rows of the projection that take the term, ascending."""
+    norm: str
+    """Dotted path of the norm after which the term is added; empty: right after the projection."""
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """The adapted head dimensions, ascending."""
+        """The adapted head dimensions, ascending; none for targets other than q and k."""
         return tuple(sorted(dim for i in self.low_pairs for dim in self.table.pairs[i]))
 
     @property
-    def border(self) -> tuple[float, float | None]:
-        """Fastest adapted and slowest other frequency, radians per token; None if all adapted."""
-        low = {self.table.inv_freq[i] for i in self.low_pairs}
+    def border(self) -> tuple[float | None, float | None]:
+        """Fastest adapted and slowest other frequency, radians per token; None if there is none."""
+        low = [self.table.inv_freq[i] for i in self.low_pairs]
         others = [f for i, f in enumerate(self.table.inv_freq) if i not in self.low_pairs]
-        return max(low), min(others, default=None)
+        return max(low, default=None), min(others, default=None)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        where = f"{self.name} ({self.target}{', after ' + self.norm if self.norm else ''})"
+        if not self.low_pairs:
+            return f"{where}: all {len(self.rows)} rows; {self.num_parameters:,} parameters"
+        low, other = ("-" if f is None else f"{f:.3g}" for f in self.border)
+        return (
+            f"{where}: {len(self.low_pairs)} of {len(self.table.pairs)} pairs, dimensions "
+            f"{_spans(self.dims)} of {self.table.head_dim} in {self.num_heads} heads, up to {low} "
+            f"radians a token (next {other}); {self.num_parameters:,} parameters"
+        )
 
 
 @dataclass(frozen=True)
@@ -49,53 +69,113 @@ class RoAEReport:
     """What `inject_roae` did."""
 
     projections: tuple[ProjectionReport, ...]
-    """The adapted projections, in the model's order."""
+    """The terms, layer by layer in the model's order."""
     num_trainable: int
     """Trainable parameters."""
     num_total: int
     """All parameters of the adapted model."""
+    notes: tuple[str, ...] = ()
+    """What a layer does without, and why."""
 
     def __str__(self) -> str:
         """One line for people."""
-        first = self.projections[0]
-        return (
-            f"RoAE on {len(self.projections)} projections, {len(first.dims)} of "
-            f"{first.table.head_dim} dimensions a head; {self.num_trainable:,} trainable of "
-            f"{self.num_total:,} parameters ({100 * self.num_trainable / self.num_total:.2f} %)"
+        rotated = [p for p in self.projections if p.low_pairs]
+        dims = (
+            f", {len(rotated[0].dims)} of {rotated[0].table.head_dim} dimensions a head"
+            if rotated
+            else ""
         )
+        return (
+            f"RoAE on {len(self.projections)} projections{dims}; {self.num_trainable:,} trainable "
+            f"of {self.num_total:,} parameters "
+            f"({100 * self.num_trainable / self.num_total:.2f} %)"
+        )
+
+    def describe(self) -> str:
+        """One line for each term, and one for each note."""
+        return "\n".join([*map(str, self.projections), *self.notes])
 
 
 def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
     """Freeze a causal language model and wrap its Q and K projections with RoAE, in place.
 
+    Where Q and K stand in one fused projection, each has a term of its own on its own rows.
+
     Args:
-        model: A `transformers` decoder with separate ``q_proj`` and ``k_proj`` and a rotary
-            position embedding.
+        model: A `transformers` language model with a rotary position embedding.
         config: What to add.
 
     Returns:
-        The adapted projections with their pairs, dimensions and parameter counts.
+        The adapted projections with their pairs, dimensions and parameter counts, and what layers
+        do without.
 
     Raises:
-        ValueError: The model is adapted already, has no attention with separate Q and K
-            projections, does not rotate them, or rotates them in a way that cannot be read.
-            The model is left as it was.
+        ValueError: The model is adapted already, does not rotate its queries and keys, rotates
+            them in a way that cannot be read, or has no room for what the configuration asks. The
+            model is left as it was.
     """
     if any(True for _ in roae_layers(model)):
         raise ValueError(
             f"{type(model).__name__} carries RoAE already. Call merge_roae first, or load a fresh "
             "base."
         )
-    tables = read_pair_tables(model)
+    terms, notes = plan_terms(model, config)
     model.requires_grad_(False)
-    reports = [
-        _wrap(model, name, target, table, config)
-        for name, table in tables.items()
-        for target in config.targets
-    ]
+    layers = [_wrap(model, term, config) for term in terms]
+    # A later term on the same projection stands around an earlier one, so paths come last.
+    paths = {layer: path for path, layer in roae_layers(model)}
+    reports = tuple(
+        ProjectionReport(
+            name=paths[layer],
+            target=term.target,
+            table=term.table or PairTable(0, (), ()),
+            low_pairs=term.low_pairs,
+            num_heads=term.num_heads,
+            num_parameters=layer.roae_A.numel() + layer.roae_B.numel(),
+            layer=term.layer,
+            rows=term.rows,
+            norm=term.norm,
+        )
+        for term, layer in zip(terms, layers, strict=True)
+    )
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(report.num_parameters for report in reports)
-    return RoAEReport(tuple(reports), trainable, total)
+    return RoAEReport(reports, trainable, total, tuple(notes))
+
+
+def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
+    """Put a RoAE layer in the place of one projection, and of its norm if the term waits for it."""
+    base = model.get_submodule(term.projection)
+    blocks = find_blocks(term.rows, term.num_rows, term.num_heads)
+    layer = RoAELinear(
+        base,
+        in_features=term.in_features,
+        num_heads=blocks.count,
+        head_dims=[dim for run in blocks.runs for dim in range(*run)],
+        config=config,
+        start=blocks.start,
+        stride=blocks.stride,
+        defer=bool(term.norm),
+        device=cast(Tensor, base.weight).device,
+    )
+    model.set_submodule(term.projection, layer)
+    if term.norm and term.table:
+        norm = RoAENorm(
+            model.get_submodule(term.norm),
+            layer,
+            layout=term.norm_layout,
+            num_heads=term.num_heads,
+            head_dim=term.table.head_dim,
+            head_dims=term.dims,
+        )
+        model.set_submodule(term.norm, norm)
+    return layer
+
+
+def _spans(dims: tuple[int, ...]) -> str:
+    """Ascending dimensions as spans: 6-7, 14-15."""
+    runs = contiguous_runs(dims)
+    return ", ".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in runs)
 
 
 def roae_layers(model: nn.Module) -> Iterator[tuple[str, RoAELinear]]:
@@ -109,13 +189,24 @@ def merge_roae(model: nn.Module) -> nn.Module:
     """Fold every RoAE term into its projection, in float32, and unwrap; in place.
 
     Raises:
-        ValueError: The model carries no RoAE.
+        ValueError: The model carries no RoAE, or carries terms after a norm, which no weight can
+            hold. The model is left as it was.
     """
     layers = list(roae_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} carries no RoAE. Call inject_roae first.")
+    deferred = [layer for _, layer in layers if layer.defer]
+    for layer in deferred[:1]:
+        layer.merge()
+    outermost = dict(layers)
     for name, layer in layers:
-        model.set_submodule(name, layer.merge())
+        if isinstance(layer.base, RoAELinear):
+            del outermost[f"{name}.base"]
+    for name, layer in outermost.items():
+        base: nn.Module = layer
+        while isinstance(base, RoAELinear):
+            base = base.merge()
+        model.set_submodule(name, base)
     return model
 
 
@@ -144,25 +235,3 @@ def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
             f"the adapter does not fit the model: {'; '.join(problems[:3])}{more}. Give the base "
             "and the model.roae settings that it was trained with."
         )
-
-
-def _wrap(
-    model: nn.Module, attention: str, target: Target, table: PairTable, config: RoAEConfig
-) -> ProjectionReport:
-    """Put a RoAE layer in the place of one projection."""
-    name = f"{attention}.{target}_proj"
-    base = model.get_submodule(name)
-    low_pairs = low_frequency_pairs(table, config.low_freq_ratio)
-    out_features, in_features = cast(Tensor, base.weight).shape
-    num_heads = out_features // table.head_dim
-    layer = RoAELinear(
-        base,
-        in_features=in_features,
-        num_heads=num_heads,
-        head_dims=sorted(dim for i in low_pairs for dim in table.pairs[i]),
-        config=config,
-        device=cast(Tensor, base.weight).device,
-    )
-    model.set_submodule(name, layer)
-    count = layer.roae_A.numel() + layer.roae_B.numel()
-    return ProjectionReport(name, target, table, low_pairs, num_heads, count)

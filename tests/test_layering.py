@@ -9,10 +9,16 @@ PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 
 FLOORS = {
     "rope": 0,
+    "rows": 0,
+    "meeting": 0,
+    "capture": 0.3,
+    "replay": 0.4,
     "selection": 0,
     "tasks": 0,
     "roae": 1,
-    "probe": 1,
+    "probe": 0.6,
+    "feedforward": 0.6,
+    "plan": 1.5,
     "rng": 1,
     "schedule": 1,
     "surgery": 2,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from rosa_lightning.roae import RoAEConfig, RoAELinear, contiguous_runs
+from rosa_lightning.roae import RoAEConfig, RoAELinear
+from rosa_lightning.rows import contiguous_runs
 
 
 def layer(bias: bool = False, dtype: torch.dtype = torch.float32, **config) -> RoAELinear:
@@ -152,9 +153,9 @@ def test_runs_hold_the_same_dimensions(dims):
         ({"alpha": 0.0}, "alpha=0.0 is not above 0"),
         ({"alpha": float("nan")}, "alpha=nan is not above 0"),
         ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
-        ({"targets": ("v",)}, "must name each of q and k"),
-        ({"targets": ()}, "must name each of q and k"),
-        ({"targets": ("q", "q")}, "must name each of q and k"),
+        ({"targets": ("w",)}, "must name each of q, k, v"),
+        ({"targets": ()}, "must name each of q, k"),
+        ({"targets": ("q", "q")}, "must name each of q, k"),
         ({"placement": "somewhere"}, "placement='somewhere' is unknown"),
     ],
 )

@@ -1,0 +1,94 @@
+"""The moment queries and keys meet, wherever a model lets them.
+
+Nearly all models hand their states to the attention interface of `transformers`. The others
+multiply queries with keys by hand; a torch function mode sees that product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Meet = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""Takes an attention module and its states, (N, heads, T, dims) each; returns its output."""
+
+_PROBE = "rosa_probe"
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+
+
+@contextmanager
+def at_interface(module: nn.Module, meet: Meet) -> Iterator[None]:
+    """Let every attention module inside hand its states to ``meet`` instead of a kernel."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    def probe(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return meet(module, query, key, value), query.new_zeros(*query.shape[:3], key.shape[2])
+
+    AttentionInterface.register(_PROBE, probe)
+    AttentionMaskInterface.register(_PROBE, eager_mask)
+    before = [(config, config._attn_implementation) for config in _configs(module)]
+    for config, _ in before:
+        config._attn_implementation = _PROBE
+    try:
+        yield
+    finally:
+        # The setter reaches down into sub-configs, which stand later in the list.
+        for config, value in before:
+            config._attn_implementation = value
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    """All configurations held inside a module that name an attention kernel, outer ones first."""
+    waiting = [part.config for part in module.modules() if hasattr(part, "config")]
+    found: list[Any] = []
+    while waiting:
+        config = waiting.pop(0)
+        if hasattr(config, "_attn_implementation") and not any(config is one for one in found):
+            found.append(config)
+            names = getattr(config, "sub_configs", {})
+            waiting += [getattr(config, name) for name in names if hasattr(config, name)]
+    return found
+
+
+class ByHand(TorchFunctionMode):
+    """Sees two tokens' queries meet keys, and their scores meet values, in plain products.
+
+    Args:
+        on_scores: Called with queries and keys.
+        on_values: Called with values, which follow the scores.
+    """
+
+    def __init__(
+        self, on_scores: Callable[[Tensor, Tensor], None], on_values: Callable[[Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.on_scores, self.on_values = on_scores, on_values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the operands of a product, then compute it."""
+        if func is F.scaled_dot_product_attention:
+            self.on_scores(args[0], args[1])
+            self.on_values(args[2])
+        elif func in (torch.baddbmm, Tensor.baddbmm):
+            self._look(args[1], args[2])
+        elif func in _MATMULS and len(args) == 2:
+            self._look(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, left: Tensor, right: Tensor) -> None:
+        """Scores are (..., T, D) times (..., D, T), T = 2; then come (..., T, T) times values."""
+        if left.ndim < 3 or left.ndim != right.ndim or left.shape[:-2] != right.shape[:-2]:
+            return
+        if left.shape[-2:] == (2, 2):
+            self.on_values(right)
+        elif left.shape[-2] == right.shape[-1] == 2:
+            self.on_scores(left, right.transpose(-1, -2))
