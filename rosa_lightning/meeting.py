@@ -19,7 +19,10 @@ Meet = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """Takes an attention module and its states, (N, heads, T, dims) each; returns its output."""
 
 _PROBE = "rosa_probe"
-_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_MATMULS = (
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm),
+    *(torch.baddbmm, Tensor.baddbmm),
+)
 
 
 @contextmanager
@@ -75,18 +78,19 @@ class ByHand(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the operands of a product, then compute it."""
+        tensors = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, Tensor)]
         if func is F.scaled_dot_product_attention:
-            self.on_scores(args[0], args[1])
-            self.on_values(args[2])
-        elif func in (torch.baddbmm, Tensor.baddbmm):
-            self._look(args[1], args[2])
-        elif func in _MATMULS and len(args) == 2:
-            self._look(args[0], args[1])
+            self.on_scores(tensors[0], tensors[1])
+            self.on_values(tensors[2])
+        elif func in _MATMULS and len(tensors) >= 2:
+            # The last two: the first of baddbmm's three is what the product is added to.
+            self._look(*tensors[-2:])
         return func(*args, **(kwargs or {}))
 
     def _look(self, left: Tensor, right: Tensor) -> None:
         """Scores are (..., T, D) times (..., D, T), T = 2; then come (..., T, T) times values."""
-        if left.ndim < 3 or left.ndim != right.ndim or left.shape[:-2] != right.shape[:-2]:
+        outer = zip(left.shape[:-2], right.shape[:-2], strict=False)
+        if left.ndim < 3 or left.ndim != right.ndim or any(a != b and b != 1 for a, b in outer):
             return
         if left.shape[-2:] == (2, 2):
             self.on_values(right)

@@ -25,6 +25,9 @@ NO_ROW = -1
 """Stands for a state dimension that is no output row of a projection."""
 
 _TOLERANCE = 1e-2
+"""How far from 0 or 1 a bit may be read."""
+_NOISE = 1e-5
+"""Rounding that tells runs apart in states that no projection's output goes into."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,13 @@ def _decode(states_NHTD: Tensor, num_probes: int, *, strict: bool = True) -> Ten
     states = states - states[:1]
     start_NHD, turned_NHD = states[:, :, 0], states[:, :, 1]
     scale_HD = start_NHD[1]
-    depends_HD = (start_NHD != 0).any(0) | (turned_NHD != 0).any(0)
+    depends_HD = (states.abs() > _NOISE).any(0).any(1)
     bits_NHD = start_NHD[2:] / torch.where(scale_HD == 0, 1, scale_HD)
     whole_HD = ((bits_NHD - bits_NHD.round()).abs() < _TOLERANCE).all(0)
     within_HD = ((bits_NHD.round() == 0) | (bits_NHD.round() == 1)).all(0)
     powers_N = 2 ** torch.arange(len(bits_NHD), dtype=torch.float64)
     rows_HD = torch.einsum("nhd,n->hd", bits_NHD.round(), powers_N).long() - 1
-    is_row_HD = depends_HD & (scale_HD != 0) & whole_HD & within_HD & (rows_HD >= 0)
+    is_row_HD = depends_HD & (scale_HD.abs() > _NOISE) & whole_HD & within_HD & (rows_HD >= 0)
     moves_HD = ~torch.isclose(start_NHD, turned_NHD, atol=1e-6).all(0)
     if strict and (depends_HD & ~is_row_HD & moves_HD).any():
         raise ValueError("a rotated dimension mixes several outputs of its projections.")
@@ -173,7 +176,7 @@ def _read_table(call: AttentionCall, kind: str, rows_HD: Tensor) -> PairTable:
         if not torch.equal(turned_NHTD, turned_NHTD[:, :1].expand_as(turned_NHTD)):
             raise ValueError("its heads are not rotated alike.")
         others = [dim for dim in range(head_dim) if dim not in used]
-        if turned_NHTD[..., others].any():
+        if (turned_NHTD[..., others].abs() > _NOISE).any():
             raise ValueError("a rotated dimension turns into one that is no projection's output.")
         return turned_NHTD[:, 0][..., used]
 

@@ -27,6 +27,7 @@ FLOORS = {
     "batching": 2,
     "mixture": 2,
     "metrics": 3,
+    "summary": 3,
     "evaluate": 3,
     "module": 4,
     "data": 4,
