@@ -88,7 +88,8 @@ def trace(model: nn.Module) -> Trace:
 def _run_two_tokens(model: nn.Module) -> None:
     was_training = model.training
     device = next(model.parameters()).device
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    # Not both can be padding, whose embedding may be zero and tells nothing apart.
+    ids = torch.tensor([[1, 2]], device=device)
     try:
         model.eval()(input_ids=ids, use_cache=False)
     except Exception as error:

@@ -45,6 +45,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", {}),
     "olmo2": ("Olmo2Config", {}),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "phi3": ("Phi3Config", {}),
+    "neox": ("GPTNeoXConfig", {"rotary_pct": 0.5}),
+    "persimmon": ("PersimmonConfig", {}),
     "yarn": (
         "LlamaConfig",
         {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from rosa_lightning.roae import RoAEConfig, RoAELinear
+from rosa_lightning.roae import RoAEConfig, RoAELinear, RoAENorm
 from rosa_lightning.rows import contiguous_runs
 
 
@@ -162,4 +162,91 @@ def test_runs_hold_the_same_dimensions(dims):
 def test_a_setting_out_of_range_is_refused_in_one_line(values, message):
     with pytest.raises(ValueError, match=message) as error:
         RoAEConfig(**values)
+    assert "\n" not in str(error.value)
+
+
+def fused() -> RoAELinear:
+    """Terms on queries and keys of three heads of 8, fused with values head by head."""
+    made: nn.Module = nn.Linear(12, 72, bias=False).requires_grad_(False)
+    for start in (0, 8):
+        made = RoAELinear(
+            made,
+            in_features=12,
+            num_heads=3,
+            head_dims=[start + dim for dim in (2, 3, 6)],
+            stride=24,
+            config=RoAEConfig(rank=4, alpha=8.0),
+        )
+        nn.init.normal_(made.roae_B)
+    return made
+
+
+def test_two_terms_on_a_fused_projection_change_their_own_rows_alone():
+    made = fused()
+    x = torch.randn(2, 5, 12)
+    with torch.no_grad():
+        change = made(x) != made.base.base(x)
+    wanted = {24 * head + start + dim for head in range(3) for start in (0, 8) for dim in (2, 3, 6)}
+    assert set(change.flatten(0, 1).all(0).nonzero().flatten().tolist()) == wanted
+    assert set(change.flatten(0, 1).any(0).nonzero().flatten().tolist()) == wanted
+
+
+def test_two_terms_on_a_fused_projection_compile_without_a_graph_break():
+    made = fused()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    inputs = [x, *(p for p in made.parameters() if p.requires_grad)]
+    wanted = torch.autograd.grad(made(x).sin().sum(), inputs)
+    got = torch.autograd.grad(compiled(x).sin().sum(), inputs)
+    assert len(inputs) == 5
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_close(ours, theirs)
+
+
+LAYOUTS = {
+    "THD": lambda z: z.unflatten(-1, (3, 8)),
+    "HTD": lambda z: z.unflatten(-1, (3, 8)).transpose(1, 2),
+    "T(HD)": lambda z: z,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 3, 5])
+def test_a_deferred_term_is_added_after_the_norm_to_the_same_dimensions(layout, tokens):
+    arrange = LAYOUTS[layout]
+    config = RoAEConfig(rank=4, alpha=8.0)
+    base = nn.Linear(12, 24, bias=False)
+    sizes = {"num_heads": 3, "head_dims": (2, 3, 6)}
+    made = RoAELinear(base, in_features=12, config=config, defer=True, **sizes)
+    with_random_term(made)
+    norm = nn.RMSNorm(24 if layout == "T(HD)" else 8)
+    after = RoAENorm(norm, made, layout=layout, head_dim=8, **sizes)
+    x = torch.randn(2, tokens, 12, requires_grad=True)
+    scatter = torch.zeros(24, 9)
+    scatter[LOW_ROWS, torch.arange(9)] = 1
+    term = 2.0 * x @ made.roae_A.T @ made.roae_B.T @ scatter.T
+    wanted = norm(arrange(base(x))) + arrange(term)
+    got = after(arrange(made(x)))
+    assert_close(got, wanted)
+    weights = torch.randn_like(wanted)
+    inputs = [x, made.roae_A, made.roae_B, base.weight, norm.weight]
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weights).sum(), inputs),
+        torch.autograd.grad((wanted * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_deferred_term_cannot_be_merged():
+    made = RoAELinear(
+        nn.Linear(12, 24),
+        in_features=12,
+        num_heads=3,
+        head_dims=(2,),
+        config=RoAEConfig(),
+        defer=True,
+    )
+    with pytest.raises(ValueError, match=r"placement=state .* no weight can hold") as error:
+        made.merge()
     assert "\n" not in str(error.value)
