@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rosa_lightning.capture import Trace
-from rosa_lightning.feedforward import feed_forward
+from rosa_lightning.feedforward import feed_forward, layer_of
 from rosa_lightning.probe import AttentionGeometry, Source, read_geometry
 from rosa_lightning.roae import RoAEConfig, Target
 from rosa_lightning.rope import PairTable, low_frequency_pairs
@@ -61,6 +61,8 @@ def plan_terms(model: nn.Module, config: RoAEConfig) -> tuple[list[Term], list[s
     for layer in layers:
         for target in config.targets:
             found, reason = _terms(layer, target, config, trace)
+            if target in ("gate", "up", "down") and _stacked_experts(model, layer):
+                reason = "its routed experts are one parameter of three axes, not projections"
             terms += found
             notes += [f"{layer.path}: no term on {target}: {reason}"] if reason else []
     for target in config.targets:
@@ -115,6 +117,12 @@ def _terms(
         for path, rows in found
     ]
     return terms, "" if terms else layer.notes.get(target, "no projection of that kind was seen")
+
+
+def _stacked_experts(model: nn.Module, layer: AttentionGeometry) -> bool:
+    """Whether the layer around an attention module holds all experts in one parameter."""
+    parts = model.get_submodule(layer_of(layer.path)).named_parameters()
+    return any(parameter.ndim == 3 and "weight" not in name for name, parameter in parts)
 
 
 def _rotated_term(

@@ -18,8 +18,9 @@ from torch import Tensor
 Rotation = Callable[[Tensor], Tensor]
 """Rotates states x_NTD, token t of each row standing at position t, and returns the same shape."""
 
-_TOLERANCE = 1e-3
-"""Share of a unit vector that may be lost to rounding before a rotation is called unreadable."""
+_TOLERANCE = 1e-2
+"""Share of a unit vector that may be lost to rounding before a rotation is called unreadable; some
+models keep their sines and cosines in bfloat16, which has eight bits."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from rosa_lightning.summary import build_small, causal_models, sweep_models, try
 from rosa_lightning.surgery import inject_roae, roae_layers
 
 # One of each kind: separate and fused by parts, by head and by group; half-split and interleaved;
-# partial; latent; with norms; with experts; with layers of other kinds; without the interface.
+# partial; latent; with norms; with experts; with layers of other kinds; without the attention
+# interface; inside a vision-language model.
 FAST = [
     *("Llama", "Qwen3", "Gemma3Text", "Phi3", "GPTNeoX", "Falcon", "Glm4", "Cohere2", "Olmo2"),
     *("DeepseekV3", "GptOss", "Llama4Text", "GPTJ", "CodeGen", "GPTNeoXJapanese", "RoFormer"),
-    *("SmolLM3", "Qwen3Next", "Persimmon", "Moshi"),
+    *("SmolLM3", "Qwen3Next", "Persimmon", "Moshi", "Gemma3", "Qwen2Moe"),
 ]
 REFUSED = {
     "GPT2": "rotates neither Q nor K",
@@ -268,6 +269,15 @@ def test_a_family_without_rope_is_refused_with_its_reason(family):
     assert result.outcome == "refused"
     assert REFUSED[family] in result.reason
     assert result.model in result.reason
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAST)
+def test_in_half_precision_the_same_dimensions_are_chosen(family):
+    whole, half = build_small(f"{family}Config"), build_small(f"{family}Config").bfloat16()
+    config = RoAEConfig(rank=2)
+    wanted = [(p.name, p.rows) for p in inject_roae(whole, config).projections]
+    assert [(p.name, p.rows) for p in inject_roae(half, config).projections] == wanted
 
 
 @pytest.mark.slow

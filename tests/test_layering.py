@@ -37,7 +37,10 @@ FLOORS = {
     "__init__": 6,
     "__main__": 6,
 }
-"""A file imports from lower floors only. ``tiny`` holds resources, and any floor may read it."""
+"""A file imports from lower floors only; fractions order the files of one floor.
+
+``tiny`` holds resources, and any floor may read it.
+"""
 
 FILES = sorted(PACKAGE.glob("*.py"))
 

@@ -250,3 +250,28 @@ def test_a_deferred_term_cannot_be_merged():
     with pytest.raises(ValueError, match=r"placement=state .* no weight can hold") as error:
         made.merge()
     assert "\n" not in str(error.value)
+
+
+class _Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"num_heads": 3, "head_dims": (2, 3, 6)}
+        config = RoAEConfig(rank=4)
+        base = nn.Linear(12, 24)
+        self.proj = RoAELinear(base, in_features=12, config=config, defer=True, **sizes)
+        self.norm = RoAENorm(nn.RMSNorm(8), self.proj, layout="HTD", head_dim=8, **sizes)
+        with_random_term(self.proj)
+
+    def forward(self, x):
+        return self.norm(self.proj(x).unflatten(-1, (3, 8)).transpose(1, 2))
+
+
+def test_a_deferred_term_compiles_without_a_graph_break():
+    made = _Normed()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    inputs = [x, made.proj.roae_A, made.proj.roae_B]
+    wanted = torch.autograd.grad(made(x).sin().sum(), inputs)
+    got = torch.autograd.grad(compiled(x).sin().sum(), inputs)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_close(ours, theirs)

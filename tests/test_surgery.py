@@ -441,3 +441,40 @@ def test_generation_with_a_cache_equals_generation_without(ids_BT):
     cached = model.generate(ids_BT, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids_BT, use_cache=False, **options))
     assert cached.shape[1] == ids_BT.shape[1] + 5
+
+
+def test_routed_experts_take_no_term_and_the_report_says_so():
+    # Shared experts are projections; routed ones are one parameter for all experts.
+    report = inject_roae(build_small("Qwen2MoeConfig"), RoAEConfig(rank=4, targets=("q", "up")))
+    ups = {p.name.partition("layers.0.")[2] for p in report.projections if p.target == "up"}
+    assert "mlp.shared_expert.up_proj" in ups
+    assert any("no term on up: its routed experts" in note for note in report.notes)
+    with pytest.raises(ValueError, match=r"up can be adapted in no layer.*routed experts"):
+        inject_roae(build_small("MixtralConfig"), RoAEConfig(rank=4, targets=("up",)))
+
+
+def test_a_projection_that_two_layers_share_is_refused():
+    model = build("llama")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj = first.q_proj
+    with pytest.raises(ValueError, match="q_proj of LlamaAttention stands in several places"):
+        inject_roae(model, RoAEConfig(rank=4))
+
+
+def test_a_layer_that_takes_its_keys_from_another_has_a_term_on_its_queries_alone():
+    config = transformers.Gemma3nTextConfig(
+        **{**SMALL, "num_hidden_layers": 4, "intermediate_size": [96] * 4, "head_dim": 16},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    report = inject_roae(model, RoAEConfig(rank=4))
+    targets = {i: [p.target for p in report.projections if f".{i}." in p.name] for i in range(4)}
+    assert targets == {0: ["q", "k"], 1: ["q", "k"], 2: ["q"], 3: ["q"]}
+    assert [note.partition(": ")[0] for note in report.notes] == [
+        f"model.layers.{i}.self_attn" for i in (2, 3)
+    ]
