@@ -79,7 +79,7 @@ def plan_terms(model: nn.Module, config: RoAEConfig) -> tuple[list[Term], list[s
 def _check(
     model: nn.Module, terms: list[Term], layers: tuple[AttentionGeometry, ...], config: RoAEConfig
 ) -> None:
-    """Refuse a placement that a layer has no room for, and projections that stand in two places."""
+    """Refuse a placement that a layer has no room for, and projections that are shared."""
     kind = type(model).__name__
     unplaced = [layer for layer in layers if "state" in layer.notes]
     if config.placement == "state" and unplaced:
@@ -87,15 +87,23 @@ def _check(
             f"{kind}: placement=state cannot be had in layer {unplaced[0].path}: "
             f"{unplaced[0].notes['state']}. Set model.roae.placement to projection."
         )
-    wanted = {model.get_submodule(term.projection) for term in terms}
-    seen: set[nn.Module] = set()
+    _check_unshared(model, {term.projection for term in terms})
+
+
+def _check_unshared(model: nn.Module, projections: set[str]) -> None:
+    """Refuse a projection, or a projection's weight, that stands in two places of the model."""
+    wanted: set[object] = set()
+    for path in projections:
+        module = model.get_submodule(path)
+        wanted |= {module, *module.parameters(recurse=False)}
+    seen: set[object] = set()
     # A part held under two names of one module, or by two modules, shows once for each.
     for holder in model.modules():
-        for name, part in holder._modules.items():
+        for name, part in (*holder._modules.items(), *holder._parameters.items()):
             if part in wanted and part in seen:
                 raise ValueError(
-                    f"{kind}: the projection {name} of {type(holder).__name__} stands in several "
-                    "places of the model, so a term on it would act in all of them."
+                    f"{type(model).__name__}: the {name} of {type(holder).__name__} stands in "
+                    "several places of the model, so a term on it would act in all of them."
                 )
             if part is not None:
                 seen.add(part)

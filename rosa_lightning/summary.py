@@ -70,6 +70,7 @@ _ATTEMPTS: tuple[dict[str, Any], ...] = (
     {"head_dim": 8},
     {"hidden_size_per_layer_input": 8},
     {"attention": "attention"},
+    {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
     {"layer_types": ["conv", "full_attention"]},
     {"layer_types": None, "num_hidden_layers": 4},
 )
@@ -200,8 +201,11 @@ def _small_config(config_class: type[Any], sizes: dict[str, Any]) -> Any:
     if hasattr(default, "kv_lora_rank") and "num_key_value_heads" in given:
         # Latent attention has one key a query.
         given["num_key_value_heads"] = sizes["num_attention_heads"]
-    types = sizes.get("layer_types", getattr(default, "layer_types", None))
-    if types:
+    types = getattr(default, "layer_types", None)
+    if sizes.get("layer_types"):
+        given |= {"layer_types": sizes["layer_types"]}
+        given |= {"num_hidden_layers": len(sizes["layer_types"])}
+    elif types and "layer_types" not in sizes:
         # Each kind of layer once, attention among them.
         kinds = list(dict.fromkeys(types))
         if not any(

@@ -461,6 +461,14 @@ def test_a_projection_that_two_layers_share_is_refused():
         inject_roae(model, RoAEConfig(rank=4))
 
 
+def test_a_weight_that_two_projections_share_is_refused():
+    model = build("llama")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.k_proj.weight = first.k_proj.weight
+    with pytest.raises(ValueError, match="the weight of Linear stands in several places"):
+        inject_roae(model, RoAEConfig(rank=4))
+
+
 def test_a_layer_that_takes_its_keys_from_another_has_a_term_on_its_queries_alone():
     config = transformers.Gemma3nTextConfig(
         **{**SMALL, "num_hidden_layers": 4, "intermediate_size": [96] * 4, "head_dim": 16},
