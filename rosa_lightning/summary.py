@@ -1,7 +1,4 @@
-"""Every causal language model of the installed `transformers`, built small and tried with RoAE.
-
-Axes: none; this file counts.
-"""
+"""Every causal language model of the installed `transformers`, built small and tried with RoAE."""
 
 from __future__ import annotations
 
