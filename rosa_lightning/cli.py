@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -32,6 +32,13 @@ DESCRIPTION = (
     "RoSA fine-tuning: RoAE adapters on the low-frequency RoPE dimensions of Q and K, trained in "
     "the layers that Dynamic Layer Selection picks."
 )
+COMMANDS = {
+    "fit": "Train adapters.",
+    "validate": "Loss and accuracy on the held-out records.",
+    "test": "Write answers to the test sources and score them.",
+    "predict": "Write answers to the predict sources into predictions.jsonl.",
+}
+"""What each command does, for ``--help``."""
 SUGGESTION = " Did you mean"
 
 _PACKAGE = Path(__file__).parent
@@ -79,6 +86,14 @@ class RoSACLI(LightningCLI):
         )
         parser.link_arguments("optimizer", "model.optimizer")
         parser.link_arguments("lr_scheduler", "model.lr_scheduler")
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Describe the commands in this package's words; Lightning's are cut after two lines."""
+        own = {name: {**kwargs.get(name, {}), "description": COMMANDS[name]} for name in COMMANDS}
+        super()._add_subcommands(parser, **own)
+        listed: Any = parser._subcommands_action
+        for action in listed._choices_actions:
+            action.help = COMMANDS[action.dest]
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it.
