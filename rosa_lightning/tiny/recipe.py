@@ -1,6 +1,12 @@
 """Make the embedded base model and the demonstration set, from nothing but a seed.
 
-python -m rosa_lightning.tiny.recipe [--output DIR] [--seed 0] [--steps 4000]
+    python -m rosa_lightning.tiny.recipe [--output DIR] [--seed 0] [--steps 1500]
+
+The files in this folder are those of the default seed, made with OMP_NUM_THREADS=1 in 13 minutes
+on one thread of a 2-core AMD EPYC (bfloat16 in AVX-512) that ran other work beside it. There the
+base solved 98.0 % of fresh problems of its own family and 0.7 % of the demonstration's test
+problems. Another thread count or processor rounds otherwise and yields other weights; tokenizer
+and demonstration set depend on the seed alone.
 """
 
 import argparse
