@@ -21,7 +21,7 @@ def series(log: EventAccumulator, tag: str) -> tuple[list[int], list[float]]:
 
 
 def draw(run: Path, out: Path) -> None:
-    (events,) = run.glob("events.out.tfevents.*")
+    events = next(run.glob("events.out.tfevents.*"))
     log = EventAccumulator(str(events), size_guidance={"scalars": 0})
     log.Reload()
     tags = log.Tags()["scalars"]
