@@ -98,7 +98,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    with _default_float32(), _one_line_errors(base, "model", "model.base"):
+    with _one_line_errors(base, "model", "model.base"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             _location(base),
             revision=revision or "main",
@@ -144,20 +144,6 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 def _location(base: str) -> str:
     return str(tiny.folder()) if base == "tiny" else base
-
-
-@contextmanager
-def _default_float32() -> Iterator[None]:
-    """Lightning's -true precisions change the default dtype while a model is built.
-
-    The base's dtype is ``model.dtype``'s to say, and rotary frequencies need float32.
-    """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -8,17 +8,20 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
     LRSchedulerCallable,
     OptimizerCallable,
+    SaveConfigCallback,
 )
 
 from rosa_lightning.data import ReasoningDataModule
@@ -32,6 +35,13 @@ DESCRIPTION = (
     "RoSA fine-tuning: RoAE adapters on the low-frequency RoPE dimensions of Q and K, trained in "
     "the layers that Dynamic Layer Selection picks."
 )
+COMMANDS = {
+    "fit": "Train adapters.",
+    "validate": "Loss and accuracy on the held-out records.",
+    "test": "Write answers to the test sources and score them.",
+    "predict": "Write answers to the predict sources into predictions.jsonl.",
+}
+"""What each command does, for ``--help``."""
 SUGGESTION = " Did you mean"
 
 _PACKAGE = Path(__file__).parent
@@ -60,11 +70,38 @@ class RoSAParser(LightningArgumentParser):
         raise SystemExit(2)
 
 
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration beside a run's logs, and nowhere else.
+
+    Lightning would write config.yaml into the working folder where a run has no logger, and refuse
+    to run a second time.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it when training starts."""
+        if stage == "fit" and trainer.logger is not None and not self.already_saved:
+            super().setup(trainer, pl_module, stage)
+
+
 class RoSACLI(LightningCLI):
-    """LightningCLI over `RoSAModule` and `ReasoningDataModule`."""
+    """LightningCLI over `RoSAModule` and `ReasoningDataModule`.
+
+    Args:
+        wanted: Commands whose options may be asked for.
+    """
+
+    def __init__(self, *args: Any, wanted: Collection[str] = tuple(COMMANDS), **kwargs: Any):
+        self.wanted = wanted
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Optimizer and schedule at the top level, given to the model."""
+        parser.add_argument(
+            "--validate_first",
+            type=bool,
+            default=False,
+            help="Validate before a training starts, so that its curves begin with the base.",
+        )
         parser.add_argument(
             "--optimizer",
             type=OptimizerCallable,
@@ -79,6 +116,42 @@ class RoSACLI(LightningCLI):
         )
         parser.link_arguments("optimizer", "model.optimizer")
         parser.link_arguments("lr_scheduler", "model.lr_scheduler")
+
+    def before_fit(self) -> None:
+        """Validate the base, if that was asked for and this run is not the rest of another."""
+        config = self.config_init["fit"]
+        if not config["validate_first"] or config["ckpt_path"] is not None:
+            return
+        # Logged here, and without callbacks: a validation ends by closing the event file, and
+        # callbacks would take it for the run.
+        trainer: Any = self.trainer  # `callbacks` is there, but not declared
+        loggers, callbacks = trainer.loggers, trainer.callbacks
+        trainer.loggers = []
+        trainer.callbacks = [item for item in callbacks if isinstance(item, ProgressBar)]
+        (metrics,) = trainer.validate(self.model, self.datamodule, verbose=False)
+        trainer.loggers, trainer.callbacks = loggers, callbacks
+        for logger in loggers:
+            logger.log_metrics(dict(metrics), step=0)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Describe the commands in this package's words; Lightning's are cut after two lines."""
+        own = {name: {**kwargs.get(name, {}), "description": COMMANDS[name]} for name in COMMANDS}
+        super()._add_subcommands(parser, **own)
+        listed: Any = parser._subcommands_action
+        for action in listed._choices_actions:
+            action.help = COMMANDS[action.dest]
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Build the parser of a command that is asked for; the others need only their names.
+
+        Each full parser reads the docstrings of the whole trainer, which takes 0.4 s.
+        """
+        if subcommand in self.wanted:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it.
@@ -97,10 +170,12 @@ def main(args: Sequence[str] | None = None) -> int:
         RoSACLI(
             RoSAModule,
             ReasoningDataModule,
+            save_config_callback=SaveRunConfig,
             parser_class=RoSAParser,
             parser_kwargs={"prog": "python -m rosa_lightning", "description": DESCRIPTION},
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            wanted=wanted_commands(sys.argv[1:] if args is None else args),
             trainer_defaults={"callbacks": [PredictionWriter()]},
             args=None if args is None else list(args),
         )
@@ -111,6 +186,12 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {one_line(str(cause))}\n")
         return 1
     return 0
+
+
+def wanted_commands(args: Sequence[str]) -> Collection[str]:
+    """The commands that stand on a command line; all, if it may leave them to a file."""
+    named = [command for command in COMMANDS if command in args]
+    return named if named or {"-h", "--help"} & set(args) else tuple(COMMANDS)
 
 
 def user_error(error: BaseException) -> BaseException | None:

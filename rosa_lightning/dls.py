@@ -50,6 +50,7 @@ class DynamicLayerSelection(Callback):
     _pending: dict[str, Any] | None = None
     # What the arguments mean for this model.
     _names: tuple[str, ...] = ()
+    _positions: tuple[int, ...] = ()
     _count: int = 0
     _always: tuple[int, ...] = ()
     _fixed: tuple[int, ...] = ()
@@ -112,17 +113,17 @@ class DynamicLayerSelection(Callback):
 
     @property
     def active(self) -> tuple[int, ...]:
-        """Indices of the layers that train; all of them until the first selection."""
-        return self._active
+        """Positions of the layers that train; all candidates until the first selection."""
+        return tuple(self._positions[index] for index in self._active)
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """Each layer's score at the last selection; None before the first."""
+        """Each candidate layer's score at the last selection; None before the first."""
         return self._scores
 
     @property
     def num_layers(self) -> int:
-        """Number of layers selected among; 0 before the first fit."""
+        """Number of layers selected among, those with something to train; 0 before a fit."""
         return len(self._names)
 
     @property
@@ -152,6 +153,7 @@ class DynamicLayerSelection(Callback):
             )
         self._layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
         self._names = tuple(layer.name for layer in self._layers)
+        self._positions = tuple(layer.index for layer in self._layers)
         self._resolve_arguments()
         norms = [norm for layer in self._layers for norm in layer.norms]
         self._probes = [norm for norm in norms if not norm.requires_grad]
@@ -311,8 +313,8 @@ class DynamicLayerSelection(Callback):
 
     def _resolve_arguments(self) -> None:
         self._count = resolve_num_active(self.num_active, self.num_layers)
-        self._always = resolve_indices("always_active", self.always_active, self.num_layers)
-        self._fixed = resolve_indices("fixed_layers", self.fixed_layers, self.num_layers)
+        self._always = resolve_indices("always_active", self.always_active, self._positions)
+        self._fixed = resolve_indices("fixed_layers", self.fixed_layers, self._positions)
         if len(self._always) > self._count and self.policy not in ("all", "fixed"):
             raise ValueError(
                 f"always_active={self.always_active} holds more layers than num_active="
@@ -338,14 +340,14 @@ class DynamicLayerSelection(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         # Through the loggers: self.log would keep only every log_every_n_steps-th step.
-        width = max(2, len(str(self.num_layers - 1)))
+        width = max(2, len(str(self._positions[-1])))
         metrics: dict[str, float] = {
-            "dls/lowest_active": min(self._active),
-            "dls/num_active": len(self._active),
+            "dls/lowest_active": min(self.active),
+            "dls/num_active": len(self.active),
         }
-        for index, score in enumerate(self._scores or ()):
-            metrics[f"dls/score/{index:0{width}d}"] = score
-            metrics[f"dls/active/{index:0{width}d}"] = float(index in self._active)
+        for position, score in zip(self._positions, self._scores or (), strict=True):
+            metrics[f"dls/score/{position:0{width}d}"] = score
+            metrics[f"dls/active/{position:0{width}d}"] = float(position in self.active)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 

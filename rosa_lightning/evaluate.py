@@ -24,7 +24,6 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    # Made afresh: a base's own generation settings (sampling, penalties) would change the answer.
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -32,9 +31,15 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
     )
     prompt_BT = batch["input_ids"]
-    output = cast("Any", model).generate(
-        input_ids=prompt_BT, attention_mask=batch["attention_mask"], generation_config=config
-    )
+    # What a call leaves unset `transformers` takes from the model's own settings: sampling and
+    # penalties that would change the answer.
+    own, model.generation_config = model.generation_config, config
+    try:
+        output = cast("Any", model).generate(
+            input_ids=prompt_BT, attention_mask=batch["attention_mask"]
+        )
+    finally:
+        model.generation_config = own
     new = output[:, prompt_BT.shape[1] :]
     texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts

@@ -132,17 +132,24 @@ def resolve_num_active(num_active: int | float, num_layers: int | None = None) -
     return num_active
 
 
-def resolve_indices(name: str, given: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The layers that indices mean, sorted; negative indices count from the last layer.
+def resolve_indices(name: str, given: Sequence[int], positions: Sequence[int]) -> tuple[int, ...]:
+    """Where in ``positions`` the given layers stand, sorted; negative ones count from the last.
 
-    Raises ValueError, calling the indices by name, if one is outside the layers.
+    Args:
+        name: What an error calls the indices.
+        given: Positions of layers in the list of blocks.
+        positions: Positions of the layers that can be selected, ascending.
+
+    Raises:
+        ValueError: A layer that is not there or has nothing to train.
     """
-    if any(not -num_layers <= index < num_layers for index in given):
+    wanted = {index + positions[-1] + 1 if index < 0 else index for index in given}
+    if not wanted <= set(positions):
         raise ValueError(
-            f"{name}={list(given)} names a layer that is not there. Set indices from 0 to "
-            f"{num_layers - 1}, or from -1 down to {-num_layers}."
+            f"{name}={list(given)} names a layer that cannot be selected. Set any of "
+            f"{list(positions)}, or count from the last layer with -1."
         )
-    return tuple(sorted({index % num_layers for index in given}))
+    return tuple(sorted(positions.index(index) for index in wanted))
 
 
 def _checked(scores: Tensor, num_active: int) -> list[float]:
@@ -160,6 +167,8 @@ class Layer:
 
     name: str
     """Dotted path from the root module."""
+    index: int
+    """Position in the list of blocks."""
     norms: tuple[nn.Parameter, ...]
     """The norm weights whose gradients score the layer."""
     candidates: dict[str, nn.Parameter]
@@ -174,6 +183,8 @@ def find_layers(
 ) -> list[Layer]:
     """The layers of root, with the norm weights that score them and the parameters that train.
 
+    Blocks in which nothing trains (a layer without rotation carries no adapter) are left out.
+
     Args:
         root: The module to look into.
         path: Dotted path of the ModuleList (or Sequential) of layers; None finds the only one.
@@ -186,10 +197,14 @@ def find_layers(
         ValueError: Nothing is found, or more than one thing, or layers share a candidate.
     """
     path = _only_stack(root) if path is None else path
-    layers = [
-        _layer(f"{path}.{index}", block, norms, trainable)
-        for index, block in enumerate(_blocks(root, path))
-    ]
+    blocks = _blocks(root, path)
+    found = [_layer(path, index, block, norms, trainable) for index, block in enumerate(blocks)]
+    layers = [layer for layer in found if layer is not None]
+    if not layers:
+        raise ValueError(
+            f"There is nothing to train in {path!r}: no parameter {trainable or ''} in its layers "
+            "requires a gradient. Unfreeze them or add adapters before fit, or mend trainable=."
+        )
     owners: dict[nn.Parameter, str] = {}
     for layer in layers:
         for name, parameter in layer.candidates.items():
@@ -244,9 +259,20 @@ def _blocks(root: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
     return stack
 
 
-def _layer(name: str, block: nn.Module, norms: str | None, trainable: str | None) -> Layer:
+def _layer(
+    path: str, index: int, block: nn.Module, norms: str | None, trainable: str | None
+) -> Layer | None:
+    """One layer; None where nothing in it trains."""
+    name = f"{path}.{index}"
     # torch.compile(block) wraps the block; its parameters are the same objects.
     block = getattr(block, "_orig_mod", block)
+    candidates = {
+        f"{name}.{inner}": parameter
+        for inner, parameter in block.named_parameters()
+        if parameter.requires_grad and (trainable is None or _matches(inner, trainable))
+    }
+    if not candidates:
+        return None
     modules = dict(block.named_modules() if norms is not None else block.named_children())
     wanted = {
         inner: module
@@ -261,17 +287,7 @@ def _layer(name: str, block: nn.Module, norms: str | None, trainable: str | None
             f"Layer {name!r} has no norm weight to be scored by; norms inside it: "
             f"{', '.join(inside) or 'none'}. Set norms= to a pattern of modules with a 1-D weight."
         )
-    candidates = {
-        f"{name}.{inner}": parameter
-        for inner, parameter in block.named_parameters()
-        if parameter.requires_grad and (trainable is None or _matches(inner, trainable))
-    }
-    if not candidates:
-        raise ValueError(
-            f"Layer {name!r} has nothing to train: no parameter {trainable or ''} in it requires "
-            "a gradient. Unfreeze it or add adapters before fit, or mend trainable=."
-        )
-    return Layer(name=name, norms=tuple(scored), candidates=candidates)
+    return Layer(name=name, index=index, norms=tuple(scored), candidates=candidates)
 
 
 def _matches(name: str, patterns: str) -> bool:

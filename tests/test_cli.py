@@ -68,6 +68,28 @@ def test_fit_leaves_logs_and_an_adapter_only_checkpoint(settings):
     assert checkpoint.stat().st_size < 200_000
 
 
+def test_the_curves_begin_with_the_base_when_asked_for(settings):
+    settings["validate_first"] = True
+    assert run("fit", settings) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = Path("lightning_logs").rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events))
+    log.Reload()
+    assert log.Scalars("val/loss")[0].step == 0
+    assert list(events.parent.glob("checkpoints/*.ckpt"))
+
+
+def test_a_run_without_a_logger_leaves_the_working_folder_alone(settings):
+    Path("config.yaml").write_text("mine")
+    mine = Path("settings.yaml")
+    mine.write_text(yaml.safe_dump(settings))
+    for _ in range(2):
+        options = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+        assert main(["fit", "--config", str(mine), *options]) == 0
+    assert Path("config.yaml").read_text() == "mine"
+
+
 def test_validate_test_and_predict_take_the_checkpoint(settings, tmp_path):
     settings["model"]["max_new_tokens"] = 3
     settings["data"]["test_sources"] = [
@@ -235,10 +257,10 @@ def test_the_traceback_is_shown_when_asked_for(settings, monkeypatch):
 
 def test_a_defect_keeps_its_traceback(settings, monkeypatch):
     def broken(*_, **__):
-        raise KeyError("a defect")
+        raise ValueError("a defect")
 
     monkeypatch.setattr("torch.nn.functional.cross_entropy", broken)
-    with pytest.raises(KeyError, match="a defect"):
+    with pytest.raises(ValueError, match="a defect"):
         run("fit", settings)
 
 
@@ -247,4 +269,7 @@ def test_the_module_runs_as_a_command():
         [sys.executable, "-m", "rosa_lightning", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("fit", "validate", "test", "predict"))
+    assert all(
+        line in done.stdout
+        for line in ("fit                 Train adapters.", "validate", "test", "predict")
+    )

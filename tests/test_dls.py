@@ -747,6 +747,17 @@ class PartOptimizer(Toy):
         return torch.optim.SGD([*self.layers[0].parameters(), *self.head.parameters()], lr=0.1)
 
 
+def test_layers_in_which_nothing_trains_are_passed_over():
+    """As in a model with layers without rotation, which carry no adapter."""
+    module = Toy()
+    module.layers[1].requires_grad_(False)
+    dls = DynamicLayerSelection(num_active=2, interval=1, policy="fixed", fixed_layers=[0, -1])
+    record(module, dls, batches(2))
+    assert dls.num_layers == 4
+    assert dls.active == (0, 4)
+    assert not any(p.requires_grad for p in module.layers[1].parameters())
+
+
 class NoOptimizer(Toy):
     def configure_optimizers(self):
         return None
@@ -762,9 +773,9 @@ def quasi_newton():
     [
         (Toy, {"num_active": 6}, "num_active=6 is above the model's 5 layers"),
         (Toy, {"layers": "layer"}, "layers='layer' matches nothing.*Nearest: layers"),
-        (Toy, {"trainable": "*lora*"}, r"'layers.0' has nothing to train.*\*lora\*"),
+        (Toy, {"trainable": "*lora*"}, r"nothing to train in 'layers'.*\*lora\*"),
         (Toy, {"norms": "*ln*"}, "'layers.0' has no norm weight.*inside it: norm"),
-        (Toy, {"always_active": [5]}, r"always_active=\[5\].*0 to 4"),
+        (Toy, {"always_active": [5]}, r"always_active=\[5\].*cannot be selected"),
         (Toy, {"num_active": 1, "always_active": [0, 1]}, "Raise num_active"),
         (Manual, {}, "optimizes manually.*automatic_optimization=True"),
         (PartOptimizer, {}, r"lacks layers\.1\.up\.weight.* and 13 more.*Build it over all"),

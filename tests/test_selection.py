@@ -275,9 +275,15 @@ def test_num_active_above_the_layers_is_refused():
 
 
 def test_indices_may_count_from_the_end():
-    assert resolve_indices("always_active", [-1, 0, 5], 6) == (0, 5)
-    with pytest.raises(ValueError, match=r"always_active=\[6\].*0 to 5"):
-        resolve_indices("always_active", [6], 6)
+    assert resolve_indices("always_active", [-1, 0, 5], range(6)) == (0, 5)
+    with pytest.raises(ValueError, match=r"always_active=\[6\].*cannot be selected"):
+        resolve_indices("always_active", [6], range(6))
+
+
+def test_indices_are_positions_among_all_layers_and_give_places_among_the_candidates():
+    assert resolve_indices("fixed_layers", [-1, 2], (0, 2, 4)) == (1, 2)
+    with pytest.raises(ValueError, match=r"fixed_layers=\[1\].*any of \[0, 2, 4\]"):
+        resolve_indices("fixed_layers", [1], (0, 2, 4))
 
 
 # --- finding layers ---------------------------------------------------------------------------
@@ -388,12 +394,12 @@ def test_a_layer_whose_norms_have_no_weight_is_named():
         find_layers(root)
 
 
-def test_a_layer_without_candidates_is_named():
+def test_a_layer_without_candidates_is_left_out():
     root = Model()
-    root.layers[2].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"Layer 'layers.2' has nothing to train"):
-        find_layers(root)
-    with pytest.raises(ValueError, match=r"Layer 'layers.0'.*\*lora\*"):
+    root.layers[0].requires_grad_(False)
+    found = find_layers(root)
+    assert [layer.index for layer in found] == list(range(1, len(root.layers)))
+    with pytest.raises(ValueError, match=r"nothing to train in 'layers'.*\*lora\*"):
         find_layers(root, trainable="*lora*")
 
 

@@ -1,0 +1,14 @@
+"""The embedded base model and its demonstration set: `model.base: tiny`, `data.sources: demo`.
+
+`recipe.py` made every data file in this folder; `problems.py` writes the text it learns from.
+"""
+
+from pathlib import Path
+
+
+def folder() -> Path:
+    """Folder that holds the model, its tokenizer, `demo_train.jsonl` and `demo_test.jsonl`.
+
+    `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read it.
+    """
+    return Path(__file__).parent

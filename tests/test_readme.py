@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("default")
+def test_every_python_block_runs_as_a_newcomer_would_run_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "readme"}
+    assert len(blocks("python")) >= 5
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "RoAE on" in capsys.readouterr().out
+
+
+def test_every_file_and_configuration_that_is_named_exists():
+    named = re.findall(r"`([a-z_]+\.py)`", README) + re.findall(r"configs/\w+\.yaml", README)
+    assert named
+    for name in set(named):
+        places = [ROOT / name, ROOT / "rosa_lightning" / name, ROOT / "rosa_lightning/tiny" / name]
+        assert any(place.exists() for place in places), name
+
+
+def test_every_file_of_the_package_stands_in_the_table():
+    for path in (ROOT / "rosa_lightning").glob("*.py"):
+        if not path.stem.startswith("__"):
+            assert f"`{path.name}`" in README
+
+
+def test_every_key_of_the_configuration_table_exists(capsys, monkeypatch):
+    import sys
+
+    from rosa_lightning.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    keys = re.findall(r"`((?:model|data)\.(?!py`)[\w.]+)`", README)
+    assert len(keys) > 15
+    for key in set(keys):
+        assert f"--{key}" in text, key
+
+
+def test_the_readme_opens_with_its_two_commands():
+    first, second = blocks("bash")[:2]
+    assert first.strip() == (
+        "pip install -e . && python -m rosa_lightning fit --config configs/tiny.yaml"
+    )
+    assert second.strip() == "pip install -e '.[test]' && pytest"
