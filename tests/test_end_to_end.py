@@ -101,6 +101,7 @@ def test_dropout_makes_runs_of_different_seeds_differ(settings):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")
 def test_real_data_trains_as_a_weighted_mixture(real_data):
     weights = {"boolq": 0.3, "openbookqa": 0.2, "arc_easy": 0.1, "arc_challenge": 0.1, "gsm8k": 0.3}
     suffix = {"gsm8k": "jsonl"}
