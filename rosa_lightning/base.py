@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rosa_lightning import tiny
 
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_NUM_SAMPLES = 16
-"""Weights looked at to recognise a base, spread evenly over the model."""
-_SAMPLE_SIZE = 8
-"""Values kept of each."""
+_SAMPLE_SIZE = 4
+"""Values kept of every weight to recognise a base by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class BaseIdentity:
     revision: str | None
     """Commit of the hub repository, where there is one."""
     samples: dict[str, list[float]]
-    """First values of some weights, by name: they tell bases apart that share a name or shape."""
+    """Middle values of every weight, by name: they tell bases apart that share name and shape."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""
@@ -58,21 +56,28 @@ class BaseIdentity:
 
 def identify(model: nn.Module, base: str) -> BaseIdentity:
     """The identity of a loaded base, before anything is added to it."""
-    weights = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
-    step = max(1, len(weights) // _NUM_SAMPLES)
     samples = {
-        name: parameter.detach().flatten()[:_SAMPLE_SIZE].float().tolist()
-        for name, parameter in weights[::step]
+        name: _middle(parameter.detach())
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
     }
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
     return BaseIdentity(base=base, revision=revision, samples=samples)
+
+
+def _middle(weight: Tensor) -> list[float]:
+    """A few values from the middle: the first ones are often padding or all alike."""
+    flat = weight.flatten()
+    start = max(0, flat.numel() // 2 - _SAMPLE_SIZE // 2)
+    values: list[float] = flat[start : start + _SAMPLE_SIZE].float().tolist()
+    return values
 
 
 def _alike(theirs: list[float], ours: list[float] | None) -> bool:
     """Equal up to the rounding of a load in another dtype (bfloat16 keeps 8 bits)."""
     if ours is None or len(ours) != len(theirs):
         return False
-    return torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=2**-7, atol=1e-6)
+    return torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=2**-8, atol=1e-6)
 
 
 def load_base(

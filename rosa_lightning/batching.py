@@ -203,7 +203,7 @@ class PromptCollator:
     """Token id that fills the left."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Inputs (B, T); lists `task`, `source`, `prompt` and `reference`; `index` (B,)."""
+        """Inputs (B, T); lists `task`, `source`, `prompt`, `input`, `reference`; `index` (B,)."""
         records = [example.record for example in examples]
         return {
             **_inputs([example.prompt for example in examples], self.pad_id),
@@ -211,5 +211,6 @@ class PromptCollator:
             "source": [record.source for record in records],
             "index": torch.tensor([record.index for record in records]),
             "prompt": [record.instruction for record in records],
+            "input": [record.input for record in records],
             "reference": [reference(record) for record in records],
         }

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -78,9 +79,21 @@ class SaveRunConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it when training starts."""
-        if stage == "fit" and trainer.logger is not None and not self.already_saved:
-            super().setup(trainer, pl_module, stage)
+        """Save it when training starts.
+
+        Raises:
+            FileExistsError: Another run has logged there, and this one does not go on from it.
+        """
+        if stage != "fit" or trainer.logger is None or self.already_saved:
+            return
+        path = Path(trainer.log_dir or ".") / self.config_filename
+        if path.exists() and self.config.get("ckpt_path") is None:
+            raise FileExistsError(
+                f"{path.parent} holds the logs of another run. Leave trainer.logger.version out "
+                "for a new folder, or go on with that run by --ckpt_path."
+            )
+        self.overwrite = True
+        super().setup(trainer, pl_module, stage)
 
 
 class RoSACLI(LightningCLI):
@@ -105,7 +118,10 @@ class RoSACLI(LightningCLI):
         parser.add_argument(
             "--optimizer",
             type=OptimizerCallable,
-            default={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+            default={
+                "class_path": "torch.optim.AdamW",
+                "init_args": {"lr": 1e-3, "weight_decay": 0.0},
+            },
             help="Any torch optimizer, over the adapters.",
         )
         parser.add_argument(
@@ -120,7 +136,8 @@ class RoSACLI(LightningCLI):
     def before_fit(self) -> None:
         """Validate the base, if that was asked for and this run is not the rest of another."""
         config = self.config_init["fit"]
-        if not config["validate_first"] or config["ckpt_path"] is not None:
+        nothing = not (self.trainer.limit_val_batches and self.datamodule.val_fraction)
+        if nothing or not config["validate_first"] or config["ckpt_path"] is not None:
             return
         # Logged here, and without callbacks: a validation ends by closing the event file, and
         # callbacks would take it for the run.
@@ -154,11 +171,28 @@ class RoSACLI(LightningCLI):
         return self.init_parser(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as the user gave it.
+        """Leave the configuration as the user gave it, and see early that the file can be read.
 
-        Lightning would overwrite it with the checkpoint's in silence; a checkpoint that does not
-        fit the configuration is an error here.
+        Lightning would overwrite the configuration with the checkpoint's in silence; a checkpoint
+        that does not fit it is an error here.
         """
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path is None or not Path(path).is_file():
+            return
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle, zip and torch share no base class
+            raise ValueError(
+                f"{path} is no checkpoint that can be read safely ({type(error).__name__}). Give "
+                "one that RoSAModule has written."
+            ) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; what Lightning refuses is the user's to mend."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the trainer cannot be made: {error} Mend trainer.") from error
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -128,6 +128,7 @@ class ReasoningDataModule(LightningDataModule):
         Raises OSError or ValueError for sources that cannot be read, ValueError for a stage
         whose sources are not named.
         """
+        stage = str(getattr(stage, "value", stage))  # Lightning gives an enumeration
         if stage in {"test", "predict"}:
             if stage not in self._prompts:
                 self._prompts[stage] = self._read_prompts(stage)
@@ -184,14 +185,19 @@ class ReasoningDataModule(LightningDataModule):
     ) -> tuple[list[Example], OverlongCount]:
         return encode(
             records,
-            self._get_tokenizer(),
+            self.text_tokenizer,
             template=self.template,
             max_length=self.max_length,
             overlong=self.overlong,
             with_response=with_response,
         )
 
-    def _get_tokenizer(self) -> Any:
+    @property
+    def text_tokenizer(self) -> Any:
+        """The tokenizer that texts are encoded with, loaded at first use.
+
+        Raises ValueError where there is none, or one without an end-of-sequence token.
+        """
         if self._tokenizer is None:
             given = self.tokenizer
             if given is None:
@@ -213,7 +219,7 @@ class ReasoningDataModule(LightningDataModule):
         return self._tokenizer
 
     def _pad_id(self) -> int:
-        tokenizer = self._get_tokenizer()
+        tokenizer = self.text_tokenizer
         # Padding is masked everywhere, so any token will do.
         pad_id = tokenizer.pad_token_id
         return int(tokenizer.eos_token_id if pad_id is None else pad_id)
@@ -371,6 +377,11 @@ class ReasoningDataModule(LightningDataModule):
         for name, weight, examples in zip(
             self.source_names, self._weights(), self._train, strict=True
         ):
+            if round(total * weight) == 0:
+                rank_zero_warn(
+                    f"source {name}: weight {weight:.2g} of an epoch's {total} records is not one "
+                    "record, so it is never trained on; raise its weight in data.sources."
+                )
             rank_zero_info(
                 f"{name}: {len(examples)} records, weight {weight:.3g}, seen "
                 f"{total * weight / len(examples):.2g} times an epoch"

@@ -166,7 +166,8 @@ class DynamicLayerSelection(Callback):
         state, self._pending = self._pending, None
         self._check_optimizers(trainer.optimizers)
         self._start_afresh()
-        if state is not None:
+        # Without a path the state was loaded for another purpose, a validation before this fit.
+        if state is not None and trainer.ckpt_path is not None:
             self._resume(state)
         self._freeze_inactive()
 

@@ -37,7 +37,7 @@ from rosa_lightning.rng import all_rng_states, set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
 from rosa_lightning.surgery import RoAEReport, check_adapter_keys, inject_roae, is_adapter_key
-from rosa_lightning.tasks import extract_answer, same_answer
+from rosa_lightning.tasks import TASKS, extract_answer, same_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,8 +120,11 @@ class RoSAModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._accuracy: TaskAccuracy | None = None
         self._rng_to_restore: dict[str, Any] | None = None
+        self._said_float64 = False
         self._tokens: Tensor | int = 0
+        self._batches = 0
         self._tokens_since = 0.0
+        self._validation_since = 0.0
         self._tokens_per_s: float | None = None
 
     # The model.
@@ -168,8 +171,10 @@ class RoSAModule(LightningModule):
         return self
 
     def double(self) -> RoSAModule:
-        """Cast base and adapters to float64, and say so."""
-        rank_zero_info("64-true: base and adapters are cast to float64.")
+        """Cast base and adapters to float64, and say so once."""
+        if not self._said_float64:
+            self._said_float64 = True
+            rank_zero_info("64-true: base and adapters are cast to float64.")
         return super().double()
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -232,7 +237,9 @@ class RoSAModule(LightningModule):
         """Log how many tokens per second all devices train on, padding left out."""
         # Summed on the device and read only now and then, to spare a synchronisation a step.
         self._tokens = self._tokens + batch["attention_mask"].sum()
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        self._batches += 1
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and self._batches >= interval:
             seconds = time.perf_counter() - self._tokens_since
             self._tokens_per_s = float(self._tokens) * self.trainer.world_size / seconds
             self._restart_clock()
@@ -240,13 +247,19 @@ class RoSAModule(LightningModule):
             self.log("throughput/tokens_per_s", self._tokens_per_s)
 
     def _restart_clock(self) -> None:
-        self._tokens, self._tokens_since = 0, time.perf_counter()
+        self._tokens, self._batches, self._tokens_since = 0, 0, time.perf_counter()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = self.make_optimizer(parameters)
-        scheduler = self.make_lr_scheduler(optimizer)
+        try:
+            optimizer = self.make_optimizer(parameters)
+            scheduler = self.make_lr_scheduler(optimizer)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the optimizer or its schedule cannot be made: {error} Mend optimizer.init_args "
+                "or lr_scheduler.init_args."
+            ) from error
         return {
             "optimizer": optimizer,
             "lr_scheduler": lightning_scheduler(scheduler, self.trainer),
@@ -257,6 +270,7 @@ class RoSAModule(LightningModule):
     def on_validation_start(self) -> None:
         """Make the metric for the tasks at hand."""
         self._start_accuracy()
+        self._validation_since = time.perf_counter()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, and whether every token of the answer is the model's first choice.
@@ -283,7 +297,7 @@ class RoSAModule(LightningModule):
 
     def on_validation_end(self) -> None:
         """Keep the time of validation out of the training throughput."""
-        self._restart_clock()
+        self._tokens_since += time.perf_counter() - self._validation_since
 
     def on_test_start(self) -> None:
         """Make the metric for the tasks at hand."""
@@ -291,7 +305,7 @@ class RoSAModule(LightningModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Write an answer to each prompt, greedily, and compare it with the reference."""
-        texts = generate(self._built(), self.tokenizer, batch, self.max_new_tokens)
+        texts = self._write(batch)
         correct = [
             same_answer(task, extract_answer(task, text), reference)
             for task, text, reference in zip(batch["task"], texts, batch["reference"], strict=True)
@@ -306,11 +320,11 @@ class RoSAModule(LightningModule):
         """Write an answer to each prompt, greedily.
 
         Returns:
-            A record for each: source, index, task, prompt, response (the text written) and answer
-            (what the task's format finds in it, or None).
+            A record for each: source, index, task, prompt and input (what is asked), response (the
+            text written) and answer (what the task's format finds in it, or None).
         """
-        texts = generate(self._built(), self.tokenizer, batch, self.max_new_tokens)
-        names = ("source", "task", "prompt")
+        texts = self._write(batch)
+        names = ("source", "task", "prompt", "input")
         columns = zip(*(batch[name] for name in names), batch["index"].tolist(), texts, strict=True)
         return [
             {
@@ -318,14 +332,22 @@ class RoSAModule(LightningModule):
                 "index": index,
                 "task": task,
                 "prompt": prompt,
+                "input": context,
                 "response": text,
                 "answer": extract_answer(task, text),
             }
-            for source, task, prompt, index, text in columns
+            for source, task, prompt, context, index, text in columns
         ]
 
+    def _write(self, batch: dict[str, Any]) -> list[str]:
+        """Greedy answers, decoded by the tokenizer that the prompts were encoded with."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(datamodule, "text_tokenizer", None) or self.tokenizer
+        return generate(self._built(), tokenizer, batch, self.max_new_tokens)
+
     def _start_accuracy(self) -> None:
-        tasks = getattr(getattr(self.trainer, "datamodule", None), "task_names", ["all"])
+        datamodule = getattr(self.trainer, "datamodule", None)
+        tasks = getattr(datamodule, "task_names", ["all", *TASKS])
         self._accuracy = TaskAccuracy(tasks).to(self.device)
 
     def _log_accuracy(self, stage: str) -> None:
@@ -359,6 +381,7 @@ class RoSAModule(LightningModule):
             )
         self._built()
         cast(BaseIdentity, self.identity).check(remembered)
+        self._check_settings(remembered["roae"])
         states = remembered["rng"]
         if len(states) == self._world_size():
             self._rng_to_restore = states[self.global_rank]
@@ -367,6 +390,16 @@ class RoSAModule(LightningModule):
                 f"the checkpoint holds random states of {len(states)} processes, and this run has "
                 f"{self._world_size()}: dropout will differ from that of the run that wrote it."
             )
+
+    def _check_settings(self, trained_with: dict[str, Any]) -> None:
+        """Refuse settings that would make the same weights another function."""
+        own = self.hparams["roae"]
+        for key in own.keys() - {"dropout"}:
+            if own[key] != trained_with[key]:
+                raise ValueError(
+                    f"the adapter was trained with model.roae.{key}={trained_with[key]}, and "
+                    f"{own[key]} is given. Set model.roae.{key} to what it was trained with."
+                )
 
     def _world_size(self) -> int:
         return self.trainer.world_size if self._trainer is not None else 1

@@ -17,7 +17,8 @@ class WarmupCosine(LRScheduler):
     Args:
         optimizer: The optimizer.
         warmup: Steps of the warm-up, as a count (a whole number) or a share of all steps (below 1).
-        total_steps: Optimizer steps of the whole run; None takes them from the trainer.
+        total_steps: Optimizer steps of the whole run; None takes them from the trainer, and
+            outside `RoSAModule` gives no decay, and a warm-up only if that is a count.
         final_ratio: Learning rate at the end, as a share of the peak.
     """
 

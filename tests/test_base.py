@@ -42,6 +42,15 @@ def test_a_fine_tuned_copy_of_the_same_shape_is_another_base(base_folder):
         identify(model, "tuned").check(first.to_dict())
 
 
+def test_other_projections_in_a_deep_model_are_another_base():
+    """Whatever the period of the layers' weights: no weight is left unseen."""
+    model = build("llama", num_hidden_layers=32)
+    first = identify(model, "base")
+    torch.nn.init.normal_(model.model.layers[17].self_attn.k_proj.weight)
+    with pytest.raises(ValueError, match=r"layers\.17\.self_attn\.k_proj\.weight differs"):
+        identify(model, "merged").check(first.to_dict())
+
+
 def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_path):
     tokenizer = load_tokenizer(str(base_folder))
     tokenizer.pad_token = None

@@ -241,6 +241,58 @@ def test_a_base_without_rope_is_one_line(settings, name, tmp_path, capsys):
     assert name in line
 
 
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_command_without_sources_names_the_setting(settings, command, capsys):
+    line = refused(capsys, command, settings)
+    assert f"nothing to {command}: data.{command}_sources" in line
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(settings, capsys):
+    Path("text.ckpt").write_text("not a checkpoint")
+    line = refused(capsys, "validate", settings, "--ckpt_path", "text.ckpt")
+    assert "text.ckpt is no checkpoint" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trainer.accelerator", "foo"],
+        ["--trainer.strategy", "foo"],
+        ["--optimizer.lr", "-1"],
+    ],
+)
+def test_what_the_trainer_or_the_optimizer_refuses_is_one_line(settings, arguments, capsys):
+    refused(capsys, "fit", settings, *arguments)
+
+
+def test_the_logs_of_another_run_are_kept_and_a_resumed_run_may_add_to_its_own(settings, capsys):
+    settings["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": ".", "version": 7},
+    }
+    assert run("fit", settings) == 0
+    assert "holds the logs of another run" in refused(capsys, "fit", settings)
+    (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))
+    assert run("fit", settings, "--ckpt_path", checkpoint, "--trainer.max_steps", "3") == 0
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_the_first_validation_is_left_out_where_there_is_nothing_to_validate(settings):
+    settings["validate_first"] = True
+    assert run("fit", settings, "--trainer.limit_val_batches", "0") == 0
+    assert run("fit", settings, "--data.val_fraction", "0") == 0
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["rosa", "tiny"])
+def test_the_shipped_configurations_train_on_a_small_set(name, base_folder, tmp_path):
+    config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    source = write_records(tmp_path / "few.json", 30)
+    base = ["--model.base", str(base_folder), "--data.sources", f"[{{path: {source}}}]"]
+    limits = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", str(config), *base, *limits]) == 0
+
+
 def test_a_checkpoint_of_another_base_is_one_line(settings, tmp_path, capsys):
     assert run("fit", settings) == 0
     (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))

@@ -1,4 +1,3 @@
-import copy
 import math
 from contextlib import nullcontext
 
@@ -703,13 +702,15 @@ def test_the_state_is_plain_and_survives_a_weights_only_file(tmp_path):
     assert sum(state["selection_counts"]) == 4
 
 
-def test_a_checkpoint_of_other_layers_is_refused_by_name():
+def test_a_checkpoint_of_other_layers_is_refused_by_name(tmp_path):
     saved = sampler()
     record(Toy(5), saved, batches(2))
-    dls = sampler()
-    dls.load_state_dict(copy.deepcopy(saved.state_dict()))
+    record(Toy(4), sampler(), batches(2)).trainer.save_checkpoint(tmp_path / "c.ckpt")
+    checkpoint = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    checkpoint["callbacks"]["DynamicLayerSelection"] = saved.state_dict()
+    torch.save(checkpoint, tmp_path / "c.ckpt")
     with pytest.raises(ValueError, match=r"5 layers, layers.0 to layers.4; this model has 4"):
-        record(Toy(4), dls, batches(2))
+        fit(Toy(4), batches(2), sampler(), ckpt_path=tmp_path / "c.ckpt", max_epochs=2)
 
 
 # --- wrong set-ups ------------------------------------------------------------------------------
@@ -745,6 +746,16 @@ class Manual(Toy):
 class PartOptimizer(Toy):
     def configure_optimizers(self):
         return torch.optim.SGD([*self.layers[0].parameters(), *self.head.parameters()], lr=0.1)
+
+
+def test_a_state_that_a_validation_loaded_does_not_reach_a_fresh_fit(tmp_path):
+    module, dls = Toy(), DynamicLayerSelection(num_active=2, interval=1)
+    record(module, dls, batches(3))
+    state = dls.state_dict()
+    again = DynamicLayerSelection(num_active=2, interval=1)
+    again.load_state_dict(state)
+    record(Toy(), again, batches(2))
+    assert again.num_selections == 2
 
 
 def test_layers_in_which_nothing_trains_are_passed_over():

@@ -102,6 +102,21 @@ def test_dropout_makes_runs_of_different_seeds_differ(settings):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
+def test_the_demonstration_reaches_what_the_readme_says():
+    config = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+    assert main(["fit", "--config", str(config)]) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = Path("lightning_logs").rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events))
+    log.Reload()
+    accuracy = [event.value for event in log.Scalars("val/accuracy")]
+    assert accuracy[0] < 0.2
+    assert accuracy[-1] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
 def test_real_data_trains_as_a_weighted_mixture(real_data):
     weights = {"boolq": 0.3, "openbookqa": 0.2, "arc_easy": 0.1, "arc_challenge": 0.1, "gsm8k": 0.3}
     suffix = {"gsm8k": "jsonl"}

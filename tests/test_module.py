@@ -136,7 +136,9 @@ def test_16_mixed_trains_with_a_loss_scale(base_folder, sources, tmp_path):
 def test_64_true_casts_everything_and_says_so_once(base_folder, sources, tmp_path, caplog):
     built = module(base_folder)
     with caplog.at_level("INFO"):
-        trainer(tmp_path, precision="64-true").fit(built, data(sources))
+        run = trainer(tmp_path, precision="64-true")
+        run.validate(built, data(sources), verbose=False)
+        run.fit(built, data(sources))
     assert {parameter.dtype for parameter in built.parameters()} == {torch.float64}
     assert caplog.text.count("64-true") == 1
 
@@ -203,8 +205,36 @@ def test_adapter_weights_that_do_not_fit_are_named(checkpoint, change, message):
 
 
 def test_another_rank_does_not_load(checkpoint, base_folder):
-    with pytest.raises(ValueError, match="has shape"):
+    with pytest.raises(ValueError, match=r"model\.roae\.rank=4, and 2 is given"):
         RoSAModule.load_from_checkpoint(checkpoint, roae={"rank": 2})
+
+
+def test_another_scale_of_the_same_weights_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"roae\.alpha=32.0, and 320.0 is given"):
+        RoSAModule.load_from_checkpoint(checkpoint, roae={"rank": 4, "alpha": 320.0})
+
+
+def test_dropout_may_be_changed_after_training(checkpoint):
+    loaded = RoSAModule.load_from_checkpoint(checkpoint, roae={"rank": 4, "dropout": 0.5})
+    assert loaded.roae.dropout == 0.5
+
+
+def test_loaders_without_a_data_module_are_validated_on(base_folder, sources, tmp_path):
+    built = module(base_folder)
+    datamodule = data(sources, tokenizer=str(base_folder))
+    datamodule.setup("validate")
+    metrics = trainer(tmp_path).validate(built, datamodule.val_dataloader(), verbose=False)[0]
+    assert {"val/loss", "val/accuracy", "val/accuracy/boolq"} <= set(metrics)
+
+
+def test_throughput_is_logged_where_epochs_are_shorter_than_the_log_interval(
+    base_folder, sources, tmp_path
+):
+    run = trainer(tmp_path, max_epochs=2, max_steps=-1, log_every_n_steps=20, limit_val_batches=0)
+    run.fit(module(base_folder), data(sources, batch_size=5))
+    assert run.num_training_batches < 20
+    assert run.callback_metrics["throughput/tokens_per_s"] > 0
+    trainer(tmp_path, log_every_n_steps=0).fit(module(base_folder), data(sources))
 
 
 def test_a_checkpoint_without_an_adapter_is_refused(checkpoint):
@@ -264,7 +294,8 @@ def test_predict_returns_a_record_for_each_prompt(base_folder, tmp_path):
     batches = trainer(tmp_path).predict(built, datamodule)
     records = [record for batch in batches for record in batch]
     assert [record["prompt"] for record in records] == ["Say 1.", "Say 2.", "Say 3."]
-    assert set(records[0]) == {"source", "index", "task", "prompt", "response", "answer"}
+    keys = {"source", "index", "task", "prompt", "input", "response", "answer"}
+    assert set(records[0]) == keys
     assert all(isinstance(record["response"], str) for record in records)
 
 
