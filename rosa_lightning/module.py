@@ -6,17 +6,15 @@ Axes: B batch, T tokens, K last positions that are needed, V vocabulary.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
@@ -31,19 +29,18 @@ from rosa_lightning.base import (
     load_base,
     load_tokenizer,
 )
+from rosa_lightning.checkpoint import pack, unpack
 from rosa_lightning.evaluate import generate
 from rosa_lightning.metrics import TaskAccuracy
-from rosa_lightning.rng import all_rng_states, set_rng_state
+from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.surgery import RoAEReport, check_adapter_keys, inject_roae, is_adapter_key
+from rosa_lightning.surgery import RoAEReport, check_adapter_keys, inject_roae
 from rosa_lightning.tasks import TASKS, extract_answer, same_answer
+from rosa_lightning.throughput import TokenRate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CHECKPOINT_KEY = "rosa"
-"""Entry of a checkpoint that holds the base's identity, the RoAE settings and the version."""
 
 
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -121,11 +118,7 @@ class RoSAModule(LightningModule):
         self._accuracy: TaskAccuracy | None = None
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
-        self._tokens: Tensor | int = 0
-        self._batches = 0
-        self._tokens_since = 0.0
-        self._validation_since = 0.0
-        self._tokens_per_s: float | None = None
+        self._token_rate = TokenRate()
 
     # The model.
 
@@ -224,8 +217,7 @@ class RoSAModule(LightningModule):
         """Forget generator states that were loaded for another purpose than going on."""
         if self.trainer.ckpt_path is None:
             self._rng_to_restore = None
-        self._tokens_per_s = None
-        self._restart_clock()
+        self._token_rate = TokenRate()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the generators as late as possible: starting up may draw from them."""
@@ -235,19 +227,10 @@ class RoSAModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Log how many tokens per second all devices train on, padding left out."""
-        # Summed on the device and read only now and then, to spare a synchronisation a step.
-        self._tokens = self._tokens + batch["attention_mask"].sum()
-        self._batches += 1
-        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval and self._batches >= interval:
-            seconds = time.perf_counter() - self._tokens_since
-            self._tokens_per_s = float(self._tokens) * self.trainer.world_size / seconds
-            self._restart_clock()
-        if self._tokens_per_s is not None:
-            self.log("throughput/tokens_per_s", self._tokens_per_s)
-
-    def _restart_clock(self) -> None:
-        self._tokens, self._batches, self._tokens_since = 0, 0, time.perf_counter()
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        rate = self._token_rate.add(batch["attention_mask"].sum(), every)
+        if rate is not None:
+            self.log("throughput/tokens_per_s", rate * self.trainer.world_size)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
@@ -270,7 +253,7 @@ class RoSAModule(LightningModule):
     def on_validation_start(self) -> None:
         """Make the metric for the tasks at hand."""
         self._start_accuracy()
-        self._validation_since = time.perf_counter()
+        self._token_rate.pause()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, and whether every token of the answer is the model's first choice.
@@ -297,7 +280,7 @@ class RoSAModule(LightningModule):
 
     def on_validation_end(self) -> None:
         """Keep the time of validation out of the training throughput."""
-        self._tokens_since += time.perf_counter() - self._validation_since
+        self._token_rate.resume()
 
     def on_test_start(self) -> None:
         """Make the metric for the tasks at hand."""
@@ -359,50 +342,19 @@ class RoSAModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, and remember the base and every rank's random state."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: state[key] for key in state if is_adapter_key(key)}
-        checkpoint[CHECKPOINT_KEY] = {
-            **cast(BaseIdentity, self.identity).to_dict(),
-            "roae": dict(self.hparams["roae"]),
-            "version": version("rosa-lightning"),
-            "rng": all_rng_states(),
-        }
+        pack(checkpoint, cast(BaseIdentity, self.identity), self.hparams["roae"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is ours and was trained on this base.
-
-        Raises:
-            ValueError: It is not, or it was; says what differs.
-        """
-        remembered = checkpoint.get(CHECKPOINT_KEY)
-        if remembered is None:
-            raise ValueError(
-                "the checkpoint holds no RoSA adapter. Give one that RoSAModule has written."
-            )
+        """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
         self._built()
-        cast(BaseIdentity, self.identity).check(remembered)
-        self._check_settings(remembered["roae"])
-        states = remembered["rng"]
-        if len(states) == self._world_size():
-            self._rng_to_restore = states[self.global_rank]
-        else:
-            rank_zero_warn(
-                f"the checkpoint holds random states of {len(states)} processes, and this run has "
-                f"{self._world_size()}: dropout will differ from that of the run that wrote it."
-            )
-
-    def _check_settings(self, trained_with: dict[str, Any]) -> None:
-        """Refuse settings that would make the same weights another function."""
-        own = self.hparams["roae"]
-        for key in own.keys() - {"dropout"}:
-            if own[key] != trained_with[key]:
-                raise ValueError(
-                    f"the adapter was trained with model.roae.{key}={trained_with[key]}, and "
-                    f"{own[key]} is given. Set model.roae.{key} to what it was trained with."
-                )
-
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self._trainer is not None else 1
+        attached = self._trainer is not None
+        self._rng_to_restore = unpack(
+            checkpoint,
+            cast(BaseIdentity, self.identity),
+            self.hparams["roae"],
+            rank=self.global_rank,
+            world_size=self.trainer.world_size if attached else 1,
+        )
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
