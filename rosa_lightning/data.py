@@ -320,6 +320,8 @@ class ReasoningDataModule(LightningDataModule):
     def _log_shares(self) -> None:
         assert self.trainer is not None
         step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if len(self.sources) < 2:
+            return  # the share of an only source tells nothing
         if interval and step % interval == 0 and step > self._logged_step:
             self._logged_step = step
             shares = {f"data/share/{name}": share for name, share in self.shares().items()}
