@@ -27,8 +27,10 @@ from rosa_lightning.sources import (
 )
 from rosa_lightning.tasks import Record, Template
 
-SourceLike = Source | dict[str, Any]
-"""A source or its fields: of a mistyped field, ours is the shorter error than jsonargparse's."""
+SourceLike = dict[str, Any] | Source
+"""A source or its fields. The dictionary stands first, so that jsonargparse leaves fields as they
+are: it would fill a `Source` with those of the one in the same place of an earlier configuration.
+"""
 
 
 class ReasoningDataModule(LightningDataModule):

@@ -116,6 +116,7 @@ class RoSAModule(LightningModule):
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._accuracy: TaskAccuracy | None = None
+        self._head_can_keep = False
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
         self._token_rate = TokenRate()
@@ -143,6 +144,7 @@ class RoSAModule(LightningModule):
             trust_remote_code=self.trust_remote_code,
         )
         self.identity = identify(model, self.base)
+        self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.report = inject_roae(model, self.roae)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
@@ -190,7 +192,7 @@ class RoSAModule(LightningModule):
         keep = batch["num_label_positions"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
         model = self._built()
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        if self._head_can_keep:
             inputs["logits_to_keep"] = keep + 1
         logits = model(**inputs, use_cache=False).logits
         return (

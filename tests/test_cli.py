@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -241,6 +242,15 @@ def test_a_base_without_rope_is_one_line(settings, name, tmp_path, capsys):
     assert name in line
 
 
+def test_sources_on_the_command_line_replace_those_of_the_file(settings, tmp_path, capsys):
+    """As many as in the file: fields of the one in the same place must not linger."""
+    named = [{"name": f"hub{n}", "hub": f"nobody/{n}", "weight": 0.9} for n in range(2)]
+    settings["data"]["sources"] = named
+    paths = [str(write_records(tmp_path / f"{n}.json", 20)) for n in range(2)]
+    given = yaml.safe_dump([{"path": path} for path in paths], default_flow_style=True)
+    assert run("fit", settings, "--data.sources", given) == 0
+
+
 @pytest.mark.parametrize("command", ["test", "predict"])
 def test_a_command_without_sources_names_the_setting(settings, command, capsys):
     line = refused(capsys, command, settings)
@@ -254,15 +264,18 @@ def test_a_file_that_is_no_checkpoint_is_one_line(settings, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["--trainer.accelerator", "foo"],
-        ["--trainer.strategy", "foo"],
-        ["--optimizer.lr", "-1"],
+        (["--trainer.accelerator", "foo"], "the trainer cannot be made: .*'foo'"),
+        (["--trainer.strategy", "foo"], "the trainer cannot be made: .*'foo'"),
+        (["--optimizer.lr", "-1"], "the optimizer or its schedule cannot be made: .*-1"),
     ],
 )
-def test_what_the_trainer_or_the_optimizer_refuses_is_one_line(settings, arguments, capsys):
-    refused(capsys, "fit", settings, *arguments)
+def test_what_the_trainer_or_the_optimizer_refuses_is_one_line(
+    settings, arguments, message, capsys
+):
+    line = refused(capsys, "fit", settings, *arguments)
+    assert re.search(message, line), line
 
 
 def test_the_logs_of_another_run_are_kept_and_a_resumed_run_may_add_to_its_own(settings, capsys):
