@@ -13,6 +13,9 @@ from rosa_lightning.roae import RoAEConfig, RoAELinear, RoAENorm, Target
 from rosa_lightning.rope import PairTable
 from rosa_lightning.rows import contiguous_runs, find_blocks
 
+_REPORT = "_roae_report"
+"""Attribute under which an adapted model keeps what was done to it."""
+
 ADAPTER_WEIGHTS = ("roae_A", "roae_B")
 """Names of the trainable parameters; all others belong to the base."""
 
@@ -38,6 +41,8 @@ class ProjectionReport:
     """The output rows of the projection that take the term, ascending."""
     norm: str
     """Dotted path of the norm after which the term is added; empty: right after the projection."""
+    projection: str
+    """Dotted path of the projection in the base, as it is without RoAE."""
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -68,6 +73,8 @@ class ProjectionReport:
 class RoAEReport:
     """What `inject_roae` did."""
 
+    config: RoAEConfig
+    """What was asked for."""
     projections: tuple[ProjectionReport, ...]
     """The terms, layer by layer in the model's order."""
     num_trainable: int
@@ -135,12 +142,15 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
             layer=term.layer,
             rows=term.rows,
             norm=term.norm,
+            projection=term.projection,
         )
         for term, layer in zip(terms, layers, strict=True)
     )
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(report.num_parameters for report in reports)
-    return RoAEReport(reports, trainable, total, tuple(notes))
+    report = RoAEReport(config, reports, trainable, total, tuple(notes))
+    setattr(model, _REPORT, report)
+    return report
 
 
 def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
@@ -185,6 +195,18 @@ def roae_layers(model: nn.Module) -> Iterator[tuple[str, RoAELinear]]:
             yield name, module
 
 
+def roae_report(model: nn.Module) -> RoAEReport:
+    """What `inject_roae` did to a model.
+
+    Raises:
+        ValueError: The model carries no RoAE.
+    """
+    report: RoAEReport | None = getattr(model, _REPORT, None)
+    if report is None:
+        raise ValueError(f"{type(model).__name__} carries no RoAE. Call inject_roae first.")
+    return report
+
+
 def merge_roae(model: nn.Module) -> nn.Module:
     """Fold every RoAE term into its projection, in float32, and unwrap; in place.
 
@@ -192,22 +214,38 @@ def merge_roae(model: nn.Module) -> nn.Module:
         ValueError: The model carries no RoAE, or carries terms after a norm, which no weight can
             hold. The model is left as it was.
     """
-    layers = list(roae_layers(model))
-    if not layers:
-        raise ValueError(f"{type(model).__name__} carries no RoAE. Call inject_roae first.")
-    deferred = [layer for _, layer in layers if layer.defer]
-    for layer in deferred[:1]:
+    roae_report(model)
+    layers = [layer for _, layer in roae_layers(model)]
+    for layer in [layer for layer in layers if layer.defer][:1]:
         layer.merge()
-    outermost = dict(layers)
-    for name, layer in layers:
-        if isinstance(layer.base, RoAELinear):
-            del outermost[f"{name}.base"]
-    for name, layer in outermost.items():
-        base: nn.Module = layer
-        while isinstance(base, RoAELinear):
-            base = base.merge()
-        model.set_submodule(name, base)
+    for layer in layers:
+        layer.merge()
+    return remove_roae(model)
+
+
+def remove_roae(model: nn.Module) -> nn.Module:
+    """Unwrap every projection and norm and drop the terms; in place.
+
+    The base is as it was before `inject_roae`, and stays frozen.
+
+    Raises:
+        ValueError: The model carries no RoAE.
+    """
+    roae_report(model)
+    for path, wrapper in outermost_wrappers(model):
+        base: nn.Module = wrapper
+        while isinstance(base, RoAELinear | RoAENorm):
+            base = base.base
+        model.set_submodule(path, base)
+    delattr(model, _REPORT)
     return model
+
+
+def outermost_wrappers(model: nn.Module) -> list[tuple[str, RoAELinear | RoAENorm]]:
+    """The RoAE layers that stand in no other, with their dotted paths: those of the base."""
+    wrappers = [(p, m) for p, m in model.named_modules() if isinstance(m, RoAELinear | RoAENorm)]
+    inner = {id(wrapper.base) for _, wrapper in wrappers}
+    return [(path, wrapper) for path, wrapper in wrappers if id(wrapper) not in inner]
 
 
 def is_adapter_key(key: str) -> bool:
