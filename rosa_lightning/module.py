@@ -21,6 +21,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rosa_lightning.adapter import load_adapter
 from rosa_lightning.base import (
     BaseIdentity,
     Dtype,
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_DEFAULT_ROAE = RoAEConfig()
+
+
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
     """AdamW without weight decay."""
     return AdamW(params, lr=1e-3, weight_decay=0.0)
@@ -62,7 +66,10 @@ class RoSAModule(LightningModule):
     Args:
         base: The causal language model to adapt: hub id, local folder, or ``tiny`` for the
             embedded demonstration model.
-        roae: What RoAE adds.
+        roae: What RoAE adds. With ``adapter``, leave it at its defaults or give what the adapter
+            was trained with.
+        adapter: Folder of an adapter to go on from, or to evaluate: one that ``export`` has
+            written, or a LoRA of PEFT that is zero wherever RoAE adds nothing.
         revision: Branch, tag or commit of the base on the hub.
         dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
             the base says of itself.
@@ -79,8 +86,9 @@ class RoSAModule(LightningModule):
     def __init__(
         self,
         base: str,
-        roae: RoAEConfig,
+        roae: RoAEConfig = _DEFAULT_ROAE,
         *,
+        adapter: str | None = None,
         revision: str | None = None,
         dtype: Dtype = "auto",
         attn_implementation: str | None = None,
@@ -98,11 +106,12 @@ class RoSAModule(LightningModule):
             )
         if isinstance(roae, Mapping):  # as saved in a checkpoint
             roae = RoAEConfig(**roae)
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "roae"])
-        # Plain values, so that checkpoints load with weights_only.
-        self.save_hyperparameters({"roae": {**asdict(roae), "targets": list(roae.targets)}})
+        # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "roae", "adapter"])
         self.base = base
         self.roae = roae
+        self._remember_roae()
+        self.adapter = adapter
         self.revision = revision
         self.dtype_of_base = dtype
         self.attn_implementation = attn_implementation
@@ -145,12 +154,23 @@ class RoSAModule(LightningModule):
         )
         self.identity = identify(model, self.base)
         self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.report = inject_roae(model, self.roae)
+        if self.adapter is None:
+            self.report = inject_roae(model, self.roae)
+        else:
+            given = None if self.roae == _DEFAULT_ROAE else self.roae
+            self.report = load_adapter(model, self.adapter, given)
+            self.roae = self.report.config
+            self._remember_roae()
         if self.gradient_checkpointing:
             enable_checkpointing(model)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = model.train()
         rank_zero_info(str(self.report))
+
+    def _remember_roae(self) -> None:
+        """Put the settings among the hyperparameters, as plain values that load safely."""
+        plain = {**asdict(self.roae), "targets": list(self.roae.targets)}
+        self.save_hyperparameters({"roae": plain})
 
     def to(self, *args: Any, **kwargs: Any) -> RoSAModule:
         """Move to a device; a dtype is left out unless it is float64.
