@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
@@ -67,7 +66,9 @@ def to_lora(model: nn.Module) -> LoraFiles:
         for path, on_path in terms.items()
         for part, tensor in zip("AB", _stack(on_path, most), strict=True)
     }
-    config = _peft_config(model, report.config, most, target_modules(set(terms), _paths(model)))
+    # Layers inside a wrapped projection count too, which can only make names longer than needed.
+    targets = target_modules(set(terms), (path for path, _ in model.named_modules()))
+    config = _peft_config(model, report.config, most, targets)
     metadata = {"format": "pt", _METADATA: json.dumps(asdict(report.config))}
     return LoraFiles(config, tensors, metadata)
 
@@ -134,15 +135,6 @@ def _peft_config(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-
-
-def _paths(module: nn.Module, path: str = "") -> Iterator[str]:
-    """Dotted paths of all modules of the base, as they are without RoAE."""
-    while isinstance(module, RoAELinear):
-        module = module.base
-    yield path
-    for name, child in module.named_children():
-        yield from _paths(child, f"{path}.{name}" if path else name)
 
 
 def from_lora(

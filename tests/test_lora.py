@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch.testing import assert_close
 
 from rosa_lightning.lora import from_lora, to_lora
 from rosa_lightning.peft_files import LoraFiles, read_lora
+from rosa_lightning.plan import possible_terms
+from rosa_lightning.probe import read_geometry
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.summary import build_small, causal_models
 from rosa_lightning.surgery import (
@@ -318,8 +321,6 @@ def trained(name: str, held: RoAEConfig | None, **options: Any) -> tuple[nn.Modu
 
 def saved(model: nn.Module) -> LoraFiles:
     """What PEFT writes, read by us."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return read_lora(folder)
@@ -489,18 +490,28 @@ def test_roae_is_not_imported_twice():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [("q", "k"), ALL], ids=["qk", "all"])
 @pytest.mark.parametrize("name", causal_models())
-def test_every_model_that_is_adapted_goes_to_peft_and_back(name, tmp_path):
+def test_every_model_that_is_adapted_goes_to_peft_and_back(name, targets, tmp_path):
     try:
         base = build_small(name)
-        inject_roae(base, RoAEConfig(rank=2))
+        inject_roae(base_of(name), RoAEConfig(rank=2))
     except Exception as error:
         pytest.skip(str(error))
-    model = adapted(name, RoAEConfig(rank=2, alpha=4.0, low_freq_ratio=0.5))
-    files = to_lora(model)
+    terms, _ = possible_terms(base, RoAEConfig(targets=targets), *read_geometry(base))
+    held = tuple(target for target in targets if any(term.target == target for term in terms))
+    model = adapted(name, RoAEConfig(rank=2, alpha=4.0, low_freq_ratio=0.5, targets=held))
+    try:
+        files = to_lora(model)
+    except ValueError as error:
+        if targets != ALL or "PEFT takes LoRA on" not in str(error):
+            raise
+        pytest.skip(str(error))
+    if (name, targets) == ("LagunaConfig", ALL):
+        pytest.xfail("PEFT renames its shared_experts, and says that it misses their LoRA")
     assert_close(logits(in_peft(name, files, tmp_path)), logits(model), atol=1e-5, rtol=0)
-    _, tensors = from_lora(base_of(name), read_lora(tmp_path))
+    _, tensors = from_lora(base, read_lora(tmp_path))
     assert same(tensors, weights(model))
-    config, tensors = from_lora(base_of(name), replace(files, metadata={}))
-    assert config.rank == 2
+    config, tensors = from_lora(base, replace(files, metadata={}))
+    assert (config.rank, config.targets) == (2, held)
     assert torch.equal(logits(loaded(name, config, tensors)), logits(model))

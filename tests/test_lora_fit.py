@@ -161,6 +161,18 @@ def test_an_untrained_lora_takes_its_rank_and_the_usual_ratio():
     assert all(tensor.any(1).all() for key, tensor in tensors.items() if key.endswith("roae_A"))
 
 
+def test_the_scale_of_most_modules_is_kept_and_the_others_are_folded():
+    other = Q.replace(".0.", ".1.")
+    modules = [(K, 64, 32, [7]), (Q, 64, 64, [7]), (other, 64, 64, [7])]
+    files = lora(*modules, alpha_pattern={"k_proj": 3})
+    config, tensors = from_lora(build("llama"), files)
+    assert config.scale == 2.0
+    for path, factor in [(K, 0.5), (Q, 1.0), (other, 1.0)]:
+        B = files.tensors[f"base_model.model.{path}.lora_B.weight"]
+        # One pair: dimensions 7 and 15 of each head.
+        assert torch.equal(tensors[f"{path}.roae_B"], factor * B.view(-1, 8, 3)[:, 7])
+
+
 def test_a_lora_off_q_and_k_takes_the_usual_ratio():
     path = "model.layers.0.mlp.up_proj"
     config, _ = from_lora(build("llama"), lora((path, 64, 96, list(range(96)))))
