@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rosa_lightning.base import base_name, identify
-from rosa_lightning.lora import LORA_CONFIG_FILE, from_lora, read_lora
+from rosa_lightning.lora import from_lora
+from rosa_lightning.peft_files import CONFIG_FILE as LORA_CONFIG_FILE
+from rosa_lightning.peft_files import read_lora
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.surgery import (
     RoAEReport,

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 
 from rosa_lightning.adapter import write_adapter
 from rosa_lightning.folder import new_folder
-from rosa_lightning.lora import to_lora, write_lora
+from rosa_lightning.lora import to_lora
+from rosa_lightning.peft_files import write_lora
 from rosa_lightning.surgery import merged, roae_report
 
 if TYPE_CHECKING:

@@ -45,6 +45,8 @@ class ProjectionReport:
     """Dotted path of the norm after which the term is added; empty: right after the projection."""
     projection: str
     """Dotted path of the projection in the base, as it is without RoAE."""
+    num_rows: int
+    """All output rows of the projection."""
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -145,6 +147,7 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
             rows=term.rows,
             norm=term.norm,
             projection=term.projection,
+            num_rows=term.num_rows,
         )
         for term, layer in zip(terms, layers, strict=True)
     )
@@ -169,7 +172,7 @@ def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
         stride=blocks.stride,
         defer=bool(term.norm),
         device=cast(Tensor, base.weight).device,
-    )
+    ).train(base.training)
     model.set_submodule(term.projection, layer)
     if term.norm and term.table:
         norm = RoAENorm(
