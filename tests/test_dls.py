@@ -803,14 +803,6 @@ def test_wrong_set_ups_are_refused_before_training(build, options, message):
     assert flags(module) == before
 
 
-def test_distributed_runs_are_refused_for_now():
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False)
-    dls = DynamicLayerSelection()
-    with pytest.raises(ValueError, match="not support distributed runs yet, given 2 processes"):
-        dls.setup(trainer, Toy(), "fit")
-    dls.setup(trainer, Toy(), "validate")
-
-
 # --- seen and configured ------------------------------------------------------------------------
 
 
