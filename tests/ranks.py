@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import fsdp as lightning_fsdp
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp.api import FullOptimStateDictConfig, FullStateDictConfig
 
 WORLD = 2
 TIMEOUT = timedelta(seconds=60)
@@ -48,16 +51,24 @@ def launch(work: str, folder: Path, timeout: float = 240.0) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
+def full_state_on_the_cpu(module, world_size, rank0_only=True):
+    """Lightning's own, without the offload, which crashes and mixes up moments on a CPU."""
+    state = FullStateDictConfig(rank0_only=rank0_only, offload_to_cpu=False)
+    moments = FullOptimStateDictConfig(rank0_only=rank0_only, offload_to_cpu=False)
+    kind = StateDictType.FULL_STATE_DICT
+    return FullyShardedDataParallel.state_dict_type(module, kind, state, moments)
+
+
+lightning_fsdp._get_full_state_dict_context = full_state_on_the_cpu
+
+
 class CPUFSDPStrategy(FSDPStrategy):
     """FSDP1 on a CPU, which Lightning refuses; offloading a full state there fails in torch."""
 
     def __init__(self, **options) -> None:
         super().__init__(device_id=torch.device("cpu"), **options)
-        self.parallel_device = torch.device("cpu")
 
     def _setup_model(self, model):
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             return model
         return FullyShardedDataParallel(

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from functools import partial
+
 import ranks
 import torch
 from test_dls import (
     TOY,
     Batches,
+    Block,
     Recorder,
+    Saves,
     Toy,
     assert_same,
     batches,
@@ -13,7 +17,10 @@ from test_dls import (
     flags,
     highest,
     reference,
+    sampler,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from rosa_lightning.dls import DynamicLayerSelection
@@ -30,12 +37,48 @@ def parallel_fit(module, strategy, *callbacks, **options):
     return fit(module, Batches(mine()), *callbacks, strategy=strategy, devices=2, **options)
 
 
+class RankRecorder(Recorder):
+    """Whole parameters, between steps, where sharded ones can be put together."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.step = trainer.global_step
+        self.snap(trainer.strategy.model)
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        pass
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step > self.step:
+            self.on_train_start(trainer, pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        pass
+
+    def snap(self, model):
+        self.active.append(self.dls.active)
+        self.scores.append(self.dls.scores)
+        with FullyShardedDataParallel.summon_full_params(model):
+            whole = {
+                name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+                for name, p in model.named_parameters()
+            }
+        self.parameters.append({plain(name): value for name, value in whole.items()})
+
+
+def plain(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+
+
+def required(module) -> dict[str, bool]:
+    return {plain(name): flag for name, flag in flags(module).items()}
+
+
 def followed(module, dls, strategy, *callbacks, **options) -> dict:
     """What a rank saw of a run: the selections, scores and parameters after every step."""
-    recorder = Recorder(dls)
-    before = flags(module)
+    recorder = RankRecorder(dls)
+    before = required(module)
     parallel_fit(module, strategy, dls, recorder, *callbacks, **options)
-    assert flags(module) == before
+    assert required(module) == before
     return {
         "active": recorder.active,
         "scores": recorder.scores,
@@ -104,9 +147,61 @@ def runs(strategy, module=Toy) -> dict:
     }
 
 
+class SavesAt(Saves):
+    """Checkpoints after some optimizer steps, the first in the middle of an accumulation."""
+
+    def __init__(self, folder, steps):
+        super().__init__(folder)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 0 and trainer.current_epoch == 0:
+            # Scoring goes on; what is saved of the norms must not depend on it.
+            trainer.save_checkpoint(self.folder / "inside")
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
+            if self.step in self.steps:
+                trainer.save_checkpoint(self.folder / f"{self.step}")
+
+
+def resumes(folder, strategy, module=Toy) -> dict:
+    """A run that goes through, and what becomes of it from two of its checkpoints."""
+    options = {"accumulate_grad_batches": 2, "max_epochs": 3}
+    straight = followed(
+        module(), sampler(num_active=1), strategy(), SavesAt(folder, (2, 5)), **options
+    )
+    seen = {"straight": straight}
+    for step in (2, 5):  # between selections; in the second epoch of four steps
+        torch.manual_seed(step)
+        again = module(lr=7.0)
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter.add_(1.0)
+        dls = sampler(num_active=1, seed=77)
+        path = folder / f"{step}"
+        seen[step] = followed(again, dls, strategy(), ckpt_path=path, **options)
+    return seen
+
+
+def assert_resumed_exactly(seen: dict) -> None:
+    straight = seen["straight"]
+    assert len(straight["parameters"]) == 13
+    for step in (2, 5):
+        run = seen[step]
+        assert run["active"] == straight["active"][step:]
+        assert run["scores"] == straight["scores"][step:]
+        assert run["counts"] == straight["counts"]
+        assert run["seen"] == straight["seen"][-len(run["seen"]) :]
+        for one, other in zip(run["parameters"], straight["parameters"][step:], strict=True):
+            assert_same(one, other)
+    # Some layer was never active before the checkpoint: its moments are those of no step.
+    assert len({layer for active in straight["active"][1:3] for layer in active}) < 5
+
+
 def on_ddp(folder) -> dict:
     torch.manual_seed(ranks.rank())  # no help from equal generators
     seen = runs(ranks.ddp)
+    seen["resumed"] = resumes(folder, ranks.ddp)
     other = DynamicLayerSelection(num_active=2, interval=1, policy="random", seed=ranks.rank())
     seen["disagreeing"] = followed(Toy(), other, ranks.ddp(gradient_as_bucket_view=True))
     seen["errors"] = [
@@ -120,6 +215,7 @@ def test_under_ddp_training_equals_one_process_on_the_joint_batch(tmp_path):
     seen = ranks.launch("test_dls_distributed:on_ddp", tmp_path)
     assert_ranks_agree(seen)
     assert_as_one_process(seen[0])
+    assert_resumed_exactly(seen[0]["resumed"])
     assert seen[0]["disagreeing"]["active"] == seen[1]["disagreeing"]["active"]
     assert len(set(seen[0]["disagreeing"]["active"])) > 2
     for rank in seen:
@@ -127,3 +223,50 @@ def test_under_ddp_training_equals_one_process_on_the_joint_batch(tmp_path):
         assert "find_unused_parameters=True" in unused
         assert "Leave static_graph out" in static
         assert "\n" not in unused + static
+
+
+class FullyShardedToy(Toy):
+    def configure_model(self):
+        if not hasattr(self.head, "unshard"):
+            for module in (*self.layers, self.head):
+                mesh = self.device_mesh["data_parallel"]
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def on_fsdp2(folder) -> dict:
+    torch.manual_seed(ranks.rank())
+    seen = runs(ranks.fsdp2, FullyShardedToy)
+    for kind, shards in (("sharded", True), ("full", False)):
+        place = folder / kind
+        place.mkdir(exist_ok=True)
+        seen[f"resumed {kind}"] = resumes(
+            place, partial(ranks.fsdp2, save_distributed_checkpoint=shards), FullyShardedToy
+        )
+    return seen
+
+
+def test_under_fsdp2_training_equals_one_process_on_the_joint_batch(tmp_path):
+    seen = ranks.launch("test_dls_distributed:on_fsdp2", tmp_path)
+    assert_ranks_agree(seen)
+    assert_as_one_process(seen[0])
+    assert_resumed_exactly(seen[0]["resumed sharded"])
+    assert_resumed_exactly(seen[0]["resumed full"])
+
+
+def on_fsdp1(folder) -> dict:
+    torch.manual_seed(ranks.rank())
+    strategy = partial(ranks.fsdp, auto_wrap_policy={Block})
+    seen = runs(strategy)
+    for kind in ("sharded", "full"):
+        place = folder / kind
+        place.mkdir(exist_ok=True)
+        seen[f"resumed {kind}"] = resumes(place, partial(strategy, state_dict_type=kind))
+    return seen
+
+
+def test_under_fsdp1_training_equals_one_process_on_the_joint_batch(tmp_path):
+    seen = ranks.launch("test_dls_distributed:on_fsdp1", tmp_path)
+    assert_ranks_agree(seen)
+    assert_as_one_process(seen[0])
+    assert_resumed_exactly(seen[0]["resumed sharded"])
+    assert_resumed_exactly(seen[0]["resumed full"])
