@@ -11,12 +11,12 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from rosa_lightning.gradients import fill_optimizer_state, global_gradients
 from rosa_lightning.preconditions import (
-    SHARDED,
     check_checkpointing,
     check_optimizers,
     check_strategy,
@@ -173,7 +173,7 @@ class DynamicLayerSelection(Callback):
         state, self._pending = self._pending, None
         candidates = {n: p for layer in self._layers for n, p in layer.candidates.items()}
         check_optimizers(trainer.optimizers, candidates)
-        if isinstance(trainer.strategy, SHARDED):
+        if isinstance(trainer.strategy, ModelParallelStrategy):
             for optimizer in trainer.optimizers:
                 fill_optimizer_state(optimizer)
         self._start_afresh()

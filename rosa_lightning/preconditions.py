@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -15,9 +16,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-SHARDED = FSDPStrategy | ModelParallelStrategy
-"""Strategies that keep optimizer state in shards."""
-
 
 def check_strategy(strategy: object) -> None:
     """Refuse strategies whose gradients cannot be read and dropped.
@@ -25,7 +23,10 @@ def check_strategy(strategy: object) -> None:
     Raises:
         ValueError: DeepSpeed, which steps its own copies, and any other that is not known.
     """
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | SHARDED):
+    known = isinstance(
+        strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | ModelParallelStrategy
+    )
+    if not known or isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy
         raise ValueError(
             f"DynamicLayerSelection does not work under {type(strategy).__name__}, which keeps "
             "gradients where it cannot drop them. Set trainer.strategy to "
