@@ -82,7 +82,8 @@ def _means(
 def fill_optimizer_state(optimizer: Optimizer) -> None:
     """Give every parameter the state that its first step would make, before any step.
 
-    FSDP2 loads optimizer state for all parameters or fails; a layer that was never active has none. Exact for optimizers whose moments start at zero: SGD, RMSprop, Adam and its kin.
+    FSDP2 loads optimizer state for all parameters or fails, and a layer that was never active has
+    none. Exact for optimizers whose moments start at zero: SGD, RMSprop, Adam and its kin.
     """
     groups = optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]

@@ -35,7 +35,13 @@ from rosa_lightning.metrics import TaskAccuracy
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.surgery import RoAEReport, check_adapter_keys, inject_roae
+from rosa_lightning.sharding import clip, is_sharded, load_once, spread
+from rosa_lightning.surgery import (
+    RoAEReport,
+    check_adapter_keys,
+    inject_roae,
+    is_adapter_key,
+)
 from rosa_lightning.tasks import TASKS, extract_answer, same_answer
 from rosa_lightning.throughput import TokenRate
 
@@ -120,6 +126,8 @@ class RoSAModule(LightningModule):
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
         self._token_rate = TokenRate()
+        # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
+        self.strict_loading = False
 
     # The model.
 
@@ -132,10 +140,29 @@ class RoSAModule(LightningModule):
             )
         return self._tokenizer
 
+    def setup(self, stage: str) -> None:
+        """Refuse to write answers with a model in shards.
+
+        Ranks finish at different lengths, and would wait for each other's shards forever.
+        """
+        if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
+            raise ValueError(
+                f"{stage} writes answers of different lengths on each rank, which a model in "
+                "shards cannot do. Set trainer.strategy to auto or ddp; every checkpoint loads."
+            )
+
     def configure_model(self) -> None:
         """Load the base, freeze it and add RoAE; once."""
         if self.model is not None:
             return
+        strategy = None if self._trainer is None else self.trainer.strategy
+        model, self.identity, self.report = load_once(self._adapted_base, strategy)
+        self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
+        self.model = cast("PreTrainedModel", spread(model.train(), strategy))
+        rank_zero_info(str(self.report))
+
+    def _adapted_base(self) -> tuple[PreTrainedModel, BaseIdentity, RoAEReport]:
         model = load_base(
             self.base,
             revision=self.revision,
@@ -143,14 +170,11 @@ class RoSAModule(LightningModule):
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
-        self.identity = identify(model, self.base)
-        self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.report = inject_roae(model, self.roae)
+        identity = identify(model, self.base)
+        report = inject_roae(model, self.roae)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
-        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
-        self.model = model.train()
-        rank_zero_info(str(self.report))
+        return model, identity, report
 
     def to(self, *args: Any, **kwargs: Any) -> RoSAModule:
         """Move to a device; a dtype is left out unless it is float64.
@@ -233,6 +257,21 @@ class RoSAModule(LightningModule):
         rate = self._token_rate.add(batch["attention_mask"].sum(), every)
         if rate is not None:
             self.log("throughput/tokens_per_s", rate * self.trainer.world_size)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to, under FSDP1 too."""
+        done = gradient_clip_val is not None and clip(
+            self._built(), gradient_clip_val, gradient_clip_algorithm
+        )
+        if not done:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
@@ -341,6 +380,14 @@ class RoSAModule(LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy")
 
     # Checkpoints.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters alone, whole or as this rank's shards."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if key.startswith(prefix) and not is_adapter_key(key)]:
+            del state[key]
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, and remember the base and every rank's random state."""

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lightning.pytorch.strategies import fsdp as lightning_fsdp
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.fsdp.api import FullOptimStateDictConfig, FullStateDictConfig
+from torch.distributed.fsdp.wrap import enable_wrap
 
 WORLD = 2
 TIMEOUT = timedelta(seconds=60)
@@ -67,6 +68,10 @@ class CPUFSDPStrategy(FSDPStrategy):
 
     def __init__(self, **options) -> None:
         super().__init__(device_id=torch.device("cpu"), **options)
+
+    def model_sharded_context(self):
+        options = {"sharding_strategy": self.sharding_strategy, **self.kwargs}
+        return enable_wrap(wrapper_cls=FullyShardedDataParallel, **options)
 
     def _setup_model(self, model):
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

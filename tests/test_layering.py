@@ -32,6 +32,7 @@ FLOORS = {
     "metrics": 3,
     "checkpoint": 3,
     "summary": 3,
+    "sharding": 3,
     "evaluate": 3,
     "module": 4,
     "data": 4,
