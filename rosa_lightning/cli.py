@@ -194,6 +194,9 @@ class RoSACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; what Lightning refuses is the user's to mend."""
+        if self._get(self.config_init, "trainer.strategy") == ModelParallelStrategy.__name__:
+            # Lightning knows the other strategies by short names, and this one by its class alone.
+            kwargs["strategy"] = ModelParallelStrategy()
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, RuntimeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -147,8 +148,9 @@ class RoSAModule(LightningModule):
         """
         if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
             raise ValueError(
-                f"{stage} writes answers of different lengths on each rank, which a model in "
-                "shards cannot do. Set trainer.strategy to auto or ddp; every checkpoint loads."
+                f"{self.trainer.strategy.__class__.__name__} cannot write answers: their lengths "
+                "differ from rank to rank, and ranks with shards go in step. Set trainer.strategy "
+                "to auto or ddp, and --ckpt_path to a full checkpoint."
             )
 
     def configure_model(self) -> None:
@@ -377,7 +379,8 @@ class RoSAModule(LightningModule):
     def _log_accuracy(self, stage: str) -> None:
         accuracy = cast(TaskAccuracy, self._accuracy).compute()
         for name, value in accuracy.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy")
+            # Of all ranks already; said again, or Lightning warns.
+            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
 
     # Checkpoints.
 
@@ -396,13 +399,18 @@ class RoSAModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
         self._built()
-        attached = self._trainer is not None
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        if "state_dict" not in checkpoint and path is not None and Path(path).is_file():
+            # FSDP2 has loaded it already, passing over keys that it does not know.
+            file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+            check_adapter_keys(self, file["state_dict"])
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
         self._rng_to_restore = unpack(
             checkpoint,
             cast(BaseIdentity, self.identity),
             self.hparams["roae"],
             rank=self.global_rank,
-            world_size=self.trainer.world_size if attached else 1,
+            world_size=self.trainer.world_size if fits else None,
         )
 
     def load_state_dict(

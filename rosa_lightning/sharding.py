@@ -78,8 +78,8 @@ def spread(model: nn.Module, strategy: Strategy | None) -> nn.Module:
     """Give every rank the values of rank 0, and shard the model where the strategy shards.
 
     Adapters are units of their own: FSDP joins or reduces the weights of a unit in one data type,
-    and theirs is float32 whatever the base's. So are, under FSDP1, the norms that score a layer,
-    or scoring would take room for gradients of the whole base.
+    and theirs is float32 whatever the base's. So are the norms of a layer, or scoring would take
+    room for gradients of the whole base under FSDP1.
 
     Args:
         model: As `load_once` gave it, adapted.
@@ -96,21 +96,33 @@ def spread(model: nn.Module, strategy: Strategy | None) -> nn.Module:
     shard = _shard_function(strategy)
     device = strategy.root_device
     # What belongs to which unit must be known before a wrapper stands in between.
-    units = list(_units(model, single=isinstance(strategy, FSDPStrategy))) if shard else []
-    plan: list[tuple[list[str], list[tuple[nn.Module, str]]]] = []
+    plan: list[tuple[str, list[tuple[nn.Module, str]]]] = []
     taken: set[nn.Module] = set()
-    for paths in [*units, [""]]:
-        inside = [m for path in paths for m in model.get_submodule(path).modules()]
-        own = [m for m in dict.fromkeys(inside) if m not in taken]
+    for path in [*_units(model), ""] if shard else [""]:
+        own = [module for module in model.get_submodule(path).modules() if module not in taken]
         taken.update(own)
-        plan.append((paths, [(module, name) for module in own for name in module._parameters]))
+        plan.append((path, [(module, name) for module in own for name in module._parameters]))
     filled: dict[Tensor, nn.Parameter] = {}
-    for paths, parameters in plan:
+    for path, parameters in plan:
         if several_ranks():
             _send(parameters, device, filled)
         if shard is not None:
-            model = shard(model, paths)
+            unit = shard(model.get_submodule(path))
+            if not path:
+                return unit
+            model.set_submodule(path, unit)
+            if path.endswith(".base"):
+                unit.register_forward_hook(_copy)
     return model
+
+
+def _copy(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """A copy, for the adapter to add to: FSDP's backward hook is on the unit's own output.
+
+    Changed in place, an output that is a view would lose that hook, and the backward pass would
+    find the unit's weights gone.
+    """
+    return output.clone()
 
 
 def _send(
@@ -135,21 +147,18 @@ def _send(
         module._parameters[name] = filled[parameter]
 
 
-def _units(model: nn.Module, *, single: bool) -> Iterator[list[str]]:
-    """Paths of the modules of each unit, innermost first; one module a unit where asked for."""
-    for block in _blocks(model):
-        inside = [(f"{block}.{name}", m) for name, m in model.get_submodule(block).named_modules()]
-        adapters = [(path, m) for path, m in inside if isinstance(m, RoAELinear)]
-        bases = [f"{path}.base" for path, m in adapters if not isinstance(m.base, RoAELinear)]
+def _units(model: nn.Module) -> Iterator[str]:
+    """Paths of the units inside the model, inner ones first."""
+    for path in _blocks(model):
+        block = model.get_submodule(path)
+        adapters = [
+            (f"{path}.{n}", m) for n, m in block.named_modules() if isinstance(m, RoAELinear)
+        ]
+        yield from (f"{name}.base" for name, m in adapters if not isinstance(m.base, RoAELinear))
         # Of adapters around one another, the inner one first.
-        paths = [path for path, _ in adapters][::-1]
-        if single:
-            norms = [name for name, m in model.get_submodule(block).named_children() if _is_norm(m)]
-            yield from ([path] for path in (*bases, *paths, *(f"{block}.{n}" for n in norms)))
-        elif adapters:
-            yield bases
-            yield paths
-        yield [block]
+        yield from (name for name, _ in reversed(adapters))
+        yield from (f"{path}.{name}" for name, m in block.named_children() if _is_norm(m))
+        yield path
 
 
 def _blocks(model: nn.Module) -> Iterator[str]:
@@ -167,24 +176,14 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and any(True for _ in module.parameters())
 
 
-def _shard_function(
-    strategy: Strategy,
-) -> Callable[[nn.Module, list[str]], nn.Module] | None:
-    """What makes a unit of modules; returns the model, which it may have wrapped."""
+def _shard_function(strategy: Strategy) -> Callable[[nn.Module], nn.Module] | None:
+    """What makes a unit of a module, and returns it or what stands around it."""
     if isinstance(strategy, FSDPStrategy):
         from torch.distributed.fsdp.wrap import wrap
 
-        def wrapped(model: nn.Module, paths: list[str]) -> nn.Module:
-            (path,) = paths
-            # Types are the base's and the adapters' own, unless the user asks for others.
-            options: dict[str, Any] = {"mixed_precision": strategy.mixed_precision}
-            unit: nn.Module = wrap(model.get_submodule(path), auto_wrap_policy=None, **options)
-            if not path:
-                return unit
-            model.set_submodule(path, unit)
-            return model
-
-        return wrapped
+        # Types are the base's and the adapters' own, unless the user asks for others.
+        options: dict[str, Any] = {"mixed_precision": strategy.mixed_precision}
+        return lambda module: wrap(module, auto_wrap_policy=None, **options)
     if isinstance(strategy, ModelParallelStrategy):
         from torch.distributed.fsdp import fully_shard
 
@@ -195,13 +194,7 @@ def _shard_function(
                 "the data-parallel processes alone. Set trainer.strategy.init_args."
                 "tensor_parallel_size=1 and data_parallel_size to the number of processes."
             )
-
-        def sharded(model: nn.Module, paths: list[str]) -> nn.Module:
-            modules = [model.get_submodule(path) for path in paths]
-            fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh["data_parallel"])
-            return model
-
-        return sharded
+        return lambda module: cast(nn.Module, fully_shard(module, mesh=mesh["data_parallel"]))
     return None
 
 

@@ -66,7 +66,8 @@ lightning_fsdp._get_full_state_dict_context = full_state_on_the_cpu
 class CPUFSDPStrategy(FSDPStrategy):
     """FSDP1 on a CPU, which Lightning refuses; offloading a full state there fails in torch."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, state_dict_type="full", **options) -> None:
+        options["state_dict_type"] = state_dict_type
         super().__init__(device_id=torch.device("cpu"), **options)
 
     def model_sharded_context(self):
