@@ -8,14 +8,17 @@ from test_dls import (
     TOY,
     Batches,
     Block,
+    Checkpointed,
     Recorder,
     Saves,
     Toy,
     assert_same,
     batches,
+    count_backwards,
     fit,
     flags,
     highest,
+    record,
     reference,
     sampler,
 )
@@ -135,6 +138,28 @@ def assert_as_one_process(seen: dict) -> None:
                 assert_close(run["parameters"][step][key], value, rtol=0, atol=1e-6)
 
 
+CLIPPED = {"gradient_clip_val": 0.05, "max_epochs": 2}
+
+
+def clipped(strategy, module) -> dict:
+    """Gradient clipping and activation checkpointing together."""
+    dls = DynamicLayerSelection(num_active=2, interval=2, always_active=[4])
+    built = module()
+    counts = count_backwards([layer.down for layer in built.layers])
+    return followed(built, dls, strategy(), **CLIPPED) | {"entered": counts}
+
+
+def assert_clipped_as_one_process(seen: dict) -> None:
+    dls, module = DynamicLayerSelection(num_active=2, interval=2, always_active=[4]), Checkpointed()
+    counts = count_backwards([layer.down for layer in module.layers])
+    alone = record(module, dls, JOINT, **CLIPPED)
+    assert seen["active"] == alone.active
+    assert seen["entered"] == counts
+    for one, other in zip(seen["parameters"], alone.parameters, strict=True):
+        for name, value in other.items():
+            assert_close(one[name], value, rtol=0, atol=1e-6)
+
+
 def runs(strategy, module=Toy) -> dict:
     return {
         name: followed(
@@ -202,6 +227,7 @@ def on_ddp(folder) -> dict:
     torch.manual_seed(ranks.rank())  # no help from equal generators
     seen = runs(ranks.ddp)
     seen["resumed"] = resumes(folder, ranks.ddp)
+    seen["clipped"] = clipped(ranks.ddp, Checkpointed)
     other = DynamicLayerSelection(num_active=2, interval=1, policy="random", seed=ranks.rank())
     seen["disagreeing"] = followed(Toy(), other, ranks.ddp(gradient_as_bucket_view=True))
     seen["errors"] = [
@@ -216,6 +242,7 @@ def test_under_ddp_training_equals_one_process_on_the_joint_batch(tmp_path):
     assert_ranks_agree(seen)
     assert_as_one_process(seen[0])
     assert_resumed_exactly(seen[0]["resumed"])
+    assert_clipped_as_one_process(seen[0]["clipped"])
     assert seen[0]["disagreeing"]["active"] == seen[1]["disagreeing"]["active"]
     assert len(set(seen[0]["disagreeing"]["active"])) > 2
     for rank in seen:
@@ -233,9 +260,14 @@ class FullyShardedToy(Toy):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
+class FullyShardedCheckpointed(Checkpointed, FullyShardedToy):
+    pass
+
+
 def on_fsdp2(folder) -> dict:
     torch.manual_seed(ranks.rank())
     seen = runs(ranks.fsdp2, FullyShardedToy)
+    seen["clipped"] = clipped(ranks.fsdp2, FullyShardedCheckpointed)
     for kind, shards in (("sharded", True), ("full", False)):
         place = folder / kind
         place.mkdir(exist_ok=True)
