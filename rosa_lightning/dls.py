@@ -43,6 +43,10 @@ class DynamicLayerSelection(Callback):
     stops below the lowest active layer. When the fit ends, however it ends, every parameter
     requires a gradient or not as it did before.
 
+    It works on one device, under DDP with find_unused_parameters=True, and under FSDP in both forms
+    (`FSDPStrategy`, `ModelParallelStrategy`): scores are of the global batch, before clipping and
+    free of the loss scale, and all ranks take the choice of the first.
+
     The optimizer must hold the parameters of all layers from the start. Compile layers one by one
     (`layer.compile()`): a model compiled as a whole is compiled again for every new selection, and
     runs uncompiled once torch's recompile limit (8) is reached.

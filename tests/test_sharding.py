@@ -124,11 +124,31 @@ def on_every_strategy(folder: Path) -> dict:
         seen[name] = {"straight": straight, "resumed": resumed, "path": path}
     for name in ("ddp", "fsdp2 sharded"):
         seen[name]["float32"] = run(name, folder / f"{name[:4]}32", "float32")
+    seen["codes"] = [full_run(name, folder) for name in ("fsdp1 full", "fsdp2 sharded")]
     seen["refused"] = [
         fails(folder, "fsdp2 full", "fit", "--ckpt_path", str(misnamed(seen, folder))),
         fails(folder, "fsdp1 full", "test"),
     ]
     return seen
+
+
+def full_run(name: str, folder: Path) -> int:
+    """The full configuration on the embedded base, activations computed again."""
+    settings = {
+        "model.base": "tiny",
+        "model.gradient_checkpointing": "true",
+        "data.sources": "demo",
+        "data.test_sources": "null",
+        "data.batch_size": 2,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 2,
+        "trainer.max_steps": 2,
+        "trainer.limit_val_batches": 1,
+        "trainer.strategy": STRATEGIES[name],
+        "trainer.logger.save_dir": folder / "full" / name[:5],
+    }
+    given = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    return main(["fit", "--config", str(CONFIGS / "rosa.yaml"), *given])
 
 
 def misnamed(seen: dict, folder: Path) -> Path:
@@ -184,7 +204,7 @@ def reference(seen: list[dict]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_the_shipped_configuration_trains_alike_under_every_strategy(tmp_path):
+def test_the_shipped_configurations_train_alike_under_every_strategy(tmp_path):
     seen = ranks.launch("test_sharding:on_every_strategy", tmp_path)
     expected = reference(seen)
     for name in STRATEGIES:
@@ -207,6 +227,7 @@ def test_the_shipped_configuration_trains_alike_under_every_strategy(tmp_path):
         plain_value = seen[0]["ddp"]["float32"]["adapters"][key]
         assert_close(value, plain_value, rtol=0, atol=1e-6)
     for rank in seen:
+        assert rank["codes"] == [0, 0]
         assert "model.other is unknown" in rank["refused"][0]
         assert "FSDPStrategy cannot write answers" in rank["refused"][1]
     for name in ("ddp", "fsdp1 full", "fsdp2 full"):
