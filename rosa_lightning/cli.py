@@ -24,9 +24,12 @@ from lightning.pytorch.cli import (
     OptimizerCallable,
     SaveConfigCallback,
 )
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from rosa_lightning.commands import export, read_checkpoint, remembered_settings
 from rosa_lightning.data import ReasoningDataModule
+from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.predictions import PredictionWriter
 
@@ -91,7 +94,9 @@ class SaveRunConfig(SaveConfigCallback):
         if stage != "fit" or trainer.logger is None or self.already_saved:
             return
         path = Path(trainer.log_dir or ".") / self.config_filename
-        if path.exists() and self.config.get("ckpt_path") is None:
+        # Rank 0 says so for all: it may have written the file when the others look.
+        taken = trainer.strategy.broadcast(path.exists())
+        if taken and self.config.get("ckpt_path") is None:
             raise FileExistsError(
                 f"{path.parent} holds the logs of another run. Leave trainer.logger.version out "
                 "for a new folder, or go on with that run by --ckpt_path."
@@ -238,10 +243,31 @@ class RoSACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; what Lightning refuses is the user's to mend."""
+        if self._get(self.config_init, "trainer.strategy") == ModelParallelStrategy.__name__:
+            # Lightning knows the other strategies by short names, and this one by its class alone.
+            kwargs["strategy"] = ModelParallelStrategy()
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"the trainer cannot be made: {error} Mend trainer.") from error
+        complete_strategy(trainer)
+        return trainer
+
+
+def complete_strategy(trainer: Trainer) -> None:
+    """Set what a strategy needs here and the user has left open, and say so."""
+    strategy: Any = trainer.strategy
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    selects = any(isinstance(item, DynamicLayerSelection) for item in callbacks)
+    if isinstance(strategy, DDPStrategy) and selects:
+        if "find_unused_parameters" not in strategy._ddp_kwargs:
+            strategy._ddp_kwargs["find_unused_parameters"] = True
+            rank_zero_info("DDP with find_unused_parameters=True, since layers are frozen.")
+    elif isinstance(strategy, ModelParallelStrategy):
+        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+        if sizes == ("auto", "auto"):
+            strategy._data_parallel_size, strategy._tensor_parallel_size = trainer.world_size, 1
+            rank_zero_info(f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1.")
 
 
 def main(args: Sequence[str] | None = None) -> int:

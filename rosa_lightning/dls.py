@@ -11,9 +11,17 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
+from rosa_lightning.gradients import fill_optimizer_state, global_gradients
+from rosa_lightning.preconditions import (
+    check_checkpointing,
+    check_optimizers,
+    check_strategy,
+    check_wrapped,
+)
 from rosa_lightning.selection import (
     Layer,
     Policy,
@@ -34,6 +42,10 @@ class DynamicLayerSelection(Callback):
     sees them. Until the next selection the others neither move nor take gradients, and autograd
     stops below the lowest active layer. When the fit ends, however it ends, every parameter
     requires a gradient or not as it did before.
+
+    It works on one device, under DDP with find_unused_parameters=True, and under FSDP in both forms
+    (`FSDPStrategy`, `ModelParallelStrategy`): scores are of the global batch, before clipping and
+    free of the loss scale, and all ranks take the choice of the first.
 
     The optimizer must hold the parameters of all layers from the start. Compile layers one by one
     (`layer.compile()`): a model compiled as a whole is compiled again for every new selection, and
@@ -138,11 +150,8 @@ class DynamicLayerSelection(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is not supported, before anything is built."""
-        if stage == "fit" and trainer.world_size > 1:
-            raise ValueError(
-                f"DynamicLayerSelection does not support distributed runs yet, given "
-                f"{trainer.world_size} processes. Set trainer.devices and trainer.num_nodes to 1."
-            )
+        if stage == "fit":
+            check_strategy(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and remember what trains."""
@@ -151,6 +160,8 @@ class DynamicLayerSelection(Callback):
                 f"{type(pl_module).__name__} optimizes manually; DynamicLayerSelection needs "
                 "automatic_optimization=True: one optimizer, and training_step returns the loss."
             )
+        check_wrapped(trainer.strategy.model or pl_module)
+        check_checkpointing(pl_module)
         self._layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
         self._names = tuple(layer.name for layer in self._layers)
         self._positions = tuple(layer.index for layer in self._layers)
@@ -164,7 +175,11 @@ class DynamicLayerSelection(Callback):
         """Check the optimizer and start afresh, or where the checkpoint stopped."""
         # Not earlier: strategies differ in when they load callbacks, model and optimizer.
         state, self._pending = self._pending, None
-        self._check_optimizers(trainer.optimizers)
+        candidates = {n: p for layer in self._layers for n, p in layer.candidates.items()}
+        check_optimizers(trainer.optimizers, candidates)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            for optimizer in trainer.optimizers:
+                fill_optimizer_state(optimizer)
         self._start_afresh()
         # Without a path the state was loaded for another purpose, a validation before this fit.
         if state is not None and trainer.ckpt_path is not None:
@@ -174,19 +189,24 @@ class DynamicLayerSelection(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before the first micro-batch of a scoring step, let all layers take gradients."""
+        """In a scoring step, let all layers and their norms take gradients."""
         opens_window = batch_idx % trainer.accumulate_grad_batches == 0
         if self._is_due(trainer.global_step) and (opens_window or not self._scoring):
             self._scoring = True
             for layer in self._layers:
-                _require_grad([*layer.candidates.values(), *layer.norms])
                 # Norms outside the optimizer are zeroed by nobody else.
                 _drop_grad(layer.norms)
+        if self._scoring:
+            for layer in self._layers:
+                _require_grad([*layer.candidates.values(), *layer.norms], True)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the last micro-batch of a scoring step, select."""
-        if self._scoring and not trainer.fit_loop._should_accumulate():
-            self._select(trainer)
+        if self._scoring:
+            # Between micro-batches too, where a checkpoint may be saved.
+            _require_grad(self._probes, False)
+            if not trainer.fit_loop._should_accumulate():
+                self._select(trainer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -235,25 +255,20 @@ class DynamicLayerSelection(Callback):
         return past >= 0 and (past % self.interval == 0 or self._num_selections == 0)
 
     def _select(self, trainer: Trainer) -> None:
-        """The one place of a decision, where several processes would have to agree."""
+        """The one place of a decision: all ranks score the same batch and take rank 0's choice."""
         self._scoring = False
-        gradients = [[norm.grad for norm in layer.norms] for layer in self._layers]
-        # The gradients are of this process: with several, average them over ranks here.
+        norms = [layer.norms for layer in self._layers]
+        model, device = trainer.strategy.model, trainer.strategy.root_device
+        assert model is not None, "training goes on"
+        gradients = global_gradients(norms, model, device)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scores = layer_scores(gradients, 1.0 if scaler is None else scaler.get_scale())
         reached = any(gradient is not None for layer in gradients for gradient in layer)
-        if reached and bool(scores.isfinite().all()):
-            # The choice is of this process: with several, broadcast it from rank 0 here.
-            self._active = select_layers(
-                self.policy,
-                scores,
-                self._count,
-                generator=self._generator,
-                temperature=self.temperature,
-                always_active=self._always,
-                fixed_layers=self._fixed,
-            )
-            self._scores = tuple(scores.tolist())
+        chosen = self._choose(scores) if reached and bool(scores.isfinite().all()) else None
+        # Ranks with other layers would wait for each other forever.
+        chosen = trainer.strategy.broadcast(chosen)
+        if chosen is not None:
+            self._active, self._scores = chosen
             self._num_selections += 1
             for index in self._active:
                 self._counts[index] += 1
@@ -267,19 +282,25 @@ class DynamicLayerSelection(Callback):
             )
         self._freeze_inactive()
 
+    def _choose(self, scores: Tensor) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        active = select_layers(
+            self.policy,
+            scores,
+            self._count,
+            generator=self._generator,
+            temperature=self.temperature,
+            always_active=self._always,
+            fixed_layers=self._fixed,
+        )
+        return active, tuple(scores.tolist())
+
     def _freeze_inactive(self) -> None:
-        for norm in self._probes:
-            norm.requires_grad_(False)
-            norm.grad = None
+        _freeze(self._probes)
         for index, layer in enumerate(self._layers):
-            parameters = layer.candidates.values()
             if index in self._active:
-                _require_grad(parameters)
+                _require_grad(layer.candidates.values(), True)
             else:
-                # None, not zero: AdamW still moves a weight whose gradient is zero.
-                _drop_grad(parameters)
-                for parameter in parameters:
-                    parameter.requires_grad_(False)
+                _freeze(layer.candidates.values())
 
     def _restore(self) -> None:
         for parameter, required_grad in self._found:
@@ -322,23 +343,6 @@ class DynamicLayerSelection(Callback):
                 f"{self.num_active} lets train ({self._count}). Raise num_active or shorten it."
             )
 
-    def _check_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
-            raise ValueError(
-                "LBFGS moves parameters that have no gradient, so layers cannot be frozen under "
-                "it. Use a first-order optimizer such as AdamW."
-            )
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        held = {parameter for group in groups for parameter in group["params"]}
-        candidates = {n: p for layer in self._layers for n, p in layer.candidates.items()}
-        missing = [name for name, parameter in candidates.items() if parameter not in held]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise ValueError(
-                f"The optimizer lacks {', '.join(missing[:3])}{more}. Build it over all parameters "
-                "that require a gradient before fit, so that every layer can be selected."
-            )
-
     def _log(self, trainer: Trainer) -> None:
         # Through the loggers: self.log would keep only every log_every_n_steps-th step.
         width = max(2, len(str(self._positions[-1])))
@@ -353,9 +357,15 @@ class DynamicLayerSelection(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
 
-def _require_grad(parameters: Iterable[nn.Parameter]) -> None:
+def _require_grad(parameters: Iterable[nn.Parameter], required: bool) -> None:
     for parameter in parameters:
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(required)
+
+
+def _freeze(parameters: Iterable[nn.Parameter]) -> None:
+    # None, not zero: AdamW still moves a weight whose gradient is zero.
+    _drop_grad(parameters)
+    _require_grad(parameters, False)
 
 
 def _drop_grad(parameters: Iterable[nn.Parameter]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,7 +37,13 @@ from rosa_lightning.metrics import TaskAccuracy
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.surgery import RoAEReport, check_adapter_keys, inject_roae
+from rosa_lightning.sharding import clip, is_sharded, load_once, spread
+from rosa_lightning.surgery import (
+    RoAEReport,
+    check_adapter_keys,
+    inject_roae,
+    is_adapter_key,
+)
 from rosa_lightning.tasks import TASKS, extract_answer, same_answer
 from rosa_lightning.throughput import TokenRate
 
@@ -129,6 +136,8 @@ class RoSAModule(LightningModule):
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
         self._token_rate = TokenRate()
+        # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
+        self.strict_loading = False
 
     # The model.
 
@@ -141,10 +150,32 @@ class RoSAModule(LightningModule):
             )
         return self._tokenizer
 
+    def setup(self, stage: str) -> None:
+        """Refuse to write answers with a model in shards.
+
+        Ranks finish at different lengths, and would wait for each other's shards forever.
+        """
+        if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
+            raise ValueError(
+                f"{self.trainer.strategy.__class__.__name__} cannot write answers: their lengths "
+                "differ from rank to rank, and ranks with shards go in step. Set trainer.strategy "
+                "to auto or ddp, and --ckpt_path to a full checkpoint."
+            )
+
     def configure_model(self) -> None:
         """Load the base, freeze it and add RoAE; once."""
         if self.model is not None:
             return
+        strategy = None if self._trainer is None else self.trainer.strategy
+        model, self.identity, self.report = load_once(self._adapted_base, strategy)
+        self.roae = self.report.config  # an adapter brings its own
+        self._remember_roae()
+        self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
+        self.model = cast("PreTrainedModel", spread(model.train(), strategy))
+        rank_zero_info(str(self.report))
+
+    def _adapted_base(self) -> tuple[PreTrainedModel, BaseIdentity, RoAEReport]:
         model = load_base(
             self.base,
             revision=self.revision,
@@ -152,20 +183,15 @@ class RoSAModule(LightningModule):
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
-        self.identity = identify(model, self.base)
-        self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        identity = identify(model, self.base)
         if self.adapter is None:
-            self.report = inject_roae(model, self.roae)
+            report = inject_roae(model, self.roae)
         else:
             given = None if self.roae == _DEFAULT_ROAE else self.roae
-            self.report = load_adapter(model, self.adapter, given)
-            self.roae = self.report.config
-            self._remember_roae()
+            report = load_adapter(model, self.adapter, given)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
-        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
-        self.model = model.train()
-        rank_zero_info(str(self.report))
+        return model, identity, report
 
     def _remember_roae(self) -> None:
         """Put the settings among the hyperparameters, as plain values that load safely."""
@@ -253,6 +279,21 @@ class RoSAModule(LightningModule):
         rate = self._token_rate.add(batch["attention_mask"].sum(), every)
         if rate is not None:
             self.log("throughput/tokens_per_s", rate * self.trainer.world_size)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to, under FSDP1 too."""
+        done = gradient_clip_val is not None and clip(
+            self._built(), gradient_clip_val, gradient_clip_algorithm
+        )
+        if not done:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
@@ -358,9 +399,18 @@ class RoSAModule(LightningModule):
     def _log_accuracy(self, stage: str) -> None:
         accuracy = cast(TaskAccuracy, self._accuracy).compute()
         for name, value in accuracy.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy")
+            # Of all ranks already; said again, or Lightning warns.
+            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
 
     # Checkpoints.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters alone, whole or as this rank's shards."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if key.startswith(prefix) and not is_adapter_key(key)]:
+            del state[key]
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, and remember the base and every rank's random state."""
@@ -369,13 +419,18 @@ class RoSAModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
         self._built()
-        attached = self._trainer is not None
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        if "state_dict" not in checkpoint and path is not None and Path(path).is_file():
+            # FSDP2 has loaded it already, passing over keys that it does not know.
+            file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+            check_adapter_keys(self, file["state_dict"])
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
         self._rng_to_restore = unpack(
             checkpoint,
             cast(BaseIdentity, self.identity),
             self.hparams["roae"],
             rank=self.global_rank,
-            world_size=self.trainer.world_size if attached else 1,
+            world_size=self.trainer.world_size if fits else None,
         )
 
     def load_state_dict(

@@ -14,6 +14,8 @@ FLOORS = {
     "capture": 0.3,
     "replay": 0.4,
     "selection": 0,
+    "gradients": 0,
+    "preconditions": 0,
     "tasks": 0,
     "roae": 1,
     "probe": 0.6,
@@ -36,6 +38,7 @@ FLOORS = {
     "metrics": 3,
     "checkpoint": 3,
     "summary": 3,
+    "sharding": 3,
     "evaluate": 3,
     "module": 4,
     "data": 4,
@@ -74,7 +77,7 @@ def test_every_file_has_a_floor_and_imports_downwards_only(path):
         assert FLOORS[name] < floor, f"{path.stem} (floor {floor}) imports {name}"
 
 
-@pytest.mark.parametrize("name", ["rope", "selection", "tasks"])
+@pytest.mark.parametrize("name", ["rope", "selection", "gradients", "tasks"])
 def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
     import sys
 
@@ -88,5 +91,7 @@ def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
         assert tops <= {"torch"} | sys.stdlib_module_names
 
 
-def test_the_selection_callback_needs_nothing_of_this_package_but_the_decision():
-    assert imported(PACKAGE / "dls.py") == {"selection"}
+def test_the_selection_callback_needs_nothing_of_this_package_but_its_own_parts():
+    parts = {"selection", "gradients", "preconditions"}
+    assert imported(PACKAGE / "dls.py") == parts
+    assert not any(imported(PACKAGE / f"{part}.py") for part in parts)
