@@ -37,7 +37,7 @@ from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
 from rosa_lightning.surgery import RoAEReport, check_adapter_keys, inject_roae
 from rosa_lightning.tasks import TASKS, extract_answer, same_answer
-from rosa_lightning.throughput import TokenRate
+from rosa_lightning.throughput import Throughput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ class RoSAModule(LightningModule):
         self._head_can_keep = False
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
-        self._token_rate = TokenRate()
+        self._throughput = Throughput()
 
     # The model.
 
@@ -219,7 +219,7 @@ class RoSAModule(LightningModule):
         """Forget generator states that were loaded for another purpose than going on."""
         if self.trainer.ckpt_path is None:
             self._rng_to_restore = None
-        self._token_rate = TokenRate()
+        self._throughput = Throughput()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the generators as late as possible: starting up may draw from them."""
@@ -228,11 +228,12 @@ class RoSAModule(LightningModule):
             self._rng_to_restore = None
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log how many tokens per second all devices train on, padding left out."""
+        """Log how many tokens, padding left out, and examples a second all devices train on."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        rate = self._token_rate.add(batch["attention_mask"].sum(), every)
-        if rate is not None:
-            self.log("throughput/tokens_per_s", rate * self.trainer.world_size)
+        tokens, examples = batch["attention_mask"].sum(), len(batch["labels"])
+        rates = self._throughput.add(every, tokens=tokens, examples=examples)
+        for counted, rate in rates.items():
+            self.log(f"throughput/{counted}_per_s", rate * self.trainer.world_size)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
@@ -255,7 +256,7 @@ class RoSAModule(LightningModule):
     def on_validation_start(self) -> None:
         """Make the metric for the tasks at hand."""
         self._start_accuracy()
-        self._token_rate.pause()
+        self._throughput.pause()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, and whether every token of the answer is the model's first choice.
@@ -282,7 +283,7 @@ class RoSAModule(LightningModule):
 
     def on_validation_end(self) -> None:
         """Keep the time of validation out of the training throughput."""
-        self._token_rate.resume()
+        self._throughput.resume()
 
     def on_test_start(self) -> None:
         """Make the metric for the tasks at hand."""
