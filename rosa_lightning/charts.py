@@ -208,7 +208,8 @@ def _draw_lines(axes: Axes, chart: Chart, lines: Mapping[str, Series]) -> None:
 
 
 def _draw_map(figure: Figure, axes: Axes, chart: Chart, lines: Mapping[str, Series]) -> None:
-    import matplotlib as mpl
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import LogLocator
 
     steps, values_SL = _table(lines.values())
     if not steps:
@@ -218,14 +219,16 @@ def _draw_map(figure: Figure, axes: Axes, chart: Chart, lines: Mapping[str, Seri
         steps,
         [int(name) for name in lines],
         values_SL.T,
-        norm=mpl.colors.LogNorm() if log else mpl.colors.Normalize(0),
+        norm=LogNorm() if log else Normalize(0),
         shading="nearest",
         rasterized=True,  # a picture within the picture, not a shape for each value
     )
     axes.set_ylabel("layer")
     axes.grid(visible=False)
+    ticks = LogLocator(subs=(1, 2, 5)) if log else None
     # The usual labels of a logarithmic axis are formulas.
-    figure.colorbar(mesh, ax=axes, label=chart.unit, aspect=30, format="%g")
+    bar = figure.colorbar(mesh, ax=axes, label=chart.unit, aspect=30, ticks=ticks, format="%g")
+    bar.minorticks_off()
 
 
 def _table(columns: Iterable[Series]) -> tuple[list[int], NDArray[np.float64]]:

@@ -177,7 +177,8 @@ class RunMonitor(Callback):
         # A card of TensorBoard shrinks what is wider, and its text with it.
         picture = draw_raster(self._steps, self._layers, active_SL, scores_SL, max_width=360)
         for logger in loggers:
-            logger.experiment.add_image(RASTER, picture, self._steps[-1], dataformats="HWC")
+            tag = f"{logger._prefix}-{RASTER}" if logger._prefix else RASTER
+            logger.experiment.add_image(tag, picture, self._steps[-1], dataformats="HWC")
 
 
 def dashboard(
