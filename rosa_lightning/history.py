@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +66,11 @@ def _read_csv(path: Path) -> dict[str, dict[int, float]]:
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             step = row.pop("step", None)
-            for tag, value in row.items():
-                # A cell is empty where its row is about other tags.
-                if step and value:
-                    found.setdefault(tag, {})[int(step)] = float(value)
+            for tag, cell in row.items():
+                # A cell is empty where its row is about other tags, and text is no number to draw.
+                if step and cell:
+                    with suppress(ValueError):
+                        found.setdefault(tag, {})[int(step)] = float(cell)
     return found
 
 

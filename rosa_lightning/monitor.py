@@ -245,8 +245,6 @@ def peak_mib(device: torch.device) -> float | None:
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    if not trainer.is_global_zero:
-        return []
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 

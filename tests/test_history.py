@@ -41,7 +41,7 @@ def test_metrics_csv_comes_back_with_its_holes(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="run")
     logger.log_metrics({"loss": 2.5}, step=0)
     logger.log_metrics({"val/loss": math.nan}, step=4)
-    logger.log_metrics({"loss": 1.5}, step=9)
+    logger.log_metrics({"loss": 1.5, "note": "some, text"}, step=9)
     logger.save()
     run = read_run(tmp_path / "run")
     assert run["loss"] == Series((0, 9), (2.5, 1.5))
