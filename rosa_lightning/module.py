@@ -45,7 +45,7 @@ from rosa_lightning.surgery import (
     is_adapter_key,
 )
 from rosa_lightning.tasks import TASKS, extract_answer, same_answer
-from rosa_lightning.throughput import TokenRate
+from rosa_lightning.throughput import Throughput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,7 +135,7 @@ class RoSAModule(LightningModule):
         self._head_can_keep = False
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
-        self._token_rate = TokenRate()
+        self._throughput = Throughput()
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
 
@@ -265,7 +265,7 @@ class RoSAModule(LightningModule):
         """Forget generator states that were loaded for another purpose than going on."""
         if self.trainer.ckpt_path is None:
             self._rng_to_restore = None
-        self._token_rate = TokenRate()
+        self._throughput = Throughput()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the generators as late as possible: starting up may draw from them."""
@@ -274,11 +274,12 @@ class RoSAModule(LightningModule):
             self._rng_to_restore = None
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log how many tokens per second all devices train on, padding left out."""
+        """Log how many tokens, padding left out, and examples a second all devices train on."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        rate = self._token_rate.add(batch["attention_mask"].sum(), every)
-        if rate is not None:
-            self.log("throughput/tokens_per_s", rate * self.trainer.world_size)
+        tokens, examples = batch["attention_mask"].sum(), len(batch["labels"])
+        rates = self._throughput.add(every, tokens=tokens, examples=examples)
+        for counted, rate in rates.items():
+            self.log(f"throughput/{counted}_per_s", rate * self.trainer.world_size)
 
     def configure_gradient_clipping(
         self,
@@ -316,7 +317,7 @@ class RoSAModule(LightningModule):
     def on_validation_start(self) -> None:
         """Make the metric for the tasks at hand."""
         self._start_accuracy()
-        self._token_rate.pause()
+        self._throughput.pause()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, and whether every token of the answer is the model's first choice.
@@ -343,7 +344,7 @@ class RoSAModule(LightningModule):
 
     def on_validation_end(self) -> None:
         """Keep the time of validation out of the training throughput."""
-        self._token_rate.resume()
+        self._throughput.resume()
 
     def on_test_start(self) -> None:
         """Make the metric for the tasks at hand."""

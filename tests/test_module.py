@@ -279,6 +279,7 @@ def test_metrics_are_logged_under_their_names(base_folder, sources, tmp_path):
         "train/loss",
         "train/lr",
         "throughput/tokens_per_s",
+        "throughput/examples_per_s",
         "val/loss",
         "val/accuracy",
         "val/accuracy/boolq",
