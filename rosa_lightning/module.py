@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -32,6 +33,7 @@ from rosa_lightning.base import (
 from rosa_lightning.checkpoint import pack, unpack
 from rosa_lightning.evaluate import generate
 from rosa_lightning.metrics import TaskAccuracy
+from rosa_lightning.quantization import Quantization, check_trainable, is_packed
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
@@ -66,6 +68,9 @@ class RoSAModule(LightningModule):
         revision: Branch, tag or commit of the base on the hub.
         dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
             the base says of itself.
+        quantization: Quantise the base's linear layers while loading: int8 (torchao, weights
+            alone), llm_int8, nf4 or fp4 (bitsandbytes, eight and four bits); by default they stay
+            as the base has them. Needs ``pip install 'rosa-lightning[quantization]'``.
         attn_implementation: Attention kernel: eager, sdpa, flash_attention_2, flex_attention; by
             default what `transformers` chooses.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping
@@ -83,6 +88,7 @@ class RoSAModule(LightningModule):
         *,
         revision: str | None = None,
         dtype: Dtype = "auto",
+        quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 256,
@@ -105,6 +111,7 @@ class RoSAModule(LightningModule):
         self.roae = roae
         self.revision = revision
         self.dtype_of_base = dtype
+        self.quantization = quantization
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
@@ -140,6 +147,7 @@ class RoSAModule(LightningModule):
             self.base,
             revision=self.revision,
             dtype=self.dtype_of_base,
+            quantization=self.quantization,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
@@ -150,6 +158,12 @@ class RoSAModule(LightningModule):
             enable_checkpointing(model)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = model.train()
+        # Data-parallel training sends all weights round at its start, and cannot send packed ones.
+        # Every process has loaded the same.
+        packed = [name for name, weight in self.named_parameters() if is_packed(weight)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+            self, packed
+        )
         rank_zero_info(str(self.report))
 
     def to(self, *args: Any, **kwargs: Any) -> RoSAModule:
@@ -166,7 +180,16 @@ class RoSAModule(LightningModule):
         return self
 
     def double(self) -> RoSAModule:
-        """Cast base and adapters to float64, and say so once."""
+        """Cast base and adapters to float64, and say so once.
+
+        Raises:
+            ValueError: The base is quantised.
+        """
+        if any(is_packed(weight) for weight in self.parameters()):
+            raise ValueError(
+                "precision 64-true cannot be had on a quantised base, whose values have a few "
+                "bits. Set trainer.precision to 32-true, or take model.quantization out."
+            )
         if not self._said_float64:
             self._said_float64 = True
             rank_zero_info("64-true: base and adapters are cast to float64.")
@@ -236,6 +259,7 @@ class RoSAModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
+        check_trainable(self._built())
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             optimizer = self.make_optimizer(parameters)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from rosa_lightning.plan import Term, plan_terms
+from rosa_lightning.quantization import (
+    check_dequantizable,
+    dequantize_model,
+    dequantized_linear,
+    dtype_of,
+    is_quantized,
+    num_parameters,
+    ready_four_bit_layers,
+)
 from rosa_lightning.roae import RoAEConfig, RoAELinear, RoAENorm, Target
 from rosa_lightning.rope import PairTable
 from rosa_lightning.rows import contiguous_runs, find_blocks
@@ -126,6 +137,7 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
             f"{type(model).__name__} carries RoAE already. Call merge_roae first, or load a fresh "
             "base."
         )
+    ready_four_bit_layers(model)
     terms, notes = plan_terms(model, config)
     model.requires_grad_(False)
     layers = [_wrap(model, term, config) for term in terms]
@@ -146,7 +158,7 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
         )
         for term, layer in zip(terms, layers, strict=True)
     )
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = num_parameters(model)
     trainable = sum(report.num_parameters for report in reports)
     report = RoAEReport(config, reports, trainable, total, tuple(notes))
     setattr(model, _REPORT, report)
@@ -166,7 +178,8 @@ def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
         start=blocks.start,
         stride=blocks.stride,
         defer=bool(term.norm),
-        device=cast(Tensor, base.weight).device,
+        # A quantised projection may hold buffers alone.
+        device=next(chain(base.parameters(), base.buffers())).device,
     )
     model.set_submodule(term.projection, layer)
     if term.norm and term.table:
@@ -207,20 +220,43 @@ def roae_report(model: nn.Module) -> RoAEReport:
     return report
 
 
-def merge_roae(model: nn.Module) -> nn.Module:
+def merge_roae(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     """Fold every RoAE term into its projection, in float32, and unwrap; in place.
 
+    Args:
+        model: As `inject_roae` left it, trained or not.
+        dequantize: Of a quantised base make a plain model, in the dtype of its configuration.
+
     Raises:
-        ValueError: The model carries no RoAE, or carries terms after a norm, which no weight can
-            hold. The model is left as it was.
+        ValueError: The model carries no RoAE, carries terms after a norm, which no weight can
+            hold, or adapts quantised weights without ``dequantize``. The model is left as it was.
     """
     roae_report(model)
-    layers = [layer for _, layer in roae_layers(model)]
-    for layer in [layer for layer in layers if layer.defer][:1]:
-        layer.merge()
-    for layer in layers:
-        layer.merge()
-    return remove_roae(model)
+    for _, layer in roae_layers(model):
+        layer.check_mergeable(dequantize=dequantize)
+    if dequantize:
+        check_dequantizable(model)
+    for _, wrapper in outermost_wrappers(model):
+        _merge_terms(wrapper, dtype_of(model))
+    remove_roae(model)
+    if dequantize:
+        dequantize_model(model)
+    return model
+
+
+def _merge_terms(wrapper: nn.Module, dtype: torch.dtype) -> None:
+    """Fold all terms of one projection; a quantised one becomes a plain one of a dtype."""
+    terms = []
+    while isinstance(wrapper, RoAELinear):
+        terms.append(wrapper)
+        wrapper = wrapper.base
+    quantized = is_quantized(wrapper)
+    if quantized:
+        terms[-1].base = dequantized_linear(cast(nn.Linear, wrapper))
+    for term in terms:
+        term.merge()
+    if quantized:
+        terms[-1].base.to(dtype)
 
 
 def remove_roae(model: nn.Module) -> nn.Module:
