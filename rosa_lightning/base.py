@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning import tiny
-from rosa_lightning.surgery import base_parameters
+from rosa_lightning.quantization import (
+    Quantization,
+    is_packed,
+    is_quantized,
+    quantization_config,
+)
+from rosa_lightning.surgery import base_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -31,7 +38,8 @@ class BaseIdentity:
     revision: str | None
     """Commit of the hub repository, where there is one."""
     samples: dict[str, list[float]]
-    """Middle values of every weight, by name: they tell bases apart that share name and shape."""
+    """Middle values of every weight, by name: they tell bases apart that share name and shape. None
+    of a quantised weight, which is known by its name alone: the same base goes quantised or not."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""
@@ -41,7 +49,8 @@ class BaseIdentity:
         """Compare with the base that a checkpoint or an adapter remembers.
 
         Raises:
-            ValueError: The weights differ. Another name or folder for the same weights is fine.
+            ValueError: The weights differ. Another name or folder for the same weights is fine,
+                and so is another quantization of them.
         """
         theirs = trained_on["samples"]
         differing = [name for name in theirs if not _alike(theirs[name], self.samples.get(name))]
@@ -62,11 +71,18 @@ def identify(model: nn.Module, base: str) -> BaseIdentity:
         model: The base.
         base: What to call it: hub id, folder, or ``tiny``.
     """
-    samples = {
-        name: _middle(parameter.detach())
-        for name, parameter in base_parameters(model)
-        if parameter.is_floating_point()
-    }
+    samples: dict[str, list[float]] = {}
+    seen: set[Tensor] = set()
+    for path, module in base_modules(model):
+        quantized = is_quantized(module)
+        if quantized:
+            samples[f"{path}.weight"] = []
+        for name, parameter in module.named_parameters(recurse=False):
+            # Scales and the like beside a packed weight are no weights of the base.
+            if parameter not in seen and (not quantized or name == "bias"):
+                seen.add(parameter)
+                values = [] if is_packed(parameter) else _middle(parameter.detach())
+                samples[f"{path}.{name}"] = values
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
     return BaseIdentity(base=base, revision=revision, samples=samples)
 
@@ -81,7 +97,11 @@ def _middle(weight: Tensor) -> list[float]:
 
 def _alike(theirs: list[float], ours: list[float] | None) -> bool:
     """Equal up to the rounding of a load in another dtype (bfloat16 keeps 8 bits)."""
-    if ours is None or len(ours) != len(theirs):
+    if ours is None:
+        return False
+    if not ours or not theirs:  # quantised on either side
+        return True
+    if len(ours) != len(theirs):
         return False
     return torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=2**-8, atol=1e-6)
 
@@ -93,6 +113,7 @@ def load_base(
     dtype: Dtype = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model.
 
@@ -103,21 +124,47 @@ def load_base(
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None lets
             `transformers` choose.
         trust_remote_code: Run Python code that comes with the base.
+        quantization: Quantise its linear layers while loading; None leaves them as they are. See
+            `quantization_config`.
 
     Raises:
-        ValueError: It cannot be loaded; says why in one line.
+        ValueError: It cannot be loaded, or is quantised already; says why in one line.
+        ImportError: The library that quantises is missing.
     """
     from transformers import AutoModelForCausalLM
 
+    source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {}
+    if quantization is not None:  # None, given on, would undo a quantization of the base's own
+        settings["quantization_config"] = _quantizer(base, quantization, dtype, source)
     with _one_line_errors(base, "model", "model.base"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             _location(base),
-            revision=revision or "main",
             dtype=dtype,
             attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
+            **source,
+            **settings,
         )
     return model
+
+
+def _quantizer(
+    base: str, quantization: Quantization, dtype: Dtype, source: dict[str, Any]
+) -> QuantizationConfigMixin:
+    """What to quantise a base with, which must not be quantised already."""
+    from transformers import AutoConfig
+
+    with _one_line_errors(base, "configuration", "model.base"):
+        config = AutoConfig.from_pretrained(_location(base), **source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"base {base!r} is quantised already, so model.quantization={quantization} cannot be "
+            "had. Take model.quantization out to load the base as it is."
+        )
+    own_dtype: torch.dtype = config.dtype or torch.float32
+    return quantization_config(
+        quantization, own_dtype if dtype == "auto" else getattr(torch, dtype)
+    )
 
 
 def load_tokenizer(

@@ -28,10 +28,14 @@ class Leaf:
 
     @property
     def is_projection(self) -> bool:
-        """Whether the module maps the last axis with a matrix: a linear layer by any name."""
+        """Whether the module maps the last axis with a matrix: a linear layer by any name.
+
+        A quantised one may hold its matrix in parts that have other names.
+        """
         weight = getattr(self.module, "weight", None)
-        matrix = hasattr(self.module, "out_features") or getattr(weight, "ndim", 0) == 2
-        return isinstance(weight, Tensor) and matrix and self.given.is_floating_point()
+        matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        named = hasattr(self.module, "out_features")
+        return (matrix or named) and self.given.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,10 @@ def _float32_arguments(
 def _is_rotary(module: nn.Module) -> bool:
     """A rotary module holds frequencies: a floating buffer, no weights and no parts."""
     has_parts = any(True for _ in module.children()) or any(True for _ in module.parameters())
-    return not has_parts and any(buffer.is_floating_point() for buffer in module.buffers())
+    # A quantised linear layer may hold its scales in buffers.
+    is_linear = hasattr(module, "out_features")
+    floats = any(buffer.is_floating_point() for buffer in module.buffers())
+    return floats and not has_parts and not is_linear
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

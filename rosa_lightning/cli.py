@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -274,6 +275,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 for a failure, 2 for a wrong command line."""
     # Lightning still uses a name that torch 2.13 deprecates; no user can do anything about it.
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec\)` is deprecated")
+    quiet_quantizers()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         RoSACLI(
@@ -299,8 +301,35 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _is_for_tools(key: str) -> bool:
     """Whether a key of a training's configuration means something where nothing is trained."""
-    about_base = ("base", "revision", "dtype", "adapter", "trust_remote_code", "roae")
+    about_base = (
+        "base",
+        "revision",
+        "dtype",
+        "quantization",
+        "adapter",
+        "trust_remote_code",
+        "roae",
+    )
     return key.startswith(tuple(f"model.{name}" for name in about_base))
+
+
+def quiet_quantizers() -> None:
+    """Leave out what quantization libraries log whoever imports them, and repeat nothing.
+
+    `transformers` imports torchao wherever it is installed. It says which kernels of other devices
+    it cannot load, and torch speaks to its authors. bitsandbytes names a cast at every product.
+    """
+    beside = ("Failed to load", "Skipping import of cpp extensions", "<enum '")
+    said: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in said
+        said.add(message)
+        return is_new and not message.startswith(beside)
+
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).addFilter(first)
 
 
 def wanted_commands(args: Sequence[str]) -> Collection[str]:

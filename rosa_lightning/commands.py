@@ -21,6 +21,7 @@ def export(
     ckpt_path: str | None = None,
     format: Format = "peft",
     max_shard_size: str = "5GB",
+    dequantize: bool = False,
 ) -> None:
     """Write a trained adapter into a new folder, for PEFT and servers, merged, or as it is.
 
@@ -32,6 +33,7 @@ def export(
         format: peft: a LoRA for PEFT, vLLM or llama.cpp. merged: the base with the adapter folded
             in, a model like any other. rosa: for model.adapter and load_adapter.
         max_shard_size: Largest weights file of a merged model.
+        dequantize: Merge into a quantised base by making a plain model of it.
     """
     if ckpt_path is None and module.adapter is None:
         raise ValueError("no adapter is given. Set ckpt_path to a checkpoint, or model.adapter.")
@@ -47,7 +49,12 @@ def export(
         )
     model = cast(Any, module.model).eval()
     report = export_adapter(
-        model, output, format, tokenizer=tokenizer, max_shard_size=max_shard_size
+        model,
+        output,
+        format,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        dequantize=dequantize,
     )
     sys.stdout.write(f"{report}\n")
 
@@ -92,7 +99,7 @@ def remembered_settings(ckpt_path: str | None, adapter: str | None) -> dict[str,
     if ckpt_path is not None:
         known = read_checkpoint(ckpt_path).get("hyper_parameters", {})
         roae = {f"model.roae.{name}": value for name, value in known.get("roae", {}).items()}
-        names = ("base", "revision", "dtype")
+        names = ("base", "revision", "dtype", "quantization")
         return {f"model.{name}": known[name] for name in names if name in known} | roae
     base = adapter_base(Path(adapter)) if adapter is not None else None
     return {} if base is None else {"model.base": base}

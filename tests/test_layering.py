@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 FLOORS = {
     "rope": 0,
     "rows": 0,
+    "quantization": 0,
     "meeting": 0,
     "folder": 0,
     "peft_files": 0,
