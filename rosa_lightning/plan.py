@@ -12,6 +12,7 @@ from rosa_lightning.feedforward import feed_forward, layer_of
 from rosa_lightning.probe import AttentionGeometry, Source, read_geometry
 from rosa_lightning.roae import RoAEConfig, Target
 from rosa_lightning.rope import PairTable, low_frequency_pairs
+from rosa_lightning.standin import stand_ins
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def plan_terms(model: nn.Module, config: RoAEConfig) -> tuple[list[Term], list[s
         ValueError: The model cannot be measured, a target can be adapted in no layer, or a term
             cannot be added where ``config.placement`` asks for it.
     """
-    layers, trace = read_geometry(model)
+    with stand_ins(model):
+        layers, trace = read_geometry(model)
     terms: list[Term] = []
     notes: list[str] = []
     for layer in layers:

@@ -2,9 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build, save_base
+import transformers
+from conftest import SMALL, build, save_base
 
-from rosa_lightning.base import enable_checkpointing, identify, load_base, load_tokenizer
+from rosa_lightning.base import (
+    enable_checkpointing,
+    identify,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -71,3 +78,41 @@ def test_checkpointing_leaves_the_embeddings_without_a_gradient():
     model = build("llama").train().requires_grad_(False)
     enable_checkpointing(model)
     assert not model(torch.tensor([[3, 4]])).logits.requires_grad
+
+
+def test_a_skeleton_needs_a_configuration_only_and_has_the_base_s_shapes(base_folder, tmp_path):
+    whole = load_base(str(base_folder))
+    whole.config.save_pretrained(tmp_path)
+    empty = load_skeleton(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert all(weight.is_meta for weight in empty.parameters())
+    assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in whole.named_parameters()
+    }
+    assert not empty.training
+
+
+@pytest.mark.parametrize("family", ["llama", "yarn", "llama3", "gemma3", "phi3", "neox"])
+def test_a_skeleton_s_buffers_are_those_of_the_model(family, tmp_path):
+    whole = build(family)
+    whole.save_pretrained(tmp_path)
+    expected = dict(load_base(str(tmp_path)).named_buffers())
+    buffers = dict(load_skeleton(str(tmp_path)).named_buffers())
+    assert buffers.keys() == expected.keys()
+    assert expected
+    assert all(torch.equal(buffers[name], expected[name]) for name in expected)
+
+
+def test_a_skeleton_takes_the_dtype_and_kernel_asked_for(base_folder):
+    empty = load_skeleton(str(base_folder), dtype="bfloat16", attn_implementation="eager")
+    assert {weight.dtype for weight in empty.parameters()} == {torch.bfloat16}
+    assert empty.config._attn_implementation == "eager"
+    assert {weight.dtype for weight in load_skeleton("tiny").parameters()} == {torch.float32}
+
+
+def test_a_skeleton_without_a_dtype_or_a_configuration_is_refused(tmp_path):
+    transformers.LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not say the data type .* Set model\.dtype"):
+        load_skeleton(str(tmp_path))
+    with pytest.raises(ValueError, match=r"configuration of base .* could not be loaded"):
+        load_skeleton(str(tmp_path / "nothing"))

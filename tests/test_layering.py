@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 FLOORS = {
     "rope": 0,
     "rows": 0,
+    "standin": 0,
     "meeting": 0,
     "capture": 0.3,
     "replay": 0.4,
@@ -29,7 +30,7 @@ FLOORS = {
     "mixture": 2,
     "metrics": 3,
     "checkpoint": 3,
-    "summary": 3,
+    "sweep": 3,
     "evaluate": 3,
     "module": 4,
     "data": 4,
