@@ -30,6 +30,7 @@ FLOORS = {
     "mixture": 2,
     "metrics": 3,
     "checkpoint": 3,
+    "small": 0,
     "sweep": 3,
     "evaluate": 3,
     "module": 4,

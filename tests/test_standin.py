@@ -11,9 +11,9 @@ from conftest import build
 
 from rosa_lightning.base import load_skeleton
 from rosa_lightning.roae import RoAEConfig
+from rosa_lightning.small import build_small, causal_models
 from rosa_lightning.standin import replaced_tensors, stand_ins
 from rosa_lightning.surgery import RoAEReport, inject_roae, roae_layers
-from rosa_lightning.sweep import build_small, causal_models
 
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
 # Separate and fused, interleaved, latent, with norms, experts, tied weights, kinds of layers, a
