@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 FLOORS = {
     "rope": 0,
     "rows": 0,
+    "live": 0,
     "standin": 0,
     "meeting": 0,
     "capture": 0.3,
@@ -32,6 +33,8 @@ FLOORS = {
     "checkpoint": 3,
     "small": 0,
     "sweep": 3,
+    "memory": 3,
+    "summary": 3.5,
     "evaluate": 3,
     "module": 4,
     "data": 4,
