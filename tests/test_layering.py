@@ -34,6 +34,7 @@ FLOORS = {
     "small": 0,
     "sweep": 3,
     "memory": 3,
+    "activations": 3,
     "summary": 3.5,
     "evaluate": 3,
     "module": 4,
