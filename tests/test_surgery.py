@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, SMALL, build
-from rosa_lightning.summary import build_small
 from torch import nn
 from torch.testing import assert_close
 
 from rosa_lightning.roae import RoAEConfig, RoAELinear
+from rosa_lightning.small import build_small
 from rosa_lightning.surgery import (
     check_adapter_keys,
     inject_roae,
