@@ -137,7 +137,7 @@ def load_skeleton(
     Raises:
         ValueError: It cannot be loaded, or does not say its data type.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _one_line_errors(base, "configuration", "model.base"):
@@ -148,8 +148,8 @@ def load_skeleton(
             f"the configuration of base {base!r} does not say the data type of its weights. Set "
             "model.dtype to float32, bfloat16 or float16."
         )
-    if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        options["code_revision"] = revision
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        options["code_revision"] = revision  # code that comes with the base, and not newer code
     make: Any = AutoModelForCausalLM.from_config
     with _one_line_errors(base, "model", "model.base"), torch.device("meta"):
         model: PreTrainedModel = make(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -65,13 +67,51 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_pa
     assert load_tokenizer(str(tmp_path)).pad_token == "<eos>"
 
 
-def test_remote_code_is_not_run_unless_asked_for(tmp_path):
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+def test_remote_code_is_not_run_unless_asked_for(load, tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}'
     )
     (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
     with pytest.raises(ValueError, match="could not be loaded"):
-        load_base(str(tmp_path))
+        load(str(tmp_path))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "own"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_a_skeleton_runs_the_code_of_its_base_when_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.syspath_prepend(str(tmp_path / "c"))
+    # transformers registers the class for good.
+    monkeypatch.setattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {})
+    config = transformers.LlamaConfig(**SMALL, dtype="float32").to_dict()
+    places = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "code.py").write_text(CODE)
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": places})
+    )
+    for _ in range(2):
+        model = load_skeleton(str(tmp_path), revision="abc", trust_remote_code=True)
+        assert type(model).__name__ == "Model"
+        assert all(weight.is_meta for weight in model.parameters())
+
+
+def test_a_skeleton_of_a_known_class_does_without_the_code_that_comes_with_it(tmp_path):
+    config = transformers.LlamaConfig(**SMALL, dtype="float32").to_dict()
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}})
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
+    assert type(load_skeleton(str(tmp_path))) is transformers.LlamaForCausalLM
 
 
 def test_checkpointing_leaves_the_embeddings_without_a_gradient():
