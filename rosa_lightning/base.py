@@ -81,7 +81,9 @@ def identify(model: nn.Module, base: str) -> BaseIdentity:
             # Scales and the like beside a packed weight are no weights of the base.
             if parameter not in seen and (not quantized or name == "bias"):
                 seen.add(parameter)
-                values = [] if is_packed(parameter) else _middle(parameter.detach())
+                values = (
+                    [] if is_packed(parameter) or parameter.is_meta else _middle(parameter.detach())
+                )
                 samples[f"{path}.{name}"] = values
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
     return BaseIdentity(base=base, revision=revision, samples=samples)
@@ -165,6 +167,66 @@ def _quantizer(
     return quantization_config(
         quantization, own_dtype if dtype == "auto" else getattr(torch, dtype)
     )
+
+
+def load_skeleton(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A base from its configuration alone: `inject_roae` measures it, but it cannot be run.
+
+    Parameters are on the meta device: shapes and data types without numbers. What `transformers`
+    computes, such as rotary frequencies, is there.
+
+    Args:
+        base: As for `load_base`; a folder needs its ``config.json`` only.
+        revision: As for `load_base`.
+        dtype: Likewise; ``auto`` is what the configuration says.
+        attn_implementation: Likewise.
+        trust_remote_code: Likewise.
+
+    Raises:
+        ValueError: It cannot be loaded, or does not say its data type.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _one_line_errors(base, "configuration", "model.base"):
+        config = AutoConfig.from_pretrained(_location(base), revision=revision or "main", **options)
+    named = config.dtype or config.get_text_config().dtype if dtype == "auto" else dtype
+    if named is None:
+        raise ValueError(
+            f"the configuration of base {base!r} does not say the data type of its weights. Set "
+            "model.dtype to float32, bfloat16 or float16."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        options["code_revision"] = revision  # code that comes with the base, and not newer code
+    make: Any = AutoModelForCausalLM.from_config
+    with _one_line_errors(base, "model", "model.base"), torch.device("meta"):
+        model: PreTrainedModel = make(
+            config, dtype=named, attn_implementation=attn_implementation, **options
+        )
+    _compute_constants(model)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _compute_constants(model: PreTrainedModel) -> None:
+    """Make real what no training changes: buffers, and parameters born frozen (position tables)."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+        for name, weight in module._parameters.items():
+            if weight is not None and not weight.requires_grad:
+                real = torch.zeros_like(weight, device="cpu")
+                module._parameters[name] = nn.Parameter(real, requires_grad=False)
+    # transformers computes them where it initialises weights, which on meta does nothing.
+    model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
 def load_tokenizer(

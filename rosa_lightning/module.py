@@ -192,14 +192,17 @@ class RoSAModule(LightningModule):
             trust_remote_code=self.trust_remote_code,
         )
         identity = identify(model, self.base)
-        if self.adapter is None:
-            report = inject_roae(model, self.roae)
-        else:
-            given = None if self.roae == _DEFAULT_ROAE else self.roae
-            report = load_adapter(model, self.adapter, given)
+        report = self.adapt(model)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
         return model, identity, report
+
+    def adapt(self, model: PreTrainedModel) -> RoAEReport:
+        """Add RoAE to a base as this module is told to: anew, or an adapter's."""
+        if self.adapter is None:
+            return inject_roae(model, self.roae)
+        given = None if self.roae == _DEFAULT_ROAE else self.roae
+        return load_adapter(model, self.adapter, given)
 
     def _remember_roae(self) -> None:
         """Put the settings among the hyperparameters, as plain values that load safely."""

@@ -24,7 +24,7 @@ from rosa_lightning.quantization import (
 )
 from rosa_lightning.roae import RoAEConfig, RoAELinear, RoAENorm, Target
 from rosa_lightning.rope import PairTable
-from rosa_lightning.rows import contiguous_runs, find_blocks
+from rosa_lightning.rows import find_blocks, spans
 
 _REPORT = "_roae_report"
 """Attribute under which an adapted model keeps what was done to it."""
@@ -79,7 +79,7 @@ class ProjectionReport:
         low, other = ("-" if f is None else f"{f:.3g}" for f in self.border)
         return (
             f"{where}: {len(self.low_pairs)} of {len(self.table.pairs)} pairs, dimensions "
-            f"{_spans(self.dims)} of {self.table.head_dim} in {self.num_heads} heads, up to {low} "
+            f"{spans(self.dims)} of {self.table.head_dim} in {self.num_heads} heads, up to {low} "
             f"radians a token (next {other}); {self.num_parameters:,} parameters"
         )
 
@@ -198,12 +198,6 @@ def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
         )
         model.set_submodule(term.norm, norm)
     return layer
-
-
-def _spans(dims: tuple[int, ...]) -> str:
-    """Ascending dimensions as spans: 6-7, 14-15."""
-    runs = contiguous_runs(dims)
-    return ", ".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in runs)
 
 
 def roae_layers(model: nn.Module) -> Iterator[tuple[str, RoAELinear]]:
