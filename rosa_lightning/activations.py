@@ -159,6 +159,18 @@ def adapted_dims(model: nn.Module, config: RoAEConfig | None = None) -> dict[str
     return {term.layer: term.dims for term in terms if term.dims}
 
 
+def check_matplotlib() -> None:
+    """Say early how to get what figures need.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'rosa-lightning[plots]'") from error
+
+
 def activation_figure(
     norms: Sequence[StateNorms],
     low_dims: Mapping[str, Sequence[int]] | None = None,
@@ -174,10 +186,9 @@ def activation_figure(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'rosa-lightning[plots]'") from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     height = min(max(3.2, 1.6 + 0.11 * len(norms)), 12.0)
     figure = Figure(figsize=(11, height), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)

@@ -275,9 +275,14 @@ def _location(base: str) -> str:
 @contextmanager
 def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
     """Turn the loaders' long and varied errors into one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (
+        *(OSError, ValueError, ImportError, KeyError, RuntimeError),
+        StrictDataclassError,  # of a configuration whose values make no sense
+    ) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(
             f"the {what} of base {base!r} could not be loaded: {reason} Set {setting} to a folder "

@@ -12,7 +12,13 @@ from typing import Any, Literal, cast
 import torch
 from rich.console import Console
 
-from rosa_lightning.activations import activation_figure, adapted_dims, rotated_norms, save_figure
+from rosa_lightning.activations import (
+    activation_figure,
+    adapted_dims,
+    check_matplotlib,
+    rotated_norms,
+    save_figure,
+)
 from rosa_lightning.adapter import adapter_base
 from rosa_lightning.base import enable_checkpointing, load_skeleton, load_tokenizer
 from rosa_lightning.data import ReasoningDataModule
@@ -165,7 +171,7 @@ def _check_picture(path: str) -> None:
     """Refuse early what would fail after minutes of loading."""
     if Path(path).suffix != ".png" or Path(path).is_dir():
         raise ValueError(f"activations={path} is not the name of a PNG file, such as norms.png.")
-    activation_figure([])
+    check_matplotlib()
 
 
 def _skeleton(module: RoSAModule) -> Any:

@@ -89,7 +89,6 @@ def _is_activation(leaf: Leaf) -> bool:
     bare = not any(True for _ in leaf.module.parameters())
     return (
         bare
-        and not leaf.is_projection
         and leaf.given.is_floating_point()
         and leaf.output.shape == leaf.given.shape
         and not torch.equal(leaf.output, leaf.given)
