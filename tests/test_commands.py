@@ -152,7 +152,7 @@ def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
         ("--ckpt_path", checkpoint, "--output", "o", "--format", "gguf"): "Got value: gguf",
         ("--ckpt_path", "none.ckpt", "--output", "o"): "ckpt_path=none.ckpt is no file",
         ("--ckpt_path", "text.ckpt", "--output", "o"): "text.ckpt is no checkpoint",
-        ("--output", "o"): "required: --model.base",
+        ("--output", "o"): "no base is given. Set model.base",
         ("--output", "o", "--model.base", "tiny"): "no adapter is given. Set ckpt_path",
         ("--output", "o", "--model.adapter", "there", "--model.base", "tiny"): "holds no adapter",
         ("--output", "o", "--model.bse", "tiny"): "Did you mean model.base?",
