@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,11 +21,13 @@ from rosa_lightning.activations import (
 )
 from rosa_lightning.adapter import adapter_base
 from rosa_lightning.base import enable_checkpointing, load_skeleton, load_tokenizer
+from rosa_lightning.checkpoint import CHECKPOINT_KEY
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.export import Format, export_adapter
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.report import write_report
+from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.summary import compare_memory, memory_table, summarize, summary_tables
 from rosa_lightning.sweep import sweep_models, sweep_tables
 
@@ -229,7 +231,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint's content, on the CPU, read without running code from it.
 
     Raises:
-        ValueError: It is missing or damaged, or holds more than plain values.
+        ValueError: It is missing or damaged, holds more than plain values, or no adapter.
     """
     if not Path(path).is_file():
         raise ValueError(f"ckpt_path={path} is no file. Give a checkpoint of RoSAModule.")
@@ -240,6 +242,10 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             f"{path} is no checkpoint that can be read safely ({type(error).__name__}). Give "
             "one that RoSAModule has written."
         ) from error
+    if not isinstance(content, dict) or not {CHECKPOINT_KEY, "state_dict"} <= content.keys():
+        raise ValueError(
+            f"{path} holds no RoSA adapter. Give a checkpoint that RoSAModule has written."
+        )
     return content
 
 
@@ -253,7 +259,10 @@ def remembered_settings(ckpt_path: str | None, adapter: str | None) -> dict[str,
     """
     if ckpt_path is not None:
         known = read_checkpoint(ckpt_path).get("hyper_parameters", {})
-        roae = {f"model.roae.{name}": value for name, value in known.get("roae", {}).items()}
+        given = known.get("roae", {})
+        roae = {
+            f"model.roae.{f.name}": given[f.name] for f in fields(RoAEConfig) if f.name in given
+        }
         names = ("base", "revision", "dtype", "quantization")
         return {f"model.{name}": known[name] for name in names if name in known} | roae
     base = adapter_base(Path(adapter)) if adapter is not None else None
