@@ -31,7 +31,10 @@ from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.summary import compare_memory, memory_table, summarize, summary_tables
 from rosa_lightning.sweep import sweep_models, sweep_tables
 
-_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_AUTOCAST = {
+    **dict.fromkeys(["bf16", "bf16-mixed"], torch.bfloat16),
+    **dict.fromkeys(["16", "16-mixed"], torch.float16),
+}
 """What a trainer's precision computes in; the others cast nothing on the way."""
 
 
@@ -122,9 +125,15 @@ def inspect(
     _check_base(module)
     if activations is not None:
         _check_picture(activations)
+    if module.quantization is not None and activations is None:
+        raise ValueError(
+            f"model.quantization={module.quantization}: the memory of a quantised base cannot be "
+            "estimated without its weights. Leave model.quantization out to see that of the plain "
+            "base."
+        )
     model = _skeleton(module) if activations is None else _loaded(module, ckpt_path)
     console.print(summary_tables(summarize(model)))
-    length = response_length or data.max_length - 1
+    length = data.max_length - 1 if response_length is None else response_length
     console.print(
         f"Batch of {data.batch_size} x {data.max_length} tokens, {length} of them responses"
     )

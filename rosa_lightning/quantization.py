@@ -156,6 +156,8 @@ def dequantize_model(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+        # How the weights were packed when they were loaded, which saving would try to undo.
+        cast(Any, model)._weight_conversions = None
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

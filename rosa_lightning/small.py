@@ -167,7 +167,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity(40)  # errors alone
+    logging.set_verbosity(50)  # not even errors: the caller raises or reports them
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
