@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rosa_lightning.capture import trace
 from rosa_lightning.meeting import ByHand, watched_interface
+from rosa_lightning.modes import in_mode
 from rosa_lightning.plan import plan_terms
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.rows import contiguous_runs
@@ -74,13 +75,9 @@ def rotated_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     if not calls:
         raise ValueError(f"{kind} has no attention whose queries and keys can be seen.")
     seen = _Sums(model, {call.path: call.module for call in calls})
-    was_training = model.training
-    try:
-        model.eval()
+    with in_mode(model, training=False):
         for batch in batches:
             seen.add(batch, by_hand=not calls[0].by_interface)
-    finally:
-        model.train(was_training)
     if not seen.sums:
         raise ValueError("there is no text to run the model on. Give at least one batch of tokens.")
     return [

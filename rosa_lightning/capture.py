@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning.meeting import ByHand, at_interface
+from rosa_lightning.modes import in_mode
 
 
 @dataclass(frozen=True)
@@ -90,20 +91,18 @@ def trace(model: nn.Module) -> Trace:
 
 
 def _run_two_tokens(model: nn.Module) -> None:
-    was_training = model.training
     device = next(model.parameters()).device
     # Not both can be padding, whose embedding may be zero and tells nothing apart.
     ids = torch.tensor([[1, 2]], device=device)
     try:
-        model.eval()(input_ids=ids, use_cache=False)
+        with in_mode(model, training=False):
+            model(input_ids=ids, use_cache=False)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{type(model).__name__} cannot be run on two token ids, so its attention cannot be "
             f"measured: {type(error).__name__}: {reason[:200]}"
         ) from error
-    finally:
-        model.train(was_training)
 
 
 class _Recorder:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from rosa_lightning.adapter import write_adapter
 from rosa_lightning.folder import new_folder
 from rosa_lightning.lora import to_lora
+from rosa_lightning.modes import in_mode
 from rosa_lightning.peft_files import write_lora
 from rosa_lightning.surgery import merged, roae_report
 
@@ -144,10 +145,6 @@ def _sample_logits(model: PreTrainedModel) -> torch.Tensor:
     embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
     vocabulary = embeddings.weight.shape[0]
     ids = torch.randint(vocabulary, _SAMPLE, generator=generator)
-    was_training = model.training
-    model.train(False)
-    try:
+    with in_mode(model, training=False):
         logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    finally:
-        model.train(was_training)
     return logits.float()

@@ -23,6 +23,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from rosa_lightning.live import LiveBytes
+from rosa_lightning.modes import in_mode
 from rosa_lightning.selection import find_layers, resolve_indices
 from rosa_lightning.standin import replaced_tensors
 from rosa_lightning.surgery import is_adapter_key, roae_report
@@ -132,10 +133,8 @@ def estimate_memory(
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         return nn.Parameter(empty, tensor in trains) if isinstance(tensor, nn.Parameter) else empty
 
-    was_training = model.training
     try:
-        model.train()
-        with FakeTensorMode(), replaced_tensors(model, fake):
+        with in_mode(model, training=True), FakeTensorMode(), replaced_tensors(model, fake):
             step = _Step(model, optimizer)
             step.run(_batch(batch_size, length, response_length), autocast)
     except Exception as error:
@@ -144,8 +143,6 @@ def estimate_memory(
             f"the memory of {type(model).__name__} cannot be estimated, since a training step "
             f"fails on tensors without numbers: {type(error).__name__}: {reason}"
         ) from error
-    finally:
-        model.train(was_training)
     return MemoryEstimate(
         base=base,
         adapter=_num_bytes(step.adapters),

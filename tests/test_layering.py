@@ -13,6 +13,7 @@ FLOORS = {
     "quantization": 0,
     "live": 0,
     "standin": 0,
+    "modes": 0,
     "small": 0,
     "meeting": 0,
     "folder": 0,
