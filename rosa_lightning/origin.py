@@ -64,7 +64,7 @@ class Origin:
             tables = [_table(table) for table in plain["tables"]]
             terms = tuple(_term(term, tables) for term in plain["terms"])
             return cls(base, RoAEConfig(**plain["roae"]), terms)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 f"what it was trained on is not told as export tells it; {type(error).__name__}: "
                 f"{error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def _module(path: str, factors: dict[str, Tensor], config: dict[str, Any]) -> Lo
     alpha = pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
     for name, value in (("r", rank), ("lora_alpha", alpha)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and value > 0 and math.isfinite(value)):
+        if not (number and 0 < value <= sys.float_info.max):
             raise ValueError(f"{CONFIG_FILE} gives {path} {name}={value!r}, not a number above 0.")
     A, B = factors["A"], factors["B"]
     if not A.shape[0] == B.shape[1] == rank:

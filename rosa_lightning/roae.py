@@ -6,6 +6,7 @@ Axes: B batch, T tokens, D input width, R rank, H heads, L low-frequency dimensi
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -56,7 +57,7 @@ class RoAEConfig:
                 f"low_freq_ratio={self.low_freq_ratio!r} is outside (0, 1]. Set "
                 "model.roae.low_freq_ratio; 0.25 keeps the slowest quarter of the RoPE pairs."
             )
-        if not (_is_number(self.alpha) and self.alpha > 0 and math.isfinite(self.alpha)):
+        if not (_is_number(self.alpha) and self.alpha > 0):
             raise ValueError(
                 f"alpha={self.alpha!r} is not above 0. Set model.roae.alpha; twice the rank is "
                 "usual."
@@ -86,8 +87,10 @@ class RoAEConfig:
         return self.alpha / self.rank
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and bool(abs(value) <= sys.float_info.max)
 
 
 class RoAELinear(nn.Module):

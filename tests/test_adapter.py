@@ -177,6 +177,7 @@ SHAPES = {
     "no tables": _replace("tables", []),
     "tables are null": _replace("tables", None),
     "a table before the first": _replace("terms", 0, "table", -1),
+    "a frequency no float can hold": _replace("tables", 0, "inv_freq", [10**400]),
     "a frequency is null": _replace("tables", 0, "inv_freq", [None]),
     "a pair of three": _replace("tables", 0, "pairs", [[0, 1, 2]]),
     "fewer terms": lambda config: {**config, "terms": config["terms"][:-1]},

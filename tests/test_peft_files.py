@@ -184,6 +184,7 @@ WRONG = {
     "r": (TENSORS, {"r": 8}, "4 in lora_B.weight and 8 in adapter_config.json"),
     "r is text": (TENSORS, {"r": "4"}, "r='4', not a number above 0"),
     "alpha is 0": (TENSORS, {"lora_alpha": 0}, "lora_alpha=0, not a number above 0"),
+    "alpha is too large": (TENSORS, {"lora_alpha": 10**400}, "lora_alpha=1000*, not a number"),
     "pattern": (TENSORS, {"rank_pattern": {"(": 4}}, "no regular expression"),
 }
 

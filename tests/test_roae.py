@@ -153,6 +153,7 @@ def test_runs_hold_the_same_dimensions(dims):
         ({"alpha": 0.0}, "alpha=0.0 is not above 0"),
         ({"alpha": float("nan")}, "alpha=nan is not above 0"),
         ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
+        ({"alpha": 10**400}, "alpha=1000* is not above 0"),
         ({"alpha": None}, "alpha=None is not above 0"),
         ({"low_freq_ratio": "0.5"}, r"low_freq_ratio='0.5' is outside"),
         ({"dropout": [0.1]}, r"dropout=\[0.1\] is outside"),
