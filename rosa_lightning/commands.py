@@ -104,6 +104,7 @@ def _own_tokenizer(setting: Setting) -> tuple[Any, tuple[str, ...]]:
             module.base,
             revision=module.revision,
             trust_remote_code=module.trust_remote_code,
+            setting="data.tokenizer",
             for_training=False,
         )
     except ValueError as error:

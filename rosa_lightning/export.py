@@ -121,8 +121,10 @@ def check_options(
     for name, given in (("max_shard_size", max_shard_size is not None), ("dequantize", dequantize)):
         if given and format != "merged":
             raise ValueError(_of_merged(name, format))
-    size = r"\s*\d*[1-9]\d*(\.\d+)?\s*[KMGT]B\s*"
-    if max_shard_size is not None and not re.fullmatch(size, str(max_shard_size), re.IGNORECASE):
+    if max_shard_size is None:
+        return
+    size = re.fullmatch(r"\s*(\d+(\.\d+)?)\s*[KMGT]B\s*", str(max_shard_size), re.IGNORECASE)
+    if size is None or float(size[1]) == 0:
         raise ValueError(
             f"max_shard_size={max_shard_size!r} is no size of a file. Give a number above 0 with "
             "KB, MB, GB or TB, such as 5GB."

@@ -95,7 +95,7 @@ def test_tied_heads_stay_tied(tmp_path):
 
 def test_large_models_are_written_in_shards(tmp_path, ids_BT):
     model = adapted()
-    export_adapter(model, tmp_path / "out", "merged", max_shard_size="100KB")
+    export_adapter(model, tmp_path / "out", "merged", max_shard_size="0.1 mb")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     torch.testing.assert_close(
@@ -148,7 +148,7 @@ def test_wrong_arguments_are_named(tmp_path):
         export_adapter(adapted(), tmp_path / "out", "gguf")
     with pytest.raises(ValueError, match="exists already"):
         export_adapter(adapted(), tmp_path)
-    for size in ("5XB", "5", "0GB", "-1GB", "GB", 5):
+    for size in ("5XB", "5", "0GB", "0.0GB", "1.2.3GB", "-1GB", "GB", 5):
         with pytest.raises(ValueError, match="is no size of a file") as caught:
             export_adapter(adapted(), tmp_path / "out", "merged", max_shard_size=size)
         assert "\n" not in str(caught.value)
