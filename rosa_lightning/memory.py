@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from rosa_lightning.fake import fake_tensors
 from rosa_lightning.live import LiveBytes
 from rosa_lightning.modes import in_mode
 from rosa_lightning.selection import find_layers, resolve_indices
@@ -134,7 +134,7 @@ def estimate_memory(
         return nn.Parameter(empty, tensor in trains) if isinstance(tensor, nn.Parameter) else empty
 
     try:
-        with in_mode(model, training=True), FakeTensorMode(), replaced_tensors(model, fake):
+        with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
             step = _Step(model, optimizer)
             step.run(_batch(batch_size, length, response_length), autocast)
     except Exception as error:

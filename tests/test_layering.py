@@ -12,6 +12,7 @@ FLOORS = {
     "rows": 0,
     "quantization": 0,
     "live": 0,
+    "fake": 0,
     "standin": 0,
     "modes": 0,
     "small": 0,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,6 +17,7 @@ from rosa_lightning.base import enable_checkpointing, load_skeleton
 from rosa_lightning.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae import RoAEConfig
+from rosa_lightning.small import build_small
 from rosa_lightning.surgery import inject_roae
 
 LAYERS = "model.layers"
@@ -232,6 +234,40 @@ def test_other_architectures_keep_what_the_profiler_sees(family, kernel):
     # A head that caps or scales its logits keeps some of them.
     assert estimate.activations == pytest.approx(totals[-1] - logits, abs=2 * logits, rel=0.03)
     assert estimate.activations > 20 * logits
+
+
+class Bare:
+    """A model's loss, as that of `RoSAModule`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.train()
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        keep = batch["num_label_positions"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep + 1).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, -keep:].flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", ["MixtralConfig", "Qwen2MoeConfig"])
+def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
+    model = build_small(family).to(dtype)
+    inject_roae(model, RoAEConfig(rank=4))
+    shape = {"batch_size": 4, "length": 100, "response_length": 10}
+    estimate = estimate_memory(model, **shape, autocast=autocast)
+    assert not caplog.records
+    check(estimate, measure(Bare(model), 4, 100, 10, autocast=autocast))
+
+
+def test_double_precision_is_in_the_figures():
+    module, _ = both("float32", 8, 128, 16)
+    skeleton = load_skeleton("tiny")
+    inject_roae(skeleton, RoAEConfig())
+    estimate = estimate_memory(skeleton.double(), batch_size=8, length=128, response_length=16)
+    check(estimate, measure(module.double(), 8, 128, 16))
+    assert list(estimate.base) == ["float64"]
 
 
 def test_weights_are_not_needed_and_not_touched():
