@@ -228,6 +228,7 @@ class RoSACLI(LightningCLI):
             # Without a value, unlike jsonargparse's own switches.
             parser._action_groups[-1].add_argument(
                 "--all-models",
+                "--all_models",  # as the other options are spelt
                 action="store_true",
                 help="Instead, try every causal language model of transformers, built small.",
             )
@@ -408,7 +409,7 @@ def short_message(message: str) -> str:
 def unknown_key(message: str) -> str | None:
     """The key that a parser's message calls unknown."""
     for pattern in (
-        r"unrecognized arguments: --([\w.]+)",
+        r"unrecognized arguments: --([\w.-]+)",
         r"does not accept option '([\w.]+)'",
         r"Option '([\w.]+)' is not accepted",
     ):

@@ -19,7 +19,8 @@ def fake_tensors() -> Iterator[None]:
     logger = logging.getLogger(fake_tensor.__name__)
     disabled, logger.disabled = logger.disabled, True
     try:
-        with fake_tensor.FakeTensorMode(), _GroupedProducts():
+        products = _GroupedProducts()  # type: ignore[no-untyped-call]
+        with fake_tensor.FakeTensorMode(), products:
             yield
     finally:
         logger.disabled = disabled

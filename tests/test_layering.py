@@ -35,6 +35,7 @@ FLOORS = {
     "history": 1,
     "plan": 1.5,
     "surgery": 2,
+    "packed": 2.5,
     "sources": 2,
     "batching": 2,
     "mixture": 2,
