@@ -283,7 +283,7 @@ def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
     try:
         yield
     except (
-        *(OSError, ValueError, ImportError, KeyError, RuntimeError),
+        *(OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, ArithmeticError),
         StrictDataclassError,  # of a configuration whose values make no sense
     ) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

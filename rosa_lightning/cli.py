@@ -217,6 +217,7 @@ class RoSACLI(LightningCLI):
             # Without a value, unlike jsonargparse's own switches.
             parser._action_groups[-1].add_argument(
                 "--all-models",
+                "--all_models",  # as the other options are spelt
                 action="store_true",
                 help="Instead, try every causal language model of transformers, built small.",
             )

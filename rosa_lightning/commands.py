@@ -23,7 +23,9 @@ from rosa_lightning.base import enable_checkpointing, load_skeleton, load_tokeni
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.export import Format, check_options, export_adapter
+from rosa_lightning.memory import check_batch
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.packed import pack_on_paper
 from rosa_lightning.remembered import read_checkpoint
 from rosa_lightning.report import write_report
 from rosa_lightning.summary import compare_memory, memory_table, summarize, summary_tables
@@ -34,6 +36,8 @@ _AUTOCAST = {
     **dict.fromkeys(["16", "16-mixed"], torch.float16),
 }
 """What a trainer's precision computes in; the others cast nothing on the way."""
+_DOUBLE = ("64", "64-true")
+"""Precisions that cast the model to float64."""
 NO_BASE = (
     "no base is given. Set model.base to a hub id, a folder or tiny, or name what knows its base: "
     "ckpt_path or model.adapter."
@@ -132,7 +136,8 @@ def inspect(
         response_length: Tokens of the longest response, for the memory of the logits; by default
             all but one of data.max_length, which is the most it can be.
         activations: PNG to draw: mean L2 norm of the rotated Q and K states per head dimension and
-            layer. It takes the weights, and texts of data.sources.
+            layer; beside it, a folder of its name for TensorBoard. Neither may exist. It takes the
+            weights, and texts of data.sources.
         num_batches: Batches of data.batch_size texts that the drawing is the mean of.
         all_models: Instead, try every causal language model of transformers, built small.
     """
@@ -142,17 +147,19 @@ def inspect(
         return
     module, data = setting.module, setting.data
     _check_base(module)
-    if activations is not None:
-        _check_picture(activations)
-    if module.quantization is not None and activations is None:
-        raise ValueError(
-            f"model.quantization={module.quantization}: the memory of a quantised base cannot be "
-            "estimated without its weights. Leave model.quantization out to see that of the plain "
-            "base."
-        )
-    model = _skeleton(module) if activations is None else _loaded(module, ckpt_path)
-    console.print(summary_tables(summarize(model)))
     length = data.max_length - 1 if response_length is None else response_length
+    check_batch(data.batch_size, data.max_length, length)
+    if activations is not None:
+        _check_picture(Path(activations), num_batches)
+    precision = str(setting.trainer.get("precision"))
+    model = _skeleton(module, double=precision in _DOUBLE)
+    tables = summary_tables(summarize(model))  # before weights are packed, and hard to count
+    if module.quantization is not None:
+        pack_on_paper(model, module.quantization)
+    drawn = None
+    if activations is not None:
+        drawn = _draw_activations(setting, ckpt_path, Path(activations), num_batches)
+    console.print(tables)
     console.print(
         f"Batch of {data.batch_size} x {data.max_length} tokens, {length} of them responses"
     )
@@ -164,11 +171,11 @@ def inspect(
         length=data.max_length,
         response_length=length,
         optimizer=module.make_optimizer,
-        autocast=_AUTOCAST.get(str(setting.trainer.get("precision"))),
+        autocast=_AUTOCAST.get(precision),
     )
     console.print(memory_table(estimates))
-    if activations is not None:
-        _draw_activations(model, setting, Path(activations), num_batches)
+    if drawn is not None:
+        sys.stdout.write(f"{drawn}\n")
 
 
 def report(
@@ -194,20 +201,37 @@ def _check_base(module: RoSAModule) -> None:
         raise ValueError(NO_BASE)
 
 
-def _check_picture(path: str) -> None:
-    """Refuse early what would fail after minutes of loading."""
-    if Path(path).suffix != ".png" or Path(path).is_dir():
-        raise ValueError(f"activations={path} is not the name of a PNG file, such as norms.png.")
+def _check_picture(png: Path, num_batches: int) -> None:
+    """Refuse early what would fail after minutes of loading, or write over something."""
+    if png.suffix != ".png":
+        raise ValueError(f"activations={png} is not the name of a PNG file, such as norms.png.")
+    for path in (png, png.with_suffix("")):
+        if path.exists():
+            raise ValueError(f"activations={png}: {path} exists already. Give another name.")
+    folder = next(path for path in png.absolute().parents if path.exists())
+    if not folder.is_dir():
+        raise ValueError(f"activations={png}: {folder} is no folder. Give another name.")
+    if num_batches < 1:
+        raise ValueError(f"num_batches={num_batches} is below 1. Set num_batches; 4 is usual.")
     check_matplotlib()
 
 
-def _skeleton(module: RoSAModule) -> Any:
-    """The adapted model without its weights."""
+def _skeleton(module: RoSAModule, *, double: bool) -> Any:
+    """The adapted model without its weights.
+
+    Raises:
+        ValueError: It cannot be made, or should be cast to float64 and quantised.
+    """
+    if double and module.quantization is not None:
+        raise ValueError(
+            f"trainer.precision 64-true cannot be had with model.quantization="
+            f"{module.quantization}. Take one of them out."
+        )
     model = load_skeleton(module.base, **module.loading)
     module.adapt(model)
     if module.gradient_checkpointing:
         enable_checkpointing(model)
-    return model
+    return model.double() if double else model
 
 
 def _loaded(module: RoSAModule, ckpt_path: str | None) -> Any:
@@ -222,8 +246,13 @@ def _callbacks(setting: Setting) -> list[Any]:
     return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
-def _draw_activations(model: Any, setting: Setting, png: Path, num_batches: int) -> None:
-    """Draw the rotated states of some training texts; a PNG, and beside it a TensorBoard folder."""
+def _draw_activations(setting: Setting, ckpt_path: str | None, png: Path, num_batches: int) -> str:
+    """Draw the rotated states of some training texts; a PNG, and beside it a TensorBoard folder.
+
+    Returns:
+        What to tell the user.
+    """
+    model = _loaded(setting.module, ckpt_path)
     data = setting.data
     if data.tokenizer is None:
         data.tokenizer = setting.module.tokenizer
@@ -232,7 +261,7 @@ def _draw_activations(model: Any, setting: Setting, png: Path, num_batches: int)
     title = f"{setting.module.base}: mean L2 norm per layer and head dimension"
     log_dir = png.with_suffix("")
     save_figure(activation_figure(norms, adapted_dims(model), title), png, log_dir)
-    sys.stdout.write(f"{png}; as an image of TensorBoard: tensorboard --logdir {log_dir}\n")
+    return f"{png}; as an image of TensorBoard: tensorboard --logdir {log_dir}"
 
 
 def load_checkpoint(module: RoSAModule, ckpt_path: str) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from rosa_lightning.fake import fake_tensors
 from rosa_lightning.live import LiveBytes
 from rosa_lightning.modes import in_mode
+from rosa_lightning.packed import PackedLinear
 from rosa_lightning.selection import find_layers, resolve_indices
 from rosa_lightning.standin import replaced_tensors
 from rosa_lightning.surgery import is_adapter_key, roae_report
@@ -34,7 +35,7 @@ class MemoryEstimate:
     """Bytes that a training step takes, line by line. The lines are largest at different times."""
 
     base: dict[str, int]
-    """Weights and buffers of the frozen base, by data type."""
+    """Weights and buffers of the frozen base, by data type; packed ones by their scheme."""
     adapter: int
     """RoAE weights."""
     gradients: int
@@ -95,7 +96,8 @@ def estimate_memory(
 
     Args:
         model: A `transformers` language model with RoAE, with its weights or on the meta device,
-            and with gradient checkpointing on if that is wanted. It is left as it is.
+            quantised by `pack_on_paper` or not, and with gradient checkpointing on if that is
+            wanted. It is left as it is.
         batch_size: B.
         length: T, padding included; the batch is taken to hold some.
         response_length: Tokens of the longest response, below T.
@@ -111,30 +113,20 @@ def estimate_memory(
             or the model or the optimizer asks for numbers, which fake tensors do not hold.
     """
     roae_report(model)
-    if batch_size < 1 or not 0 < response_length < length:
-        raise ValueError(
-            f"batch_size={batch_size}, length={length} and response_length={response_length} make "
-            "no batch. Give at least one row, and a response of at least one token that is shorter "
-            "than the row."
-        )
+    check_batch(batch_size, length, response_length)
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError(
             f"the memory of {type(model).__name__} cannot be estimated, since its weights are "
             "quantized, which a step without numbers cannot run."
         )
     trains = _what_trains(model, active_layers, scoring)
-    base: dict[str, int] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not is_adapter_key(name):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            base[kind] = base.get(kind, 0) + tensor.nbytes
 
     def fake(tensor: Tensor) -> Tensor:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         return nn.Parameter(empty, tensor in trains) if isinstance(tensor, nn.Parameter) else empty
 
     try:
-        with in_mode(model, training=True), FakeTensorMode(), replaced_tensors(model, fake):
+        with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
             step = _Step(model, optimizer)
             step.run(_batch(batch_size, length, response_length), autocast)
     except Exception as error:
@@ -144,7 +136,7 @@ def estimate_memory(
             f"fails on tensors without numbers: {type(error).__name__}: {reason}"
         ) from error
     return MemoryEstimate(
-        base=base,
+        base=_base_bytes(model),
         adapter=_num_bytes(step.adapters),
         gradients=step.gradients,
         optimizer=step.state,
@@ -152,6 +144,36 @@ def estimate_memory(
         logits=step.live.peak_of_head,
         peak=step.live.peak,
     )
+
+
+def check_batch(batch_size: int, length: int, response_length: int) -> None:
+    """Check that there is a batch of such sizes.
+
+    Raises:
+        ValueError: There is no row, or a response that is empty or leaves no token before it.
+    """
+    if batch_size < 1 or not 0 < response_length < length:
+        raise ValueError(
+            f"batch_size={batch_size}, length={length} and response_length={response_length} make "
+            "no batch. Give at least one row (data.batch_size), and a response (response_length) "
+            "of at least one token that is shorter than the row (data.max_length)."
+        )
+
+
+def _base_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of the base's weights and buffers, by kind."""
+    packed = {
+        tensor: module.scheme
+        for module in model.modules()
+        if isinstance(module, PackedLinear)
+        for tensor in module.buffers(recurse=False)
+    }
+    sizes: dict[str, int] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not is_adapter_key(name):
+            kind = packed.get(tensor, str(tensor.dtype).removeprefix("torch."))
+            sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
+    return sizes
 
 
 def _what_trains(

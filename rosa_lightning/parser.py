@@ -71,7 +71,7 @@ def short_message(message: str) -> str:
 def unknown_key(message: str) -> str | None:
     """The key that a parser's message calls unknown."""
     for pattern in (
-        r"unrecognized arguments: --([\w.]+)",
+        r"unrecognized arguments: --([\w.-]+)",
         r"does not accept option '([\w.]+)'",
         r"Option '([\w.]+)' is not accepted",
     ):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import save_base
+from conftest import SMALL, save_base
 
 from rosa_lightning.adapter import load_adapter
 from rosa_lightning.base import load_base
@@ -384,6 +385,113 @@ def test_inspect_draws_the_rotated_states(trained, sources, capsys):
     status, _, errors = run(capsys, "inspect", "--model.base", "tiny", "--activations", "a.jpg")
     assert status == 1
     assert "is not the name of a PNG file" in errors[0]
+
+
+def line_of(printed: str, name: str) -> str:
+    return next(line for line in printed.splitlines() if line.strip().startswith(name))
+
+
+def test_inspect_of_a_mixture_of_experts_has_an_estimate_and_says_nothing_else(tmp_path, capfd):
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=4)
+    config.save_pretrained(tmp_path / "experts")
+    step = ["--data.batch_size", "2", "--data.max_length", "16"]
+    for dtype in ("float32", "bfloat16"):
+        base = ["--model.base", "experts", "--model.dtype", dtype]
+        assert main(["inspect", *base, *step]) == 0
+        streams = capfd.readouterr()
+        assert "KiB" in line_of(streams.out, f"weights, {dtype}")
+        assert line_of(streams.out, "peak")
+        assert streams.err == ""
+
+
+@pytest.mark.parametrize("scheme", ["int8", "llm_int8", "nf4", "fp4"])
+def test_inspect_of_a_quantised_base_needs_no_weights_and_no_library(
+    scheme, capsys, monkeypatch, base_folder
+):
+    monkeypatch.setattr("rosa_lightning.base.quantization_config", None)
+    base = ["--model.base", str(base_folder)]
+    _, plain, _ = run(capsys, "inspect", *base)
+    status, printed, _ = run(capsys, "inspect", *base, "--model.quantization", scheme)
+    assert status == 0
+    assert "KiB" in line_of(printed, f"weights, {scheme}")
+    assert "KiB" in line_of(printed, "weights, float32")
+    parameters, _, _ = plain.partition("Batch of")
+    assert printed.startswith(parameters)
+
+
+def test_inspect_shows_the_figures_of_double_precision(capsys, base_folder):
+    base = ["--model.base", str(base_folder), "--data.max_length", "16"]
+    for precision in ("64-true", "64"):
+        status, printed, _ = run(capsys, "inspect", *base, "--trainer.precision", precision)
+        assert status == 0
+        assert line_of(printed, "weights, float64")
+        assert "float32" not in printed
+    both = ["--trainer.precision", "64-true", "--model.quantization", "nf4"]
+    status, printed, errors = run(capsys, "inspect", *base, *both)
+    assert (status, printed, len(errors)) == (1, "", 1)
+    assert "64-true cannot be had with model.quantization=nf4" in errors[0]
+
+
+def test_inspect_refuses_in_one_line_before_it_prints(base_folder, capsys):
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    Path("text").mkdir()
+    Path("text/config.json").write_text("no JSON")
+    config = json.loads((base_folder / "config.json").read_text())
+    Path("packed").mkdir()
+    packed = {**config, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    Path("packed/config.json").write_text(json.dumps(packed))
+    base = ["--model.base", str(base_folder)]
+    cases = {
+        (*base, "--response_length", "512"): "length=512 and response_length=512 make no batch",
+        (*base, "--response_length", "0"): "response_length=0 make no batch",
+        ("--model.base", "broken"): "base 'broken' could not be loaded",
+        ("--model.base", "text"): "base 'text' could not be loaded",
+        ("--model.base", "nowhere"): "base 'nowhere' could not be loaded",
+        ("--model.base", "packed", "--model.quantization", "nf4"): "is quantised already",
+    }
+    for arguments, message in cases.items():
+        status, printed, errors = run(capsys, "inspect", *arguments)
+        assert (status, printed, len(errors)) == (1, "", 1), arguments
+        assert message in errors[0]
+
+
+def test_inspect_draws_over_nothing(base_folder, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(RoSAModule, "configure_model", None)
+    for path in ("there.png", "file", "other"):
+        Path(path).write_text("mine")
+    Path("folder").mkdir()
+    cases = {
+        "there.png": "there.png exists already",
+        "other.png": "other exists already",
+        "folder.png": "folder exists already",
+        "file/a.png": "file is no folder",
+        "file/deep/a.png": "file is no folder",
+        "folder": "is not the name of a PNG file",
+    }
+    for path, message in cases.items():
+        status, printed, errors = run(
+            capsys, "inspect", "--model.base", str(base_folder), "--activations", path
+        )
+        assert (status, printed, len(errors)) == (1, "", 1), path
+        assert message in errors[0]
+    drawing = ["--activations", "a.png", "--num_batches", "0"]
+    status, printed, errors = run(capsys, "inspect", "--model.base", str(base_folder), *drawing)
+    assert (status, printed, len(errors)) == (1, "", 1)
+    assert all(Path(path).read_text() == "mine" for path in ("there.png", "file", "other"))
+
+
+def test_the_sweep_of_all_models_is_found_under_either_spelling(capsys, monkeypatch):
+    monkeypatch.setattr("rosa_lightning.commands.sweep_models", list)
+    for option_ in ("--all-models", "--all_models"):
+        status, printed, errors = run(capsys, "inspect", option_)
+        assert (status, errors) == (0, [])
+        assert "0 classes of transformers" in printed
+    for option_ in ("--all-modles", "--all_modles"):
+        status, _, errors = run(capsys, "inspect", option_)
+        assert status == 2
+        assert errors == [f"error: unrecognized arguments: {option_}. Did you mean all_models?"]
 
 
 def test_report_writes_a_page_of_a_run_and_needs_no_base(trained, capsys):

@@ -8,17 +8,29 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build
+from conftest import build, save_base
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
+from transformers import utils
 
 from rosa_lightning.base import enable_checkpointing, load_skeleton
 from rosa_lightning.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.packed import pack_on_paper
+from rosa_lightning.quantization import Quantization
 from rosa_lightning.roae import RoAEConfig
+from rosa_lightning.small import build_small
 from rosa_lightning.surgery import inject_roae
 
 LAYERS = "model.layers"
+needs_torchao = pytest.mark.skipif(
+    not utils.is_torchao_available(), reason="torchao is not installed"
+)
+needs_bitsandbytes = pytest.mark.skipif(
+    not (utils.is_bitsandbytes_available() and utils.is_accelerate_available()),
+    reason="bitsandbytes or accelerate is not installed",
+)
 
 
 def running_total(work: Callable[[], Any]) -> tuple[list[int], Any]:
@@ -47,7 +59,22 @@ def make_batch(batch_size: int, length: int, response: int) -> dict[str, Any]:
 
 
 def bytes_of(tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    total = 0
+    for tensor in tensors:
+        # A packed one of torchao tells the size that it stands for, and holds several.
+        parts, _ = getattr(tensor, "__tensor_flatten__", lambda: ([], None))()
+        total += bytes_of(getattr(tensor, part) for part in parts) if parts else tensor.nbytes
+    return total
+
+
+def stored_beside(model: nn.Module):
+    """What layers of bitsandbytes hold that is neither parameter nor buffer."""
+    for module in model.modules():
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax)
+        elif type(module).__name__ == "Linear8bitLt":
+            yield module.state.SCB
 
 
 def measure(
@@ -78,7 +105,8 @@ def measure(
         if scoring and name.startswith(LAYERS) and "layernorm" in name:
             parameter.requires_grad_(True)
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    weights = bytes_of(model.parameters()) + bytes_of(model.buffers())
+    held = *model.parameters(), *model.buffers(), *stored_beside(model)
+    weights = bytes_of(held)
     inputs = [batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels")]
     # The profiler does not see that something older than itself is freed.
     optimizer.zero_grad()
@@ -131,14 +159,22 @@ def check(estimate: MemoryEstimate, measured: dict[str, int]) -> None:
 
 
 def both(
-    dtype: str, *shape: int, checkpointing: bool = False, roae: RoAEConfig | None = None
+    dtype: str,
+    *shape: int,
+    checkpointing: bool = False,
+    roae: RoAEConfig | None = None,
+    base: str = "tiny",
+    quantization: Quantization | None = None,
 ) -> tuple[RoSAModule, Callable[..., MemoryEstimate]]:
-    """The tiny base, real and adapted, and the estimate of the same from its configuration."""
+    """A base, real and adapted, and the estimate of the same from its configuration."""
     roae = roae or RoAEConfig()
-    module = RoSAModule("tiny", roae, dtype=dtype, gradient_checkpointing=checkpointing)
+    settings: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+    module = RoSAModule(base, roae, gradient_checkpointing=checkpointing, **settings)
     module.configure_model()
-    skeleton = load_skeleton("tiny", dtype=dtype)
+    skeleton = load_skeleton(base, dtype=dtype)
     inject_roae(skeleton, roae)
+    if quantization is not None:
+        pack_on_paper(skeleton, quantization)
     if checkpointing:
         enable_checkpointing(skeleton)
     names = ("batch_size", "length", "response_length")
@@ -232,6 +268,74 @@ def test_other_architectures_keep_what_the_profiler_sees(family, kernel):
     # A head that caps or scales its logits keeps some of them.
     assert estimate.activations == pytest.approx(totals[-1] - logits, abs=2 * logits, rel=0.03)
     assert estimate.activations > 20 * logits
+
+
+QUANTIZED_STEPS = [
+    *({"dtype": dtype} for dtype in ("float32", "bfloat16")),
+    {"dtype": "float32", "autocast": torch.bfloat16},
+    {"dtype": "bfloat16", "inactive": (0, 1)},
+    *({"dtype": dtype, "checkpointing": True} for dtype in ("float32", "bfloat16")),
+]
+
+
+def check_quantized(base: str, quantization: Quantization, step: dict[str, Any]) -> None:
+    given = dict(step)
+    dtype, checkpointing = given.pop("dtype"), given.pop("checkpointing", False)
+    settings = {"base": base, "quantization": quantization, "checkpointing": checkpointing}
+    module, estimate = both(dtype, 8, 128, 16, **settings)
+    measured = measure(module, 8, 128, 16, **given)
+    inactive, autocast = given.get("inactive", ()), given.get("autocast")
+    active = [index for index in range(4) if index not in inactive]
+    check(estimate(active_layers=active, autocast=autocast), measured)
+
+
+@needs_torchao
+@pytest.mark.parametrize("step", QUANTIZED_STEPS)
+def test_a_base_in_int8_takes_what_it_takes_with_torchao(step):
+    check_quantized("tiny", "int8", step)
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("scheme", ["llm_int8", "nf4", "fp4"])
+@pytest.mark.parametrize("step", QUANTIZED_STEPS)
+def test_a_base_of_bitsandbytes_takes_what_it_takes_there(scheme, step, tmp_path):
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
+    check_quantized(str(save_base(tmp_path / "base", **shape)), scheme, step)
+
+
+class Bare:
+    """A model's loss, as that of `RoSAModule`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.train()
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        keep = batch["num_label_positions"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep + 1).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, -keep:].flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", ["MixtralConfig", "Qwen2MoeConfig"])
+def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
+    model = build_small(family).to(dtype)
+    inject_roae(model, RoAEConfig(rank=4))
+    shape = {"batch_size": 4, "length": 100, "response_length": 10}
+    estimate = estimate_memory(model, **shape, autocast=autocast)
+    assert not caplog.records
+    check(estimate, measure(Bare(model), 4, 100, 10, autocast=autocast))
+
+
+def test_double_precision_is_in_the_figures():
+    module, _ = both("float32", 8, 128, 16)
+    skeleton = load_skeleton("tiny")
+    inject_roae(skeleton, RoAEConfig())
+    estimate = estimate_memory(skeleton.double(), batch_size=8, length=128, response_length=16)
+    check(estimate, measure(module.double(), 8, 128, 16))
+    assert list(estimate.base) == ["float64"]
 
 
 def test_weights_are_not_needed_and_not_touched():
