@@ -14,15 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from rosa_lightning.selection import (
-    Layer,
-    Policy,
-    find_layers,
-    layer_scores,
-    resolve_indices,
-    resolve_num_active,
-    select_layers,
-)
+from rosa_lightning.layers import Layer, find_layers
+from rosa_lightning.scores import layer_scores
+from rosa_lightning.selection import Policy, resolve_indices, resolve_num_active, select_layers
 
 
 class DynamicLayerSelection(Callback):

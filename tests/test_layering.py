@@ -13,7 +13,10 @@ FLOORS = {
     "meeting": 0,
     "capture": 0.3,
     "replay": 0.4,
+    "layers": 0,
+    "scores": 0,
     "selection": 0,
+    "budget": 0,
     "tasks": 0,
     "roae": 1,
     "probe": 0.6,
@@ -67,7 +70,7 @@ def test_every_file_has_a_floor_and_imports_downwards_only(path):
         assert FLOORS[name] < floor, f"{path.stem} (floor {floor}) imports {name}"
 
 
-@pytest.mark.parametrize("name", ["rope", "selection", "tasks"])
+@pytest.mark.parametrize("name", ["rope", "layers", "scores", "selection", "budget", "tasks"])
 def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
     import sys
 
@@ -81,5 +84,10 @@ def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
         assert tops <= {"torch"} | sys.stdlib_module_names
 
 
-def test_the_selection_callback_needs_nothing_of_this_package_but_the_decision():
-    assert imported(PACKAGE / "dls.py") == {"selection"}
+REUSABLE = {"dls", "layers", "scores", "selection", "budget"}
+"""What another project can copy as it stands: layer selection and its parts."""
+
+
+@pytest.mark.parametrize("name", sorted(REUSABLE))
+def test_layer_selection_needs_nothing_else_of_this_package(name):
+    assert imported(PACKAGE / f"{name}.py") <= REUSABLE - {"dls"}
