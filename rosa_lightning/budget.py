@@ -87,8 +87,11 @@ class BackwardBudget:
 
     A layer that trains pays the highest claim that goes without, and carries over the rest, but no
     more than it has earned since it last trained. So layers that the budget does not hold back
-    train in proportion to their scores, the others in proportion among themselves, and no layer
-    with a score above zero waits forever.
+    train about in proportion to their scores, the others so among themselves, and no layer with a
+    score above zero waits forever.
+
+    Where every interval has its full length, the cost of all steps so far is within the budget at
+    the end of each interval, and within it, above by less than one full backward.
     """
 
     def __init__(
