@@ -95,7 +95,11 @@ class BackwardBudget:
     """
 
     def __init__(
-        self, share: float, costs: Sequence[float], always_active: Sequence[int] = ()
+        self,
+        share: float,
+        costs: Sequence[float],
+        always_active: Sequence[int] = (),
+        by_score: bool = True,
     ) -> None:
         """Start with nothing saved and no claims.
 
@@ -103,8 +107,10 @@ class BackwardBudget:
             share: Mean cost that the steps may have, above the lowest of the costs.
             costs: What each layer costs as the lowest one, descending.
             always_active: Indices of the layers that train anyway and claim nothing.
+            by_score: Whether claims grow with the scores, or alike for policies that ignore them.
         """
         self._share = share
+        self._by_score = by_score
         self._costs = tuple(costs)
         self._free = [index for index in range(len(costs)) if index not in always_active]
         saving = (share + min(costs)) / 2
@@ -124,7 +130,8 @@ class BackwardBudget:
             choose: Turns claims, shape (num_layers,), and the lowest index that may be taken into
                 the indices of layers that train, those that always do included.
         """
-        earned = zip(self._earned, _shares(scores.tolist()), strict=True)
+        weights = scores.tolist() if self._by_score else [1.0] * len(self._costs)
+        earned = zip(self._earned, _shares(weights), strict=True)
         self._earned = [before + now for before, now in earned]
         claims = [sum(parts) for parts in zip(self._earned, self._carried, strict=True)]
         floor = self._floor(claims, steps)
@@ -135,8 +142,12 @@ class BackwardBudget:
         for index in active:
             self._carried[index] = max(0.0, min(claims[index] - price, self._earned[index]))
             self._earned[index] = 0.0
-        self._saved += steps * (self._share - self._costs[min(active)])
+        self.spend(active, steps)
         return active
+
+    def spend(self, active: Sequence[int], steps: int) -> None:
+        """Pay for steps that train these layers, where there is nothing to choose."""
+        self._saved += steps * (self._share - self._costs[min(active)])
 
     def _floor(self, claims: Sequence[float], steps: int) -> int:
         """The lowest layer that the coming interval may train."""

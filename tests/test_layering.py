@@ -16,7 +16,9 @@ FLOORS = {
     "layers": 0,
     "scores": 0,
     "selection": 0,
+    "moments": 0,
     "budget": 0,
+    "selector": 0.5,
     "tasks": 0,
     "roae": 1,
     "probe": 0.6,
@@ -70,7 +72,9 @@ def test_every_file_has_a_floor_and_imports_downwards_only(path):
         assert FLOORS[name] < floor, f"{path.stem} (floor {floor}) imports {name}"
 
 
-@pytest.mark.parametrize("name", ["rope", "layers", "scores", "selection", "budget", "tasks"])
+@pytest.mark.parametrize(
+    "name", ["rope", "layers", "scores", "selection", "budget", "moments", "tasks"]
+)
 def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
     import sys
 
@@ -84,7 +88,7 @@ def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
         assert tops <= {"torch"} | sys.stdlib_module_names
 
 
-REUSABLE = {"dls", "layers", "scores", "selection", "budget"}
+REUSABLE = {"dls", "layers", "scores", "selection", "budget", "selector", "moments"}
 """What another project can copy as it stands: layer selection and its parts."""
 
 

@@ -1,0 +1,127 @@
+"""All selections of a run: the layers that train now, how they came to it, and what it has cost.
+
+Pure torch, no trainer. It ties scores, a policy and a budget together, and is all that has to be
+saved to go on selecting as if a run had never stopped.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Generator, Tensor
+
+from rosa_lightning.budget import BackwardBudget
+from rosa_lightning.scores import ScoreHistory
+
+
+class Selector:
+    """Selects again and again, and remembers.
+
+    Layers are counted from 0 among those that can be selected.
+
+    Attributes:
+        active: Sorted indices of the layers that train; all before the first selection.
+        scores: Each layer's score at the last selection, as it was measured; None before the first.
+        num_selections: Selections so far.
+        counts: How often each layer was selected.
+    """
+
+    def __init__(
+        self,
+        choose: Callable[[Tensor, int, Generator], tuple[int, ...]],
+        costs: Sequence[float],
+        history: ScoreHistory,
+        budget: BackwardBudget | None,
+        seed: int,
+    ) -> None:
+        """Start with all layers active.
+
+        Args:
+            choose: Turns scores, the lowest index that may be taken and a generator into indices.
+            costs: What a step costs whose lowest active layer is this one; shares of a full
+                backward.
+            history: Makes scores comparable.
+            budget: Shares time; None leaves the choice to the scores alone.
+            seed: Seed of the generator.
+        """
+        self._choose = choose
+        self._costs = tuple(costs)
+        self._history = history
+        self._budget = budget
+        self._generator = Generator().manual_seed(seed)
+        self.active: tuple[int, ...] = tuple(range(len(costs)))
+        self.scores: tuple[float, ...] | None = None
+        self.num_selections = 0
+        self.counts = [0] * len(costs)
+        self._spent = 0.0
+        self._last_step = -1
+
+    def select(self, scores: Tensor, step: int, until: int) -> None:
+        """Choose anew.
+
+        Args:
+            scores: Finite scores of 0 or above, shape (num_layers,).
+            step: The optimizer step that this one is, from 0.
+            until: The step at which the choice ends.
+        """
+        self._count_cost(step)
+        comparable = self._history.update(scores)
+        if self._budget is None:
+            self.active = self._take(comparable, 0)
+        else:
+            self.active = self._budget.select(comparable, until - step - 1, self._take)
+        self.scores = tuple(scores.tolist())
+        self.num_selections += 1
+        for index in self.active:
+            self.counts[index] += 1
+
+    def keep(self, step: int, until: int) -> None:
+        """Go on with the active layers, where scores cannot be used."""
+        self._count_cost(step)
+        if self._budget is not None:
+            # Before the first selection the next step scores again.
+            self._budget.spend(self.active, until - step - 1 if self.num_selections else 0)
+
+    def activate_all(self, step: int) -> None:
+        """Let all layers train from this step on."""
+        self._count_cost(step)
+        self.active = tuple(range(len(self._costs)))
+
+    @property
+    def backward_share(self) -> float:
+        """Mean share of a full backward that a step has cost, up to the last one that scored."""
+        return self._spent / (self._last_step + 1)
+
+    def _take(self, scores: Tensor, floor: int) -> tuple[int, ...]:
+        return self._choose(scores, floor, self._generator)
+
+    def _count_cost(self, step: int) -> None:
+        """Add the steps since the last one counted, and a full backward for this one."""
+        self._spent += (step - self._last_step - 1) * self._costs[min(self.active)] + 1
+        self._last_step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later selections depend on, as plain numbers and one tensor."""
+        return {
+            "active": list(self.active),
+            "scores": None if self.scores is None else list(self.scores),
+            "num_selections": self.num_selections,
+            "selection_counts": list(self.counts),
+            "generator": self._generator.get_state(),
+            "history": self._history.state_dict(),
+            "budget": None if self._budget is None else self._budget.state_dict(),
+            "spent": self._spent,
+            "last_step": self._last_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from such a state; a budget that it does not know starts afresh."""
+        self.active = tuple(state_dict["active"])
+        self.scores = None if state_dict["scores"] is None else tuple(state_dict["scores"])
+        self.num_selections = state_dict["num_selections"]
+        self.counts = list(state_dict["selection_counts"])
+        self._generator.set_state(state_dict["generator"].cpu())
+        self._history.load_state_dict(state_dict["history"])
+        if self._budget is not None and state_dict["budget"] is not None:
+            self._budget.load_state_dict(state_dict["budget"])
+        self._spent = state_dict["spent"]
+        self._last_step = state_dict["last_step"]
