@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rosa_lightning.data import ReasoningDataModule
     from rosa_lightning.dls import DynamicLayerSelection
     from rosa_lightning.module import RoSAModule
+    from rosa_lightning.monitor import RunMonitor
     from rosa_lightning.roae import RoAEConfig, RoAELinear
     from rosa_lightning.surgery import RoAEReport, inject_roae, merge_roae
 
@@ -21,6 +22,7 @@ __all__ = [
     "RoAELinear",
     "RoAEReport",
     "RoSAModule",
+    "RunMonitor",
     "inject_roae",
     "merge_roae",
 ]
@@ -34,6 +36,7 @@ _HOMES = {
     "RoAELinear": "roae",
     "RoAEReport": "surgery",
     "RoSAModule": "module",
+    "RunMonitor": "monitor",
     "inject_roae": "surgery",
     "merge_roae": "surgery",
 }

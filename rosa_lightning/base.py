@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning import tiny
+from rosa_lightning.surgery import base_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +37,8 @@ class BaseIdentity:
         """As plain values, for a checkpoint."""
         return asdict(self)
 
-    def check(self, trained_on: dict[str, Any]) -> None:
-        """Compare with the base that a checkpoint remembers.
+    def check(self, trained_on: dict[str, Any], what: str = "checkpoint") -> None:
+        """Compare with the base that a checkpoint or an adapter remembers.
 
         Raises:
             ValueError: The weights differ. Another name or folder for the same weights is fine.
@@ -45,20 +46,25 @@ class BaseIdentity:
         theirs = trained_on["samples"]
         differing = [name for name in theirs if not _alike(theirs[name], self.samples.get(name))]
         if differing or theirs.keys() != self.samples.keys():
-            what = differing[0] if differing else next(iter(self.samples.keys() - theirs.keys()))
+            name = differing[0] if differing else next(iter(self.samples.keys() - theirs.keys()))
             revision = f" at revision {trained_on['revision']}" if trained_on["revision"] else ""
             raise ValueError(
-                f"the checkpoint was trained on base {trained_on['base']!r}{revision}, and the "
-                f"base given, {self.base!r}, is another one: {what} differs. Set model.base to "
-                "the base that the checkpoint was trained on."
+                f"the {what} was trained on base {trained_on['base']!r}{revision}, and the base "
+                f"given, {self.base!r}, is another one: {name} differs. Set model.base to the base "
+                f"that the {what} was trained on."
             )
 
 
 def identify(model: nn.Module, base: str) -> BaseIdentity:
-    """The identity of a loaded base, before anything is added to it."""
+    """The identity of a loaded base, with RoAE or without.
+
+    Args:
+        model: The base.
+        base: What to call it: hub id, folder, or ``tiny``.
+    """
     samples = {
         name: _middle(parameter.detach())
-        for name, parameter in model.named_parameters()
+        for name, parameter in base_parameters(model)
         if parameter.is_floating_point()
     }
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
@@ -145,6 +151,12 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     # Enabling may make the embeddings' output require a gradient, and so the backward pass of
     # every frozen layer necessary.
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
+
+
+def base_name(model: nn.Module) -> str:
+    """What a loaded base is called: hub id, folder, or ``tiny``; its class if it has no name."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return "tiny" if name == str(tiny.folder()) else name or type(model).__name__
 
 
 def _location(base: str) -> str:

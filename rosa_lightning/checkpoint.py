@@ -41,9 +41,16 @@ def unpack(
     roae: dict[str, Any],
     *,
     rank: int,
-    world_size: int,
+    world_size: int | None,
 ) -> dict[str, Any] | None:
     """Check that a checkpoint is ours and fits, and return this rank's random state.
+
+    Args:
+        checkpoint: As Lightning loaded it.
+        identity: Of the base given.
+        roae: The RoAE settings given.
+        rank: Of this process.
+        world_size: Of the training that goes on; None if none does.
 
     Returns:
         The state, or None, with a warning, where another number of processes wrote it.
@@ -65,6 +72,8 @@ def unpack(
                 f"Set model.roae.{key} to what it was trained with."
             )
     states: list[dict[str, Any]] = remembered["rng"]
+    if world_size is None:
+        return None
     if len(states) == world_size:
         return states[rank]
     rank_zero_warn(

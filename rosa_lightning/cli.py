@@ -1,4 +1,4 @@
-"""The command line: LightningCLI for ``fit``, ``validate``, ``test`` and ``predict``."""
+"""The command line: LightningCLI for the trainer's commands, and beside them our own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Collection, Sequence
+from argparse import SUPPRESS
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
     LightningArgumentParser,
@@ -24,8 +24,12 @@ from lightning.pytorch.cli import (
     OptimizerCallable,
     SaveConfigCallback,
 )
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
+from rosa_lightning.commands import export, read_checkpoint, remembered_settings
 from rosa_lightning.data import ReasoningDataModule
+from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.predictions import PredictionWriter
 
@@ -41,8 +45,11 @@ COMMANDS = {
     "validate": "Loss and accuracy on the held-out records.",
     "test": "Write answers to the test sources and score them.",
     "predict": "Write answers to the predict sources into predictions.jsonl.",
+    "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
 }
 """What each command does, for ``--help``."""
+TOOLS: dict[str, Callable[..., None]] = {"export": export}
+"""The commands that the trainer does not run. They read the same configuration."""
 SUGGESTION = " Did you mean"
 
 _PACKAGE = Path(__file__).parent
@@ -87,7 +94,9 @@ class SaveRunConfig(SaveConfigCallback):
         if stage != "fit" or trainer.logger is None or self.already_saved:
             return
         path = Path(trainer.log_dir or ".") / self.config_filename
-        if path.exists() and self.config.get("ckpt_path") is None:
+        # Rank 0 says so for all: it may have written the file when the others look.
+        taken = trainer.strategy.broadcast(path.exists())
+        if taken and self.config.get("ckpt_path") is None:
             raise FileExistsError(
                 f"{path.parent} holds the logs of another run. Leave trainer.logger.version out "
                 "for a new folder, or go on with that run by --ckpt_path."
@@ -100,11 +109,12 @@ class RoSACLI(LightningCLI):
     """LightningCLI over `RoSAModule` and `ReasoningDataModule`.
 
     Args:
-        wanted: Commands whose options may be asked for.
+        given: The command line, without the program's name.
     """
 
-    def __init__(self, *args: Any, wanted: Collection[str] = tuple(COMMANDS), **kwargs: Any):
-        self.wanted = wanted
+    def __init__(self, *args: Any, given: Sequence[str], **kwargs: Any):
+        self.given = given
+        self.wanted = wanted_commands(given)
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -155,6 +165,9 @@ class RoSACLI(LightningCLI):
         own = {name: {**kwargs.get(name, {}), "description": COMMANDS[name]} for name in COMMANDS}
         super()._add_subcommands(parser, **own)
         listed: Any = parser._subcommands_action
+        for name in TOOLS:
+            self._subcommand_parsers[name] = self._prepare_tool_parser(name, **own[name])
+            listed.add_subcommand(name, self._subcommand_parsers[name], help=COMMANDS[name])
         for action in listed._choices_actions:
             action.help = COMMANDS[action.dest]
 
@@ -170,6 +183,53 @@ class RoSACLI(LightningCLI):
         self._subcommand_method_arguments[subcommand] = []
         return self.init_parser(**kwargs)
 
+    def _prepare_tool_parser(self, name: str, **kwargs: Any) -> LightningArgumentParser:
+        """Build the parser of a command that is not the trainer's.
+
+        It takes any configuration of a training, and shows what means something to the command.
+        """
+        parser = self.init_parser(**kwargs)
+        if name not in self.wanted:
+            return parser
+        self._add_arguments(parser)
+        parser.add_argument("--weights_only", type=bool | None, default=None)
+        for group in parser._action_groups[1:]:
+            about_model = group.title and "RoSAModule" in group.title
+            group.title, group.description = "model" if about_model else None, None
+        for action in parser._actions:
+            if action.dest not in ("help", "config") and not _is_for_tools(action.dest):
+                action.help = SUPPRESS
+        own = parser.add_function_arguments(TOOLS[name], skip={"module"})
+        parser._action_groups[-1].title = name
+        self._subcommand_method_arguments[name] = own
+        ckpt_path, adapter = (option(self.given, key) for key in ("ckpt_path", "model.adapter"))
+        parser.set_defaults(remembered_settings(ckpt_path, adapter))
+        return parser
+
+    def _set_seed(self) -> None:
+        """Seed; in silence where nothing is trained."""
+        if self.subcommand in TOOLS:
+            seed_everything(self._get(self.config, "seed_everything"), verbose=False)
+        else:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Make what the command needs; one that trains not needs no trainer."""
+        if self.subcommand not in TOOLS:
+            super().instantiate_classes()
+            return
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.model = self._get(self.config_init, "model")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a command of the trainer, or another."""
+        if subcommand not in TOOLS:
+            super()._run_subcommand(subcommand)
+            return
+        config = self.config_init[subcommand]
+        options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
+        TOOLS[subcommand](self.model, **options)
+
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it, and see early that the file can be read.
 
@@ -179,20 +239,35 @@ class RoSACLI(LightningCLI):
         path = self.config[self.config["subcommand"]].get("ckpt_path")
         if path is None or not Path(path).is_file():
             return
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # pickle, zip and torch share no base class
-            raise ValueError(
-                f"{path} is no checkpoint that can be read safely ({type(error).__name__}). Give "
-                "one that RoSAModule has written."
-            ) from error
+        read_checkpoint(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; what Lightning refuses is the user's to mend."""
+        if self._get(self.config_init, "trainer.strategy") == ModelParallelStrategy.__name__:
+            # Lightning knows the other strategies by short names, and this one by its class alone.
+            kwargs["strategy"] = ModelParallelStrategy()
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"the trainer cannot be made: {error} Mend trainer.") from error
+        complete_strategy(trainer)
+        return trainer
+
+
+def complete_strategy(trainer: Trainer) -> None:
+    """Set what a strategy needs here and the user has left open, and say so."""
+    strategy: Any = trainer.strategy
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    selects = any(isinstance(item, DynamicLayerSelection) for item in callbacks)
+    if isinstance(strategy, DDPStrategy) and selects:
+        if "find_unused_parameters" not in strategy._ddp_kwargs:
+            strategy._ddp_kwargs["find_unused_parameters"] = True
+            rank_zero_info("DDP with find_unused_parameters=True, since layers are frozen.")
+    elif isinstance(strategy, ModelParallelStrategy):
+        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+        if sizes == ("auto", "auto"):
+            strategy._data_parallel_size, strategy._tensor_parallel_size = trainer.world_size, 1
+            rank_zero_info(f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1.")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -209,8 +284,8 @@ def main(args: Sequence[str] | None = None) -> int:
             parser_kwargs={"prog": "python -m rosa_lightning", "description": DESCRIPTION},
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            wanted=wanted_commands(sys.argv[1:] if args is None else args),
             trainer_defaults={"callbacks": [PredictionWriter()]},
+            given=sys.argv[1:] if args is None else args,
             args=None if args is None else list(args),
         )
     except Exception as error:
@@ -222,10 +297,26 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _is_for_tools(key: str) -> bool:
+    """Whether a key of a training's configuration means something where nothing is trained."""
+    about_base = ("base", "revision", "dtype", "adapter", "trust_remote_code", "roae")
+    return key.startswith(tuple(f"model.{name}" for name in about_base))
+
+
 def wanted_commands(args: Sequence[str]) -> Collection[str]:
     """The commands that stand on a command line; all, if it may leave them to a file."""
     named = [command for command in COMMANDS if command in args]
     return named if named or {"-h", "--help"} & set(args) else tuple(COMMANDS)
+
+
+def option(args: Sequence[str], key: str) -> str | None:
+    """The value of an option on a command line, as it stands there; None if it does not."""
+    for index, arg in enumerate(args):
+        if arg.startswith(f"--{key}="):
+            return arg.partition("=")[2]
+        if arg == f"--{key}" and index + 1 < len(args):
+            return args[index + 1]
+    return None
 
 
 def user_error(error: BaseException) -> BaseException | None:
@@ -256,7 +347,9 @@ def short_message(message: str) -> str:
     For a class in a list (a callback, say) jsonargparse tells every type that it tried; the user
     needs the reason why the class that was named does not fit.
     """
-    message = one_line(message)
+    message = one_line(message).replace("typing.", "")
+    # A command's own keys carry its name, which no user writes.
+    message = re.sub(rf"(are required: )({'|'.join(COMMANDS)})\.", r"\1--", message)
     where = re.match(r'Parser key "([\w.]+)":', message)
     reason = re.search(
         r"(?:Problem with given class_path|expects a function or a callable class:) "

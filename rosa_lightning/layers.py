@@ -72,13 +72,13 @@ def find_layers(
 def _stacks(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
     for name, module in root.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0:
-            yield name, module
+            yield _plain(name), module
 
 
 def _only_stack(root: nn.Module) -> str:
     found: dict[str, int] = {}
     for name, stack in _stacks(root):
-        one_class = len({type(block) for block in stack}) == 1
+        one_class = len({type(_unwrapped(block)) for block in stack}) == 1
         trains = any(parameter.requires_grad for parameter in stack.parameters())
         nested = any(name.startswith(f"{outer}.") for outer in found)
         repeated = isinstance(stack, nn.ModuleList) and len(stack) >= 2 and one_class
@@ -95,21 +95,20 @@ def _only_stack(root: nn.Module) -> str:
 
 
 def _blocks(root: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
-    names = [name for name, _ in _stacks(root)]
-    close = get_close_matches(path, names, n=3, cutoff=0.4) or names[:3]
+    stacks = dict(_stacks(root))
+    if path in stacks:
+        return stacks[path]
+    close = get_close_matches(path, stacks, n=3, cutoff=0.4) or list(stacks)[:3]
     hint = f"Nearest: {', '.join(close)}." if close else "The model has none."
-    try:
-        stack = root.get_submodule(path)
-    except AttributeError:
+    found = {_plain(name): module for name, module in root.named_modules()}.get(path)
+    if found is None:
         raise ValueError(
             f"layers={path!r} matches nothing in {type(root).__name__}; "
             f"expected the path of a ModuleList. {hint}"
-        ) from None
-    if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0:
-        raise ValueError(
-            f"layers={path!r} is a {type(stack).__name__}; expected a ModuleList of layers. {hint}"
         )
-    return stack
+    raise ValueError(
+        f"layers={path!r} is a {type(found).__name__}; expected a ModuleList of layers. {hint}"
+    )
 
 
 def _layer(
@@ -120,17 +119,17 @@ def _layer(
     trainable: str | None,
 ) -> Layer | None:
     """One layer; None where nothing in it trains."""
-    name, block = f"{path}.{index}", blocks[index]
-    # torch.compile(block) wraps the block; its parameters are the same objects.
-    block = getattr(block, "_orig_mod", block)
+    name, block = f"{path}.{index}", _unwrapped(blocks[index])
+    parameters = {_plain(inner): parameter for inner, parameter in block.named_parameters()}
     candidates = {
         f"{name}.{inner}": parameter
-        for inner, parameter in block.named_parameters()
+        for inner, parameter in parameters.items()
         if parameter.requires_grad and (trainable is None or _matches(inner, trainable))
     }
     if not candidates:
         return None
     modules = dict(block.named_modules() if norms is not None else block.named_children())
+    modules = {_plain(inner): _unwrapped(module) for inner, module in modules.items()}
     wanted = {
         inner: module
         for inner, module in modules.items()
@@ -139,7 +138,7 @@ def _layer(
     weights = [getattr(module, "weight", None) for module in wanted.values()]
     scored = [w for w in weights if isinstance(w, nn.Parameter) and w.ndim == 1]
     if not scored:
-        inside = [inner for inner, m in block.named_modules() if "Norm" in type(m).__name__]
+        inside = [_plain(i) for i, m in block.named_modules() if "Norm" in type(m).__name__]
         raise ValueError(
             f"Layer {name!r} has no norm weight to be scored by; norms inside it: "
             f"{', '.join(inside) or 'none'}. Set norms= to a pattern of modules with a 1-D weight."
@@ -155,3 +154,19 @@ def _layer(
 
 def _matches(name: str, patterns: str) -> bool:
     return any(fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
+
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch.compile, FSDP1 and checkpoint_wrapper keep the module that they stand around."""
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself; a wrapper's parameters are the same objects."""
+    while inner := next((module._modules[w] for w in _WRAPPERS if w in module._modules), None):
+        module = inner
+    return module
+
+
+def _plain(name: str) -> str:
+    """A dotted path as it is without wrappers, so that checkpoints agree under every strategy."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

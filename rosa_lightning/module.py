@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rosa_lightning.adapter import load_adapter
 from rosa_lightning.base import (
     BaseIdentity,
     Dtype,
@@ -35,12 +37,21 @@ from rosa_lightning.metrics import TaskAccuracy
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.surgery import RoAEReport, check_adapter_keys, inject_roae
+from rosa_lightning.sharding import clip, is_sharded, load_once, spread
+from rosa_lightning.surgery import (
+    RoAEReport,
+    check_adapter_keys,
+    inject_roae,
+    is_adapter_key,
+)
 from rosa_lightning.tasks import TASKS, extract_answer, same_answer
-from rosa_lightning.throughput import TokenRate
+from rosa_lightning.throughput import Throughput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_DEFAULT_ROAE = RoAEConfig()
 
 
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -62,7 +73,10 @@ class RoSAModule(LightningModule):
     Args:
         base: The causal language model to adapt: hub id, local folder, or ``tiny`` for the
             embedded demonstration model.
-        roae: What RoAE adds.
+        roae: What RoAE adds. With ``adapter``, leave it at its defaults or give what the adapter
+            was trained with.
+        adapter: Folder of an adapter to go on from, or to evaluate: one that ``export`` has
+            written, or a LoRA of PEFT that is zero wherever RoAE adds nothing.
         revision: Branch, tag or commit of the base on the hub.
         dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
             the base says of itself.
@@ -79,8 +93,9 @@ class RoSAModule(LightningModule):
     def __init__(
         self,
         base: str,
-        roae: RoAEConfig,
+        roae: RoAEConfig = _DEFAULT_ROAE,
         *,
+        adapter: str | None = None,
         revision: str | None = None,
         dtype: Dtype = "auto",
         attn_implementation: str | None = None,
@@ -98,11 +113,12 @@ class RoSAModule(LightningModule):
             )
         if isinstance(roae, Mapping):  # as saved in a checkpoint
             roae = RoAEConfig(**roae)
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "roae"])
-        # Plain values, so that checkpoints load with weights_only.
-        self.save_hyperparameters({"roae": {**asdict(roae), "targets": list(roae.targets)}})
+        # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "roae", "adapter"])
         self.base = base
         self.roae = roae
+        self._remember_roae()
+        self.adapter = adapter
         self.revision = revision
         self.dtype_of_base = dtype
         self.attn_implementation = attn_implementation
@@ -119,7 +135,9 @@ class RoSAModule(LightningModule):
         self._head_can_keep = False
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
-        self._token_rate = TokenRate()
+        self._throughput = Throughput()
+        # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
+        self.strict_loading = False
 
     # The model.
 
@@ -132,10 +150,32 @@ class RoSAModule(LightningModule):
             )
         return self._tokenizer
 
+    def setup(self, stage: str) -> None:
+        """Refuse to write answers with a model in shards.
+
+        Ranks finish at different lengths, and would wait for each other's shards forever.
+        """
+        if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
+            raise ValueError(
+                f"{self.trainer.strategy.__class__.__name__} cannot write answers: their lengths "
+                "differ from rank to rank, and ranks with shards go in step. Set trainer.strategy "
+                "to auto or ddp, and --ckpt_path to a full checkpoint."
+            )
+
     def configure_model(self) -> None:
         """Load the base, freeze it and add RoAE; once."""
         if self.model is not None:
             return
+        strategy = None if self._trainer is None else self.trainer.strategy
+        model, self.identity, self.report = load_once(self._adapted_base, strategy)
+        self.roae = self.report.config  # an adapter brings its own
+        self._remember_roae()
+        self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
+        self.model = cast("PreTrainedModel", spread(model.train(), strategy))
+        rank_zero_info(str(self.report))
+
+    def _adapted_base(self) -> tuple[PreTrainedModel, BaseIdentity, RoAEReport]:
         model = load_base(
             self.base,
             revision=self.revision,
@@ -143,14 +183,20 @@ class RoSAModule(LightningModule):
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
-        self.identity = identify(model, self.base)
-        self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.report = inject_roae(model, self.roae)
+        identity = identify(model, self.base)
+        if self.adapter is None:
+            report = inject_roae(model, self.roae)
+        else:
+            given = None if self.roae == _DEFAULT_ROAE else self.roae
+            report = load_adapter(model, self.adapter, given)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
-        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
-        self.model = model.train()
-        rank_zero_info(str(self.report))
+        return model, identity, report
+
+    def _remember_roae(self) -> None:
+        """Put the settings among the hyperparameters, as plain values that load safely."""
+        plain = {**asdict(self.roae), "targets": list(self.roae.targets)}
+        self.save_hyperparameters({"roae": plain})
 
     def to(self, *args: Any, **kwargs: Any) -> RoSAModule:
         """Move to a device; a dtype is left out unless it is float64.
@@ -219,7 +265,7 @@ class RoSAModule(LightningModule):
         """Forget generator states that were loaded for another purpose than going on."""
         if self.trainer.ckpt_path is None:
             self._rng_to_restore = None
-        self._token_rate = TokenRate()
+        self._throughput = Throughput()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the generators as late as possible: starting up may draw from them."""
@@ -228,11 +274,27 @@ class RoSAModule(LightningModule):
             self._rng_to_restore = None
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log how many tokens per second all devices train on, padding left out."""
+        """Log how many tokens, padding left out, and examples a second all devices train on."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        rate = self._token_rate.add(batch["attention_mask"].sum(), every)
-        if rate is not None:
-            self.log("throughput/tokens_per_s", rate * self.trainer.world_size)
+        tokens, examples = batch["attention_mask"].sum(), len(batch["labels"])
+        rates = self._throughput.add(every, tokens=tokens, examples=examples)
+        for counted, rate in rates.items():
+            self.log(f"throughput/{counted}_per_s", rate * self.trainer.world_size)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to, under FSDP1 too."""
+        done = gradient_clip_val is not None and clip(
+            self._built(), gradient_clip_val, gradient_clip_algorithm
+        )
+        if not done:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
@@ -255,7 +317,7 @@ class RoSAModule(LightningModule):
     def on_validation_start(self) -> None:
         """Make the metric for the tasks at hand."""
         self._start_accuracy()
-        self._token_rate.pause()
+        self._throughput.pause()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, and whether every token of the answer is the model's first choice.
@@ -282,7 +344,7 @@ class RoSAModule(LightningModule):
 
     def on_validation_end(self) -> None:
         """Keep the time of validation out of the training throughput."""
-        self._token_rate.resume()
+        self._throughput.resume()
 
     def on_test_start(self) -> None:
         """Make the metric for the tasks at hand."""
@@ -338,9 +400,18 @@ class RoSAModule(LightningModule):
     def _log_accuracy(self, stage: str) -> None:
         accuracy = cast(TaskAccuracy, self._accuracy).compute()
         for name, value in accuracy.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy")
+            # Of all ranks already; said again, or Lightning warns.
+            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
 
     # Checkpoints.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters alone, whole or as this rank's shards."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if key.startswith(prefix) and not is_adapter_key(key)]:
+            del state[key]
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, and remember the base and every rank's random state."""
@@ -349,13 +420,18 @@ class RoSAModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
         self._built()
-        attached = self._trainer is not None
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        if "state_dict" not in checkpoint and path is not None and Path(path).is_file():
+            # FSDP2 has loaded it already, passing over keys that it does not know.
+            file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+            check_adapter_keys(self, file["state_dict"])
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
         self._rng_to_restore = unpack(
             checkpoint,
             cast(BaseIdentity, self.identity),
             self.hparams["roae"],
             rank=self.global_rank,
-            world_size=self.trainer.world_size if attached else 1,
+            world_size=self.trainer.world_size if fits else None,
         )
 
     def load_state_dict(

@@ -4,11 +4,12 @@ Pure torch. Moments of a frozen parameter stay as they were, and point where its
 then; zeroed, they start over, with the bias correction of a first step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
 Moments = Literal["keep", "reset", "free"]
 
@@ -32,13 +33,20 @@ _FRESH = {
 """The value with which each entry of an optimizer's state begins."""
 
 
-def check_moments(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> None:
-    """Check that the state of these parameters, as far as there is any yet, can be reset.
+def check_moments(
+    moments: Moments, optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]
+) -> None:
+    """Check that the state of these parameters, as far as there is any yet, can be forgotten.
 
     Raises:
-        ValueError: Names the optimizer and the entry whose first value is not known.
+        ValueError: Names the optimizer, and the entry of its state that stands against it.
     """
-    for optimizer, state in _states(optimizers, parameters):
+    if moments == "free" and any(isinstance(optimizer, Adagrad) for optimizer in optimizers):
+        raise ValueError(
+            "moments='free' does not work with Adagrad, which makes its state once and for all. "
+            "Set moments='keep'."
+        )
+    for optimizer, state in _states(optimizers, parameters if moments == "reset" else ()):
         unknown = [key for key in state if key not in _FRESH]
         if unknown:
             raise ValueError(
@@ -54,11 +62,7 @@ def reset_moments(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Param
     Sharded checkpoints need the entries.
     """
     for _, state in _states(optimizers, parameters):
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                value.fill_(_FRESH[key])
-            elif value is not None:
-                state[key] = _FRESH[key]
+        _restart(state, state.keys())
 
 
 def free_moments(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> None:
@@ -71,6 +75,36 @@ def free_moments(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parame
             optimizer.state.pop(parameter, None)
 
 
+def fill_optimizer_state(optimizer: Optimizer) -> None:
+    """Give every parameter the state that its first step would make, before any step.
+
+    FSDP2 loads optimizer state for all parameters or fails, and a layer that was never active has
+    none. Exact for optimizers whose moments start at zero: SGD, RMSprop, Adam and its kin.
+    """
+    groups = optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fresh = [p for p in parameters if not optimizer.state.get(p) and p.numel() > 0]
+    held = [parameter.grad for parameter in parameters]
+    settings: list[dict[str, Any]] = [
+        {key: group[key] for key in ("lr", "weight_decay") if key in group} for group in groups
+    ]
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter in fresh:
+        parameter.grad = torch.zeros_like(parameter)
+    for group, setting in zip(groups, settings, strict=True):
+        # Zero in the setting's own type: the rate of a capturable optimizer is a tensor.
+        group.update({key: value * 0 for key, value in setting.items()})
+    optimizer.step()
+    for group, setting in zip(groups, settings, strict=True):
+        group.update(setting)
+    for parameter, gradient in zip(parameters, held, strict=True):
+        parameter.grad = gradient
+    # Zero gradients have left all else as it begins.
+    for _, state in _states([optimizer], fresh):
+        _restart(state, {"step", "mu_product"} & state.keys())
+
+
 def _states(
     optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]
 ) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
@@ -79,3 +113,11 @@ def _states(
             # Looking up what is not there would make an entry.
             if parameter in optimizer.state:
                 yield optimizer, optimizer.state[parameter]
+
+
+def _restart(state: dict[str, Any], keys: Iterable[str]) -> None:
+    for key in keys:
+        if isinstance(state[key], Tensor):
+            state[key].fill_(_FRESH[key])
+        elif state[key] is not None:
+            state[key] = _FRESH[key]

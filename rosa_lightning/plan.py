@@ -55,7 +55,29 @@ def plan_terms(model: nn.Module, config: RoAEConfig) -> tuple[list[Term], list[s
         ValueError: The model cannot be measured, a target can be adapted in no layer, or a term
             cannot be added where ``config.placement`` asks for it.
     """
-    layers, trace = read_geometry(model)
+    return choose_terms(model, config, *read_geometry(model))
+
+
+def choose_terms(
+    model: nn.Module, config: RoAEConfig, layers: tuple[AttentionGeometry, ...], trace: Trace
+) -> tuple[list[Term], list[str]]:
+    """As `plan_terms`, on a model that `read_geometry` has measured."""
+    terms, notes = possible_terms(model, config, layers, trace)
+    for target in config.targets:
+        if not any(term.target == target for term in terms):
+            reason = next(note for note in notes if f"no term on {target}: " in note)
+            raise ValueError(
+                f"{type(model).__name__}: {target} can be adapted in no layer; {reason}. Take it "
+                "out of model.roae.targets."
+            )
+    _check(model, terms, layers, config)
+    return terms, notes
+
+
+def possible_terms(
+    model: nn.Module, config: RoAEConfig, layers: tuple[AttentionGeometry, ...], trace: Trace
+) -> tuple[list[Term], list[str]]:
+    """As `choose_terms`, with targets left out that no layer has, and nothing refused."""
     terms: list[Term] = []
     notes: list[str] = []
     for layer in layers:
@@ -65,14 +87,6 @@ def plan_terms(model: nn.Module, config: RoAEConfig) -> tuple[list[Term], list[s
                 reason = "its routed experts are one parameter of three axes, not projections"
             terms += found
             notes += [f"{layer.path}: no term on {target}: {reason}"] if reason else []
-    for target in config.targets:
-        if not any(term.target == target for term in terms):
-            reason = next(note for note in notes if f"no term on {target}: " in note)
-            raise ValueError(
-                f"{type(model).__name__}: {target} can be adapted in no layer; {reason}. Take it "
-                "out of model.roae.targets."
-            )
-    _check(model, terms, layers, config)
     return terms, notes
 
 

@@ -5,12 +5,37 @@ saved to go on selecting as if a run had never stopped.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor
 
 from rosa_lightning.budget import BackwardBudget
 from rosa_lightning.scores import ScoreHistory
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When layers are selected."""
+
+    interval: int
+    """Optimizer steps from one selection to the next."""
+    start: int
+    """The first step that may select; all layers train before it."""
+    end: float
+    """The step from which all layers train to the end of the run."""
+
+    def is_due(self, step: int, num_selections: int) -> bool:
+        """Whether this optimizer step, counted from 0, selects."""
+        # Without any selection yet (a fit that starts late, a first score that was not finite)
+        # the next step scores, whatever the interval.
+        on_time = (step - self.start) % self.interval == 0 or num_selections == 0
+        return self.start <= step < self.end and on_time
+
+    def steps_ahead(self, step: int) -> int:
+        """Steps after this one for which its choice holds."""
+        whole = self.interval - (step - self.start) % self.interval
+        return int(min(whole, self.end - step)) - 1
 
 
 class Selector:
@@ -31,6 +56,7 @@ class Selector:
         costs: Sequence[float],
         history: ScoreHistory,
         budget: BackwardBudget | None,
+        timing: Timing,
         seed: int,
     ) -> None:
         """Start with all layers active.
@@ -41,12 +67,14 @@ class Selector:
                 backward.
             history: Makes scores comparable.
             budget: Shares time; None leaves the choice to the scores alone.
+            timing: When it is time to select.
             seed: Seed of the generator.
         """
         self._choose = choose
         self._costs = tuple(costs)
         self._history = history
         self._budget = budget
+        self.timing = timing
         self._generator = Generator().manual_seed(seed)
         self.active: tuple[int, ...] = tuple(range(len(costs)))
         self.scores: tuple[float, ...] | None = None
@@ -55,36 +83,43 @@ class Selector:
         self._spent = 0.0
         self._last_step = -1
 
-    def select(self, scores: Tensor, step: int, until: int) -> None:
+    def is_due(self, step: int) -> bool:
+        """Whether this optimizer step selects."""
+        return self.timing.is_due(step, self.num_selections)
+
+    def select(self, scores: Tensor, step: int) -> None:
         """Choose anew.
 
         Args:
             scores: Finite scores of 0 or above, shape (num_layers,).
-            step: The optimizer step that this one is, from 0.
-            until: The step at which the choice ends.
+            step: The optimizer step, counted from 0.
         """
         self._count_cost(step)
         comparable = self._history.update(scores)
         if self._budget is None:
             self.active = self._take(comparable, 0)
         else:
-            self.active = self._budget.select(comparable, until - step - 1, self._take)
+            self.active = self._budget.select(comparable, self.timing.steps_ahead(step), self._take)
         self.scores = tuple(scores.tolist())
         self.num_selections += 1
         for index in self.active:
             self.counts[index] += 1
 
-    def keep(self, step: int, until: int) -> None:
+    def keep(self, step: int) -> None:
         """Go on with the active layers, where scores cannot be used."""
         self._count_cost(step)
-        if self._budget is not None:
-            # Before the first selection the next step scores again.
-            self._budget.spend(self.active, until - step - 1 if self.num_selections else 0)
+        # Before the first selection the next step scores again.
+        if self._budget is not None and self.num_selections > 0:
+            self._budget.spend(self.active, self.timing.steps_ahead(step))
 
-    def activate_all(self, step: int) -> None:
-        """Let all layers train from this step on."""
+    def activate_all(self, step: int) -> bool:
+        """At the end, let all layers train from this step on; whether that changes anything."""
+        everything = tuple(range(len(self._costs)))
+        if step < self.timing.end or self.active == everything:
+            return False
         self._count_cost(step)
-        self.active = tuple(range(len(self._costs)))
+        self.active = everything
+        return True
 
     @property
     def backward_share(self) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from rosa_lightning.plan import Term, plan_terms
@@ -43,6 +45,8 @@ class ProjectionReport:
     """Dotted path of the norm after which the term is added; empty: right after the projection."""
     projection: str
     """Dotted path of the projection in the base, as it is without RoAE."""
+    num_rows: int
+    """All output rows of the projection."""
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -143,6 +147,7 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
             rows=term.rows,
             norm=term.norm,
             projection=term.projection,
+            num_rows=term.num_rows,
         )
         for term, layer in zip(terms, layers, strict=True)
     )
@@ -167,7 +172,7 @@ def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
         stride=blocks.stride,
         defer=bool(term.norm),
         device=cast(Tensor, base.weight).device,
-    )
+    ).train(base.training)
     model.set_submodule(term.projection, layer)
     if term.norm and term.table:
         norm = RoAENorm(
@@ -239,6 +244,50 @@ def remove_roae(model: nn.Module) -> nn.Module:
         model.set_submodule(path, base)
     delattr(model, _REPORT)
     return model
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with every term folded into its projection, for the length of a ``with`` block.
+
+    Afterwards the model is adapted again, its weights bit for bit as they were.
+
+    Raises:
+        ValueError: As `merge_roae`.
+    """
+    report = roae_report(model)
+    wrappers = outermost_wrappers(model)
+    layers = [layer for _, layer in roae_layers(model)]
+    before = [
+        (layer.weight, rows, layer.weight.detach()[rows])
+        for layer in layers
+        for rows in [layer.rows.to(layer.weight.device)]
+    ]
+    try:
+        yield merge_roae(model)
+    finally:
+        with torch.no_grad():
+            for weight, rows, values in before:
+                weight[rows] = values
+        for path, wrapper in wrappers:
+            model.set_submodule(path, wrapper)
+        setattr(model, _REPORT, report)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the base, by the names that they have without RoAE."""
+    inner: dict[str, str] = {}
+    for path, wrapper in outermost_wrappers(model):
+        within = path
+        base: nn.Module = wrapper
+        while isinstance(base, RoAELinear | RoAENorm):
+            within, base = f"{within}.base", base.base
+        inner[within] = path
+    for name, parameter in model.named_parameters():
+        if is_adapter_key(name):
+            continue
+        holder = next((within for within in inner if name.startswith(f"{within}.")), None)
+        yield name if holder is None else inner[holder] + name.removeprefix(holder), parameter
 
 
 def outermost_wrappers(model: nn.Module) -> list[tuple[str, RoAELinear | RoAENorm]]:

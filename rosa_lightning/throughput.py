@@ -1,4 +1,4 @@
-"""How many tokens per second a training runs at."""
+"""How many tokens and examples per second a training runs at."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import time
 from torch import Tensor
 
 
-class TokenRate:
-    """Tokens per second over the last so many batches.
+class Throughput:
+    """What was counted, per second, over the last so many batches.
 
     Counts stay on the device until a rate is due, to spare a synchronisation a step.
     """
 
     def __init__(self) -> None:
-        self.value: float | None = None
-        """The last rate; None until the first is due."""
+        self.rates: dict[str, float] = {}
+        """The last rates by what was counted; empty until the first are due."""
         self._restart()
 
     def _restart(self) -> None:
-        self._tokens: Tensor | int = 0
+        self._counts: dict[str, Tensor | int] = {}
         self._batches = 0
         self._since = time.perf_counter()
         self._paused_at: float | None = None
@@ -34,19 +34,21 @@ class TokenRate:
             self._since += time.perf_counter() - self._paused_at
             self._paused_at = None
 
-    def add(self, tokens: Tensor, every: int) -> float | None:
+    def add(self, every: int, **counts: Tensor | int) -> dict[str, float]:
         """Count a batch.
 
         Args:
-            tokens: How many it had; a scalar.
             every: Batches from one rate to the next; 0 for none.
+            **counts: How many tokens, examples or the like it had; whole numbers or scalars.
 
         Returns:
-            The last rate, tokens per second.
+            The last rates, per second, under the names of the counts.
         """
-        self._tokens = self._tokens + tokens
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
         self._batches += 1
         if every and self._batches >= every:
-            self.value = float(self._tokens) / (time.perf_counter() - self._since)
+            seconds = time.perf_counter() - self._since
+            self.rates = {name: float(count) / seconds for name, count in self._counts.items()}
             self._restart()
-        return self.value
+        return self.rates

@@ -171,7 +171,9 @@ def windows_of(data, epochs, accumulate):
             yield data[start : start + accumulate]
 
 
-def reference(module, data, *, layers, norms, choose, interval, epochs, accumulate, warmup=0):
+def reference(
+    module, data, *, layers, norms, choose, interval, epochs, accumulate, warmup=0, forgets=True
+):
     """Dynamic layer selection as a plain loop: every gradient, then a step on the chosen."""
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     norms = [[module.get_parameter(f"{layer}.{norm}") for norm in norms] for layer in layers]
@@ -180,7 +182,7 @@ def reference(module, data, *, layers, norms, choose, interval, epochs, accumula
     required = [norm.requires_grad for norm in probes]
     active, history = tuple(range(len(layers))), []
     for step, window in enumerate(windows_of(data, epochs, accumulate)):
-        wanted = [*trained.values(), *probes]
+        previous, wanted = active, [*trained.values(), *probes]
         for norm in probes:
             norm.requires_grad_(True)
         total = None
@@ -197,6 +199,9 @@ def reference(module, data, *, layers, norms, choose, interval, epochs, accumula
             active = choose(scores)
         for name, parameter in trained.items():
             layer = next((i for i, path in enumerate(layers) if name.startswith(f"{path}.")), None)
+            if forgets and layer in set(active) - set(previous):
+                # As before its first step.
+                optimizer.state.pop(parameter, None)
             parameter.grad = gradient[parameter] if layer is None or layer in active else None
         optimizer.step()
         history.append((active, {n: p.detach().clone() for n, p in module.named_parameters()}))
@@ -236,9 +241,12 @@ LLAMA = (
     ids=["adapters", "full", "llama"],
 )
 @pytest.mark.parametrize(("accumulate", "warmup"), [(1, 0), (2, 3)])
-def test_training_equals_a_plain_loop_over_the_selected_layers(build, parts, accumulate, warmup):
+@pytest.mark.parametrize("moments", ["keep", "reset", "free"])
+def test_training_equals_a_plain_loop_over_the_selected_layers(
+    build, parts, accumulate, warmup, moments
+):
     data = batches(7)
-    dls = DynamicLayerSelection(num_active=2, interval=2, warmup_steps=warmup)
+    dls = DynamicLayerSelection(num_active=2, interval=2, warmup_steps=warmup, moments=moments)
     run = record(build(), dls, data, max_epochs=3, accumulate_grad_batches=accumulate)
     history = reference(
         build(),
@@ -250,6 +258,7 @@ def test_training_equals_a_plain_loop_over_the_selected_layers(build, parts, acc
         epochs=3,
         accumulate=accumulate,
         warmup=warmup,
+        forgets=moments != "keep",
     )
     # The recorder's first snapshot is from before the first step.
     assert len(run.parameters) == len(history) + 1
@@ -366,6 +375,78 @@ def test_compiled_layers_are_frozen_and_thawed_alike():
     assert_same(plain.state_dict(), compiled.state_dict())
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_selection_follows_the_precision(precision):
+    """Against the plain loop, under autocast or with everything in bfloat16."""
+    kind = torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+    class Cast(Toy):
+        def loss(self, batch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                return super().loss(batch)
+
+    data = batches(6)
+    run = record(Toy(), DynamicLayerSelection(num_active=2, interval=2), data, precision=precision)
+    history = reference(
+        Cast().to(kind),
+        [batch.to(kind) for batch in data],
+        layers=TOY[0],
+        norms=TOY[1],
+        choose=highest(2),
+        interval=2,
+        epochs=1,
+        accumulate=1,
+    )
+    for step, (active, parameters) in enumerate(history, start=1):
+        assert run.active[step] == active
+        assert_same(run.parameters[step], parameters)
+
+
+class Grouped(Toy):
+    """A group for the head and two for the layers, each with its own rate and decay."""
+
+    def configure_optimizers(self):
+        first, rest = self.layers[:2], self.layers[2:]
+        groups = [
+            {
+                "params": [p for p in part.parameters() if p.requires_grad],
+                "lr": lr,
+                "weight_decay": w,
+            }
+            for part, lr, w in ((self.head, 0.01, 0.0), (rest, 0.05, 0.3), (first, 0.02, 0.6))
+        ]
+        return torch.optim.AdamW(groups)
+
+
+def test_several_parameter_groups_keep_their_settings():
+    data = batches(6)
+    run = record(Grouped(), DynamicLayerSelection(num_active=2, interval=2), data)
+    history = reference(
+        Grouped(),
+        data,
+        layers=TOY[0],
+        norms=TOY[1],
+        choose=highest(2),
+        interval=2,
+        epochs=1,
+        accumulate=1,
+    )
+    for step, (active, parameters) in enumerate(history, start=1):
+        assert run.active[step] == active
+        assert_same(run.parameters[step], parameters)
+
+
+# The compiler looks at the gradient of every input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_module_compiled_as_a_whole_trains_alike():
+    plain, compiled = Toy(3), Toy(3)
+    record(plain, DynamicLayerSelection(num_active=1, interval=2), batches(6))
+    dls = DynamicLayerSelection(num_active=1, interval=2)
+    fit(torch.compile(compiled, backend="eager"), batches(6), dls)
+    assert dls.num_selections == 3
+    assert_same(plain.state_dict(), compiled.state_dict())
+
+
 # --- time ---------------------------------------------------------------------------------------
 
 
@@ -405,6 +486,12 @@ def test_selections_count_optimizer_steps_across_epochs():
 def test_a_limited_and_an_overfitted_run_select_too():
     dls = DynamicLayerSelection(num_active=2, interval=2)
     assert times(dls, batches(8), limit_train_batches=3, max_epochs=2).steps == [0, 2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_a_run_that_overfits_selects_by_its_few_batches():
+    dls = DynamicLayerSelection(num_active=2, interval=2)
+    assert times(dls, batches(8), overfit_batches=3, max_epochs=2).steps == [0, 2, 4]
 
 
 def test_all_layers_train_during_the_warm_up():
@@ -803,14 +890,6 @@ def test_wrong_set_ups_are_refused_before_training(build, options, message):
     assert flags(module) == before
 
 
-def test_distributed_runs_are_refused_for_now():
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False)
-    dls = DynamicLayerSelection()
-    with pytest.raises(ValueError, match="not support distributed runs yet, given 2 processes"):
-        dls.setup(trainer, Toy(), "fit")
-    dls.setup(trainer, Toy(), "validate")
-
-
 # --- seen and configured ------------------------------------------------------------------------
 
 
@@ -869,7 +948,7 @@ def test_the_command_line_knows_every_argument(capsys):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DynamicLayerSelection, "dls")
     parsed = parser.parse_args(["--dls.num_active=4", "--dls.always_active=[-1]"]).dls
-    assert DynamicLayerSelection(**vars(parsed)).num_active == 4
+    assert DynamicLayerSelection(**vars(parsed)).rules.num_active == 4
     assert parser.parse_args(["--dls.num_active=0.25"]).dls.num_active == 0.25
     with pytest.raises(Exception, match="topk"):
         parser.parse_args(["--dls.policy=topk"])

@@ -374,6 +374,15 @@ def test_the_model_keeps_its_attention_kernel_and_its_mode():
     assert model.training
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_follows_the_mode_of_the_model(training, ids_BT):
+    model = build("llama").train(training)
+    inject_roae(model, RoAEConfig(rank=4, dropout=0.5))
+    assert {module.training for module in model.modules()} == {training}
+    randomise(model)
+    assert torch.equal(model(ids_BT).logits, model(ids_BT).logits) != training
+
+
 def test_the_slowest_pairs_of_a_half_precision_model_are_told_apart():
     model = build(
         "llama", torch.bfloat16, rope_parameters={"rope_type": "default", "rope_theta": 1e7}

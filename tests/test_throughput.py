@@ -13,18 +13,19 @@ def clock(monkeypatch):
     return now
 
 
-def test_the_rate_is_tokens_over_seconds_without_the_pauses(clock):
-    rate = throughput.TokenRate()
+def test_rates_are_counts_over_seconds_without_the_pauses(clock):
+    throughput_ = throughput.Throughput()
     clock[0] += 1
-    assert rate.add(torch.tensor(30), every=2) is None
-    rate.pause()
+    assert throughput_.add(2, tokens=torch.tensor(30), examples=4) == {}
+    throughput_.pause()
     clock[0] += 50
-    rate.resume()
+    throughput_.resume()
     clock[0] += 2
-    assert rate.add(torch.tensor(60), every=2) == pytest.approx(90 / 3)
+    rates = throughput_.add(2, tokens=torch.tensor(60), examples=2)
+    assert rates == pytest.approx({"tokens": 90 / 3, "examples": 6 / 3})
     clock[0] += 4
-    assert rate.add(torch.tensor(8), every=1) == pytest.approx(2.0)
+    assert throughput_.add(1, tokens=torch.tensor(8)) == pytest.approx({"tokens": 2.0})
 
 
 def test_no_interval_gives_no_rate(clock):
-    assert throughput.TokenRate().add(torch.tensor(30), every=0) is None
+    assert throughput.Throughput().add(0, tokens=torch.tensor(30)) == {}

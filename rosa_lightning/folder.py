@@ -1,0 +1,46 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Give a folder to write into, beside the final one, and rename it when all is written.
+
+    After an error nothing stays behind, folders made on the way included.
+
+    Raises:
+        ValueError: The path exists already.
+        OSError: It cannot be written to, or the disk is full.
+    """
+    target = Path(path).absolute()
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{path} exists already. Give a folder that does not, or remove it first.")
+    made = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield written
+        _open_to_others(written)
+        written.rename(target)
+    except BaseException:
+        shutil.rmtree(written, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give what was written the permissions that the user's mask says; temporary is private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -1,0 +1,82 @@
+"""What a run has logged: its event files or its ``metrics.csv``, as series of numbers."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+EVENTS = "events.out.tfevents.*"
+METRICS = "metrics.csv"
+
+
+@dataclass(frozen=True)
+class Series:
+    """The values logged under one tag."""
+
+    steps: tuple[int, ...]
+    """Optimizer steps, ascending, each once."""
+    values: tuple[float, ...]
+
+
+def read_run(folder: str | Path) -> dict[str, Series]:
+    """The scalars that a run's folder holds, by tag, in alphabetical order.
+
+    Where a step was logged twice, as after a resume in the same folder, the later value counts.
+
+    Raises:
+        ValueError: There is no such folder, or no scalar in it.
+    """
+    run = Path(folder)
+    if not run.is_dir():
+        raise ValueError(f"run={folder} is no folder. Give one like lightning_logs/version_0.")
+    found: dict[str, dict[int, float]] = {}
+    if (run / METRICS).is_file():
+        found |= _read_csv(run / METRICS)
+    if any(run.glob(EVENTS)):
+        found |= _read_events(run)
+    found.pop("hp_metric", None)  # a placeholder of Lightning's
+    if not any(found.values()):
+        raise ValueError(
+            f"run={folder} holds no logged number, neither in TensorBoard's event files nor in "
+            f"{METRICS}. Give a folder that a logger has written{_nearest(run)}."
+        )
+    return {tag: _series(found[tag]) for tag in sorted(found) if found[tag]}
+
+
+def _series(logged: Mapping[int, float]) -> Series:
+    steps = tuple(sorted(logged))
+    return Series(steps, tuple(logged[step] for step in steps))
+
+
+def _read_events(run: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # 0 keeps every value; a picture of each tag is more than enough.
+    log = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 1})
+    log.Reload()
+    tags = log.Tags()["scalars"]
+    return {tag: {event.step: event.value for event in log.Scalars(tag)} for tag in tags}
+
+
+def _read_csv(path: Path) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            step = row.pop("step", None)
+            for tag, cell in row.items():
+                # A cell is empty where its row is about other tags, and text is no number to draw.
+                if step and cell:
+                    with suppress(ValueError):
+                        found.setdefault(tag, {})[int(step)] = float(cell)
+    return found
+
+
+def _nearest(run: Path) -> str:
+    """A hint at the newest run further down, if there is one."""
+    files = [path for pattern in (EVENTS, METRICS) for path in run.rglob(pattern)]
+    if not files:
+        return ""
+    return f", such as {max(files, key=lambda path: path.stat().st_mtime).parent}"

@@ -1,0 +1,219 @@
+"""An adapted base under a strategy of several processes: loaded once, sent to all, sharded.
+
+Rank 0 loads. All others get the model with its parameters on the meta device, and then, unit by
+unit, their values, so that no rank but the first ever holds more of the base than its shard and
+one unit. A unit is what FSDP gathers at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+
+from rosa_lightning.roae import RoAELinear
+
+T = TypeVar("T")
+
+
+def is_sharded(strategy: Strategy | None) -> bool:
+    """Whether a strategy keeps the parameters in shards."""
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def load_once(load: Callable[[], T], strategy: Strategy | None) -> T:
+    """What `load` returns, called on rank 0 alone; elsewhere its parameters are on meta.
+
+    Raises:
+        Exception: Whatever `load` raised, on every rank.
+    """
+    if strategy is None or not several_ranks():
+        return load()
+    loaded: T | None = None
+    message = b""
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            loaded = load()
+            message = _without_values(loaded)
+        except Exception as failure:
+            error = failure
+    message, error = strategy.broadcast((message, error))
+    if error is not None:
+        raise error
+    return cast(T, loaded if dist.get_rank() == 0 else pickle.loads(message))
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves the values of parameters out; what is shared stays shared."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, nn.Parameter):
+            return _empty, (obj.shape, obj.dtype, obj.requires_grad)
+        return NotImplemented
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
+
+
+def _without_values(value: object) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def spread(model: nn.Module, strategy: Strategy | None) -> nn.Module:
+    """Give every rank the values of rank 0, and shard the model where the strategy shards.
+
+    Adapters are units of their own: FSDP joins or reduces the weights of a unit in one data type,
+    and theirs is float32 whatever the base's. So are the norms of a layer, or scoring would take
+    room for gradients of the whole base under FSDP1.
+
+    Args:
+        model: As `load_once` gave it, adapted.
+        strategy: The trainer's, if there is one.
+
+    Returns:
+        The model, which FSDP1 stands around.
+
+    Raises:
+        ValueError: Tensor parallelism, which nothing here can do.
+    """
+    if strategy is None:
+        return model
+    shard = _shard_function(strategy)
+    device = strategy.root_device
+    # What belongs to which unit must be known before a wrapper stands in between.
+    plan: list[tuple[str, list[tuple[nn.Module, str]]]] = []
+    taken: set[nn.Module] = set()
+    for path in [*_units(model), ""] if shard else [""]:
+        own = [module for module in model.get_submodule(path).modules() if module not in taken]
+        taken.update(own)
+        plan.append((path, [(module, name) for module in own for name in module._parameters]))
+    filled: dict[Tensor, nn.Parameter] = {}
+    for path, parameters in plan:
+        if several_ranks():
+            _send(parameters, device, filled)
+        if shard is not None:
+            unit = shard(model.get_submodule(path))
+            if not path:
+                return unit
+            model.set_submodule(path, unit)
+            if path.endswith(".base"):
+                unit.register_forward_hook(_copy)
+    return model
+
+
+def _copy(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """A copy, for the adapter to add to: FSDP's backward hook is on the unit's own output.
+
+    Changed in place, an output that is a view would lose that hook, and the backward pass would
+    find the unit's weights gone.
+    """
+    return output.clone()
+
+
+def _send(
+    parameters: list[tuple[nn.Module, str]],
+    device: torch.device,
+    filled: dict[Tensor, nn.Parameter],
+) -> None:
+    """Broadcast parameters from rank 0, each once, wherever it stands."""
+    for module, name in parameters:
+        parameter = module._parameters[name]
+        if parameter is None:
+            continue
+        if parameter not in filled:
+            if parameter.is_meta:
+                values = torch.empty_like(parameter, device=device)
+                whole = nn.Parameter(values, parameter.requires_grad)
+            else:
+                parameter.data = parameter.data.to(device)
+                whole = parameter
+            dist.broadcast(whole.data, src=0)
+            filled[parameter] = filled[whole] = whole
+        module._parameters[name] = filled[parameter]
+
+
+def _units(model: nn.Module) -> Iterator[str]:
+    """Paths of the units inside the model, inner ones first."""
+    for path in _blocks(model):
+        block = model.get_submodule(path)
+        adapters = [
+            (f"{path}.{n}", m) for n, m in block.named_modules() if isinstance(m, RoAELinear)
+        ]
+        yield from (f"{name}.base" for name, m in adapters if not isinstance(m.base, RoAELinear))
+        # Of adapters around one another, the inner one first.
+        yield from (name for name, _ in reversed(adapters))
+        yield from (f"{path}.{name}" for name, m in block.named_children() if _is_norm(m))
+        yield path
+
+
+def _blocks(model: nn.Module) -> Iterator[str]:
+    """Paths of the decoder layers: the members of each outermost list that holds an adapter."""
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        outer = any(name.startswith(f"{path}.") for path in lists)
+        adapted = any(isinstance(inner, RoAELinear) for inner in module.modules())
+        if isinstance(module, nn.ModuleList) and adapted and not outer:
+            lists.append(name)
+            yield from (f"{name}.{index}" for index in range(len(module)))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and any(True for _ in module.parameters())
+
+
+def _shard_function(strategy: Strategy) -> Callable[[nn.Module], nn.Module] | None:
+    """What makes a unit of a module, and returns it or what stands around it."""
+    if isinstance(strategy, FSDPStrategy):
+        from torch.distributed.fsdp.wrap import wrap
+
+        # Types are the base's and the adapters' own, unless the user asks for others.
+        options: dict[str, Any] = {"mixed_precision": strategy.mixed_precision}
+        return lambda module: wrap(module, auto_wrap_policy=None, **options)
+    if isinstance(strategy, ModelParallelStrategy):
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = strategy.device_mesh
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"tensor_parallel_size={mesh['tensor_parallel'].size()}: RoSAModule shards over "
+                "the data-parallel processes alone. Set trainer.strategy.init_args."
+                "tensor_parallel_size=1 and data_parallel_size to the number of processes."
+            )
+        return lambda module: cast(nn.Module, fully_shard(module, mesh=mesh["data_parallel"]))
+    return None
+
+
+def clip(model: nn.Module, value: float, algorithm: str | None) -> bool:
+    """Clip gradients under FSDP1, where Lightning cannot; False elsewhere.
+
+    Args:
+        model: As `spread` returned it.
+        value: Largest norm of all gradients, or largest size of each entry.
+        algorithm: ``norm`` (also None) or ``value``.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if not isinstance(model, FullyShardedDataParallel):
+        return False
+    if algorithm == "value":
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.clamp_(-value, value)
+    else:
+        model.clip_grad_norm_(value)
+    return True

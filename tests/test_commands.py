@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import save_base
+
+from rosa_lightning.adapter import load_adapter
+from rosa_lightning.cli import main, option
+from rosa_lightning.export import export_adapter
+from rosa_lightning.module import RoSAModule
+from rosa_lightning.roae import RoAEConfig
+from rosa_lightning.surgery import roae_layers
+
+
+@pytest.fixture(autouse=True)
+def _as_a_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, list[str]]:
+    """Status, what was printed, and the error lines of a command."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    streams = capsys.readouterr()
+    errors = [line for line in streams.err.splitlines() if line.startswith("error: ")]
+    return status, streams.out, errors
+
+
+@pytest.fixture(scope="module")
+def trained(base_folder, sources, tmp_path_factory) -> Path:
+    """The folder of a short run: config.yaml and last.ckpt."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = {
+        "model": {"base": str(base_folder), "roae": {"rank": 4, "low_freq_ratio": 0.5}},
+        "data": {"sources": sources, "batch_size": 4, "val_fraction": 0.1},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 3,
+            "limit_val_batches": 0,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": str(folder), "name": "", "version": "run"},
+            },
+        },
+    }
+    (folder / "given.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rosa"])
+        assert main(["fit", "--config", str(folder / "given.yaml")]) == 0
+    (checkpoint,) = (folder / "run" / "checkpoints").glob("*.ckpt")
+    checkpoint.rename(folder / "run" / "last.ckpt")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def expected(trained) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and the trained model's logits on them."""
+    module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
+    ids_BT = torch.randint(200, (2, 12), generator=torch.Generator().manual_seed(0))
+    assert any(layer.roae_B.any() for _, layer in roae_layers(module))
+    return ids_BT, module.eval()(ids_BT).logits
+
+
+def test_a_checkpoint_alone_is_enough_to_merge(trained, expected, capsys):
+    arguments = ["--ckpt_path", str(trained / "last.ckpt"), "--output", "out/merged"]
+    status, printed, _ = run(capsys, "export", "--format", "merged", *arguments)
+    assert status == 0
+    assert "largest logit difference" in printed
+    merged = transformers.AutoModelForCausalLM.from_pretrained("out/merged").eval()
+    ids_BT, logits = expected
+    torch.testing.assert_close(merged(ids_BT).logits, logits, atol=1e-5, rtol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained("out/merged").eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("format", ["rosa", "peft"])
+def test_an_exported_adapter_goes_on_in_every_command(
+    format, trained, base_folder, expected, capsys
+):
+    # The configuration that the run has saved, too.
+    config = ["--config", str(trained / "config.yaml")]
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
+    run(capsys, "export", *config, *checkpoint, "--format", format, "--output", "out")
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    report = load_adapter(base, "out")
+    ids_BT, logits = expected
+    assert torch.equal(base(ids_BT).logits, logits)
+    assert report.config.low_freq_ratio == 0.5
+
+    again = ["--model.adapter", "out", "--format", "merged", "--output", "merged"]
+    assert run(capsys, "export", *again)[0] == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+    torch.testing.assert_close(merged(ids_BT).logits, logits, atol=1e-5, rtol=1e-5)
+
+    more = ["--model.adapter", "out", "--trainer.logger", "false", "--trainer.max_steps", "1"]
+    assert run(capsys, "fit", *config, *more)[0] == 0
+
+
+def test_a_module_with_an_adapter_trains_on_from_it_and_forgets_the_folder(
+    trained, base_folder, expected, tmp_path
+):
+    module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
+    export_adapter(module.model, tmp_path / "adapter", "rosa")
+    other = RoSAModule(str(base_folder), adapter=str(tmp_path / "adapter"))
+    ids_BT, logits = expected
+    assert torch.equal(other.eval()(ids_BT).logits, logits)
+    assert other.roae == RoAEConfig(rank=4, low_freq_ratio=0.5)
+    assert other.hparams["roae"]["rank"] == 4
+    assert "adapter" not in other.hparams
+    with pytest.raises(ValueError, match=r"model\.roae\.rank=4, and 8 is given"):
+        RoSAModule(
+            str(base_folder), RoAEConfig(rank=8), adapter=str(tmp_path / "adapter")
+        ).configure_model()
+
+
+def test_another_base_is_refused_and_nothing_is_written(trained, tmp_path, capsys):
+    other = save_base(tmp_path / "other", seed=1)
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt"), "--model.base", str(other)]
+    status, _, errors = run(capsys, "export", *checkpoint, "--output", "out")
+    assert status == 1
+    assert len(errors) == 1
+    assert "is another one: model.embed_tokens.weight differs" in errors[0]
+    assert not Path("out").exists()
+
+
+def test_a_missing_base_is_refused(trained, capsys):
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt"), "--model.base", "no/such"]
+    status, _, errors = run(capsys, "export", *checkpoint, "--output", "out")
+    assert status == 1
+    assert len(errors) == 1
+    assert "base 'no/such' could not be loaded" in errors[0]
+
+
+def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
+    checkpoint = str(trained / "last.ckpt")
+    Path("text.ckpt").write_text("no checkpoint")
+    Path("there").mkdir()
+    cases = {
+        ("--ckpt_path", checkpoint, "--output", "there"): "output=there exists already",
+        ("--ckpt_path", checkpoint): "required: --output",
+        ("--ckpt_path", checkpoint, "--output", "o", "--format", "gguf"): "Got value: gguf",
+        ("--ckpt_path", "none.ckpt", "--output", "o"): "ckpt_path=none.ckpt is no file",
+        ("--ckpt_path", "text.ckpt", "--output", "o"): "text.ckpt is no checkpoint",
+        ("--output", "o"): "required: --model.base",
+        ("--output", "o", "--model.base", "tiny"): "no adapter is given. Set ckpt_path",
+        ("--output", "o", "--model.adapter", "there", "--model.base", "tiny"): "holds no adapter",
+        ("--output", "o", "--model.bse", "tiny"): "Did you mean model.base?",
+    }
+    for arguments, message in cases.items():
+        status, _, errors = run(capsys, "export", *arguments)
+        assert status in (1, 2), arguments
+        assert len(errors) == 1, arguments
+        assert message in errors[0]
+    assert not Path("o").exists()
+
+
+def test_a_checkpoint_cannot_switch_remote_code_on(trained, base_folder, capsys, monkeypatch):
+    content = torch.load(trained / "last.ckpt", weights_only=True)
+    content["hyper_parameters"]["trust_remote_code"] = True
+    torch.save(content, "evil.ckpt")
+    trusted = []
+
+    def load_base(*_, trust_remote_code, **__):
+        trusted.append(trust_remote_code)
+        raise OSError
+
+    monkeypatch.setattr("rosa_lightning.module.load_base", load_base)
+    run(capsys, "export", "--ckpt_path", "evil.ckpt", "--output", "o")
+    assert trusted == [False]
+
+
+def test_commands_of_our_own_stand_in_the_same_help(capsys):
+    _, printed, _ = run(capsys, "--help")
+    assert all(command in printed for command in ("fit", "predict", "export"))
+    _, printed, _ = run(capsys, "export", "--help")
+    assert all(key in printed for key in ("--config", "--model.base", "--ckpt_path", "--output"))
+    assert "--trainer" not in printed
+    assert "--data" not in printed
+
+
+def test_an_option_is_found_however_it_is_written():
+    assert option(["export", "--a", "1", "--b=2"], "a") == "1"
+    assert option(["export", "--a", "1", "--b=2"], "b") == "2"
+    assert option(["--a"], "a") is None
+    assert option(["--ab", "1"], "a") is None
+
+
+def test_the_base_of_an_adapter_is_known_by_its_folder(trained, base_folder, capsys):
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
+    run(capsys, "export", *checkpoint, "--format", "rosa", "--output", "adapter")
+    status, printed, _ = run(
+        capsys, "export", "--model.adapter=adapter", "--format=merged", "--output=merged"
+    )
+    assert status == 0
+    assert printed.startswith("merged: ")

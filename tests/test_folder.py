@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from rosa_lightning.folder import new_folder
+
+
+def test_a_folder_appears_when_all_is_written(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with new_folder(target) as folder:
+        (folder / "a.txt").write_text("a")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["a.txt"]
+    assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+def test_nothing_stays_after_an_error_but_what_was_there(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    with pytest.raises(FileExistsError), new_folder(kept / "made" / "out") as folder:
+        (folder / "a").mkdir() or (folder / "a").mkdir()
+    assert list(tmp_path.rglob("*")) == [kept]
+
+
+def test_a_path_that_exists_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="exists already"), new_folder(path):
+            pass
+
+
+def test_files_have_the_permissions_of_any_other(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "in").mkdir()
+        (folder / "in" / "a.txt").touch(0o600)
+    (tmp_path / "usual").mkdir()
+    (tmp_path / "usual.txt").touch()
+    made = tmp_path / "out"
+    for path in (made, made / "in"):
+        assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert (made / "in" / "a.txt").stat().st_mode == (tmp_path / "usual.txt").stat().st_mode

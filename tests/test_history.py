@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.tensorboard import SummaryWriter
+
+from rosa_lightning.history import Series, read_run
+
+
+def write(folder: Path, values: dict[str, dict[int, float]]) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        for tag, logged in values.items():
+            for step, value in logged.items():
+                writer.add_scalar(tag, value, step)
+
+
+def test_event_files_come_back_as_series_sorted_by_tag_and_step(tmp_path):
+    write(tmp_path, {"b/x": {0: 1.0, 10: 0.5}, "a": {7: 3.0}})
+    assert read_run(tmp_path) == {"a": Series((7,), (3.0,)), "b/x": Series((0, 10), (1.0, 0.5))}
+    assert list(read_run(tmp_path)) == ["a", "b/x"]
+
+
+def test_no_value_of_a_long_run_is_left_out(tmp_path):
+    write(tmp_path, {"loss": {step: step / 2 for step in range(12_000)}})
+    assert read_run(tmp_path)["loss"].steps == tuple(range(12_000))
+
+
+def test_of_a_step_that_was_logged_again_after_a_resume_the_later_value_counts(tmp_path):
+    write(tmp_path, {"loss": {0: 9.0, 10: 8.0, 20: 7.0}})
+    (first,) = tmp_path.iterdir()
+    first.rename(tmp_path / "events.out.tfevents.1000.host.0")
+    write(tmp_path, {"loss": {10: 6.0, 30: 5.0}})
+    assert read_run(tmp_path)["loss"] == Series((0, 10, 20, 30), (9.0, 6.0, 7.0, 5.0))
+
+
+def test_metrics_csv_comes_back_with_its_holes(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="run")
+    logger.log_metrics({"loss": 2.5}, step=0)
+    logger.log_metrics({"val/loss": math.nan}, step=4)
+    logger.log_metrics({"loss": 1.5, "note": "some, text"}, step=9)
+    logger.save()
+    run = read_run(tmp_path / "run")
+    assert run["loss"] == Series((0, 9), (2.5, 1.5))
+    assert run["val/loss"].steps == (4,)
+    assert math.isnan(run["val/loss"].values[0])
+    assert set(run) == {"loss", "val/loss"}
+
+
+def test_an_event_file_that_breaks_off_is_read_as_far_as_it_goes(tmp_path):
+    write(tmp_path, {"loss": dict.fromkeys(range(100), 1.0)})
+    (file,) = tmp_path.iterdir()
+    os.truncate(file, file.stat().st_size - 200)
+    assert 50 < len(read_run(tmp_path)["loss"].steps) < 100
+
+
+def test_lightnings_placeholder_is_no_number_of_the_run(tmp_path):
+    write(tmp_path, {"hp_metric": {0: -1.0}, "loss": {0: 1.0}})
+    assert list(read_run(tmp_path)) == ["loss"]
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_what_is_no_folder_is_refused(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=rf"{name} is no folder"):
+        read_run(tmp_path / name)
+
+
+def test_a_folder_without_numbers_is_refused_and_a_run_below_it_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no logged number") as error:
+        read_run(tmp_path)
+    assert "such as" not in str(error.value)
+    for age, name in ((200, "version_0"), (100, "version_1")):
+        write(tmp_path / name, {"loss": {0: 1.0}})
+        (file,) = (tmp_path / name).iterdir()
+        os.utime(file, (1e9 - age, 1e9 - age))
+    with pytest.raises(ValueError, match=r"such as .*version_1\."):
+        read_run(tmp_path)
