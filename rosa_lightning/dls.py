@@ -67,6 +67,7 @@ class DynamicLayerSelection(Callback):
     _names: tuple[str, ...] = ()
     _positions: tuple[int, ...] = ()
     _selector: Selector | None = None
+    _steps: int = 0
 
     def __init__(
         self,
@@ -184,11 +185,13 @@ class DynamicLayerSelection(Callback):
 
     @property
     def backward_share(self) -> float:
-        """Mean share of a full backward that a step of this run has cost, up to the last scored.
+        """Mean share of a full backward pass that a step has cost so far in this run.
 
-        Counted in layers that the backward passes through.
+        Counted in layers that the backward passes through; 1 before the first step.
         """
-        return 1.0 if self._selector is None else self._selector.backward_share
+        if self._selector is None or self._steps == 0:
+            return 1.0
+        return self._selector.backward_share(self._steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is not supported, before anything is built."""
@@ -228,6 +231,7 @@ class DynamicLayerSelection(Callback):
             self._layers, num_elements(norms, *_wrapped(trainer)), total
         )
         self._scoring = self._warned = False
+        self._steps = trainer.global_step
         # Without a path the state was loaded for another purpose, a validation before this fit.
         if state is not None and trainer.ckpt_path is not None:
             self._resume(self._selector, state)
@@ -265,6 +269,12 @@ class DynamicLayerSelection(Callback):
         """Select also where the last micro-batch had no loss, and so no backward."""
         if self._scoring:
             self._select(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember how far the run has come."""
+        self._steps = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as found."""
@@ -312,7 +322,7 @@ class DynamicLayerSelection(Callback):
         # Ranks with other layers would wait for each other forever.
         selector.load_state_dict(trainer.strategy.broadcast(selector.state_dict()))
         if selector.num_selections > before:
-            self._log(trainer)
+            self._log(selector, trainer)
         elif not self._warned:
             self._warned = True
             problem = "are not finite" if reached else "are missing: no norm weight got a gradient"
@@ -361,13 +371,13 @@ class DynamicLayerSelection(Callback):
             )
         selector.load_state_dict(state)
 
-    def _log(self, trainer: Trainer) -> None:
+    def _log(self, selector: Selector, trainer: Trainer) -> None:
         # Through the loggers: self.log would keep only every log_every_n_steps-th step.
         width = max(2, len(str(self._positions[-1])))
         metrics: dict[str, float] = {
             "dls/lowest_active": min(self.active),
             "dls/num_active": len(self.active),
-            "dls/backward_share": self.backward_share,
+            "dls/backward_share": selector.backward_share(trainer.global_step + 1),
         }
         for position, score in zip(self._positions, self.scores or (), strict=True):
             metrics[f"dls/score/{position:0{width}d}"] = score

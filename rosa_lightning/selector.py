@@ -81,7 +81,7 @@ class Selector:
         self.num_selections = 0
         self.counts = [0] * len(costs)
         self._spent = 0.0
-        self._last_step = -1
+        self._counted_steps = 0
 
     def is_due(self, step: int) -> bool:
         """Whether this optimizer step selects."""
@@ -94,7 +94,7 @@ class Selector:
             scores: Finite scores of 0 or above, shape (num_layers,).
             step: The optimizer step, counted from 0.
         """
-        self._count_cost(step)
+        self._count_cost(step, 1.0)
         comparable = self._history.update(scores)
         if self._budget is None:
             self.active = self._take(comparable, 0)
@@ -107,7 +107,7 @@ class Selector:
 
     def keep(self, step: int) -> None:
         """Go on with the active layers, where scores cannot be used."""
-        self._count_cost(step)
+        self._count_cost(step, 1.0)
         # Before the first selection the next step scores again.
         if self._budget is not None and self.num_selections > 0:
             self._budget.spend(self.active, self.timing.steps_ahead(step))
@@ -117,22 +117,25 @@ class Selector:
         everything = tuple(range(len(self._costs)))
         if step < self.timing.end or self.active == everything:
             return False
-        self._count_cost(step)
+        self._count_cost(step, 1.0)
         self.active = everything
         return True
 
-    @property
-    def backward_share(self) -> float:
-        """Mean share of a full backward that a step has cost, up to the last one that scored."""
-        return self._spent / (self._last_step + 1)
+    def backward_share(self, steps: int) -> float:
+        """Mean share of a full backward that each of this many first steps has cost.
+
+        No fewer than up to the last step that scored.
+        """
+        since = steps - self._counted_steps
+        return (self._spent + since * self._costs[min(self.active)]) / max(1, steps)
 
     def _take(self, scores: Tensor, floor: int) -> tuple[int, ...]:
         return self._choose(scores, floor, self._generator)
 
-    def _count_cost(self, step: int) -> None:
-        """Add the steps since the last one counted, and a full backward for this one."""
-        self._spent += (step - self._last_step - 1) * self._costs[min(self.active)] + 1
-        self._last_step = step
+    def _count_cost(self, step: int, cost: float) -> None:
+        """Add what the steps up to this one have cost, and the cost of this one."""
+        self._spent += (step - self._counted_steps) * self._costs[min(self.active)] + cost
+        self._counted_steps = step + 1
 
     def state_dict(self) -> dict[str, Any]:
         """All that later selections depend on, as plain numbers and one tensor."""
@@ -145,7 +148,7 @@ class Selector:
             "history": self._history.state_dict(),
             "budget": None if self._budget is None else self._budget.state_dict(),
             "spent": self._spent,
-            "last_step": self._last_step,
+            "counted_steps": self._counted_steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -159,4 +162,4 @@ class Selector:
         if self._budget is not None and state_dict["budget"] is not None:
             self._budget.load_state_dict(state_dict["budget"])
         self._spent = state_dict["spent"]
-        self._last_step = state_dict["last_step"]
+        self._counted_steps = state_dict["counted_steps"]
