@@ -18,7 +18,6 @@ from test_dls import (
     fit,
     flags,
     highest,
-    record,
     reference,
     sampler,
 )
@@ -141,20 +140,37 @@ def assert_as_one_process(seen: dict) -> None:
 CLIPPED = {"gradient_clip_val": 0.05, "max_epochs": 2}
 
 
-def clipped(strategy, module) -> dict:
-    """Gradient clipping and activation checkpointing together."""
-    dls = DynamicLayerSelection(num_active=2, interval=2, always_active=[4])
+SHARING = {
+    "num_active": 2,
+    "interval": 2,
+    "always_active": [4],
+    "score_smoothing": 0.5,
+    "score_normalization": "sqrt_size",
+    "backward_budget": 0.85,
+    "final_steps_all": 2,
+}
+
+
+def clipped(strategy, module, moments="reset") -> dict:
+    """Clipping, activation checkpointing, a budget and scores with a memory together."""
+    dls = DynamicLayerSelection(**SHARING, moments=moments)
     built = module()
     counts = count_backwards([layer.down for layer in built.layers])
-    return followed(built, dls, strategy(), **CLIPPED) | {"entered": counts}
+    seen = followed(built, dls, strategy(), **CLIPPED)
+    return seen | {"entered": counts, "state": dls.state_dict()}
 
 
 def assert_clipped_as_one_process(seen: dict) -> None:
-    dls, module = DynamicLayerSelection(num_active=2, interval=2, always_active=[4]), Checkpointed()
+    dls, module = DynamicLayerSelection(**SHARING), Checkpointed()
     counts = count_backwards([layer.down for layer in module.layers])
-    alone = record(module, dls, JOINT, **CLIPPED)
+    alone = RankRecorder(dls)
+    fit(module, JOINT, dls, alone, **CLIPPED)
     assert seen["active"] == alone.active
     assert seen["entered"] == counts
+    # Scores differ in the last bits, and so do what is earned and carried over.
+    for key in ("spent", "counted_steps", "selection_counts", "num_selections"):
+        assert seen["state"][key] == dls.state_dict()[key]
+    assert len(set(alone.active)) >= 4
     for one, other in zip(seen["parameters"], alone.parameters, strict=True):
         for name, value in other.items():
             assert_close(one[name], value, rtol=0, atol=1e-6)
@@ -227,7 +243,7 @@ def on_ddp(folder) -> dict:
     torch.manual_seed(ranks.rank())  # no help from equal generators
     seen = runs(ranks.ddp)
     seen["resumed"] = resumes(folder, ranks.ddp)
-    seen["clipped"] = clipped(ranks.ddp, Checkpointed)
+    seen["clipped"] = clipped(ranks.ddp, Checkpointed, moments="free")
     other = DynamicLayerSelection(num_active=2, interval=1, policy="random", seed=ranks.rank())
     seen["disagreeing"] = followed(Toy(), other, ranks.ddp(gradient_as_bucket_view=True))
     seen["errors"] = [
@@ -281,6 +297,7 @@ def test_under_fsdp2_training_equals_one_process_on_the_joint_batch(tmp_path):
     seen = ranks.launch("test_dls_distributed:on_fsdp2", tmp_path)
     assert_ranks_agree(seen)
     assert_as_one_process(seen[0])
+    assert_clipped_as_one_process(seen[0]["clipped"])
     assert_resumed_exactly(seen[0]["resumed sharded"])
     assert_resumed_exactly(seen[0]["resumed full"])
 
@@ -298,6 +315,8 @@ def on_fsdp1(folder) -> dict:
     torch.manual_seed(ranks.rank())
     strategy = partial(ranks.fsdp, auto_wrap_policy={Block})
     seen = runs(strategy, NormsLast)
+    sized = DynamicLayerSelection(num_active=2, interval=2, score_normalization="sqrt_size")
+    seen["sized"] = followed(NormsLast(), sized, strategy(), **RUNS["adapters"])
     for kind in ("sharded", "full"):
         place = folder / kind
         place.mkdir(exist_ok=True)
@@ -309,5 +328,7 @@ def test_under_fsdp1_training_equals_one_process_on_the_joint_batch(tmp_path):
     seen = ranks.launch("test_dls_distributed:on_fsdp1", tmp_path)
     assert_ranks_agree(seen)
     assert_as_one_process(seen[0])
+    # Norms of one size rank as they do without it, wherever their pieces lie.
+    assert seen[0]["sized"]["active"] == seen[0]["adapters"]["active"]
     assert_resumed_exactly(seen[0]["resumed sharded"])
     assert_resumed_exactly(seen[0]["resumed full"])
