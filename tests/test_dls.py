@@ -536,10 +536,13 @@ def test_warm_up_and_final_steps_are_paid_for_within_the_budget():
 
 
 def test_selections_that_fail_are_paid_for():
+    module = Overflows({5, 10, 20})
+    counts = count_backwards([layer.down for layer in module.layers])
     dls = DynamicLayerSelection(num_active=2, interval=5, policy="all", backward_budget=0.6)
     with pytest.warns(UserWarning, match="not finite"):
-        record(Overflows({5, 10, 20}), dls, batches(10), max_epochs=6, plugins=[ScaledLoss(4.0)])
+        record(module, dls, batches(10), max_epochs=6, plugins=[ScaledLoss(4.0)])
     assert dls.num_selections == 9
+    assert sum(counts) / (5 * 60) == pytest.approx(dls.backward_share)
     assert dls.backward_share <= 0.6 + 1e-9
 
 
