@@ -187,11 +187,9 @@ class DynamicLayerSelection(Callback):
     def backward_share(self) -> float:
         """Mean share of a full backward pass that a step has cost so far in this run.
 
-        Counted in layers that the backward passes through; 1 before the first step.
+        Counted in layers that the backward passes through.
         """
-        if self._selector is None or self._steps == 0:
-            return 1.0
-        return self._selector.backward_share(self._steps)
+        return 1.0 if self._selector is None else self._selector.backward_share(self._steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is not supported, before anything is built."""
@@ -225,15 +223,15 @@ class DynamicLayerSelection(Callback):
         if isinstance(trainer.strategy, ModelParallelStrategy):
             for optimizer in trainer.optimizers:
                 fill_optimizer_state(optimizer)
-        norms = [layer.norms for layer in self._layers]
+        # Without a path the state was loaded for another purpose, a validation before this fit.
+        state = state if trainer.ckpt_path is not None else None
+        first_step = trainer.global_step if state is None else state["first_step"]
         total = trainer.estimated_stepping_batches if self.rules.needs_length else math.inf
-        self._selector = self.rules.selector(
-            self._layers, num_elements(norms, *_wrapped(trainer)), total
-        )
+        sizes = num_elements([layer.norms for layer in self._layers], *_wrapped(trainer))
+        self._selector = self.rules.selector(self._layers, sizes, total, first_step)
         self._scoring = self._warned = False
         self._steps = trainer.global_step
-        # Without a path the state was loaded for another purpose, a validation before this fit.
-        if state is not None and trainer.ckpt_path is not None:
+        if state is not None:
             self._resume(self._selector, state)
         self._freeze_inactive(self._selector)
 

@@ -91,14 +91,19 @@ class SelectionRules:
         return self.final_steps_all > 0 or self.backward_budget < 1
 
     def selector(
-        self, layers: Sequence[Layer], num_weights: Sequence[int], total_steps: float
+        self,
+        layers: Sequence[Layer],
+        num_weights: Sequence[int],
+        total_steps: float,
+        first_step: int = 0,
     ) -> Selector:
         """A selector among these layers that has not selected yet.
 
         Args:
             layers: The layers that can be selected.
             num_weights: How many norm weights each has.
-            total_steps: Optimizer steps of the run; infinite if unknown.
+            total_steps: The optimizer step at which the run ends; infinite if unknown.
+            first_step: The one at which it begins.
 
         Raises:
             ValueError: A setting that this model or this run cannot have.
@@ -132,19 +137,22 @@ class SelectionRules:
             choose,
             layer_costs([layer.num_above for layer in layers]),
             ScoreHistory(self.score_smoothing, self.score_normalization, num_weights),
-            self._budget(layers, always, total_steps),
+            self._budget(layers, always, total_steps, first_step),
             Timing(self.interval, self.warmup_steps, total_steps - self.final_steps_all),
             self.seed,
+            first_step,
         )
 
     def _budget(
-        self, layers: Sequence[Layer], always: Sequence[int], total_steps: float
+        self, layers: Sequence[Layer], always: Sequence[int], total_steps: float, first_step: int
     ) -> BackwardBudget | None:
         if self.backward_budget == 1:
             return None
         costs = layer_costs([layer.num_above for layer in layers], always)
-        full_steps = self.warmup_steps + self.final_steps_all
-        share = steps_share(self.backward_budget, self.interval, costs, total_steps, full_steps)
+        full_steps = max(0, self.warmup_steps - first_step) + self.final_steps_all
+        share = steps_share(
+            self.backward_budget, self.interval, costs, total_steps - first_step, full_steps
+        )
         reads_scores = self.policy in ("top_k", "sample", "threshold")
         return BackwardBudget(share, costs, always, by_score=reads_scores)
 

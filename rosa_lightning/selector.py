@@ -58,6 +58,7 @@ class Selector:
         budget: BackwardBudget | None,
         timing: Timing,
         seed: int,
+        first_step: int = 0,
     ) -> None:
         """Start with all layers active.
 
@@ -69,6 +70,7 @@ class Selector:
             budget: Shares time; None leaves the choice to the scores alone.
             timing: When it is time to select.
             seed: Seed of the generator.
+            first_step: The optimizer step at which the run begins, later than 0 in a second fit.
         """
         self._choose = choose
         self._costs = tuple(costs)
@@ -81,7 +83,7 @@ class Selector:
         self.num_selections = 0
         self.counts = [0] * len(costs)
         self._spent = 0.0
-        self._counted_steps = 0
+        self._first_step = self._counted_steps = first_step
 
     def is_due(self, step: int) -> bool:
         """Whether this optimizer step selects."""
@@ -121,13 +123,14 @@ class Selector:
         self.active = everything
         return True
 
-    def backward_share(self, steps: int) -> float:
-        """Mean share of a full backward that each of this many first steps has cost.
+    def backward_share(self, step: int) -> float:
+        """Mean share of a full backward that the steps before this one have cost.
 
-        No fewer than up to the last step that scored.
+        Args:
+            step: No earlier than the one after the last that scored.
         """
-        since = steps - self._counted_steps
-        return (self._spent + since * self._costs[min(self.active)]) / max(1, steps)
+        since = (step - self._counted_steps) * self._costs[min(self.active)]
+        return (self._spent + since) / max(1, step - self._first_step)
 
     def _take(self, scores: Tensor, floor: int) -> tuple[int, ...]:
         return self._choose(scores, floor, self._generator)
@@ -148,6 +151,7 @@ class Selector:
             "history": self._history.state_dict(),
             "budget": None if self._budget is None else self._budget.state_dict(),
             "spent": self._spent,
+            "first_step": self._first_step,
             "counted_steps": self._counted_steps,
         }
 
@@ -162,4 +166,5 @@ class Selector:
         if self._budget is not None and state_dict["budget"] is not None:
             self._budget.load_state_dict(state_dict["budget"])
         self._spent = state_dict["spent"]
+        self._first_step = state_dict["first_step"]
         self._counted_steps = state_dict["counted_steps"]

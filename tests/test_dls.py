@@ -798,6 +798,21 @@ def test_a_second_fit_of_one_trainer_selects_at_its_first_step():
     assert (sum(before), dls.num_selections) == (4, 2)
 
 
+def test_a_second_fit_has_a_budget_of_its_own():
+    module = Toy()
+    counts = count_backwards([layer.down for layer in module.layers])
+    dls = DynamicLayerSelection(num_active=2, interval=5, backward_budget=0.6, warmup_steps=2)
+    loader = Batches(batches(20))
+    trainer = record(module, dls, loader).trainer
+    first = sum(counts)
+    assert first / (5 * 20) == pytest.approx(dls.backward_share)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader)
+    assert (sum(counts) - first) / (5 * 20) == pytest.approx(dls.backward_share)
+    # It selects at once and then at the steps at which it would have, so once more than planned.
+    assert 0.4 < dls.backward_share <= 0.6 + 1 / 20
+
+
 # --- resume -------------------------------------------------------------------------------------
 
 
