@@ -8,8 +8,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rosa_lightning.adapter import load_adapter
     from rosa_lightning.data import ReasoningDataModule
     from rosa_lightning.dls import DynamicLayerSelection
+    from rosa_lightning.export import export_adapter
     from rosa_lightning.module import RoSAModule
     from rosa_lightning.monitor import RunMonitor
     from rosa_lightning.roae import RoAEConfig, RoAELinear
@@ -23,7 +25,9 @@ __all__ = [
     "RoAEReport",
     "RoSAModule",
     "RunMonitor",
+    "export_adapter",
     "inject_roae",
+    "load_adapter",
     "merge_roae",
 ]
 
@@ -37,7 +41,9 @@ _HOMES = {
     "RoAEReport": "surgery",
     "RoSAModule": "module",
     "RunMonitor": "monitor",
+    "export_adapter": "export",
     "inject_roae": "surgery",
+    "load_adapter": "adapter",
     "merge_roae": "surgery",
 }
 

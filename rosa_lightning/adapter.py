@@ -184,15 +184,15 @@ def put_adapter(
         check_adapter_keys(model, weights)
         if geometry is not None:
             _check_geometry(model, _geometry(report), geometry)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for key, value in weights.items():
+                parameters[key].copy_(value)
     except BaseException:
         remove_roae(model)
         for parameter, required_grad in trained:
             parameter.requires_grad_(required_grad)
         raise
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, value in weights.items():
-            parameters[key].copy_(value)
     return report
 
 

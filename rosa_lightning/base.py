@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning import tiny
-from rosa_lightning.surgery import base_parameters
+from rosa_lightning.quantization import (
+    Quantization,
+    is_packed,
+    is_quantized,
+    quantization_config,
+)
+from rosa_lightning.surgery import base_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -31,7 +38,8 @@ class BaseIdentity:
     revision: str | None
     """Commit of the hub repository, where there is one."""
     samples: dict[str, list[float]]
-    """Middle values of every weight, by name: they tell bases apart that share name and shape."""
+    """Middle values of every weight, by name: they tell bases apart that share name and shape. None
+    of a quantised weight, which is known by its name alone: the same base goes quantised or not."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""
@@ -41,7 +49,8 @@ class BaseIdentity:
         """Compare with the base that a checkpoint or an adapter remembers.
 
         Raises:
-            ValueError: The weights differ. Another name or folder for the same weights is fine.
+            ValueError: The weights differ. Another name or folder for the same weights is fine,
+                and so is another quantization of them.
         """
         theirs = trained_on["samples"]
         differing = [name for name in theirs if not _alike(theirs[name], self.samples.get(name))]
@@ -62,11 +71,20 @@ def identify(model: nn.Module, base: str) -> BaseIdentity:
         model: The base.
         base: What to call it: hub id, folder, or ``tiny``.
     """
-    samples = {
-        name: _middle(parameter.detach())
-        for name, parameter in base_parameters(model)
-        if parameter.is_floating_point()
-    }
+    samples: dict[str, list[float]] = {}
+    seen: set[Tensor] = set()
+    for path, module in base_modules(model):
+        quantized = is_quantized(module)
+        if quantized:
+            samples[f"{path}.weight"] = []
+        for name, parameter in module.named_parameters(recurse=False):
+            # Scales and the like beside a packed weight are no weights of the base.
+            if parameter not in seen and (not quantized or name == "bias"):
+                seen.add(parameter)
+                values = (
+                    [] if is_packed(parameter) or parameter.is_meta else _middle(parameter.detach())
+                )
+                samples[f"{path}.{name}"] = values
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
     return BaseIdentity(base=base, revision=revision, samples=samples)
 
@@ -81,7 +99,11 @@ def _middle(weight: Tensor) -> list[float]:
 
 def _alike(theirs: list[float], ours: list[float] | None) -> bool:
     """Equal up to the rounding of a load in another dtype (bfloat16 keeps 8 bits)."""
-    if ours is None or len(ours) != len(theirs):
+    if ours is None:
+        return False
+    if not ours or not theirs:  # quantised on either side
+        return True
+    if len(ours) != len(theirs):
         return False
     return torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=2**-8, atol=1e-6)
 
@@ -93,6 +115,7 @@ def load_base(
     dtype: Dtype = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model.
 
@@ -103,21 +126,107 @@ def load_base(
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None lets
             `transformers` choose.
         trust_remote_code: Run Python code that comes with the base.
+        quantization: Quantise its linear layers while loading; None leaves them as they are. See
+            `quantization_config`.
 
     Raises:
-        ValueError: It cannot be loaded; says why in one line.
+        ValueError: It cannot be loaded, or is quantised already; says why in one line.
+        ImportError: The library that quantises is missing.
     """
     from transformers import AutoModelForCausalLM
 
+    source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {}
+    if quantization is not None:  # None, given on, would undo a quantization of the base's own
+        settings["quantization_config"] = _quantizer(base, quantization, dtype, source)
     with _one_line_errors(base, "model", "model.base"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             _location(base),
-            revision=revision or "main",
             dtype=dtype,
             attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
+            **source,
+            **settings,
         )
     return model
+
+
+def _quantizer(
+    base: str, quantization: Quantization, dtype: Dtype, source: dict[str, Any]
+) -> QuantizationConfigMixin:
+    """What to quantise a base with, which must not be quantised already."""
+    from transformers import AutoConfig
+
+    with _one_line_errors(base, "configuration", "model.base"):
+        config = AutoConfig.from_pretrained(_location(base), **source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"base {base!r} is quantised already, so model.quantization={quantization} cannot be "
+            "had. Take model.quantization out to load the base as it is."
+        )
+    own_dtype: torch.dtype = config.dtype or torch.float32
+    return quantization_config(
+        quantization, own_dtype if dtype == "auto" else getattr(torch, dtype)
+    )
+
+
+def load_skeleton(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A base from its configuration alone: `inject_roae` measures it, but it cannot be run.
+
+    Parameters are on the meta device: shapes and data types without numbers. What `transformers`
+    computes, such as rotary frequencies, is there.
+
+    Args:
+        base: As for `load_base`; a folder needs its ``config.json`` only.
+        revision: As for `load_base`.
+        dtype: Likewise; ``auto`` is what the configuration says.
+        attn_implementation: Likewise.
+        trust_remote_code: Likewise.
+
+    Raises:
+        ValueError: It cannot be loaded, or does not say its data type.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _one_line_errors(base, "configuration", "model.base"):
+        config = AutoConfig.from_pretrained(_location(base), revision=revision or "main", **options)
+    named = config.dtype or config.get_text_config().dtype if dtype == "auto" else dtype
+    if named is None:
+        raise ValueError(
+            f"the configuration of base {base!r} does not say the data type of its weights. Set "
+            "model.dtype to float32, bfloat16 or float16."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        options["code_revision"] = revision  # code that comes with the base, and not newer code
+    make: Any = AutoModelForCausalLM.from_config
+    with _one_line_errors(base, "model", "model.base"), torch.device("meta"):
+        model: PreTrainedModel = make(
+            config, dtype=named, attn_implementation=attn_implementation, **options
+        )
+    _compute_constants(model)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _compute_constants(model: PreTrainedModel) -> None:
+    """Make real what no training changes: buffers, and parameters born frozen (position tables)."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+        for name, weight in module._parameters.items():
+            if weight is not None and not weight.requires_grad:
+                real = torch.zeros_like(weight, device="cpu")
+                module._parameters[name] = nn.Parameter(real, requires_grad=False)
+    # transformers computes them where it initialises weights, which on meta does nothing.
+    model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
 def load_tokenizer(
@@ -166,9 +275,14 @@ def _location(base: str) -> str:
 @contextmanager
 def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
     """Turn the loaders' long and varied errors into one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (
+        *(OSError, ValueError, ImportError, KeyError, RuntimeError),
+        StrictDataclassError,  # of a configuration whose values make no sense
+    ) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(
             f"the {what} of base {base!r} could not be loaded: {reason} Set {setting} to a folder "

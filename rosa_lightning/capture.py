@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning.meeting import ByHand, at_interface
+from rosa_lightning.modes import in_mode
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,14 @@ class Leaf:
 
     @property
     def is_projection(self) -> bool:
-        """Whether the module maps the last axis with a matrix: a linear layer by any name."""
+        """Whether the module maps the last axis with a matrix: a linear layer by any name.
+
+        A quantised one may hold its matrix in parts that have other names.
+        """
         weight = getattr(self.module, "weight", None)
-        matrix = hasattr(self.module, "out_features") or getattr(weight, "ndim", 0) == 2
-        return isinstance(weight, Tensor) and matrix and self.given.is_floating_point()
+        matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        named = hasattr(self.module, "out_features")
+        return (matrix or named) and self.given.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -86,20 +91,18 @@ def trace(model: nn.Module) -> Trace:
 
 
 def _run_two_tokens(model: nn.Module) -> None:
-    was_training = model.training
     device = next(model.parameters()).device
     # Not both can be padding, whose embedding may be zero and tells nothing apart.
     ids = torch.tensor([[1, 2]], device=device)
     try:
-        model.eval()(input_ids=ids, use_cache=False)
+        with in_mode(model, training=False):
+            model(input_ids=ids, use_cache=False)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{type(model).__name__} cannot be run on two token ids, so its attention cannot be "
             f"measured: {type(error).__name__}: {reason[:200]}"
         ) from error
-    finally:
-        model.train(was_training)
 
 
 class _Recorder:
@@ -218,7 +221,10 @@ def _float32_arguments(
 def _is_rotary(module: nn.Module) -> bool:
     """A rotary module holds frequencies: a floating buffer, no weights and no parts."""
     has_parts = any(True for _ in module.children()) or any(True for _ in module.parameters())
-    return not has_parts and any(buffer.is_floating_point() for buffer in module.buffers())
+    # A quantised linear layer may hold its scales in buffers.
+    is_linear = hasattr(module, "out_features")
+    floats = any(buffer.is_floating_point() for buffer in module.buffers())
+    return floats and not has_parts and not is_linear
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -27,7 +28,14 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from rosa_lightning.commands import export, read_checkpoint, remembered_settings
+from rosa_lightning.commands import (
+    Setting,
+    export,
+    inspect,
+    read_checkpoint,
+    remembered_settings,
+    report,
+)
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.module import RoSAModule
@@ -46,10 +54,23 @@ COMMANDS = {
     "test": "Write answers to the test sources and score them.",
     "predict": "Write answers to the predict sources into predictions.jsonl.",
     "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
+    "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
+    "report": "Write what a run has logged as one HTML page, or as pictures.",
 }
 """What each command does, for ``--help``."""
-TOOLS: dict[str, Callable[..., None]] = {"export": export}
+TOOLS: dict[str, Callable[..., None]] = {"export": export, "inspect": inspect, "report": report}
 """The commands that the trainer does not run. They read the same configuration."""
+_OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
+_OF_A_STEP = ("model.attn_implementation", "model.gradient_checkpointing", "data.batch_size")
+SHOWN: dict[str, tuple[str, ...]] = {
+    "export": tuple(f"model.{name}" for name in _OF_A_BASE),
+    "inspect": (
+        *(f"model.{name}" for name in _OF_A_BASE),
+        *(*_OF_A_STEP, "data.max_length", "data.sources", "trainer.precision"),
+    ),
+    "report": (),
+}
+"""The keys of a training that mean something to such a command, or how they begin."""
 SUGGESTION = " Did you mean"
 
 _PACKAGE = Path(__file__).parent
@@ -194,14 +215,25 @@ class RoSACLI(LightningCLI):
         self._add_arguments(parser)
         parser.add_argument("--weights_only", type=bool | None, default=None)
         for group in parser._action_groups[1:]:
-            about_model = group.title and "RoSAModule" in group.title
+            about_model = group.title and "RoSAModule" in group.title and SHOWN[name]
             group.title, group.description = "model" if about_model else None, None
         for action in parser._actions:
-            if action.dest not in ("help", "config") and not _is_for_tools(action.dest):
+            if not action.dest.startswith(("help", "config", *SHOWN[name])):
                 action.help = SUPPRESS
-        own = parser.add_function_arguments(TOOLS[name], skip={"module"})
+        own = parser.add_function_arguments(
+            TOOLS[name], skip={"setting", "all_models"}, as_positional=name == "report"
+        )
         parser._action_groups[-1].title = name
+        if name == "inspect":
+            # Without a value, unlike jsonargparse's own switches.
+            parser._action_groups[-1].add_argument(
+                "--all-models",
+                action="store_true",
+                help="Instead, try every causal language model of transformers, built small.",
+            )
+            own = [*own, "all_models"]
         self._subcommand_method_arguments[name] = own
+        parser.set_defaults({"model.base": ""})
         ckpt_path, adapter = (option(self.given, key) for key in ("ckpt_path", "model.adapter"))
         parser.set_defaults(remembered_settings(ckpt_path, adapter))
         return parser
@@ -219,7 +251,6 @@ class RoSACLI(LightningCLI):
             super().instantiate_classes()
             return
         self.config_init = self.parser.instantiate_classes(self.config)
-        self.model = self._get(self.config_init, "model")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a command of the trainer, or another."""
@@ -228,7 +259,8 @@ class RoSACLI(LightningCLI):
             return
         config = self.config_init[subcommand]
         options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
-        TOOLS[subcommand](self.model, **options)
+        setting = Setting(config["model"], config["data"], config["trainer"])
+        TOOLS[subcommand](setting, **options)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it, and see early that the file can be read.
@@ -274,6 +306,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 for a failure, 2 for a wrong command line."""
     # Lightning still uses a name that torch 2.13 deprecates; no user can do anything about it.
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec\)` is deprecated")
+    quiet_quantizers()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         RoSACLI(
@@ -297,10 +330,23 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _is_for_tools(key: str) -> bool:
-    """Whether a key of a training's configuration means something where nothing is trained."""
-    about_base = ("base", "revision", "dtype", "adapter", "trust_remote_code", "roae")
-    return key.startswith(tuple(f"model.{name}" for name in about_base))
+def quiet_quantizers() -> None:
+    """Leave out what quantization libraries log whoever imports them, and repeat nothing.
+
+    `transformers` imports torchao wherever it is installed. It says which kernels of other devices
+    it cannot load, and torch speaks to its authors. bitsandbytes names a cast at every product.
+    """
+    beside = ("Failed to load", "Skipping import of cpp extensions", "<enum '")
+    said: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in said
+        said.add(message)
+        return is_new and not message.startswith(beside)
+
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).addFilter(first)
 
 
 def wanted_commands(args: Sequence[str]) -> Collection[str]:

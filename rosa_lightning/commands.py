@@ -1,38 +1,76 @@
-"""The commands that are no training: ``export`` and ``inspect``."""
+"""The commands that are no training: ``export``, ``inspect`` and ``report``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+from rich.console import Console
 
+from rosa_lightning.activations import (
+    activation_figure,
+    adapted_dims,
+    check_matplotlib,
+    rotated_norms,
+    save_figure,
+)
 from rosa_lightning.adapter import adapter_base
-from rosa_lightning.base import load_tokenizer
+from rosa_lightning.base import enable_checkpointing, load_skeleton, load_tokenizer
+from rosa_lightning.checkpoint import CHECKPOINT_KEY
+from rosa_lightning.data import ReasoningDataModule
+from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.export import Format, export_adapter
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.report import write_report
+from rosa_lightning.roae import RoAEConfig
+from rosa_lightning.summary import compare_memory, memory_table, summarize, summary_tables
+from rosa_lightning.sweep import sweep_models, sweep_tables
+
+_AUTOCAST = {
+    **dict.fromkeys(["bf16", "bf16-mixed"], torch.bfloat16),
+    **dict.fromkeys(["16", "16-mixed"], torch.float16),
+}
+"""What a trainer's precision computes in; the others cast nothing on the way."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a configuration describes; nothing of it is loaded yet."""
+
+    module: RoSAModule
+    data: ReasoningDataModule
+    trainer: Mapping[str, Any]
+    """The trainer's arguments, callbacks instantiated."""
 
 
 def export(
-    module: RoSAModule,
+    setting: Setting,
     *,
     output: str,
     ckpt_path: str | None = None,
     format: Format = "peft",
     max_shard_size: str = "5GB",
+    dequantize: bool = False,
 ) -> None:
     """Write a trained adapter into a new folder, for PEFT and servers, merged, or as it is.
 
     Args:
-        module: The model to build.
+        setting: The model to build.
         output: Folder to write; must not exist.
         ckpt_path: Checkpoint that holds the adapter; its settings are the defaults of ``model``.
             Not needed with ``model.adapter``.
         format: peft: a LoRA for PEFT, vLLM or llama.cpp. merged: the base with the adapter folded
             in, a model like any other. rosa: for model.adapter and load_adapter.
         max_shard_size: Largest weights file of a merged model.
+        dequantize: Merge into a quantised base by making a plain model of it.
     """
+    module = setting.module
+    _check_base(module)
     if ckpt_path is None and module.adapter is None:
         raise ValueError("no adapter is given. Set ckpt_path to a checkpoint, or model.adapter.")
     if Path(output).exists():  # before the base is loaded, which may take minutes
@@ -47,9 +85,144 @@ def export(
         )
     model = cast(Any, module.model).eval()
     report = export_adapter(
-        model, output, format, tokenizer=tokenizer, max_shard_size=max_shard_size
+        model,
+        output,
+        format,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        dequantize=dequantize,
     )
     sys.stdout.write(f"{report}\n")
+
+
+def inspect(
+    setting: Setting,
+    *,
+    ckpt_path: str | None = None,
+    response_length: int | None = None,
+    activations: str | None = None,
+    num_batches: int = 4,
+    all_models: bool = False,
+) -> None:
+    """Show what RoAE adapts in each layer, and the memory that training takes, loading no weights.
+
+    Args:
+        setting: The model, the batch size and length, the optimizer, the trainer's precision and
+            the share of layers that DynamicLayerSelection trains.
+        ckpt_path: Checkpoint whose settings are the defaults of ``model``.
+        response_length: Tokens of the longest response, for the memory of the logits; by default
+            all but one of data.max_length, which is the most it can be.
+        activations: PNG to draw: mean L2 norm of the rotated Q and K states per head dimension and
+            layer. It takes the weights, and texts of data.sources.
+        num_batches: Batches of data.batch_size texts that the drawing is the mean of.
+        all_models: Instead, try every causal language model of transformers, built small.
+    """
+    console = Console()
+    if all_models:
+        console.print(sweep_tables(sweep_models()))
+        return
+    module, data = setting.module, setting.data
+    _check_base(module)
+    if activations is not None:
+        _check_picture(activations)
+    if module.quantization is not None and activations is None:
+        raise ValueError(
+            f"model.quantization={module.quantization}: the memory of a quantised base cannot be "
+            "estimated without its weights. Leave model.quantization out to see that of the plain "
+            "base."
+        )
+    model = _skeleton(module) if activations is None else _loaded(module, ckpt_path)
+    console.print(summary_tables(summarize(model)))
+    length = data.max_length - 1 if response_length is None else response_length
+    console.print(
+        f"Batch of {data.batch_size} x {data.max_length} tokens, {length} of them responses"
+    )
+    selection = [c for c in _callbacks(setting) if isinstance(c, DynamicLayerSelection)]
+    estimates = compare_memory(
+        model,
+        num_active=selection[0].num_active if selection else 0.5,
+        batch_size=data.batch_size,
+        length=data.max_length,
+        response_length=length,
+        optimizer=module.make_optimizer,
+        autocast=_AUTOCAST.get(str(setting.trainer.get("precision"))),
+    )
+    console.print(memory_table(estimates))
+    if activations is not None:
+        _draw_activations(model, setting, Path(activations), num_batches)
+
+
+def report(
+    setting: Setting,
+    run: str,
+    *,
+    output: str | None = None,
+    format: Literal["html", "png"] = "html",
+) -> None:
+    """Write what a run has logged as one page that needs nothing else, or as pictures.
+
+    Args:
+        setting: Not looked at: what was logged stands in the run's folder.
+        run: Folder of the run, such as lightning_logs/version_0.
+        output: File or folder to write; report.html or report in the run's folder by default.
+        format: html: one page. png: a folder of pictures.
+    """
+    sys.stdout.write(f"{write_report(run, output=output, format=format)}\n")
+
+
+def _check_base(module: RoSAModule) -> None:
+    if not module.base:
+        raise ValueError(
+            "no base is given. Set model.base to a hub id, a folder or tiny, or name what knows "
+            "its base: ckpt_path or model.adapter."
+        )
+
+
+def _check_picture(path: str) -> None:
+    """Refuse early what would fail after minutes of loading."""
+    if Path(path).suffix != ".png" or Path(path).is_dir():
+        raise ValueError(f"activations={path} is not the name of a PNG file, such as norms.png.")
+    check_matplotlib()
+
+
+def _skeleton(module: RoSAModule) -> Any:
+    """The adapted model without its weights."""
+    model = load_skeleton(
+        module.base,
+        revision=module.revision,
+        dtype=module.dtype_of_base,
+        attn_implementation=module.attn_implementation,
+        trust_remote_code=module.trust_remote_code,
+    )
+    module.adapt(model)
+    if module.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def _loaded(module: RoSAModule, ckpt_path: str | None) -> Any:
+    module.configure_model()
+    if ckpt_path is not None:
+        load_checkpoint(module, ckpt_path)
+    return module.model
+
+
+def _callbacks(setting: Setting) -> list[Any]:
+    callbacks = setting.trainer.get("callbacks") or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _draw_activations(model: Any, setting: Setting, png: Path, num_batches: int) -> None:
+    """Draw the rotated states of some training texts; a PNG, and beside it a TensorBoard folder."""
+    data = setting.data
+    if data.tokenizer is None:
+        data.tokenizer = setting.module.tokenizer
+    data.setup("fit")
+    norms = rotated_norms(model, islice(data.train_dataloader(), num_batches))
+    title = f"{setting.module.base}: mean L2 norm per layer and head dimension"
+    log_dir = png.with_suffix("")
+    save_figure(activation_figure(norms, adapted_dims(model), title), png, log_dir)
+    sys.stdout.write(f"{png}; as an image of TensorBoard: tensorboard --logdir {log_dir}\n")
 
 
 def load_checkpoint(module: RoSAModule, ckpt_path: str) -> None:
@@ -67,7 +240,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint's content, on the CPU, read without running code from it.
 
     Raises:
-        ValueError: It is missing or damaged, or holds more than plain values.
+        ValueError: It is missing or damaged, holds more than plain values, or no adapter.
     """
     if not Path(path).is_file():
         raise ValueError(f"ckpt_path={path} is no file. Give a checkpoint of RoSAModule.")
@@ -78,6 +251,10 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             f"{path} is no checkpoint that can be read safely ({type(error).__name__}). Give "
             "one that RoSAModule has written."
         ) from error
+    if not isinstance(content, dict) or not {CHECKPOINT_KEY, "state_dict"} <= content.keys():
+        raise ValueError(
+            f"{path} holds no RoSA adapter. Give a checkpoint that RoSAModule has written."
+        )
     return content
 
 
@@ -91,8 +268,11 @@ def remembered_settings(ckpt_path: str | None, adapter: str | None) -> dict[str,
     """
     if ckpt_path is not None:
         known = read_checkpoint(ckpt_path).get("hyper_parameters", {})
-        roae = {f"model.roae.{name}": value for name, value in known.get("roae", {}).items()}
-        names = ("base", "revision", "dtype")
+        given = known.get("roae", {})
+        roae = {
+            f"model.roae.{f.name}": given[f.name] for f in fields(RoAEConfig) if f.name in given
+        }
+        names = ("base", "revision", "dtype", "quantization")
         return {f"model.{name}": known[name] for name in names if name in known} | roae
     base = adapter_base(Path(adapter)) if adapter is not None else None
     return {} if base is None else {"model.base": base}

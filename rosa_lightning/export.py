@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from rosa_lightning.adapter import write_adapter
 from rosa_lightning.folder import new_folder
 from rosa_lightning.lora import to_lora
+from rosa_lightning.modes import in_mode
 from rosa_lightning.peft_files import write_lora
 from rosa_lightning.surgery import merged, roae_report
 
@@ -56,6 +57,7 @@ def export_adapter(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: str = "5GB",
+    dequantize: bool = False,
 ) -> ExportReport:
     """Write what was trained into a new folder. The model stays as it is.
 
@@ -67,6 +69,8 @@ def export_adapter(
             ``rosa``: weights and settings for `load_adapter`.
         tokenizer: Saved beside a merged model.
         max_shard_size: Largest weights file of a merged model, such as ``5GB``.
+        dequantize: Merge into a quantised base by making a plain model of it, in the dtype of its
+            configuration.
 
     Returns:
         Size, and for ``merged`` how far the logits moved.
@@ -87,45 +91,31 @@ def export_adapter(
             f"{after_norm[0].norm}, which {what} cannot express. Export with format rosa, or train "
             "with model.roae.placement=projection."
         )
+    differences: tuple[float, float] | tuple[()] = ()
     try:
         with new_folder(folder) as written:
-            differences = _write(model, written, format, tokenizer, max_shard_size)
+            if format == "merged":
+                differences = _write_merged(model, written, max_shard_size, dequantize)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(str(written))
+            elif format == "rosa":
+                write_adapter(model, written)
+            else:
+                write_lora(to_lora(model), written)
             num_bytes = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error}") from error
     return ExportReport(Path(folder), format, num_bytes, *differences)
 
 
-def _write(
-    model: PreTrainedModel,
-    folder: Path,
-    format: Format,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_shard_size: str,
-) -> tuple[float, float] | tuple[()]:
-    """Write all files; for a merged model the difference of its logits and the largest one."""
-    if format == "merged":
-        return _write_merged(model, folder, tokenizer, max_shard_size)
-    if format == "rosa":
-        write_adapter(model, folder)
-    else:
-        write_lora(to_lora(model), folder)
-    return ()
-
-
 def _write_merged(
-    model: PreTrainedModel,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_shard_size: str,
+    model: PreTrainedModel, folder: Path, max_shard_size: str, dequantize: bool
 ) -> tuple[float, float]:
     """Save the merged model; the largest difference of its logits, and the largest logit."""
     adapted = _sample_logits(model)
-    with merged(model):
+    with merged(model, dequantize=dequantize):
         difference = (_sample_logits(model) - adapted).abs().max().item()
         _save(model, folder, max_shard_size)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
     return difference, adapted.abs().max().item()
 
 
@@ -155,10 +145,6 @@ def _sample_logits(model: PreTrainedModel) -> torch.Tensor:
     embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
     vocabulary = embeddings.weight.shape[0]
     ids = torch.randint(vocabulary, _SAMPLE, generator=generator)
-    was_training = model.training
-    model.train(False)
-    try:
+    with in_mode(model, training=False):
         logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    finally:
-        model.train(was_training)
     return logits.float()

@@ -72,7 +72,8 @@ def _read_group(group: list[Leaf], leaves: list[Leaf]) -> Iterator[tuple[str, Ro
         for other in projections.values()
         if other.path != path and other.given is leaf.given and other.output.shape[-1] == len(gate)
     ]
-    rest = tuple(row for row in range(leaf.output.shape[-1]) if row not in set(gate))
+    taken = set(gate)
+    rest = tuple(row for row in range(leaf.output.shape[-1]) if row not in taken)
     ups += [Rows(path, rest)] if rest else []
     if len(ups) > 1:
         return

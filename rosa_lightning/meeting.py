@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,26 @@ def at_interface(module: nn.Module, meet: Meet) -> Iterator[None]:
             config._attn_implementation = value
 
 
+@contextmanager
+def watched_interface(see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Show queries and keys on their way to any attention kernel, and let it attend as ever."""
+    from transformers import AttentionInterface
+
+    find = AttentionInterface.get_interface
+
+    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attend = find(self, *args, **kwargs)
+
+        def watched(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> Any:
+            see(query, key)
+            return attend(module, query, key, *rest, **more)
+
+        return watched
+
+    with patch.object(AttentionInterface, "get_interface", get_interface):
+        yield
+
+
 def _configs(module: nn.Module) -> list[Any]:
     """All configurations held inside a module that name an attention kernel, outer ones first."""
     waiting = [part.config for part in module.modules() if hasattr(part, "config")]
@@ -63,18 +84,23 @@ def _configs(module: nn.Module) -> list[Any]:
 
 
 class ByHand(TorchFunctionMode):
-    """Sees two tokens' queries meet keys, and their scores meet values, in plain products.
+    """Sees the tokens' queries meet keys, and their scores meet values, in plain products.
 
     Args:
         on_scores: Called with queries and keys.
         on_values: Called with values, which follow the scores.
+        num_tokens: T. Where it is the size of a head as well, scores and values look alike, and
+            ``on_scores`` is called for both.
     """
 
     def __init__(
-        self, on_scores: Callable[[Tensor, Tensor], None], on_values: Callable[[Tensor], None]
+        self,
+        on_scores: Callable[[Tensor, Tensor], None],
+        on_values: Callable[[Tensor], None],
+        num_tokens: int = 2,
     ) -> None:
         super().__init__()
-        self.on_scores, self.on_values = on_scores, on_values
+        self.on_scores, self.on_values, self.num_tokens = on_scores, on_values, num_tokens
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the operands of a product, then compute it."""
@@ -88,11 +114,12 @@ class ByHand(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _look(self, left: Tensor, right: Tensor) -> None:
-        """Scores are (..., T, D) times (..., D, T), T = 2; then come (..., T, T) times values."""
+        """Scores are (..., T, D) times (..., D, T); then come (..., T, T) times values."""
+        num_tokens = self.num_tokens
         outer = zip(left.shape[:-2], right.shape[:-2], strict=False)
         if left.ndim < 3 or left.ndim != right.ndim or any(a != b and b != 1 for a, b in outer):
             return
-        if left.shape[-2:] == (2, 2):
-            self.on_values(right)
-        elif left.shape[-2] == right.shape[-1] == 2:
+        if left.shape[-2] == right.shape[-1] == num_tokens:
             self.on_scores(left, right.transpose(-1, -2))
+        elif left.shape[-2:] == (num_tokens, num_tokens):
+            self.on_values(right)

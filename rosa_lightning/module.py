@@ -34,10 +34,11 @@ from rosa_lightning.base import (
 from rosa_lightning.checkpoint import pack, unpack
 from rosa_lightning.evaluate import generate
 from rosa_lightning.metrics import TaskAccuracy
+from rosa_lightning.quantization import Quantization, check_trainable, is_packed
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.sharding import clip, is_sharded, load_once, spread
+from rosa_lightning.sharding import clip, is_sharded, leave_packed_out, load_once, spread
 from rosa_lightning.surgery import (
     RoAEReport,
     check_adapter_keys,
@@ -80,6 +81,9 @@ class RoSAModule(LightningModule):
         revision: Branch, tag or commit of the base on the hub.
         dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
             the base says of itself.
+        quantization: Quantise the base's linear layers while loading: int8 (torchao, weights
+            alone), llm_int8, nf4 or fp4 (bitsandbytes, eight and four bits); by default they stay
+            as the base has them. Needs ``pip install 'rosa-lightning[quantization]'``.
         attn_implementation: Attention kernel: eager, sdpa, flash_attention_2, flex_attention; by
             default what `transformers` chooses.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping
@@ -98,6 +102,7 @@ class RoSAModule(LightningModule):
         adapter: str | None = None,
         revision: str | None = None,
         dtype: Dtype = "auto",
+        quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 256,
@@ -121,6 +126,7 @@ class RoSAModule(LightningModule):
         self.adapter = adapter
         self.revision = revision
         self.dtype_of_base = dtype
+        self.quantization = quantization
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
@@ -173,6 +179,7 @@ class RoSAModule(LightningModule):
         self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", spread(model.train(), strategy))
+        leave_packed_out(self)
         rank_zero_info(str(self.report))
 
     def _adapted_base(self) -> tuple[PreTrainedModel, BaseIdentity, RoAEReport]:
@@ -180,18 +187,22 @@ class RoSAModule(LightningModule):
             self.base,
             revision=self.revision,
             dtype=self.dtype_of_base,
+            quantization=self.quantization,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
         identity = identify(model, self.base)
-        if self.adapter is None:
-            report = inject_roae(model, self.roae)
-        else:
-            given = None if self.roae == _DEFAULT_ROAE else self.roae
-            report = load_adapter(model, self.adapter, given)
+        report = self.adapt(model)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
         return model, identity, report
+
+    def adapt(self, model: PreTrainedModel) -> RoAEReport:
+        """Add RoAE to a base as this module is told to: anew, or an adapter's."""
+        if self.adapter is None:
+            return inject_roae(model, self.roae)
+        given = None if self.roae == _DEFAULT_ROAE else self.roae
+        return load_adapter(model, self.adapter, given)
 
     def _remember_roae(self) -> None:
         """Put the settings among the hyperparameters, as plain values that load safely."""
@@ -212,7 +223,16 @@ class RoSAModule(LightningModule):
         return self
 
     def double(self) -> RoSAModule:
-        """Cast base and adapters to float64, and say so once."""
+        """Cast base and adapters to float64, and say so once.
+
+        Raises:
+            ValueError: The base is quantised.
+        """
+        if any(is_packed(weight) for weight in self.parameters()):
+            raise ValueError(
+                "precision 64-true cannot be had on a quantised base, whose values have a few "
+                "bits. Set trainer.precision to 32-true, or take model.quantization out."
+            )
         if not self._said_float64:
             self._said_float64 = True
             rank_zero_info("64-true: base and adapters are cast to float64.")
@@ -298,6 +318,7 @@ class RoSAModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
+        check_trainable(self._built())
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             optimizer = self.make_optimizer(parameters)

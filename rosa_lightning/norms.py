@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +69,15 @@ def update_norm(term: RoAELinear) -> Tensor:
 
 def _terms(root: nn.Module) -> Iterator[tuple[ProjectionReport, RoAELinear]]:
     for module in root.modules():
-        with suppress(ValueError):  # carries no RoAE
-            for report in roae_report(module).projections:
-                term = module.get_submodule(report.name)
-                assert isinstance(term, RoAELinear)
-                yield report, term
+        try:
+            reports = roae_report(module).projections
+        except ValueError:  # carries no RoAE
+            continue
+        for report in reports:
+            term = module.get_submodule(report.name)
+            if not isinstance(term, RoAELinear):  # FSDP1 stands around it
+                raise ValueError("the strategy keeps adapter weights in shards")
+            yield report, term
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rosa_lightning.capture import AttentionCall, Trace, trace
 from rosa_lightning.replay import States, states_of
 from rosa_lightning.rope import PairTable, read_pair_table
+from rosa_lightning.standin import stand_ins
 
 NO_ROW = -1
 """Stands for a state dimension that is no output row of a projection."""
@@ -78,6 +79,11 @@ def read_geometry(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trac
         ValueError: No attention, no rotation anywhere, or one that cannot be read; names the
             class, the layer and the reason.
     """
+    with stand_ins(model):
+        return _read_model(model)
+
+
+def _read_model(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trace]:
     kind = type(model).__name__
     seen = trace(model)
     if not seen.attentions:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rosa_lightning.quantization import is_quantized
 from rosa_lightning.rows import Blocks, add_to_rows, by_head, contiguous_runs
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -121,6 +122,9 @@ class RoAELinear(nn.Module):
         self.start = start
         self.stride = self.weight.shape[0] // num_heads if stride is None else stride
         self.scale = config.scale
+        # Of bitsandbytes come views made inside its own backward rules; autograd lets nobody change
+        # those in place.
+        self.copies_output = is_quantized(base)
         self.deferred: Tensor | None = None
         self.defer = defer
         self.dropout = nn.Dropout(config.dropout)
@@ -150,6 +154,7 @@ class RoAELinear(nn.Module):
         if self.defer:
             self.deferred = self.low_rank(x_BTD)
             return z
+        z = z.clone() if self.copies_output else z
         return add_to_rows(z, self.low_rank(x_BTD).to(z.dtype), self.blocks)
 
     def low_rank(self, x_BTD: Tensor) -> Tensor:
@@ -171,18 +176,36 @@ class RoAELinear(nn.Module):
         """Fold the term into the projection's weight, in float32, and return the projection.
 
         Raises:
-            ValueError: The term is added after a norm, so no weight can take it.
+            ValueError: `check_mergeable` says why.
+        """
+        self.check_mergeable()
+        weight, rows = self.weight, self.rows.to(self.weight.device)
+        delta = self.scale * (self.roae_B.float() @ self.roae_A.float())
+        folded = weight[rows].float() + delta.to(weight.device)
+        weight[rows] = folded.to(weight.dtype)
+        return self.base
+
+    def check_mergeable(self, *, dequantize: bool = False) -> None:
+        """Check that the projection's weight can take the term.
+
+        Args:
+            dequantize: A quantised weight is going to be dequantised first.
+
+        Raises:
+            ValueError: The term is added after a norm, so no weight can take it, or the weight is
+                quantised, and the sum would be rounded to its few bits.
         """
         if self.defer:
             raise ValueError(
                 "placement=state adds the term after a norm on Q and K, which no weight can hold. "
                 "Train with model.roae.placement=projection to merge."
             )
-        weight, rows = self.weight, self.rows.to(self.weight.device)
-        delta = self.scale * (self.roae_B.float() @ self.roae_A.float())
-        folded = weight[rows].float() + delta.to(weight.device)
-        weight[rows] = folded.to(weight.dtype)
-        return self.base
+        if is_quantized(self.base) and not dequantize:
+            raise ValueError(
+                "the base is quantised, and rounding the sum to so few bits would lose much of "
+                "what was trained. Call merge_roae(model, dequantize=True) for a plain model, or "
+                "load the base without model.quantization and merge into that."
+            )
 
     def extra_repr(self) -> str:
         """What the printed module shows."""

@@ -9,6 +9,7 @@ Axes: N unit vectors, T positions, D head dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,17 +69,21 @@ def read_pair_table(rotate: Rotation, head_dim: int) -> PairTable:
     off_ND = turned_ND - torch.diag(turned_ND.diagonal())
 
     # A dimension that is not rotated comes back exactly; the slowest pair still moves by its sine.
-    partner = {n: int(off_ND[n].abs().argmax()) for n in range(head_dim) if off_ND[n].any()}
+    # Plain numbers from here on: asking tensors one by one takes most of the time.
+    moves_N, largest_N = off_ND.any(1).tolist(), off_ND.abs().argmax(1).tolist()
+    off, sums_N = off_ND.tolist(), off_ND.abs().sum(1).tolist()
+    cosines_N = turned_ND.diagonal().tolist()
+    partner = {n: largest_N[n] for n in range(head_dim) if moves_N[n]}
     pairs, inv_freq = [], []
     for n, m in sorted(partner.items()):
         if partner.get(m) != n:
             raise ValueError(f"dimension {n} turns into {m}, but {m} does not turn into {n}.")
-        sine, cosine = float(off_ND[n, m]), float(turned_ND[n, n])
-        if abs(sine**2 + cosine**2 - 1) > _TOLERANCE or off_ND[n].abs().sum() - abs(sine) > 1e-4:
+        sine, cosine = off[n][m], cosines_N[n]
+        if abs(sine**2 + cosine**2 - 1) > _TOLERANCE or sums_N[n] - abs(sine) > 1e-4:
             raise ValueError(f"dimensions {n} and {m} are not turned as a pair.")
         if n < m:
             pairs.append((n, m))
-            inv_freq.append(float(torch.atan2(off_ND[n, m].abs(), turned_ND[n, n])))
+            inv_freq.append(math.atan2(abs(sine), cosine))
     return PairTable(head_dim, tuple(pairs), tuple(inv_freq))
 
 

@@ -64,6 +64,12 @@ def contiguous_runs(dims: Sequence[int]) -> Runs:
     return tuple(runs)
 
 
+def spans(dims: Sequence[int]) -> str:
+    """Ascending dimensions as text: 6-7, 14-15."""
+    runs = contiguous_runs(dims)
+    return ", ".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in runs)
+
+
 def by_head(x: Tensor, num_heads: int) -> Tensor:
     """(..., num_heads * n) seen as (..., num_heads, n)."""
     return x.view(*x.shape[:-1], num_heads, -1)

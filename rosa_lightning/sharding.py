@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from rosa_lightning.quantization import is_packed
 from rosa_lightning.roae import RoAELinear
 
 T = TypeVar("T")
@@ -35,13 +37,16 @@ def several_ranks() -> bool:
 def load_once(load: Callable[[], T], strategy: Strategy | None) -> T:
     """What `load` returns, called on rank 0 alone; elsewhere its parameters are on meta.
 
+    Where it cannot be sent (packed weights, classes of code that came with a base), every rank
+    loads.
+
     Raises:
         Exception: Whatever `load` raised, on every rank.
     """
     if strategy is None or not several_ranks():
         return load()
     loaded: T | None = None
-    message = b""
+    message: bytes | None = None
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
@@ -52,7 +57,9 @@ def load_once(load: Callable[[], T], strategy: Strategy | None) -> T:
     message, error = strategy.broadcast((message, error))
     if error is not None:
         raise error
-    return cast(T, loaded if dist.get_rank() == 0 else pickle.loads(message))
+    if dist.get_rank() == 0:
+        return cast(T, loaded)
+    return load() if message is None else cast(T, pickle.loads(message))
 
 
 class _Pickler(pickle.Pickler):
@@ -60,6 +67,8 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, nn.Parameter):
+            if is_packed(obj):
+                raise pickle.PicklingError("a packed weight is more than its values")
             return _empty, (obj.shape, obj.dtype, obj.requires_grad)
         return NotImplemented
 
@@ -68,9 +77,12 @@ def _empty(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Par
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
 
 
-def _without_values(value: object) -> bytes:
+def _without_values(value: object) -> bytes | None:
     buffer = io.BytesIO()
-    _Pickler(buffer).dump(value)
+    try:
+        _Pickler(buffer).dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return None
     return buffer.getvalue()
 
 
@@ -89,10 +101,11 @@ def spread(model: nn.Module, strategy: Strategy | None) -> nn.Module:
         The model, which FSDP1 stands around.
 
     Raises:
-        ValueError: Tensor parallelism, which nothing here can do.
+        ValueError: Tensor parallelism, or shards of a quantised base, which nothing here can do.
     """
     if strategy is None:
         return model
+    _check_unpacked(model, strategy)
     shard = _shard_function(strategy)
     device = strategy.root_device
     # What belongs to which unit must be known before a wrapper stands in between.
@@ -116,6 +129,27 @@ def spread(model: nn.Module, strategy: Strategy | None) -> nn.Module:
     return model
 
 
+def _check_unpacked(model: nn.Module, strategy: Strategy) -> None:
+    """Refuse shards of packed weights."""
+    packed = [name for name, weight in model.named_parameters() if is_packed(weight)]
+    if packed and is_sharded(strategy):
+        raise ValueError(
+            f"{strategy.__class__.__name__} cannot shard a quantised base ({packed[0]}). Set "
+            "trainer.strategy to ddp, or leave model.quantization out."
+        )
+
+
+def leave_packed_out(module: nn.Module) -> None:
+    """Keep packed weights out of what `DistributedDataParallel` sends round at its start.
+
+    It cannot send them, and every rank has loaded its own.
+    """
+    packed = [name for name, weight in module.named_parameters() if is_packed(weight)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+        module, packed
+    )
+
+
 def _copy(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """A copy, for the adapter to add to: FSDP's backward hook is on the unit's own output.
 
@@ -133,7 +167,7 @@ def _send(
     """Broadcast parameters from rank 0, each once, wherever it stands."""
     for module, name in parameters:
         parameter = module._parameters[name]
-        if parameter is None:
+        if parameter is None or is_packed(parameter):
             continue
         if parameter not in filled:
             if parameter.is_meta:

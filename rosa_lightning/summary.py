@@ -1,252 +1,279 @@
-"""Every causal language model of the installed `transformers`, built small and tried with RoAE."""
+"""What RoAE adapts in a model and what a training step takes, as data and as tables to print."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
-from rosa_lightning.roae import RoAEConfig
-from rosa_lightning.surgery import inject_roae
-
-SMALL: dict[str, Any] = {
-    # Widths and depths, by the names in use.
-    **dict.fromkeys(["hidden_size", "n_embd", "d_model"], 64),
-    **dict.fromkeys(["intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size"], 96),
-    **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim"], 96),
-    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers"], 2),
-    **dict.fromkeys(["encoder_layers", "decoder_layers"], 2),
-    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads"], 4),
-    **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 4),
-    **dict.fromkeys(["num_key_value_heads", "num_kv_heads"], 2),
-    **dict.fromkeys(["head_dim", "kv_channels", "v_head_dim", "global_head_dim"], 16),
-    **dict.fromkeys(["rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim"], 8),
-    **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 24),
-    # Experts.
-    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
-    **dict.fromkeys(["num_local_experts", "num_experts", "n_routed_experts"], 4),
-    **dict.fromkeys(["num_experts_per_tok", "moe_topk"], 2),
-    **dict.fromkeys(["n_group", "topk_group", "n_shared_experts"], 1),
-    # Rows that do not shrink with the rest, and parts that a model of two layers has no use for.
-    **dict.fromkeys(["index_head_dim", "indexer_head_dim", "indexer_budget"], 16),
-    **dict.fromkeys(["index_n_heads", "indexer_n_heads"], 4),
-    **dict.fromkeys(["indexer_compress_ratio"], 2),
-    **dict.fromkeys(["attn_layer_period"], 2),
-    **dict.fromkeys(["num_kv_shared_layers", "hidden_size_per_layer_input"], 0),
-    "indexer_kv_heads": 1,
-    "attn_layer_indices": [1],
-    "attn_layer_offset": 1,
-    # Tokens.
-    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], 96),
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-"""Sizes of a small model, by the names that configurations give them."""
-
-_OPTIONAL = {
-    *("head_dim", "num_key_value_heads", "num_experts_per_tok", "topk_group", "n_group"),
-    *("n_routed_experts", "num_local_experts", "n_shared_experts", "attn_layer_indices"),
-    *("indexer_head_dim", "indexer_budget", "indexer_n_heads", "indexer_kv_heads"),
-    "indexer_compress_ratio",
-}
-"""Sizes that some configurations leave open, though their models need them."""
-
-_ATTEMPTS: tuple[dict[str, Any], ...] = (
-    {},
-    {"head_dim": None},
-    {"num_experts_per_tok": 1},
-    {"v_head_dim": None, "head_dim": None},
-    {"num_heads": None, "head_dim": None},
-    {"head_dim": 8},
-    {"hidden_size_per_layer_input": 8},
-    {"attention": "attention"},
-    {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
-    {"layer_types": ["conv", "full_attention"]},
-    {"layer_types": None, "num_hidden_layers": 4},
-)
-"""Changes to ``SMALL``, tried in order until a model runs; None leaves the default in place."""
-
-_MAX_PARAMETERS = 30_000_000
+from rosa_lightning.memory import MemoryEstimate, estimate_memory, readable_size
+from rosa_lightning.rows import spans
+from rosa_lightning.selection import find_layers, resolve_num_active
+from rosa_lightning.surgery import ProjectionReport, is_adapter_key, roae_report
 
 
-@dataclass(frozen=True)
-class ModelResult:
-    """What became of one causal language model."""
+@dataclass(frozen=True, kw_only=True)
+class TermSummary:
+    """One low-rank term of a layer; equal in layers that are alike."""
 
-    name: str
-    """Class name of its configuration."""
+    projection: str
+    """Dotted path of the projection inside the layer."""
+    target: str
+    num_heads: int
+    dims: tuple[int, ...]
+    """The adapted head dimensions; none for targets other than q and k."""
+    head_dim: int
+    num_low_pairs: int
+    """Adapted pairs of a head."""
+    num_pairs: int
+    """RoPE pairs of a head."""
+    slowest: float | None
+    """Slowest frequency, which is adapted; radians per token. None where nothing is rotated."""
+    fastest: float | None
+    """Fastest adapted frequency."""
+    next: float | None
+    """Slowest frequency that is not adapted."""
+    norm: str
+    """Dotted path inside the layer of the norm after which the term is added, if any."""
+    trainable: int
+    """Parameters of the term."""
+    total: int
+    """Parameters of the projection and all its terms."""
+
+    def rotation(self) -> str:
+        """The adapted pairs and their frequencies, for people."""
+        border = "" if self.next is None else f", next {self.next:.2g}"
+        both = dict.fromkeys([f"{self.slowest:.2g}", f"{self.fastest:.2g}"])
+        return (
+            f"{self.num_low_pairs} of {self.num_pairs} pairs, dimensions {spans(self.dims)} of "
+            f"{self.head_dim}; {' to '.join(both)} radians a token{border}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """One decoder layer."""
+
+    stack: str
+    """Dotted path of the list of layers."""
+    index: int
+    """Position in that list."""
+    terms: tuple[TermSummary, ...]
+    notes: tuple[str, ...]
+    """What the layer does without, and why."""
+    trainable: int
+    total: int
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for layers that differ in nothing but their position."""
+        return self.stack, self.terms, self.notes, self.trainable, self.total
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary:
+    """A model with RoAE, layer by layer."""
+
     model: str
-    """Class name of the model."""
-    outcome: Literal["adapted", "refused", "unbuildable"]
-    reason: str = ""
-    """Why it was refused or cannot be built here."""
-    num_layers: int = 0
-    """Attention layers that take a term."""
-    num_pairs: int = 0
-    """Rotated pairs of a head in the first of them."""
-    head_dim: int = 0
-    low_dims: tuple[int, ...] = ()
-    """The adapted dimensions of a head in the first of them."""
-    projections: tuple[str, ...] = ()
-    """Names of the adapted projections in the first of them."""
-    notes: tuple[str, ...] = ()
-    """What layers do without."""
+    """Class name."""
+    layers: tuple[LayerSummary, ...]
+    trainable: int
+    total: int
 
 
-def causal_models() -> dict[str, tuple[type[Any], str]]:
-    """Configuration and model class of every causal language model installed, by configuration."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+def summarize(model: nn.Module) -> ModelSummary:
+    """What was adapted in each layer of a model, with its weights or on the meta device.
 
-    return {
-        config.__name__: (config, getattr(model, "__name__", str(model)))
-        for config, model in MODEL_FOR_CAUSAL_LM_MAPPING.items()
-    }
-
-
-def sweep_models(config: RoAEConfig | None = None) -> list[ModelResult]:
-    """Build every causal language model small, and adapt it.
-
-    Args:
-        config: What to add; rank 2 on q and k if not given.
-
-    Returns:
-        One result a model, in the order of `transformers`.
+    Raises:
+        ValueError: The model carries no RoAE.
     """
-    config = config or RoAEConfig(rank=2)
-    return [try_model(name, config) for name in causal_models()]
-
-
-def try_model(name: str, config: RoAEConfig) -> ModelResult:
-    """Build one model small by the class name of its configuration, and adapt it."""
-    _, model_name = causal_models()[name]
-    try:
-        model = build_small(name)
-    except Exception as error:
-        return ModelResult(name, model_name, "unbuildable", _one_line(error))
-    try:
-        report = inject_roae(model, config)
-    except ValueError as error:
-        return ModelResult(name, model_name, "refused", _one_line(error))
-    first = report.projections[0]
-    layers = {projection.layer for projection in report.projections}
-    return ModelResult(
-        name,
-        model_name,
-        "adapted",
-        num_layers=len(layers),
-        num_pairs=len(first.table.pairs),
-        head_dim=first.table.head_dim,
-        low_dims=first.dims,
-        projections=tuple(
-            projection.name.removeprefix(f"{first.layer}.")
-            for projection in report.projections
-            if projection.layer == first.layer
-        ),
-        notes=report.notes,
+    report = roae_report(model)
+    stacks = dict.fromkeys(_place(projection.layer)[0] for projection in report.projections)
+    layers = []
+    for stack in stacks:
+        for index, (name, block) in enumerate(model.get_submodule(stack).named_children()):
+            inside = f"{stack}.{name}."
+            terms = [p for p in report.projections if f"{p.layer}.".startswith(inside)]
+            # Notes name their layer in front, and projections further on.
+            notes = [n.replace(inside, "") for n in report.notes if n.startswith(inside)]
+            layers.append(
+                LayerSummary(
+                    stack=stack,
+                    index=index,
+                    terms=tuple(_term(model, inside, term) for term in terms),
+                    notes=tuple(notes),
+                    trainable=_count(block, adapters=True),
+                    total=_count(block),
+                )
+            )
+    return ModelSummary(
+        model=type(model).__name__,
+        layers=tuple(layers),
+        trainable=report.num_trainable,
+        total=report.num_total,
     )
 
 
-def build_small(name: str) -> nn.Module:
-    """A small random model in evaluation mode that has run once, by its configuration's class name.
+def _place(path: str) -> tuple[str, str]:
+    """The list of layers that a module stands in, and its layer's name there."""
+    parts = path.split(".")
+    number = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[:number]), parts[number]
 
-    Raises:
-        Exception: Whatever the model's own code raised at the first attempt.
+
+def _term(model: nn.Module, inside: str, projection: ProjectionReport) -> TermSummary:
+    fastest, slowest_other = projection.border
+    return TermSummary(
+        projection=projection.projection.removeprefix(inside),
+        target=projection.target,
+        num_heads=projection.num_heads,
+        dims=projection.dims,
+        head_dim=projection.table.head_dim,
+        num_low_pairs=len(projection.low_pairs),
+        num_pairs=len(projection.table.pairs),
+        slowest=min(projection.table.inv_freq, default=None),
+        fastest=fastest,
+        next=slowest_other,
+        norm=projection.norm.removeprefix(inside),
+        trainable=projection.num_parameters,
+        total=_count(model.get_submodule(projection.projection)),
+    )
+
+
+def _count(module: nn.Module, adapters: bool = False) -> int:
+    named = module.named_parameters()
+    return sum(p.numel() for name, p in named if is_adapter_key(name) or not adapters)
+
+
+def summary_tables(summary: ModelSummary) -> Group:
+    """The summary for `rich` to print, layers that are alike taken together."""
+    kinds: dict[tuple[Any, ...], list[LayerSummary]] = {}
+    for layer in summary.layers:
+        kinds.setdefault(layer.kind, []).append(layer)
+    parts: list[RenderableType] = []
+    for layers in kinds.values():
+        parts += [*_describe_kind(layers), ""]
+    return Group(*parts, _totals(summary))
+
+
+def _describe_kind(layers: Sequence[LayerSummary]) -> Iterable[RenderableType]:
+    first = layers[0]
+    title = f"{first.stack} {spans([layer.index for layer in layers])}"
+    if not first.terms:
+        title += f": no term, as no attention is rotated; {first.total:,} parameters a layer"
+    yield Text(title, style="bold")
+    if first.terms:
+        yield _term_table(first)
+    by_rotation: dict[str, list[str]] = {}
+    for term in first.terms:
+        if term.dims:
+            after = f" (after {term.norm})" if term.norm else ""
+            by_rotation.setdefault(term.rotation(), []).append(term.target + after)
+    for rotation, targets in by_rotation.items():
+        yield _indented(f"{', '.join(dict.fromkeys(targets))}: {rotation}")
+    by_reason: dict[str, list[str]] = {}
+    for note in first.notes:
+        _, target, reason = re.split(": (?:no term on )?", note, maxsplit=2)
+        by_reason.setdefault(reason, []).append(target)
+    for reason, targets in by_reason.items():
+        yield _indented(f"no term on {', '.join(targets)}: {reason}")
+
+
+def _term_table(layer: LayerSummary) -> Table:
+    table = _parameter_table("Target", "Projection", "Heads")
+    for term in layer.terms:
+        heads = str(term.num_heads) if term.dims else ""
+        table.add_row(term.target, term.projection, heads, *_counts(term.trainable, term.total))
+    # The projections above are parts of it, so their totals do not add up to it.
+    table.add_row("", "one layer", "", *_counts(layer.trainable, layer.total), style="bold")
+    return table
+
+
+def _indented(text: str) -> Padding:
+    return Padding(Text(text), (0, 0, 0, 1))
+
+
+def _totals(summary: ModelSummary) -> Table:
+    table = _parameter_table(summary.model)
+    inside = sum(layer.total for layer in summary.layers)
+    table.add_row(f"{len(summary.layers)} layers", *_counts(summary.trainable, inside))
+    table.add_row("other parts", *_counts(0, summary.total - inside))
+    table.add_row("model", *_counts(summary.trainable, summary.total), style="bold")
+    return table
+
+
+def _parameter_table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        justify: Any = "right" if column == "Heads" else "left"
+        table.add_column(column, overflow="fold", justify=justify)
+    for column in ("Trainable", "Total", "%"):
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _counts(trainable: int, total: int) -> tuple[str, str, str]:
+    return f"{trainable:,}", f"{total:,}", f"{100 * trainable / max(total, 1):.2f}"
+
+
+def compare_memory(
+    model: nn.Module, *, num_active: int | float = 0.5, **step: Any
+) -> dict[str, MemoryEstimate | str]:
+    """What Dynamic Layer Selection saves: estimates of three kinds of training step.
+
+    Args:
+        model: As for `estimate_memory`.
+        num_active: Layers that train at a time, a count or a share; the highest ones here, which
+            is the most that selection can save. The last kind of step, in which it selects, comes
+            once an interval and takes the memory of all layers again.
+        step: The other arguments of `estimate_memory`.
+
+    Returns:
+        An estimate for each kind of step, or the reason why there is none.
     """
-    first: Exception | None = None
-    for changes in _ATTEMPTS:
+    kinds: dict[str, dict[str, Any]] = {"all layers": {}}
+    estimates: dict[str, MemoryEstimate | str] = {}
+    try:
+        positions = [layer.index for layer in find_layers(model)]
+        active = positions[-resolve_num_active(num_active, len(positions)) :]
+        word = "layers" if len(active) > 1 else "layer"
+        kinds |= {f"{word} {spans(active)}": {"active_layers": active}}
+        kinds |= {"selecting": {"scoring": True}}
+    except ValueError as error:
+        estimates["selecting"] = str(error)
+    for kind, arguments in kinds.items():
         try:
-            with _quiet():
-                return _build({**SMALL, **changes}, causal_models()[name][0])
-        except Exception as error:
-            first = first or error
-    assert first is not None
-    raise first
+            estimates[kind] = estimate_memory(model, **step, **arguments)
+        except ValueError as error:
+            estimates[kind] = str(error)
+    return estimates
 
 
-def _build(sizes: dict[str, Any], config_class: type[Any]) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    from_config: Any = AutoModelForCausalLM.from_config
-    config = _small_config(config_class, sizes)
-    with torch.device("meta"):
-        empty = from_config(config)
-    count = sum(parameter.numel() for parameter in empty.parameters())
-    if count > _MAX_PARAMETERS:
-        raise ValueError(f"it keeps {count:,} parameters when its known sizes are made small.")
-    torch.manual_seed(0)
-    model: nn.Module = from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        model(input_ids=torch.arange(3, 12)[None], use_cache=False)
-    return model
-
-
-def _small_config(config_class: type[Any], sizes: dict[str, Any]) -> Any:
-    """A configuration with every size that it knows made small, and those inside it too."""
-    default = config_class()
-    given = {
-        name: size
-        for name, size in sizes.items()
-        if size is not None and _is_size(default, name, sizes)
-    }
-    if hasattr(default, "kv_lora_rank") and "num_key_value_heads" in given:
-        # Latent attention has one key a query.
-        given["num_key_value_heads"] = sizes["num_attention_heads"]
-    types = getattr(default, "layer_types", None)
-    if sizes.get("layer_types"):
-        given |= {"layer_types": sizes["layer_types"]}
-        given |= {"num_hidden_layers": len(sizes["layer_types"])}
-    elif types and "layer_types" not in sizes:
-        # Each kind of layer once, attention among them.
-        kinds = list(dict.fromkeys(types))
-        if not any(
-            kind.endswith(("attention", "hybrid")) for kind in set(kinds) - {"linear_attention"}
-        ):
-            kinds.append(sizes.get("attention", "full_attention"))
-        given["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
-        given["num_hidden_layers"] = len(given["layer_types"])
-    for name, inner in getattr(config_class, "sub_configs", {}).items():
-        if getattr(default, name, None) is not None:
-            kind = type(getattr(default, name)) if inner.__name__ == "AutoConfig" else inner
-            given[name] = _small_config(kind, sizes).to_dict()
-    return config_class(**given)
-
-
-def _is_size(config: Any, name: str, sizes: dict[str, Any]) -> bool:
-    """Whether a configuration has this size and lets it be set."""
-    if name == "head_dim" and sizes[name] == SMALL[name] and hasattr(config, "qk_rope_head_dim"):
-        return False  # there it is the rotated slice's size, and follows it
-    if isinstance(getattr(type(config), name, None), property):
-        return False
-    try:
-        value = getattr(config, name)
-    except Exception:  # a size that differs from layer to layer
-        return False
-    known = isinstance(value, int | list) and not isinstance(value, bool)
-    return known or (value is None and name in _OPTIONAL and hasattr(config, name))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings about random weights and missing kernels."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(40)  # errors alone
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:200]}"
+def memory_table(estimates: Mapping[str, MemoryEstimate | str]) -> Group:
+    """Estimates side by side, for `rich` to print; below, why one is missing."""
+    found = {kind: one for kind, one in estimates.items() if isinstance(one, MemoryEstimate)}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Memory of a step")
+    rows: dict[str, list[str]] = {}
+    for kind, estimate in found.items():
+        table.add_column(kind, justify="right")
+        sizes = {f"weights, {dtype}": size for dtype, size in estimate.base.items()}
+        names = ("adapter", "gradients", "optimizer", "activations", "logits", "peak")
+        for name, size in {**sizes, **{name: getattr(estimate, name) for name in names}}.items():
+            rows.setdefault(name, []).append(readable_size(size))
+    for name, cells in rows.items():
+        table.add_row(name, *cells, style="bold" if name == "peak" else None)
+    missing: dict[str, list[str]] = {}
+    for kind, reason in estimates.items():
+        if isinstance(reason, str):
+            missing.setdefault(reason, []).append(kind)
+    lines = [Text(f"{', '.join(kinds)}: {reason}") for reason, kinds in missing.items()]
+    return Group(*([table] if found else []), *lines)

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rosa_lightning.plan import Term, plan_terms
+from rosa_lightning.quantization import (
+    check_dequantizable,
+    dequantize_model,
+    dequantized_linear,
+    dtype_of,
+    is_quantized,
+    num_parameters,
+    quantized_modules,
+    ready_four_bit_layers,
+)
 from rosa_lightning.roae import RoAEConfig, RoAELinear, RoAENorm, Target
 from rosa_lightning.rope import PairTable
-from rosa_lightning.rows import contiguous_runs, find_blocks
+from rosa_lightning.rows import find_blocks, spans
 
 _REPORT = "_roae_report"
 """Attribute under which an adapted model keeps what was done to it."""
@@ -68,7 +79,7 @@ class ProjectionReport:
         low, other = ("-" if f is None else f"{f:.3g}" for f in self.border)
         return (
             f"{where}: {len(self.low_pairs)} of {len(self.table.pairs)} pairs, dimensions "
-            f"{_spans(self.dims)} of {self.table.head_dim} in {self.num_heads} heads, up to {low} "
+            f"{spans(self.dims)} of {self.table.head_dim} in {self.num_heads} heads, up to {low} "
             f"radians a token (next {other}); {self.num_parameters:,} parameters"
         )
 
@@ -130,6 +141,7 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
             f"{type(model).__name__} carries RoAE already. Call merge_roae first, or load a fresh "
             "base."
         )
+    ready_four_bit_layers(model)
     terms, notes = plan_terms(model, config)
     model.requires_grad_(False)
     layers = [_wrap(model, term, config) for term in terms]
@@ -151,7 +163,7 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
         )
         for term, layer in zip(terms, layers, strict=True)
     )
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = num_parameters(model)
     trainable = sum(report.num_parameters for report in reports)
     report = RoAEReport(config, reports, trainable, total, tuple(notes))
     setattr(model, _REPORT, report)
@@ -171,7 +183,8 @@ def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
         start=blocks.start,
         stride=blocks.stride,
         defer=bool(term.norm),
-        device=cast(Tensor, base.weight).device,
+        # A quantised projection may hold buffers alone.
+        device=next(chain(base.parameters(), base.buffers())).device,
     ).train(base.training)
     model.set_submodule(term.projection, layer)
     if term.norm and term.table:
@@ -185,12 +198,6 @@ def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
         )
         model.set_submodule(term.norm, norm)
     return layer
-
-
-def _spans(dims: tuple[int, ...]) -> str:
-    """Ascending dimensions as spans: 6-7, 14-15."""
-    runs = contiguous_runs(dims)
-    return ", ".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in runs)
 
 
 def roae_layers(model: nn.Module) -> Iterator[tuple[str, RoAELinear]]:
@@ -212,20 +219,43 @@ def roae_report(model: nn.Module) -> RoAEReport:
     return report
 
 
-def merge_roae(model: nn.Module) -> nn.Module:
+def merge_roae(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     """Fold every RoAE term into its projection, in float32, and unwrap; in place.
 
+    Args:
+        model: As `inject_roae` left it, trained or not.
+        dequantize: Of a quantised base make a plain model, in the dtype of its configuration.
+
     Raises:
-        ValueError: The model carries no RoAE, or carries terms after a norm, which no weight can
-            hold. The model is left as it was.
+        ValueError: The model carries no RoAE, carries terms after a norm, which no weight can
+            hold, or adapts quantised weights without ``dequantize``. The model is left as it was.
     """
     roae_report(model)
-    layers = [layer for _, layer in roae_layers(model)]
-    for layer in [layer for layer in layers if layer.defer][:1]:
-        layer.merge()
-    for layer in layers:
-        layer.merge()
-    return remove_roae(model)
+    for _, layer in roae_layers(model):
+        layer.check_mergeable(dequantize=dequantize)
+    if dequantize:
+        check_dequantizable(model)
+    for _, wrapper in outermost_wrappers(model):
+        _merge_terms(wrapper, dtype_of(model))
+    remove_roae(model)
+    if dequantize:
+        dequantize_model(model)
+    return model
+
+
+def _merge_terms(wrapper: nn.Module, dtype: torch.dtype) -> None:
+    """Fold all terms of one projection; a quantised one becomes a plain one of a dtype."""
+    terms = []
+    while isinstance(wrapper, RoAELinear):
+        terms.append(wrapper)
+        wrapper = wrapper.base
+    quantized = is_quantized(wrapper)
+    if quantized:
+        terms[-1].base = dequantized_linear(cast(nn.Linear, wrapper))
+    for term in terms:
+        term.merge()
+    if quantized:
+        terms[-1].base.to(dtype)
 
 
 def remove_roae(model: nn.Module) -> nn.Module:
@@ -238,56 +268,61 @@ def remove_roae(model: nn.Module) -> nn.Module:
     """
     roae_report(model)
     for path, wrapper in outermost_wrappers(model):
-        base: nn.Module = wrapper
-        while isinstance(base, RoAELinear | RoAENorm):
-            base = base.base
-        model.set_submodule(path, base)
+        model.set_submodule(path, innermost(wrapper))
     delattr(model, _REPORT)
     return model
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with every term folded into its projection, for the length of a ``with`` block.
+def merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[nn.Module]:
+    """The model as `merge_roae` would leave it, for the length of a ``with`` block.
 
-    Afterwards the model is adapted again, its weights bit for bit as they were.
+    Afterwards it is adapted again, and its weights are bit for bit as they were.
 
     Raises:
         ValueError: As `merge_roae`.
     """
-    report = roae_report(model)
-    wrappers = outermost_wrappers(model)
+    report, wrappers = roae_report(model), outermost_wrappers(model)
     layers = [layer for _, layer in roae_layers(model)]
-    before = [
-        (layer.weight, rows, layer.weight.detach()[rows])
+    bases = [(layer, layer.base) for layer in layers]
+    rows = [
+        (layer.weight, layer.rows, layer.weight.detach()[layer.rows.to(layer.weight.device)])
         for layer in layers
-        for rows in [layer.rows.to(layer.weight.device)]
+        if not is_quantized(innermost(layer))
     ]
+    quantized = list(quantized_modules(model)) if dequantize else []
+    settings = dict(vars(model)), dict(vars(getattr(model, "config", model)))
     try:
-        yield merge_roae(model)
+        yield merge_roae(model, dequantize=dequantize)
     finally:
         with torch.no_grad():
-            for weight, rows, values in before:
-                weight[rows] = values
+            for weight, index, values in rows:
+                weight[index.to(weight.device)] = values
+        for layer, base in bases:
+            layer.base = base
         for path, wrapper in wrappers:
             model.set_submodule(path, wrapper)
+        for path, module in quantized:
+            model.set_submodule(path, module)
+        # Without its quantization a model and its configuration lose some plain attributes.
+        vars(model).update(settings[0])
+        vars(getattr(model, "config", model)).update(settings[1])
         setattr(model, _REPORT, report)
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the base, by the names that they have without RoAE."""
-    inner: dict[str, str] = {}
-    for path, wrapper in outermost_wrappers(model):
-        within = path
-        base: nn.Module = wrapper
-        while isinstance(base, RoAELinear | RoAENorm):
-            within, base = f"{within}.base", base.base
-        inner[within] = path
-    for name, parameter in model.named_parameters():
-        if is_adapter_key(name):
-            continue
-        holder = next((within for within in inner if name.startswith(f"{within}.")), None)
-        yield name if holder is None else inner[holder] + name.removeprefix(holder), parameter
+def base_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules of the base, with the dotted paths that they have without RoAE."""
+    module = innermost(module)
+    yield path, module
+    for name, child in module.named_children():
+        yield from base_modules(child, f"{path}.{name}" if path else name)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module of the base that stands within RoAE's, or the module itself."""
+    while isinstance(module, RoAELinear | RoAENorm):
+        module = module.base
+    return module
 
 
 def outermost_wrappers(model: nn.Module) -> list[tuple[str, RoAELinear | RoAENorm]]:

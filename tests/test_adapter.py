@@ -35,7 +35,7 @@ def unchanged(model, before):
     """Whether a model is what `before` says: modules, weights, and what requires a gradient."""
     modules, state, flags = before
     return (
-        [name for name, _ in model.named_modules()] == modules
+        [(name, module.training) for name, module in model.named_modules()] == modules
         and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         and [p.requires_grad for p in model.parameters()] == flags
     )
@@ -44,7 +44,7 @@ def unchanged(model, before):
 def snapshot(model):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
-    return [name for name, _ in model.named_modules()], state, flags
+    return [(name, module.training) for name, module in model.named_modules()], state, flags
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,6 +132,7 @@ def test_a_damaged_folder_is_refused_in_one_line_and_the_model_left_as_it_was(da
     damage(tmp_path / "out")
     base = fresh()
     base.lm_head.requires_grad_(False)
+    base.train().model.layers[0].eval()
     before = snapshot(base)
     with pytest.raises(ValueError, match=DAMAGES[damage]) as caught:
         load_adapter(base, tmp_path / "out")

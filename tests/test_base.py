@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from conftest import build, save_base
+import transformers
+from conftest import SMALL, build, save_base
 
-from rosa_lightning.base import enable_checkpointing, identify, load_base, load_tokenizer
+from rosa_lightning.base import (
+    enable_checkpointing,
+    identify,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -58,16 +67,92 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_pa
     assert load_tokenizer(str(tmp_path)).pad_token == "<eos>"
 
 
-def test_remote_code_is_not_run_unless_asked_for(tmp_path):
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+def test_remote_code_is_not_run_unless_asked_for(load, tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}'
     )
     (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
     with pytest.raises(ValueError, match="could not be loaded"):
-        load_base(str(tmp_path))
+        load(str(tmp_path))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "own"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_a_skeleton_runs_the_code_of_its_base_when_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.syspath_prepend(str(tmp_path / "c"))
+    # transformers registers the class for good.
+    monkeypatch.setattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {})
+    config = transformers.LlamaConfig(**SMALL, dtype="float32").to_dict()
+    places = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "code.py").write_text(CODE)
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": places})
+    )
+    for _ in range(2):
+        model = load_skeleton(str(tmp_path), revision="abc", trust_remote_code=True)
+        assert type(model).__name__ == "Model"
+        assert all(weight.is_meta for weight in model.parameters())
+
+
+def test_a_skeleton_of_a_known_class_does_without_the_code_that_comes_with_it(tmp_path):
+    config = transformers.LlamaConfig(**SMALL, dtype="float32").to_dict()
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}})
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
+    assert type(load_skeleton(str(tmp_path))) is transformers.LlamaForCausalLM
 
 
 def test_checkpointing_leaves_the_embeddings_without_a_gradient():
     model = build("llama").train().requires_grad_(False)
     enable_checkpointing(model)
     assert not model(torch.tensor([[3, 4]])).logits.requires_grad
+
+
+def test_a_skeleton_needs_a_configuration_only_and_has_the_base_s_shapes(base_folder, tmp_path):
+    whole = load_base(str(base_folder))
+    whole.config.save_pretrained(tmp_path)
+    empty = load_skeleton(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert all(weight.is_meta for weight in empty.parameters())
+    assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in whole.named_parameters()
+    }
+    assert not empty.training
+
+
+@pytest.mark.parametrize("family", ["llama", "yarn", "llama3", "gemma3", "phi3", "neox"])
+def test_a_skeleton_s_buffers_are_those_of_the_model(family, tmp_path):
+    whole = build(family)
+    whole.save_pretrained(tmp_path)
+    expected = dict(load_base(str(tmp_path)).named_buffers())
+    buffers = dict(load_skeleton(str(tmp_path)).named_buffers())
+    assert buffers.keys() == expected.keys()
+    assert expected
+    assert all(torch.equal(buffers[name], expected[name]) for name in expected)
+
+
+def test_a_skeleton_takes_the_dtype_and_kernel_asked_for(base_folder):
+    empty = load_skeleton(str(base_folder), dtype="bfloat16", attn_implementation="eager")
+    assert {weight.dtype for weight in empty.parameters()} == {torch.bfloat16}
+    assert empty.config._attn_implementation == "eager"
+    assert {weight.dtype for weight in load_skeleton("tiny").parameters()} == {torch.float32}
+
+
+def test_a_skeleton_without_a_dtype_or_a_configuration_is_refused(tmp_path):
+    transformers.LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not say the data type .* Set model\.dtype"):
+        load_skeleton(str(tmp_path))
+    with pytest.raises(ValueError, match=r"configuration of base .* could not be loaded"):
+        load_skeleton(str(tmp_path / "nothing"))

@@ -145,6 +145,8 @@ def test_a_missing_base_is_refused(trained, capsys):
 def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
     checkpoint = str(trained / "last.ckpt")
     Path("text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, "bare.ckpt")
+    torch.save([1], "list.ckpt")
     Path("there").mkdir()
     cases = {
         ("--ckpt_path", checkpoint, "--output", "there"): "output=there exists already",
@@ -152,7 +154,9 @@ def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
         ("--ckpt_path", checkpoint, "--output", "o", "--format", "gguf"): "Got value: gguf",
         ("--ckpt_path", "none.ckpt", "--output", "o"): "ckpt_path=none.ckpt is no file",
         ("--ckpt_path", "text.ckpt", "--output", "o"): "text.ckpt is no checkpoint",
-        ("--output", "o"): "required: --model.base",
+        ("--ckpt_path", "bare.ckpt", "--output", "o"): "bare.ckpt holds no RoSA adapter",
+        ("--ckpt_path", "list.ckpt", "--output", "o"): "list.ckpt holds no RoSA adapter",
+        ("--output", "o"): "no base is given. Set model.base",
         ("--output", "o", "--model.base", "tiny"): "no adapter is given. Set ckpt_path",
         ("--output", "o", "--model.adapter", "there", "--model.base", "tiny"): "holds no adapter",
         ("--output", "o", "--model.bse", "tiny"): "Did you mean model.base?",
@@ -204,3 +208,48 @@ def test_the_base_of_an_adapter_is_known_by_its_folder(trained, base_folder, cap
     )
     assert status == 0
     assert printed.startswith("merged: ")
+
+
+def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
+    (tmp_path / "shell").mkdir()
+    (tmp_path / "shell" / "config.json").write_text((base_folder / "config.json").read_text())
+    step = ["--data.batch_size", "2", "--data.max_length", "16", "--response_length", "4"]
+    status, printed, _ = run(capsys, "inspect", "--model.base", "shell", *step)
+    assert status == 0
+    for expected in ("self_attn.q_proj", "2 of 8 pairs", "Trainable", "Batch of 2 x 16", "peak"):
+        assert expected in printed
+
+
+def test_inspect_of_a_checkpoint_and_of_an_adapter_show_what_was_trained(trained, capsys):
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
+    _, by_checkpoint, _ = run(capsys, "inspect", *checkpoint)
+    assert "4 of 8 pairs" in by_checkpoint
+    run(capsys, "export", *checkpoint, "--format", "peft", "--output", "adapter")
+    _, by_adapter, _ = run(capsys, "inspect", "--model.adapter", "adapter")
+    assert by_adapter == by_checkpoint
+
+
+def test_inspect_draws_the_rotated_states(trained, sources, capsys):
+    pytest.importorskip("matplotlib")
+    more = ["--ckpt_path", str(trained / "last.ckpt"), "--activations", "deep/norms.png"]
+    status, printed, _ = run(
+        capsys, "inspect", "--config", str(trained / "config.yaml"), *more, "--num_batches", "1"
+    )
+    assert status == 0
+    assert Path("deep/norms.png").read_bytes().startswith(b"\x89PNG")
+    assert "tensorboard --logdir deep/norms" in printed
+    assert list(Path("deep/norms").glob("events.out.tfevents.*"))
+    status, _, errors = run(capsys, "inspect", "--model.base", "tiny", "--activations", "a.jpg")
+    assert status == 1
+    assert "is not the name of a PNG file" in errors[0]
+
+
+def test_report_writes_a_page_of_a_run_and_needs_no_base(trained, capsys):
+    pytest.importorskip("matplotlib")
+    status, printed, _ = run(capsys, "report", str(trained), "--output", "page.html")
+    assert status == 0
+    assert printed.strip() == "page.html"
+    assert "train/loss" in Path("page.html").read_text()
+    status, _, errors = run(capsys, "report", "nowhere")
+    assert status == 1
+    assert "run=nowhere is no folder" in errors[0]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning.roae import RoAEConfig, RoAELinear
-from rosa_lightning.summary import build_small, causal_models, sweep_models, try_model
+from rosa_lightning.small import build_small, causal_models
 from rosa_lightning.surgery import inject_roae, roae_layers
+from rosa_lightning.sweep import sweep_models, try_model
 
 # One of each kind: separate and fused by parts, by head and by group; half-split and interleaved;
 # partial; latent; with norms; with experts; with layers of other kinds; without the attention

@@ -22,7 +22,7 @@ from rosa_lightning.peft_files import LoraFiles, read_lora
 from rosa_lightning.plan import possible_terms
 from rosa_lightning.probe import read_geometry
 from rosa_lightning.roae import RoAEConfig
-from rosa_lightning.summary import build_small, causal_models
+from rosa_lightning.small import build_small, causal_models
 from rosa_lightning.surgery import (
     check_adapter_keys,
     inject_roae,

@@ -10,7 +10,7 @@ from torch import Tensor
 from rosa_lightning.lora import from_lora
 from rosa_lightning.peft_files import LoraFiles
 from rosa_lightning.roae import RoAEConfig
-from rosa_lightning.summary import build_small
+from rosa_lightning.small import build_small
 from rosa_lightning.surgery import inject_roae
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from rosa_lightning.roae import RoAEConfig, RoAELinear
-from rosa_lightning.summary import build_small
+from rosa_lightning.small import build_small
 from rosa_lightning.surgery import (
     check_adapter_keys,
     inject_roae,

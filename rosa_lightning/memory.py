@@ -1,0 +1,249 @@
+"""The memory that a training step takes, read from a step on tensors that hold no numbers.
+
+The adapted model itself runs forward and backward, and the optimizer steps, under torch's
+`FakeTensorMode`: operations give shapes and data types alone, and the storages that are alive are
+counted. So whatever the architecture, the attention kernel, the data types and gradient
+checkpointing do to memory is in the figures; there are no formulas.
+
+Axes: B batch, T tokens, K last positions that predict the response, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import AdamW, Optimizer
+from torch.utils._pytree import tree_leaves
+
+from rosa_lightning.live import LiveBytes
+from rosa_lightning.modes import in_mode
+from rosa_lightning.selection import find_layers, resolve_indices
+from rosa_lightning.standin import replaced_tensors
+from rosa_lightning.surgery import is_adapter_key, roae_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes that a training step takes, line by line. The lines are largest at different times."""
+
+    base: dict[str, int]
+    """Weights and buffers of the frozen base, by data type."""
+    adapter: int
+    """RoAE weights."""
+    gradients: int
+    """Gradients of what trains, at the end of the backward pass."""
+    optimizer: int
+    """The optimizer's state, of all adapters."""
+    activations: int
+    """What the forward pass up to the head keeps for the backward pass."""
+    logits: int
+    """Logits, log-probabilities and their gradients: the most that they take at once."""
+    peak: int
+    """The most that is alive at any time of the step: the above, and all temporary tensors."""
+
+    @property
+    def weights(self) -> int:
+        """All weights and buffers."""
+        return sum(self.base.values()) + self.adapter
+
+    def describe(self) -> str:
+        """One line for each line of the estimate, for people."""
+        parts = ", ".join(f"{kind} {readable_size(size)}" for kind, size in self.base.items())
+        lines = {
+            "weights": f"{readable_size(self.weights)} (base: {parts}; "
+            f"adapter: {readable_size(self.adapter)})",
+            **{name: readable_size(getattr(self, name)) for name in LINES[1:]},
+        }
+        return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+LINES = ("weights", "gradients", "optimizer", "activations", "logits", "peak")
+"""Names of the estimate's lines."""
+
+
+def readable_size(num_bytes: int) -> str:
+    """Bytes as KiB, MiB or GiB, with three digits."""
+    size, unit = num_bytes / 1024, "KiB"
+    for larger in ("MiB", "GiB"):
+        if size >= 1000:
+            size, unit = size / 1024, larger
+    return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
+
+
+def estimate_memory(
+    model: nn.Module,
+    *,
+    batch_size: int,
+    length: int,
+    response_length: int,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW,
+    autocast: torch.dtype | None = None,
+    active_layers: Collection[int] | None = None,
+    scoring: bool = False,
+) -> MemoryEstimate:
+    """The memory of one training step of `RoSAModule`, once the optimizer has its state.
+
+    The figures are of tensors. An allocator takes more, by rounding and by fragments, and so does
+    a device, for its libraries. The attention kernel is the one that a CPU would run.
+
+    Args:
+        model: A `transformers` language model with RoAE, with its weights or on the meta device,
+            and with gradient checkpointing on if that is wanted. It is left as it is.
+        batch_size: B.
+        length: T, padding included; the batch is taken to hold some.
+        response_length: Tokens of the longest response, below T.
+        optimizer: Makes the optimizer from the adapters.
+        autocast: The lower data type of a ``-mixed`` precision.
+        active_layers: Positions of the layers that train, as `DynamicLayerSelection` counts them;
+            all if not given. The optimizer keeps the state of the others, too.
+        scoring: A step in which `DynamicLayerSelection` selects: all layers take gradients, and
+            so do the norm weights that score them.
+
+    Raises:
+        ValueError: The model carries no RoAE, there are no such layers, the batch makes no sense,
+            or the model or the optimizer asks for numbers, which fake tensors do not hold.
+    """
+    roae_report(model)
+    if batch_size < 1 or not 0 < response_length < length:
+        raise ValueError(
+            f"batch_size={batch_size}, length={length} and response_length={response_length} make "
+            "no batch. Give at least one row, and a response of at least one token that is shorter "
+            "than the row."
+        )
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError(
+            f"the memory of {type(model).__name__} cannot be estimated, since its weights are "
+            "quantized, which a step without numbers cannot run."
+        )
+    trains = _what_trains(model, active_layers, scoring)
+    base: dict[str, int] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not is_adapter_key(name):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            base[kind] = base.get(kind, 0) + tensor.nbytes
+
+    def fake(tensor: Tensor) -> Tensor:
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return nn.Parameter(empty, tensor in trains) if isinstance(tensor, nn.Parameter) else empty
+
+    try:
+        with in_mode(model, training=True), FakeTensorMode(), replaced_tensors(model, fake):
+            step = _Step(model, optimizer)
+            step.run(_batch(batch_size, length, response_length), autocast)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the memory of {type(model).__name__} cannot be estimated, since a training step "
+            f"fails on tensors without numbers: {type(error).__name__}: {reason}"
+        ) from error
+    return MemoryEstimate(
+        base=base,
+        adapter=_num_bytes(step.adapters),
+        gradients=step.gradients,
+        optimizer=step.state,
+        activations=step.activations,
+        logits=step.live.peak_of_head,
+        peak=step.live.peak,
+    )
+
+
+def _what_trains(
+    model: nn.Module, active_layers: Collection[int] | None, scoring: bool
+) -> set[Tensor]:
+    """The parameters that take gradients."""
+    adapters: set[Tensor] = {p for name, p in model.named_parameters() if is_adapter_key(name)}
+    if scoring and active_layers is not None:
+        raise ValueError("in a scoring step all layers take gradients. Leave active_layers out.")
+    if scoring:
+        return adapters | {norm for layer in find_layers(model) for norm in layer.norms}
+    if active_layers is None:
+        return adapters
+    layers = find_layers(model)
+    active = resolve_indices("active_layers", [*active_layers], [layer.index for layer in layers])
+    inactive = [layer for number, layer in enumerate(layers) if number not in active]
+    return adapters - {p for layer in inactive for p in layer.candidates.values()}
+
+
+def _batch(batch_size: int, length: int, response_length: int) -> dict[str, Any]:
+    """What the data module's collator makes."""
+    ids_BT = torch.zeros(batch_size, length, dtype=torch.int64)
+    names = ("input_ids", "attention_mask", "position_ids", "labels")
+    return {**{name: ids_BT.clone() for name in names}, "num_label_positions": response_length}
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class _Step:
+    """One training step as `RoSAModule` and Lightning run it."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    ) -> None:
+        self.model = model
+        self.adapters = [p for name, p in model.named_parameters() if is_adapter_key(name)]
+        for adapter in self.adapters:
+            adapter.grad = torch.zeros_like(adapter)
+        self.optimizer = optimizer(self.adapters)
+        self.optimizer.step()  # makes the state
+        for adapter in self.adapters:
+            if not adapter.requires_grad:
+                adapter.grad = None
+        state = [v for v in tree_leaves(dict(self.optimizer.state)) if isinstance(v, Tensor)]
+        self.state = _num_bytes(state)
+        self.activations = 0
+        self.gradients = 0
+        self.live = LiveBytes(
+            (*state, *model.parameters(), *model.buffers(), *(_gradients(self.adapters)))
+        )
+
+    def run(self, batch: dict[str, Any], autocast: torch.dtype | None) -> None:
+        """Forward, backward, and a step of the optimizer."""
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        for tensor in batch.values():
+            if isinstance(tensor, Tensor):
+                self.live.add(tensor)
+        before = self.live.now
+
+        def enter_head(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.live.at_head = True
+            args[0].register_hook(leave_head)  # type: ignore[no-untyped-call]
+
+        def leave_head(gradient: Tensor) -> None:
+            self.live.at_head = False
+
+        handle = head.register_forward_pre_hook(enter_head)
+        try:
+            with self.live:
+                with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                    loss = self._loss(batch)
+                self.activations = self.live.now - before - self.live.now_of_head
+                # Lightning drops the gradients of the step before after the forward pass.
+                self.optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.gradients = _num_bytes(_gradients(self.model.parameters()))
+                self.optimizer.step()
+        finally:
+            handle.remove()
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        """As `RoSAModule.loss`."""
+        keep = batch["num_label_positions"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            inputs["logits_to_keep"] = keep + 1
+        logits_BKV = self.model(**inputs, use_cache=False).logits[:, -keep - 1 : -1]
+        labels_BK = batch["labels"][:, -keep:]
+        return F.cross_entropy(logits_BKV.flatten(0, 1).float(), labels_BK.flatten())
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
