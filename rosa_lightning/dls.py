@@ -66,6 +66,7 @@ class DynamicLayerSelection(Callback):
     # Of the last fit.
     _names: tuple[str, ...] = ()
     _positions: tuple[int, ...] = ()
+    _num_blocks: int = 0
     _selector: Selector | None = None
     _steps: int = 0
 
@@ -161,6 +162,11 @@ class DynamicLayerSelection(Callback):
         return self._positions
 
     @property
+    def num_blocks(self) -> int:
+        """Length of the list of blocks, those with nothing to train included; 0 before a fit."""
+        return self._num_blocks
+
+    @property
     def scores(self) -> tuple[float, ...] | None:
         """Each candidate layer's score at the last selection; None before the first.
 
@@ -208,6 +214,7 @@ class DynamicLayerSelection(Callback):
         self._layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
         self._names = tuple(layer.name for layer in self._layers)
         self._positions = tuple(layer.index for layer in self._layers)
+        self._num_blocks = self._layers[0].index + self._layers[0].num_above + 1
         norms = [norm for layer in self._layers for norm in layer.norms]
         self._probes = [norm for norm in norms if not norm.requires_grad]
         touched = {*norms, *(p for layer in self._layers for p in layer.candidates.values())}

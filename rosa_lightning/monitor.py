@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from rosa_lightning.norms import Update, find_updates, update_norms
 from rosa_lightning.raster import draw_raster
@@ -33,10 +32,8 @@ class Selection(Protocol):
     scores: tuple[float, ...] | None
     num_selections: int
     selection_counts: tuple[int, ...]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its state; ``layers`` holds the dotted paths of the layers selected among."""
-        ...
+    positions: tuple[int, ...]
+    num_blocks: int
 
 
 class RunMonitor(Callback):
@@ -71,7 +68,6 @@ class RunMonitor(Callback):
         """Hold nothing of a model or a fit."""
         self._selection: Selection | None = None
         self._layers: list[int] = []
-        self._depth = 0
         self._seen: int | None = None
         self._steps: list[int] = []
         self._active: list[list[bool]] = []
@@ -104,9 +100,7 @@ class RunMonitor(Callback):
         # Not at the start: the other callback may come later, and load its state only then.
         if self._selection is not None and self._seen is None:
             self._seen = self._selection.num_selections
-            names: list[str] = self._selection.state_dict()["layers"]
-            self._layers = [int(name.rpartition(".")[2]) for name in names]
-            self._depth = _count_siblings(pl_module, names[0].rpartition(".")[0])
+            self._layers = list(self._selection.positions)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -145,7 +139,7 @@ class RunMonitor(Callback):
         self._scores.append(list(selection.scores or [0.0] * len(self._layers)))
         counts = zip(self._layers, selection.selection_counts, strict=True)
         return {
-            "dls/backward_saved": min(active) / self._depth,
+            "dls/backward_saved": min(active) / selection.num_blocks,
             **{f"dls/selection_count/{_number(n, self._layers)}": count for n, count in counts},
         }
 
@@ -198,6 +192,7 @@ def dashboard(
         "how often each layer was selected": [r"dls/selection_count/\d+"],
         "lowest active layer": ["dls/lowest_active"],
         "share of the layers that backward skips": ["dls/backward_saved"],
+        "mean share of a full backward so far": ["dls/backward_share"],
     }
     training = {
         "loss, nats per response token": ["train/loss", "val/loss"],
@@ -251,14 +246,3 @@ def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 def _number(layer: int, layers: Sequence[int]) -> str:
     """A layer's number in tags, with zeros before it, so that tags sort by number."""
     return f"{layer:0{max(2, len(str(max(layers))))}d}"
-
-
-def _count_siblings(root: nn.Module, parent: str) -> int:
-    """How many numbered children a module has, wrappers (``_orig_mod`` and such) left out."""
-    above = _unwrapped(parent)
-    paths = {_unwrapped(name) for name, _ in root.named_modules()}
-    return sum(path[:-1] == above and path[-1].isdigit() for path in paths if path)
-
-
-def _unwrapped(name: str) -> tuple[str, ...]:
-    return tuple(part for part in name.split(".") if not part.startswith("_"))
