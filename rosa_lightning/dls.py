@@ -17,6 +17,7 @@ from torch import nn
 
 from rosa_lightning.gradients import global_gradients, num_elements
 from rosa_lightning.layers import Layer, find_layers
+from rosa_lightning.length import planned_steps
 from rosa_lightning.moments import (
     Moments,
     check_moments,
@@ -233,7 +234,7 @@ class DynamicLayerSelection(Callback):
         # Without a path the state was loaded for another purpose, a validation before this fit.
         state = state if trainer.ckpt_path is not None else None
         first_step = trainer.global_step if state is None else state["first_step"]
-        total = trainer.estimated_stepping_batches if self.rules.needs_length else math.inf
+        total = planned_steps(trainer) if self.rules.needs_length else math.inf
         sizes = num_elements([layer.norms for layer in self._layers], *_wrapped(trainer))
         self._selector = self.rules.selector(self._layers, sizes, total, first_step)
         self._scoring = self._warned = False

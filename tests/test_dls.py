@@ -114,6 +114,12 @@ class Batches:
         self.position = state["position"]
 
 
+class Endless(Batches):
+    """Does not know its length."""
+
+    __len__ = None
+
+
 def batches(count, rows=4):
     source = torch.Generator().manual_seed(2)
     return [torch.randn(rows, WIDTH, generator=source) for _ in range(count)]
@@ -535,6 +541,49 @@ def test_warm_up_and_final_steps_are_paid_for_within_the_budget():
     assert full == [True] * 4 + [False] * 33 + [True] * 3
 
 
+class StepCosts(Callback):
+    """The share of the layers that the backward of each optimizer step has entered."""
+
+    def __init__(self, counts):
+        self.counts, self.seen, self.micro_batches, self.step = counts, [], 0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.micro_batches += 1
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
+            self.seen.append(sum(self.counts) / (self.micro_batches * len(self.counts)))
+            self.counts[:], self.micro_batches = [0] * len(self.counts), 0
+
+
+@pytest.mark.parametrize("max_steps", [-1, 28])
+def test_a_budget_holds_where_the_accumulation_changes_between_epochs(max_steps):
+    module = Toy()
+    costs = StepCosts(count_backwards([layer.down for layer in module.layers]))
+    dls = DynamicLayerSelection(
+        num_active=2, interval=5, backward_budget=0.6, warmup_steps=2, final_steps_all=3
+    )
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})
+    options = {"max_epochs": 6, "max_steps": max_steps}
+    run = record(module, dls, batches(10), [scheduler, costs], **options)
+    # 10 steps, 5, and 4 in each epoch after that; the last of these has one batch.
+    steps = 31 if max_steps == -1 else min(31, max_steps)
+    assert len(costs.seen) == steps
+    full = [len(layers) == 5 for layers in trained(run)]
+    assert full == [True] * 2 + [False] * (steps - 5) + [True] * 3
+    assert sum(costs.seen) / steps == pytest.approx(dls.backward_share)
+    assert 0.5 < dls.backward_share <= 0.6 + 1e-9
+
+
+def test_a_budget_holds_where_nobody_knows_the_length():
+    module = Toy()
+    costs = StepCosts(count_backwards([layer.down for layer in module.layers]))
+    dls = DynamicLayerSelection(num_active=2, interval=5, backward_budget=0.6)
+    run = record(module, dls, Endless(batches(10)), [costs], max_epochs=4)
+    assert len({min(active) for active in run.active}) >= 2
+    assert sum(costs.seen) / 40 == pytest.approx(dls.backward_share)
+    assert dls.backward_share <= 0.6 + 1e-9
+
+
 def test_selections_that_fail_are_paid_for():
     module = Overflows({5, 10, 20})
     counts = count_backwards([layer.down for layer in module.layers])
@@ -621,14 +670,11 @@ def test_final_steps_count_windows_of_micro_batches():
     assert [len(layers) for layers in trained(run)] == [1] * 5 + [5]
 
 
-class Endless(Batches):
-    __len__ = None
-
-
-def test_final_steps_of_a_run_without_an_end_are_refused():
+@pytest.mark.parametrize("max_epochs", [-1, 2])
+def test_final_steps_of_a_run_without_an_end_are_refused(max_epochs):
     dls = DynamicLayerSelection(final_steps_all=2)
     with pytest.raises(ValueError, match=r"final_steps_all=2.*trainer\.max_steps"):
-        fit(Toy(), Endless(batches(4)), dls, max_epochs=-1, limit_train_batches=3)
+        fit(Toy(), Endless(batches(4)), dls, max_epochs=max_epochs)
 
 
 class SkipsLoss(Toy):
