@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import ranks
 import torch
 from test_dls import (
@@ -205,12 +206,22 @@ class SavesAt(Saves):
                 trainer.save_checkpoint(self.folder / f"{self.step}")
 
 
-def resumes(folder, strategy, module=Toy) -> dict:
+BUDGETED = {
+    "policy": "top_k",
+    "backward_budget": 0.7,
+    "score_smoothing": 0.5,
+    "score_normalization": "running_mean",
+    "final_steps_all": 2,
+}
+
+
+def resumes(folder, strategy, module=Toy, **changes) -> dict:
     """A run that goes through, and what becomes of it from two of its checkpoints."""
     options = {"accumulate_grad_batches": 2, "max_epochs": 3}
-    straight = followed(
-        module(), sampler(num_active=1), strategy(), SavesAt(folder, (2, 5)), **options
-    )
+    folder.mkdir(exist_ok=True)
+    dls = sampler(num_active=1, **changes)
+    straight = followed(module(), dls, strategy(), SavesAt(folder, (2, 5)), **options)
+    straight["share"] = dls.backward_share
     seen = {"straight": straight}
     for step in (2, 5):  # between selections; in the second epoch of four steps
         torch.manual_seed(step)
@@ -218,9 +229,10 @@ def resumes(folder, strategy, module=Toy) -> dict:
         with torch.no_grad():
             for parameter in again.parameters():
                 parameter.add_(1.0)
-        dls = sampler(num_active=1, seed=77)
+        dls = sampler(num_active=1, seed=77, **changes)
         path = folder / f"{step}"
         seen[step] = followed(again, dls, strategy(), ckpt_path=path, **options)
+        seen[step]["share"] = dls.backward_share
     return seen
 
 
@@ -232,6 +244,7 @@ def assert_resumed_exactly(seen: dict) -> None:
         assert run["active"] == straight["active"][step:]
         assert run["scores"] == straight["scores"][step:]
         assert run["counts"] == straight["counts"]
+        assert run["share"] == straight["share"]
         assert run["seen"] == straight["seen"][-len(run["seen"]) :]
         for one, other in zip(run["parameters"], straight["parameters"][step:], strict=True):
             assert_same(one, other)
@@ -285,11 +298,8 @@ def on_fsdp2(folder) -> dict:
     seen = runs(ranks.fsdp2, FullyShardedToy)
     seen["clipped"] = clipped(ranks.fsdp2, FullyShardedCheckpointed)
     for kind, shards in (("sharded", True), ("full", False)):
-        place = folder / kind
-        place.mkdir(exist_ok=True)
-        seen[f"resumed {kind}"] = resumes(
-            place, partial(ranks.fsdp2, save_distributed_checkpoint=shards), FullyShardedToy
-        )
+        strategy = partial(ranks.fsdp2, save_distributed_checkpoint=shards)
+        seen[f"resumed {kind}"] = resumes(folder / kind, strategy, FullyShardedToy)
     return seen
 
 
@@ -300,6 +310,35 @@ def test_under_fsdp2_training_equals_one_process_on_the_joint_batch(tmp_path):
     assert_clipped_as_one_process(seen[0]["clipped"])
     assert_resumed_exactly(seen[0]["resumed sharded"])
     assert_resumed_exactly(seen[0]["resumed full"])
+
+
+STRATEGIES = {
+    "ddp": (ranks.ddp, Toy),
+    "fsdp2 sharded": (ranks.fsdp2, FullyShardedToy),
+    "fsdp2 full": (partial(ranks.fsdp2, save_distributed_checkpoint=False), FullyShardedToy),
+    "fsdp1 full": (partial(ranks.fsdp, auto_wrap_policy={Block}), Toy),
+}
+
+
+def under_a_budget(folder) -> dict:
+    torch.manual_seed(ranks.rank())
+    return {
+        name: resumes(folder / name, strategy, module, **BUDGETED)
+        for name, (strategy, module) in STRATEGIES.items()
+    }
+
+
+@pytest.mark.slow
+def test_under_a_budget_every_strategy_resumes_exactly(tmp_path):
+    first, second = ranks.launch("test_dls_distributed:under_a_budget", tmp_path)
+    for name in STRATEGIES:
+        assert_resumed_exactly(first[name])
+        straight, other = first[name]["straight"], second[name]["straight"]
+        assert straight["active"] == other["active"]
+        assert straight["share"] == other["share"] <= 0.7 + 1e-9
+        lowest = [min(active) for active in straight["active"][1:-2]]
+        assert len(set(lowest)) >= 2
+        assert straight["active"][-1] == tuple(range(5))
 
 
 class NormsLast(Toy):
@@ -318,9 +357,8 @@ def on_fsdp1(folder) -> dict:
     sized = DynamicLayerSelection(num_active=2, interval=2, score_normalization="sqrt_size")
     seen["sized"] = followed(NormsLast(), sized, strategy(), **RUNS["adapters"])
     for kind in ("sharded", "full"):
-        place = folder / kind
-        place.mkdir(exist_ok=True)
-        seen[f"resumed {kind}"] = resumes(place, partial(strategy, state_dict_type=kind))
+        sharding = partial(strategy, state_dict_type=kind)
+        seen[f"resumed {kind}"] = resumes(folder / kind, sharding)
     return seen
 
 
