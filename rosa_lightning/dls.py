@@ -252,6 +252,7 @@ class DynamicLayerSelection(Callback):
         previous = selector.active
         if selector.activate_all(step):
             self._apply(selector, previous, trainer)
+            self._log(selector, trainer)
         if selector.is_due(step) and (opens_window or not self._scoring):
             self._scoring = True
             for layer in self._layers:

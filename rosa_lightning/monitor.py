@@ -39,13 +39,14 @@ class Selection(Protocol):
 class RunMonitor(Callback):
     """Shows what RoAE and DLS do in a run.
 
-    At each selection, to every logger: ``dls/backward_saved``, the share of the layers that the
-    backward pass skips, which is the lowest active layer's number by the number of layers; and
-    ``dls/selection_count/<layer>``, how often each was selected so far in this run. Every
-    ``trainer.log_every_n_steps`` optimizer steps: ``roae/update_norm/<layer>/<target>``, the
-    Frobenius norm of what RoAE adds to a projection's weight, ``roae/relative_update/...``, that
-    norm by the norm of the frozen rows it is added to, and ``memory/peak_mib``, the process's peak
-    memory so far: PyTorch's on a CUDA device, else all of the process's.
+    At each selection, and where final steps of all layers begin, to every logger:
+    ``dls/backward_saved``, the share of the layers that the backward pass skips, which is the
+    lowest active layer's number by the number of layers; and ``dls/selection_count/<layer>``, how
+    often each was selected so far in this run. Every ``trainer.log_every_n_steps`` optimizer steps:
+    ``roae/update_norm/<layer>/<target>``, the Frobenius norm of what RoAE adds to a projection's
+    weight, ``roae/relative_update/...``, that norm by the norm of the frozen rows it is added to,
+    and ``memory/peak_mib``, the process's peak memory so far: PyTorch's on a CUDA device, else all
+    of the process's.
 
     TensorBoard also gets a picture of the active layers over the steps, ``dls/raster``, and a
     layout of its custom scalars page. The picture begins where this fit began.
@@ -68,7 +69,7 @@ class RunMonitor(Callback):
         """Hold nothing of a model or a fit."""
         self._selection: Selection | None = None
         self._layers: list[int] = []
-        self._seen: int | None = None
+        self._seen: tuple[int, tuple[int, ...]] | None = None
         self._steps: list[int] = []
         self._active: list[list[bool]] = []
         self._scores: list[list[float]] = []
@@ -99,17 +100,17 @@ class RunMonitor(Callback):
         self._step = trainer.global_step
         # Not at the start: the other callback may come later, and load its state only then.
         if self._selection is not None and self._seen is None:
-            self._seen = self._selection.num_selections
+            self._seen = _choice(self._selection)
             self._layers = list(self._selection.positions)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show a selection that this batch made, and the adapters every so many steps."""
+        """Show what this batch changed about the selection, and the adapters at times."""
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        if self._selection is not None and self._selection.num_selections != self._seen:
-            self._seen = self._selection.num_selections
+        if self._selection is not None and (choice := _choice(self._selection)) != self._seen:
+            self._seen = choice
             self._log(trainer, self._note_selection(self._selection))
             if self.raster_interval and len(self._steps) % self.raster_interval == 0:
                 self._draw(trainer)
@@ -237,6 +238,11 @@ def peak_mib(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB
+
+
+def _choice(selection: Selection) -> tuple[int, tuple[int, ...]]:
+    """Changes with every selection, and when all layers begin to train without one."""
+    return selection.num_selections, selection.active
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

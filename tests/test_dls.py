@@ -1124,6 +1124,19 @@ def test_every_selection_reaches_every_logger(tmp_path):
                 assert float(row[f"dls/active/{index:02}"]) == (index in active)
 
 
+def test_the_beginning_of_the_final_steps_reaches_every_logger(tmp_path):
+    logger = CSVLogger(tmp_path, "one", "0")
+    dls = DynamicLayerSelection(num_active=1, interval=3, final_steps_all=2)
+    run = record(Toy(), dls, batches(7), logger=logger)
+    logger.save()
+    header, *lines = (tmp_path / "one" / "0" / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+    assert [int(row["step"]) for row in rows] == [0, 3, 5]
+    assert [int(float(row["dls/num_active"])) for row in rows] == [1, 1, 5]
+    assert float(rows[-1]["dls/lowest_active"]) == 0
+    assert [len(layers) for layers in trained(run)] == [1] * 5 + [5] * 2
+
+
 def test_properties_tell_the_selection():
     dls = DynamicLayerSelection(num_active=3, interval=2)
     assert (dls.active, dls.scores, dls.num_layers, dls.num_selections) == ((), None, 0, 0)
