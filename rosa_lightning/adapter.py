@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rosa_lightning.base import base_name, identify
-from rosa_lightning.lora import from_lora
+from rosa_lightning.lora import from_lora, own_config
 from rosa_lightning.peft_files import CONFIG_FILE as LORA_CONFIG_FILE
 from rosa_lightning.peft_files import read_lora
 from rosa_lightning.roae import RoAEConfig
@@ -127,20 +127,34 @@ def load_adapter(
     if (folder / LORA_CONFIG_FILE).exists():
         settings, weights = from_lora(model, read_lora(folder), config)
         return put_adapter(model, settings, weights)
-    raise ValueError(
+    raise ValueError(_no_adapter(folder))
+
+
+def adapter_settings(folder: Path) -> tuple[str | None, str | None, RoAEConfig | None]:
+    """What an adapter's folder says of itself, without a base: the base's name and revision, RoAE.
+
+    Returns:
+        None for each that it does not say; a LoRA that was made elsewhere says nothing of RoAE.
+
+    Raises:
+        ValueError: It holds no adapter, or a damaged one.
+    """
+    if (folder / CONFIG_FILE).exists():
+        stored = read_config(folder)
+        base = stored["base"]
+        return base["base"], base["revision"], RoAEConfig(**stored["roae"])
+    if (folder / LORA_CONFIG_FILE).exists():
+        files = read_lora(folder)
+        name, revision = (files.config.get(k) for k in ("base_model_name_or_path", "revision"))
+        return name or None, revision, own_config(files)
+    raise ValueError(_no_adapter(folder))
+
+
+def _no_adapter(folder: Path) -> str:
+    return (
         f"{folder} holds no adapter: neither {CONFIG_FILE} nor {LORA_CONFIG_FILE} is there. Give a "
         "folder that export has written, or a LoRA of PEFT."
     )
-
-
-def adapter_base(folder: Path) -> str | None:
-    """The base that an adapter's folder names, if it names one."""
-    if (folder / CONFIG_FILE).exists():
-        return str(read_config(folder)["base"]["base"])
-    if (folder / LORA_CONFIG_FILE).exists():
-        name = read_lora(folder).config.get("base_model_name_or_path")
-        return str(name) if name else None
-    return None
 
 
 def agree(trained: RoAEConfig, given: RoAEConfig | None) -> RoAEConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -284,7 +285,15 @@ def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
         StrictDataclassError,  # of a configuration whose values make no sense
     ) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise ValueError(
-            f"the {what} of base {base!r} could not be loaded: {reason} Set {setting} to a folder "
-            "with a causal language model, to a hub id that can be reached, or to tiny."
-        ) from error
+        mend = (
+            f"Set {setting} to a folder with a causal language model, to a hub id that can be "
+            "reached, or to tiny."
+        )
+        if "trust_remote_code" in str(error):
+            reason = "it comes with Python code of its own."
+            mend = "Set model.trust_remote_code to true if you have read that code and trust it."
+        elif Path(base).is_absolute() and not Path(base).exists():
+            reason = "there is no such folder."
+        raise ValueError(f"the {what} of base {base!r} could not be loaded: {reason} {mend}") from (
+            error
+        )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
+import signal
 import sys
 import traceback
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentError, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
@@ -28,21 +29,13 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from rosa_lightning.commands import (
-    Setting,
-    export,
-    inspect,
-    read_checkpoint,
-    remembered_settings,
-    report,
-)
+from rosa_lightning.commands import NO_BASE, Setting, export, inspect, report
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.parser import TRACEBACK_VARIABLE, RoSAParser, one_line
 from rosa_lightning.predictions import PredictionWriter
-
-TRACEBACK_VARIABLE = "ROSA_TRACEBACK"
-"""Environment variable that, set to 1, shows the traceback of a user's error."""
+from rosa_lightning.remembered import remembered_settings
 
 DESCRIPTION = (
     "RoSA fine-tuning: RoAE adapters on the low-frequency RoPE dimensions of Q and K, trained in "
@@ -71,32 +64,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 """The keys of a training that mean something to such a command, or how they begin."""
-SUGGESTION = " Did you mean"
-
 _PACKAGE = Path(__file__).parent
-
-
-class RoSAParser(LightningArgumentParser):
-    """A parser whose errors are one line and name the nearest right key."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error in one line and exit with status 2.
-
-        Parsers of nested classes hand their error up instead, with what they know of their keys.
-        """
-        parser = getattr(ex, "subcommand_parser", None) or self
-        message = short_message(message)
-        unknown = unknown_key(message)
-        if unknown is not None and SUGGESTION not in message:
-            known = [action.dest for action in parser._actions]
-            near = difflib.get_close_matches(unknown, known, n=1)
-            message = f"{message.rstrip('.')}.{SUGGESTION} {near[0]}?" if near else message
-        if not self.exit_on_error:
-            raise ArgumentError(None, message) from ex
-        if os.environ.get(TRACEBACK_VARIABLE) == "1" and ex is not None:
-            traceback.print_exception(ex)
-        sys.stderr.write(f"error: {message}\n")
-        raise SystemExit(2)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -140,6 +108,7 @@ class RoSACLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Optimizer and schedule at the top level, given to the model."""
+        parser.set_defaults({"model.base": ""})  # `parse_arguments` asks for it
         parser.add_argument(
             "--validate_first",
             type=bool,
@@ -163,6 +132,26 @@ class RoSACLI(LightningCLI):
         )
         parser.link_arguments("optimizer", "model.optimizer")
         parser.link_arguments("lr_scheduler", "model.lr_scheduler")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with what a checkpoint or an adapter knows of its model as defaults.
+
+        Where they stand, on the command line or in a file, is known after parsing alone.
+        """
+        quiet = [arg for arg in self.given if not arg.startswith("--print_config")]
+        config = parser.parse_args(quiet)
+        command = config.subcommand
+        ckpt_path = config[command].get("ckpt_path")
+        if command not in TOOLS and ckpt_path is not None and found_by_trainer(ckpt_path):
+            ckpt_path = None
+        if SHOWN.get(command) != ():
+            known = remembered_settings(ckpt_path, config[command].model)
+            self._subcommand_parsers[command].set_defaults(known)
+        self.config = parser.parse_args(list(self.given))
+        if ckpt_path is not None:
+            self.config[command].model.adapter = None  # the checkpoint holds it
+        if command not in TOOLS and not self.config[command].model.base:
+            parser.error(NO_BASE)
 
     def before_fit(self) -> None:
         """Validate the base, if that was asked for and this run is not the rest of another."""
@@ -233,9 +222,6 @@ class RoSACLI(LightningCLI):
             )
             own = [*own, "all_models"]
         self._subcommand_method_arguments[name] = own
-        parser.set_defaults({"model.base": ""})
-        ckpt_path, adapter = (option(self.given, key) for key in ("ckpt_path", "model.adapter"))
-        parser.set_defaults(remembered_settings(ckpt_path, adapter))
         return parser
 
     def _set_seed(self) -> None:
@@ -260,18 +246,15 @@ class RoSACLI(LightningCLI):
         config = self.config_init[subcommand]
         options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
         setting = Setting(config["model"], config["data"], config["trainer"])
-        TOOLS[subcommand](setting, **options)
+        with termination():
+            TOOLS[subcommand](setting, **options)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as the user gave it, and see early that the file can be read.
+        """Leave the configuration as the user gave it.
 
-        Lightning would overwrite the configuration with the checkpoint's in silence; a checkpoint
-        that does not fit it is an error here.
+        Lightning would overwrite it with the checkpoint's in silence. Here a checkpoint's settings
+        are defaults, and one that does not fit what was given is an error.
         """
-        path = self.config[self.config["subcommand"]].get("ckpt_path")
-        if path is None or not Path(path).is_file():
-            return
-        read_checkpoint(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; what Lightning refuses is the user's to mend."""
@@ -302,8 +285,25 @@ def complete_strategy(trainer: Trainer) -> None:
             rank_zero_info(f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1.")
 
 
+@contextmanager
+def termination() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that nothing half-written stays behind."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 for a failure, 2 for a wrong command line."""
+    """Run a command and return its exit status.
+
+    0; 1 for a failure, 2 for a wrong command line, 130 for Ctrl-C.
+    """
     # Lightning still uses a name that torch 2.13 deprecates; no user can do anything about it.
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec\)` is deprecated")
     quiet_quantizers()
@@ -321,6 +321,9 @@ def main(args: Sequence[str] | None = None) -> int:
             given=sys.argv[1:] if args is None else args,
             args=None if args is None else list(args),
         )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 128 + signal.SIGINT
     except Exception as error:
         cause = user_error(error)
         if cause is None or os.environ.get(TRACEBACK_VARIABLE) == "1":
@@ -355,14 +358,10 @@ def wanted_commands(args: Sequence[str]) -> Collection[str]:
     return named if named or {"-h", "--help"} & set(args) else tuple(COMMANDS)
 
 
-def option(args: Sequence[str], key: str) -> str | None:
-    """The value of an option on a command line, as it stands there; None if it does not."""
-    for index, arg in enumerate(args):
-        if arg.startswith(f"--{key}="):
-            return arg.partition("=")[2]
-        if arg == f"--{key}" and index + 1 < len(args):
-            return args[index + 1]
-    return None
+def found_by_trainer(ckpt_path: str) -> bool:
+    """Whether a checkpoint is one that the trainer finds: "last", or a file elsewhere, say."""
+    words = ("best", "last", "hpc", "registry")
+    return (ckpt_path.startswith(words) and not Path(ckpt_path).exists()) or "://" in ckpt_path
 
 
 def user_error(error: BaseException) -> BaseException | None:
@@ -380,38 +379,3 @@ def user_error(error: BaseException) -> BaseException | None:
             return link
         link = link.__cause__ or link.__context__
     return error if isinstance(error, OSError | MisconfigurationException) else None
-
-
-def one_line(message: str) -> str:
-    """A message on one line, without runs of blanks."""
-    return re.sub(r"\s+", " ", message).strip()
-
-
-def short_message(message: str) -> str:
-    """The telling part of a parser's message, on one line.
-
-    For a class in a list (a callback, say) jsonargparse tells every type that it tried; the user
-    needs the reason why the class that was named does not fit.
-    """
-    message = one_line(message).replace("typing.", "")
-    # A command's own keys carry its name, which no user writes.
-    message = re.sub(rf"(are required: )({'|'.join(COMMANDS)})\.", r"\1--", message)
-    where = re.match(r'Parser key "([\w.]+)":', message)
-    reason = re.search(
-        r"(?:Problem with given class_path|expects a function or a callable class:) "
-        r"(.+?)(?= - [A-Z]|\.? Given value|\. Got value: Namespace|$)",
-        message,
-    )
-    return f"{where[1]}: {reason[1]}" if where and reason else message
-
-
-def unknown_key(message: str) -> str | None:
-    """The key that a parser's message calls unknown."""
-    for pattern in (
-        r"unrecognized arguments: --([\w.]+)",
-        r"does not accept option '([\w.]+)'",
-        r"Option '([\w.]+)' is not accepted",
-    ):
-        if match := re.search(pattern, message):
-            return match.group(1)
-    return None

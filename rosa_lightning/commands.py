@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,15 +19,13 @@ from rosa_lightning.activations import (
     rotated_norms,
     save_figure,
 )
-from rosa_lightning.adapter import adapter_base
 from rosa_lightning.base import enable_checkpointing, load_skeleton, load_tokenizer
-from rosa_lightning.checkpoint import CHECKPOINT_KEY
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.export import Format, export_adapter
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.remembered import read_checkpoint
 from rosa_lightning.report import write_report
-from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.summary import compare_memory, memory_table, summarize, summary_tables
 from rosa_lightning.sweep import sweep_models, sweep_tables
 
@@ -36,6 +34,10 @@ _AUTOCAST = {
     **dict.fromkeys(["16", "16-mixed"], torch.float16),
 }
 """What a trainer's precision computes in; the others cast nothing on the way."""
+NO_BASE = (
+    "no base is given. Set model.base to a hub id, a folder or tiny, or name what knows its base: "
+    "ckpt_path or model.adapter."
+)
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,7 @@ def report(
 
 def _check_base(module: RoSAModule) -> None:
     if not module.base:
-        raise ValueError(
-            "no base is given. Set model.base to a hub id, a folder or tiny, or name what knows "
-            "its base: ckpt_path or model.adapter."
-        )
+        raise ValueError(NO_BASE)
 
 
 def _check_picture(path: str) -> None:
@@ -187,13 +186,7 @@ def _check_picture(path: str) -> None:
 
 def _skeleton(module: RoSAModule) -> Any:
     """The adapted model without its weights."""
-    model = load_skeleton(
-        module.base,
-        revision=module.revision,
-        dtype=module.dtype_of_base,
-        attn_implementation=module.attn_implementation,
-        trust_remote_code=module.trust_remote_code,
-    )
+    model = load_skeleton(module.base, **module.loading)
     module.adapt(model)
     if module.gradient_checkpointing:
         enable_checkpointing(model)
@@ -232,47 +225,10 @@ def load_checkpoint(module: RoSAModule, ckpt_path: str) -> None:
         ValueError: It cannot be read, or is of another base or other settings.
     """
     checkpoint = read_checkpoint(ckpt_path)
+    if "state_dict" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path={ckpt_path} is a folder of shards. Make one file of it with "
+            "python -m lightning.pytorch.utilities.consolidate_checkpoint, and give that."
+        )
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-
-
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU, read without running code from it.
-
-    Raises:
-        ValueError: It is missing or damaged, holds more than plain values, or no adapter.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"ckpt_path={path} is no file. Give a checkpoint of RoSAModule.")
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch share no base class
-        raise ValueError(
-            f"{path} is no checkpoint that can be read safely ({type(error).__name__}). Give "
-            "one that RoSAModule has written."
-        ) from error
-    if not isinstance(content, dict) or not {CHECKPOINT_KEY, "state_dict"} <= content.keys():
-        raise ValueError(
-            f"{path} holds no RoSA adapter. Give a checkpoint that RoSAModule has written."
-        )
-    return content
-
-
-def remembered_settings(ckpt_path: str | None, adapter: str | None) -> dict[str, Any]:
-    """What a checkpoint, or else an adapter's folder, knows of its model, by configuration key.
-
-    Never ``model.trust_remote_code``: whether to run code is the user's to say.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
-    if ckpt_path is not None:
-        known = read_checkpoint(ckpt_path).get("hyper_parameters", {})
-        given = known.get("roae", {})
-        roae = {
-            f"model.roae.{f.name}": given[f.name] for f in fields(RoAEConfig) if f.name in given
-        }
-        names = ("base", "revision", "dtype", "quantization")
-        return {f"model.{name}": known[name] for name in names if name in known} | roae
-    base = adapter_base(Path(adapter)) if adapter is not None else None
-    return {} if base is None else {"model.base": base}

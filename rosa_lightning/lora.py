@@ -171,7 +171,7 @@ def from_lora(
     everything = RoAEConfig(low_freq_ratio=1.0, targets=get_args(Target))
     known, _ = possible_terms(model, everything, layers, trace)
     check_modules(model, modules, known)
-    own = _own_config(files)
+    own = own_config(files)
     is_own = own is not None and (config is None or replace(config, dropout=own.dropout) == own)
     config = config or own or narrowest_config(files, modules, layers, known)
     terms, _ = choose_terms(model, config, layers, trace)
@@ -190,7 +190,7 @@ def from_lora(
     return config, weights
 
 
-def _own_config(files: LoraFiles) -> RoAEConfig | None:
+def own_config(files: LoraFiles) -> RoAEConfig | None:
     """The settings that `to_lora` has put into the header, if it made the files."""
     text = files.metadata.get(_METADATA)
     if text is None:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 
 _DEFAULT_ROAE = RoAEConfig()
+"""This very object stands for settings that were not given; equal ones were."""
 
 
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -73,9 +74,9 @@ class RoSAModule(LightningModule):
 
     Args:
         base: The causal language model to adapt: hub id, local folder, or ``tiny`` for the
-            embedded demonstration model.
-        roae: What RoAE adds. With ``adapter``, leave it at its defaults or give what the adapter
-            was trained with.
+            embedded demonstration model. On the command line a checkpoint or adapter names it too.
+        roae: What RoAE adds. With ``adapter``, leave it out or give what the adapter was trained
+            with; another dropout will do.
         adapter: Folder of an adapter to go on from, or to evaluate: one that ``export`` has
             written, or a LoRA of PEFT that is zero wherever RoAE adds nothing.
         revision: Branch, tag or commit of the base on the hub.
@@ -156,6 +157,16 @@ class RoSAModule(LightningModule):
             )
         return self._tokenizer
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How to load the base; the options that `load_base` and `load_skeleton` share."""
+        return {
+            "revision": self.revision,
+            "dtype": self.dtype_of_base,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
     def setup(self, stage: str) -> None:
         """Refuse to write answers with a model in shards.
 
@@ -183,14 +194,7 @@ class RoSAModule(LightningModule):
         rank_zero_info(str(self.report))
 
     def _adapted_base(self) -> tuple[PreTrainedModel, BaseIdentity, RoAEReport]:
-        model = load_base(
-            self.base,
-            revision=self.revision,
-            dtype=self.dtype_of_base,
-            quantization=self.quantization,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-        )
+        model = load_base(self.base, quantization=self.quantization, **self.loading)
         identity = identify(model, self.base)
         report = self.adapt(model)
         if self.gradient_checkpointing:
@@ -201,7 +205,7 @@ class RoSAModule(LightningModule):
         """Add RoAE to a base as this module is told to: anew, or an adapter's."""
         if self.adapter is None:
             return inject_roae(model, self.roae)
-        given = None if self.roae == _DEFAULT_ROAE else self.roae
+        given = None if self.roae is _DEFAULT_ROAE else self.roae
         return load_adapter(model, self.adapter, given)
 
     def _remember_roae(self) -> None:

@@ -156,3 +156,12 @@ def test_a_skeleton_without_a_dtype_or_a_configuration_is_refused(tmp_path):
         load_skeleton(str(tmp_path))
     with pytest.raises(ValueError, match=r"configuration of base .* could not be loaded"):
         load_skeleton(str(tmp_path / "nothing"))
+
+
+def test_a_base_with_code_of_its_own_and_a_missing_folder_say_how_to_mend_it(tmp_path):
+    auto_map = {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": auto_map}))
+    with pytest.raises(ValueError, match=r"Set model\.trust_remote_code to true"):
+        load_base(str(tmp_path))
+    with pytest.raises(ValueError, match=r"/none' could not be loaded: there is no such folder\."):
+        load_base(str(tmp_path / "none"))

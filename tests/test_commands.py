@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +14,11 @@ import yaml
 from conftest import save_base
 
 from rosa_lightning.adapter import load_adapter
-from rosa_lightning.cli import main, option
+from rosa_lightning.cli import main
 from rosa_lightning.export import export_adapter
+from rosa_lightning.folder import new_folder
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.peft_files import read_lora, write_lora
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.surgery import roae_layers
 
@@ -193,11 +199,107 @@ def test_commands_of_our_own_stand_in_the_same_help(capsys):
     assert "--data" not in printed
 
 
-def test_an_option_is_found_however_it_is_written():
-    assert option(["export", "--a", "1", "--b=2"], "a") == "1"
-    assert option(["export", "--a", "1", "--b=2"], "b") == "2"
-    assert option(["--a"], "a") is None
-    assert option(["--ab", "1"], "a") is None
+@pytest.fixture(scope="module")
+def adapters(trained, tmp_path_factory) -> Path:
+    """Folders ``rosa`` and ``peft`` as exported, and ``foreign`` as if made by PEFT."""
+    folder = tmp_path_factory.mktemp("adapters")
+    module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
+    export_adapter(module.model, folder / "rosa", "rosa")
+    export_adapter(module.model, folder / "peft", "peft")
+    (folder / "foreign").mkdir()
+    files = read_lora(folder / "peft")
+    write_lora(replace(files, metadata={"format": "pt"}), folder / "foreign")
+    return folder
+
+
+ONE_STEP = ["--trainer.logger", "false", "--trainer.max_steps", "1"]
+
+
+def data_alone(trained: Path, **more) -> list[str]:
+    """The configuration of the run but for its model."""
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    kept = {"data": settings["data"], "trainer": settings["trainer"], **more}
+    Path("data.yaml").write_text(yaml.safe_dump(kept))
+    return ["--config", "data.yaml"]
+
+
+@pytest.mark.parametrize("name", ["rosa", "peft", "foreign"])
+def test_an_adapter_brings_its_base_and_settings_to_every_command(name, trained, adapters, capsys):
+    adapter = ["--model.adapter", str(adapters / name), "--model.roae.dropout", "0.1"]
+    config = data_alone(trained)
+    assert run(capsys, "validate", *config, *adapter, "--trainer.logger", "false")[0] == 0
+    status, printed, _ = run(capsys, "fit", *config, *adapter, "--print_config")
+    roae = yaml.safe_load(printed)["model"]["roae"]
+    assert status == 0
+    assert roae["rank"] == 4
+    assert roae["low_freq_ratio"] == 0.5
+    assert roae["dropout"] == 0.1
+    assert run(capsys, "fit", *config, *adapter, *ONE_STEP)[0] == 0
+
+
+def test_settings_that_an_adapter_was_not_trained_with_are_refused_defaults_too(
+    trained, adapters, capsys
+):
+    default = str(RoAEConfig().low_freq_ratio)
+    adapter = ["--model.adapter", str(adapters / "rosa"), "--model.roae.low_freq_ratio", default]
+    status, _, errors = run(capsys, "fit", *data_alone(trained), *adapter, *ONE_STEP)
+    assert status == 1
+    assert f"low_freq_ratio=0.5, and {default} is given" in errors[0]
+
+
+def test_a_run_begun_from_an_adapter_goes_on_without_its_folder(
+    trained, adapters, capsys, tmp_path
+):
+    shutil.copytree(adapters / "foreign", "mine")
+    logged = ["--trainer.logger.save_dir", "logs", "--trainer.logger.version", "a"]
+    config = data_alone(trained)
+    run(capsys, "fit", *config, "--model.adapter", "mine", *logged, "--trainer.max_steps", "1")
+    shutil.rmtree("mine")
+    (checkpoint,) = map(str, Path("logs/a/checkpoints").glob("*.ckpt"))
+    again = ["--config", "logs/a/config.yaml", "--ckpt_path", checkpoint]
+    more = ["--trainer.logger", "false", "--trainer.max_steps", "2"]
+    assert run(capsys, "fit", *again, *more)[0] == 0
+    exported = ["--format", "rosa", "--output", "out"]
+    assert run(capsys, "export", *again, *exported)[0] == 0
+
+
+def test_a_checkpoint_named_in_a_file_brings_its_base(trained, capsys):
+    config = data_alone(trained, ckpt_path=str(trained / "last.ckpt"))
+    assert run(capsys, "validate", *config, "--trainer.logger", "false")[0] == 0
+    Path("export.yaml").write_text(yaml.safe_dump({"ckpt_path": str(trained / "last.ckpt")}))
+    assert run(capsys, "export", "--config", "export.yaml", "--output", "out")[0] == 0
+
+
+def test_no_base_and_no_such_checkpoint_are_one_line_before_anything_is_loaded(trained, capsys):
+    cases = {
+        (): "no base is given. Set model.base",
+        ("--model.adapter", "."): "holds no adapter",
+        ("--ckpt_path", "none.ckpt"): "ckpt_path=none.ckpt is no file",
+        ("--ckpt", "none.ckpt"): "Did you mean ckpt_path?",
+    }
+    for arguments, message in cases.items():
+        status, _, errors = run(capsys, "fit", *data_alone(trained), *arguments)
+        assert status in (1, 2)
+        assert len(errors) == 1
+        assert message in errors[0]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_export_that_is_stopped_leaves_nothing_behind(
+    number, status, adapters, capsys, monkeypatch
+):
+    def slow(model, folder, *_, **__):
+        with new_folder(folder) as written:
+            (written / "half").write_text("...")
+            os.kill(os.getpid(), number)
+            signal.sigtimedwait([], 5)  # let the handler run
+
+    monkeypatch.setattr("rosa_lightning.commands.export_adapter", slow)
+    handler = signal.getsignal(signal.SIGTERM)
+    adapter = ["--model.adapter", str(adapters / "rosa")]
+    assert run(capsys, "export", *adapter, "--output", "deep/out")[0] == status
+    assert not list(Path().iterdir())
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_the_base_of_an_adapter_is_known_by_its_folder(trained, base_folder, capsys):

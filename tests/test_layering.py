@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 FLOORS = {
     "rope": 0,
     "rows": 0,
+    "parser": 0,
     "quantization": 0,
     "live": 0,
     "standin": 0,
@@ -59,6 +60,7 @@ FLOORS = {
     "summary": 3.5,
     "evaluate": 3,
     "export": 3.5,
+    "remembered": 3.5,
     "module": 4,
     "data": 4,
     "dls": 4,
