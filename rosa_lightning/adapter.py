@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rosa_lightning.base import base_name, identify
-from rosa_lightning.lora import from_lora, own_config
+from rosa_lightning.lora import METADATA, from_lora, own_config, to_lora
+from rosa_lightning.origin import Origin, origin_of
 from rosa_lightning.peft_files import CONFIG_FILE as LORA_CONFIG_FILE
-from rosa_lightning.peft_files import read_lora
+from rosa_lightning.peft_files import WEIGHTS_FILE as LORA_WEIGHTS_FILE
+from rosa_lightning.peft_files import LoraFiles, check_weights, read_lora, write_lora
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.surgery import (
     RoAEReport,
@@ -25,13 +27,15 @@ from rosa_lightning.surgery import (
     inject_roae,
     is_adapter_key,
     remove_roae,
-    roae_report,
 )
 
 CONFIG_FILE = "roae_config.json"
 WEIGHTS_FILE = "roae_adapter.safetensors"
 _FORMAT = 1
 """Raised when older code could no longer read what is written."""
+
+_ORIGIN = "roae_origin"
+"""Entry of a LoRA's header, beside its settings, that holds what it was trained on, as JSON."""
 
 
 def write_adapter(model: nn.Module, folder: Path) -> None:
@@ -41,41 +45,32 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
         ValueError: The model carries no RoAE.
         OSError, SafetensorError: The disk is full, or refuses.
     """
-    report = roae_report(model)
+    origin = origin_of(model).to_dict()
     state = model.state_dict()
     weights = {key: state[key].cpu().contiguous() for key in state if is_adapter_key(key)}
     config = {
         "format": _FORMAT,
         "package": f"rosa-lightning {version('rosa-lightning')}",
-        "base": identify(model, base_name(model)).to_dict(),
-        "roae": asdict(report.config),
-        **_geometry(report),
+        **origin,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
     save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
 
 
-def _geometry(report: RoAEReport) -> dict[str, Any]:
-    """The pair tables, each once, and which of them every term uses."""
-    tables = list(dict.fromkeys(term.table for term in report.projections))
-    terms = [
-        {
-            "name": term.name,
-            "target": term.target,
-            "projection": term.projection,
-            "norm": term.norm,
-            "table": tables.index(term.table),
-            "low_pairs": list(term.low_pairs),
-        }
-        for term in report.projections
-    ]
-    plain: dict[str, Any] = json.loads(
-        json.dumps({"tables": [asdict(table) for table in tables], "terms": terms})
-    )
-    return plain
+def write_as_lora(model: nn.Module, folder: Path) -> None:
+    """Write the adapter of a model as a LoRA, which remembers its base, into a folder that exists.
+
+    Raises:
+        ValueError: The model carries no RoAE, or terms that no LoRA can hold.
+        OSError, SafetensorError: The disk is full, or refuses.
+    """
+    files = to_lora(model)
+    origin = origin_of(model).to_dict()
+    del origin["roae"]  # stands in the header already
+    write_lora(replace(files, metadata={**files.metadata, _ORIGIN: json.dumps(origin)}), folder)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Origin:
     """The configuration file of an adapter's folder.
 
     Raises:
@@ -85,17 +80,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
         written_by, number = config["package"], config["format"]
-        asked = {name: config[name] for name in ("base", "roae", "tables", "terms")}
+        origin = Origin.from_dict(config) if number == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}). Export the adapter again."
         ) from error
-    if number != _FORMAT:
+    if origin is None:
         raise ValueError(
             f"{path} is of format {number} (written by {written_by}), and this release reads "
             f"format {_FORMAT}. Install the release that wrote it."
         )
-    return asked
+    return origin
+
+
+def _origin_of_lora(folder: Path, files: LoraFiles) -> Origin | None:
+    """What a LoRA was trained on, if `write_as_lora` made the files."""
+    if _ORIGIN not in files.metadata:
+        return None
+    try:
+        plain = json.loads(files.metadata[_ORIGIN])
+        return Origin.from_dict({**plain, "roae": json.loads(files.metadata[METADATA])})
+    except (ValueError, KeyError, TypeError) as error:
+        path = folder / LORA_WEIGHTS_FILE
+        raise ValueError(
+            f"{_ORIGIN} in the header of {path} cannot be read ({error}). Export the adapter again."
+        ) from error
 
 
 def load_adapter(
@@ -103,13 +112,16 @@ def load_adapter(
 ) -> RoAEReport:
     """Put an adapter on a fresh base, in place.
 
+    Warns where a LoRA from elsewhere names another base; whether the weights are others, only our
+    own files can tell.
+
     Args:
         model: The base that it was trained on; another dtype will do.
         folder: Written by `export_adapter` in the format ``rosa`` or ``peft``, or a LoRA of PEFT
             whose B is zero wherever RoAE adds nothing.
-        config: For a LoRA from elsewhere: the settings to hold it against; those that hold it with
-            the fewest dimensions if not given. Other adapters know theirs; given, they must agree
-            but for the dropout.
+        config: For a LoRA: the settings to hold it against; if not given, its own, or for one from
+            elsewhere those that hold it with the fewest dimensions. A ``rosa`` folder knows its
+            settings; given, they must agree but for the dropout.
 
     Returns:
         What was added.
@@ -119,15 +131,28 @@ def load_adapter(
             model is left as it was.
     """
     folder = Path(folder)
-    if (folder / CONFIG_FILE).exists():
-        stored, weights = read_config(folder), load_tensors(folder / WEIGHTS_FILE)
-        settings = agree(RoAEConfig(**stored["roae"]), config)
-        identify(model, base_name(model)).check(stored["base"], what="adapter")
-        return put_adapter(model, settings, weights, stored)
-    if (folder / LORA_CONFIG_FILE).exists():
-        settings, weights = from_lora(model, read_lora(folder), config)
-        return put_adapter(model, settings, weights)
-    raise ValueError(_no_adapter(folder))
+    check_plain_model(model, "load_adapter")
+    if _is_lora(folder):
+        files = read_lora(folder)
+        origin = _origin_of_lora(folder, files)
+        if origin is None:
+            _warn_of_another_base(model, files)
+        else:
+            origin.check_base(model)
+        return put_adapter(model, *from_lora(model, files, config), origin)
+    origin, weights = read_config(folder), load_tensors(folder / WEIGHTS_FILE)
+    settings = agree(origin.config, config)
+    origin.check_base(model)
+    return put_adapter(model, settings, weights, origin)
+
+
+def check_plain_model(model: nn.Module, function: str) -> None:
+    """Refuse a LightningModule, whose weights go by other names than those of its model."""
+    if isinstance(model, LightningModule):
+        raise ValueError(
+            f"{function} takes the model that a {type(model).__name__} holds, not the "
+            f"{type(model).__name__} itself. Pass module.model, after module.configure_model()."
+        )
 
 
 def adapter_settings(folder: Path) -> tuple[str | None, str | None, RoAEConfig | None]:
@@ -139,22 +164,43 @@ def adapter_settings(folder: Path) -> tuple[str | None, str | None, RoAEConfig |
     Raises:
         ValueError: It holds no adapter, or a damaged one.
     """
+    files = read_lora(folder) if _is_lora(folder) else None
+    origin = _origin_of_lora(folder, files) if files else read_config(folder)
+    if origin is not None:
+        # Says ``tiny`` where PEFT's configuration names a folder, of another machine maybe.
+        return origin.base["base"], origin.base["revision"], origin.config
+    assert files is not None
+    name, revision = (files.config.get(key) for key in ("base_model_name_or_path", "revision"))
+    return name or None, revision, own_config(files)
+
+
+def _is_lora(folder: Path) -> bool:
+    """Whether a folder holds an adapter as PEFT has it, and not one as ``rosa`` has it.
+
+    Raises:
+        ValueError: It holds neither.
+    """
     if (folder / CONFIG_FILE).exists():
-        stored = read_config(folder)
-        base = stored["base"]
-        return base["base"], base["revision"], RoAEConfig(**stored["roae"])
+        return False
     if (folder / LORA_CONFIG_FILE).exists():
-        files = read_lora(folder)
-        name, revision = (files.config.get(k) for k in ("base_model_name_or_path", "revision"))
-        return name or None, revision, own_config(files)
-    raise ValueError(_no_adapter(folder))
-
-
-def _no_adapter(folder: Path) -> str:
-    return (
-        f"{folder} holds no adapter: neither {CONFIG_FILE} nor {LORA_CONFIG_FILE} is there. Give a "
-        "folder that export has written, or a LoRA of PEFT."
+        return True
+    found = f"neither {CONFIG_FILE} nor {LORA_CONFIG_FILE} is there"
+    raise ValueError(
+        f"{folder} holds no adapter: {found if folder.is_dir() else 'there is no such folder'}. "
+        f"Give a folder on this machine that export has written ({CONFIG_FILE} and {WEIGHTS_FILE}) "
+        f"or a LoRA of PEFT ({LORA_CONFIG_FILE} and {LORA_WEIGHTS_FILE})."
     )
+
+
+def _warn_of_another_base(model: nn.Module, files: LoraFiles) -> None:
+    """Say that a LoRA names another base; the name may be another one for the same weights."""
+    given = files.config.get("base_model_name_or_path")
+    ours = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if given and ours and given != ours:
+        rank_zero_warn(
+            f"The LoRA names {given} as its base, and the base given is {ours}. Its weights are "
+            "not compared: make sure that they are the same."
+        )
 
 
 def agree(trained: RoAEConfig, given: RoAEConfig | None) -> RoAEConfig:
@@ -179,7 +225,7 @@ def put_adapter(
     model: nn.Module,
     config: RoAEConfig,
     weights: Mapping[str, Tensor],
-    geometry: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
 ) -> RoAEReport:
     """Add RoAE to a base and give it weights; all of it, or the model stays as it was.
 
@@ -187,7 +233,7 @@ def put_adapter(
         model: A base without RoAE.
         config: What to add.
         weights: By the keys of the adapted model's state dict.
-        geometry: The tables and terms it was trained with, if they are known.
+        origin: What they were trained on, if that is known.
 
     Raises:
         ValueError: The weights do not fit, or the base rotates its heads in another way.
@@ -196,8 +242,8 @@ def put_adapter(
     report = inject_roae(model, config)
     try:
         check_adapter_keys(model, weights)
-        if geometry is not None:
-            _check_geometry(model, _geometry(report), geometry)
+        if origin is not None:
+            origin.check_rotation(model)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for key, value in weights.items():
@@ -210,32 +256,22 @@ def put_adapter(
     return report
 
 
-def _check_geometry(model: nn.Module, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Refuse a base with the same weights and another rotation, scaled for longer text say."""
-    for own, other in zip(ours["terms"], theirs["terms"], strict=True):
-        table, trained = ours["tables"][own["table"]], theirs["tables"][other["table"]]
-        close = len(table["inv_freq"]) == len(trained["inv_freq"]) and torch.allclose(
-            torch.tensor(table["inv_freq"]), torch.tensor(trained["inv_freq"]), rtol=1e-3, atol=1e-9
-        )
-        same = {**own, "table": 0} == {**other, "table": 0} and table["pairs"] == trained["pairs"]
-        if not (close and same):
-            raise ValueError(
-                f"the adapter was trained where {other['name']} rotates other dimensions, or at "
-                f"other frequencies, than in this {type(model).__name__}. Give the base that it "
-                "was trained on, with the same rope settings in its config.json."
-            )
-
-
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, on the CPU.
+    """Read the weights of an adapter from a safetensors file, on the CPU.
 
     Raises:
-        ValueError: It is missing or damaged.
+        ValueError: It is missing or damaged, or a tensor holds something else than finite
+            floating-point numbers.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}). Give a folder with all files of the adapter, or "
             "export it again."
         ) from error
+    try:
+        check_weights(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return tensors

@@ -236,10 +236,12 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
     setting: str = "model.base",
+    for_training: bool = True,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base; arguments and errors as `load_base`.
 
-    ``setting`` is the configuration key that an error names.
+    ``setting`` is the configuration key that an error names. ``for_training`` makes sure of a
+    padding token; else the tokenizer is as the base has it.
     """
     from transformers import AutoTokenizer
 
@@ -247,7 +249,7 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    if tokenizer.pad_token_id is None:
+    if for_training and tokenizer.pad_token_id is None:
         # Padding is masked everywhere, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -284,7 +286,9 @@ def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
         *(OSError, ValueError, ImportError, KeyError, RuntimeError),
         StrictDataclassError,  # of a configuration whose values make no sense
     ) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Mostly the rest is advice, but after a colon the reason goes on.
+        reason = " ".join(lines if lines and lines[0].endswith(":") else lines[:1])
         mend = (
             f"Set {setting} to a folder with a causal language model, to a hub id that can be "
             "reached, or to tiny."

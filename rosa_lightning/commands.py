@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,7 @@ from rosa_lightning.activations import (
 from rosa_lightning.base import enable_checkpointing, load_skeleton, load_tokenizer
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
-from rosa_lightning.export import Format, export_adapter
+from rosa_lightning.export import Format, check_options, export_adapter
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.remembered import read_checkpoint
 from rosa_lightning.report import write_report
@@ -56,7 +56,7 @@ def export(
     output: str,
     ckpt_path: str | None = None,
     format: Format = "peft",
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     dequantize: bool = False,
 ) -> None:
     """Write a trained adapter into a new folder, for PEFT and servers, merged, or as it is.
@@ -68,10 +68,11 @@ def export(
             Not needed with ``model.adapter``.
         format: peft: a LoRA for PEFT, vLLM or llama.cpp. merged: the base with the adapter folded
             in, a model like any other. rosa: for model.adapter and load_adapter.
-        max_shard_size: Largest weights file of a merged model.
+        max_shard_size: Largest weights file of a merged model; 5GB by default.
         dequantize: Merge into a quantised base by making a plain model of it.
     """
     module = setting.module
+    check_options(format, max_shard_size=max_shard_size, dequantize=dequantize)
     _check_base(module)
     if ckpt_path is None and module.adapter is None:
         raise ValueError("no adapter is given. Set ckpt_path to a checkpoint, or model.adapter.")
@@ -80,11 +81,7 @@ def export(
     module.configure_model()
     if ckpt_path is not None:
         load_checkpoint(module, ckpt_path)
-    tokenizer = None
-    if format == "merged":
-        tokenizer = load_tokenizer(
-            module.base, revision=module.revision, trust_remote_code=module.trust_remote_code
-        )
+    tokenizer, note = _own_tokenizer(setting) if format == "merged" else (None, ())
     model = cast(Any, module.model).eval()
     report = export_adapter(
         model,
@@ -94,7 +91,27 @@ def export(
         max_shard_size=max_shard_size,
         dequantize=dequantize,
     )
-    sys.stdout.write(f"{report}\n")
+    sys.stdout.write(f"{replace(report, notes=(*report.notes, *note))}\n")
+
+
+def _own_tokenizer(setting: Setting) -> tuple[Any, tuple[str, ...]]:
+    """The tokenizer to save beside a merged model, as its owner made it, or why there is none."""
+    module, given = setting.module, setting.data.tokenizer
+    if isinstance(given, str):
+        return load_tokenizer(given, setting="data.tokenizer", for_training=False), ()
+    if given is not None:
+        return given, ()
+    try:
+        own = load_tokenizer(
+            module.base,
+            revision=module.revision,
+            trust_remote_code=module.trust_remote_code,
+            setting="data.tokenizer",
+            for_training=False,
+        )
+    except ValueError as error:
+        return None, (f"without a tokenizer: {error}",)
+    return own, ()
 
 
 def inspect(

@@ -20,18 +20,21 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         ValueError: The path exists already.
         OSError: It cannot be written to, or the disk is full.
     """
-    target = Path(path).absolute()
-    if target.exists() or target.is_symlink():
+    # Resolved, so that nothing is made for the sake of `a/../b`.
+    target = Path(path).resolve()
+    if target.exists() or Path(path).is_symlink():
         raise ValueError(f"{path} exists already. Give a folder that does not, or remove it first.")
     made = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    written = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield written
         _open_to_others(written)
         written.rename(target)
     except BaseException:
-        shutil.rmtree(written, ignore_errors=True)
+        if written is not None:
+            shutil.rmtree(written, ignore_errors=True)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,17 @@ from rosa_lightning.peft_files import (
 from rosa_lightning.plan import Term, choose_terms, possible_terms
 from rosa_lightning.probe import read_geometry
 from rosa_lightning.roae import RoAEConfig, RoAELinear, Target
-from rosa_lightning.surgery import ProjectionReport, roae_layers, roae_report
+from rosa_lightning.surgery import ProjectionReport, RoAEReport, roae_layers, roae_report
 
-_METADATA = "roae"
+METADATA = "roae"
 """Entry of the weights' header that holds the RoAE settings, as JSON."""
+
+_STACKED_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+"""What each routed expert's projections were called where `transformers` now stacks them; PEFT
+moves LoRA on any module of these names to the stacks, in models of these kinds."""
 
 
 @torch.no_grad()
@@ -48,8 +56,8 @@ def to_lora(model: nn.Module) -> LoraFiles:
             terms that PEFT would put elsewhere.
     """
     report = roae_report(model)
-    for projection in report.projections:
-        _check_exportable(model, projection)
+    _check_no_norm(report)
+    _check_names(model, dict.fromkeys(term.projection for term in report.projections))
     terms: dict[str, list[tuple[ProjectionReport, RoAELinear]]] = {}
     layers = dict(roae_layers(model))
     for projection in report.projections:
@@ -69,29 +77,53 @@ def to_lora(model: nn.Module) -> LoraFiles:
     # Layers inside a wrapped projection count too, which can only make names longer than needed.
     targets = target_modules(set(terms), (path for path, _ in model.named_modules()))
     config = _peft_config(model, report.config, most, targets)
-    metadata = {"format": "pt", _METADATA: json.dumps(asdict(report.config))}
+    metadata = {"format": "pt", METADATA: json.dumps(asdict(report.config))}
     return LoraFiles(config, tensors, metadata)
 
 
-def _check_exportable(model: nn.Module, projection: ProjectionReport) -> None:
-    """Refuse a term that is no LoRA, or not to PEFT."""
-    if projection.norm:
-        raise ValueError(
-            f"placement=state adds the term after {projection.norm}, and LoRA stands before any "
-            "norm. Train with model.roae.placement=projection to export as PEFT."
-        )
-    # PEFT keeps adapters of older versions of transformers working, where these names were those
-    # of routed experts, and moves LoRA on them there, whatever else of these names the model has.
-    from transformers import conversion_mapping
+def _check_no_norm(report: RoAEReport) -> None:
+    for term in report.projections:
+        if term.norm:
+            raise ValueError(
+                f"placement=state adds the term after {term.norm}, and LoRA stands before any "
+                "norm. Train with model.roae.placement=projection to export as PEFT."
+            )
 
-    kinds: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    name = projection.projection.rpartition(".")[2]
-    if kinds.get(kind) == "qwen2_moe" and name in ("gate_proj", "up_proj", "down_proj"):
+
+def _check_names(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse projections that PEFT would take for others when it loads the LoRA.
+
+    For the sake of LoRA from before version 5 of `transformers`, which renamed and stacked modules,
+    PEFT puts LoRA where the weights of that name would be loaded to, whatever module of that name
+    the model has today (`peft.utils.transformers_weight_conversion`).
+    """
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = cast(Any, conversion_mapping)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if mapping.get_checkpoint_conversion_mapping(kind) is None:
+        return
+    renamings = [
+        step
+        for step in mapping.get_model_conversion_mapping(model)
+        if isinstance(step, WeightRenaming)
+    ]
+    # PEFT reads this private table. Without it, suspect every model with a mapping.
+    stacked = getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {kind: "qwen2_moe"}).get(kind)
+    for path in paths:
+        key = f"{path}.lora_A.weight"
+        renamed, _ = rename_source_key(key, renamings, [])
+        name = path.rpartition(".")[2]
+        if stacked in _STACKED_EXPERTS and name in _STACKED_EXPERTS[stacked]:
+            what = f"takes LoRA on {name} of {type(model).__name__} for LoRA on its routed experts"
+        elif not key.endswith(renamed):  # PEFT undoes the loss of a prefix
+            what = f"renames {path} of {type(model).__name__} when it loads LoRA"
+        else:
+            continue
         raise ValueError(
-            f"PEFT takes LoRA on {name} of {type(model).__name__} for LoRA on its routed experts, "
-            f"and this is on {projection.projection}. Take gate, up and down out of "
-            "model.roae.targets to export as PEFT."
+            f"PEFT {what}, and this is on {path}. Take its target out of model.roae.targets to "
+            "export as PEFT, or export with format merged or rosa."
         )
 
 
@@ -113,11 +145,15 @@ def _peft_config(
 ) -> dict[str, Any]:
     """What `peft.LoraConfig` needs, without the options that only some of its versions know."""
     base = getattr(model, "config", None)
+    # As the base was loaded, which is what lets PEFT load it by itself. For a folder, the embedded
+    # `tiny` among them, that holds on this machine alone; elsewhere, pass PEFT the base, as servers
+    # do. A shorter name would be taken for a hub id, and so for somebody else's model.
+    name = getattr(base, "_name_or_path", None) or None
     alpha = config.alpha * most
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "base_model_name_or_path": name,
         "revision": getattr(base, "_commit_hash", None),
         "inference_mode": True,
         "r": config.rank * most,
@@ -192,7 +228,7 @@ def from_lora(
 
 def own_config(files: LoraFiles) -> RoAEConfig | None:
     """The settings that `to_lora` has put into the header, if it made the files."""
-    text = files.metadata.get(_METADATA)
+    text = files.metadata.get(METADATA)
     if text is None:
         return None
     try:

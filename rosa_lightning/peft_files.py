@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,16 @@ _NO_PLAIN_LORA = (
     *("kasa_config", "monteclora_config"),
 )
 """Options that make the adapted model another function than that of plain LoRA."""
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+}
+"""What the options that are read must be, unless they are null."""
 
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of ``init_lora_weights`` that change the base's own weights."""
@@ -99,9 +110,10 @@ def lora_modules(files: LoraFiles) -> dict[str, LoraModule]:
     """The LoRA of each module, by the module's dotted path in the base.
 
     Raises:
-        ValueError: A tensor is no factor of a LoRA, lacks its other half, or has not the rank that
-            the configuration says.
+        ValueError: A tensor is no factor of a LoRA, lacks its other half, has not the rank that
+            the configuration says, or holds something else than finite floating-point numbers.
     """
+    check_weights(files.tensors)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in files.tensors.items():
         match = _KEY.fullmatch(key)
@@ -116,20 +128,36 @@ def lora_modules(files: LoraFiles) -> dict[str, LoraModule]:
     return {path: _module(path, both, files.config) for path, both in factors.items()}
 
 
+def check_weights(tensors: Mapping[str, Tensor]) -> None:
+    """Check that an adapter's weights are finite floating-point numbers, in float32 too.
+
+    Raises:
+        ValueError: Names the first tensor that holds anything else.
+    """
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{key} has dtype {tensor.dtype}, and weights are floating-point.")
+        if not tensor.float().isfinite().all():
+            raise ValueError(
+                f"{key} holds values that are not finite in float32 (NaN or infinity), from which "
+                "no training recovers. Give an adapter from before they appeared."
+            )
+
+
 def _module(path: str, factors: dict[str, Tensor], config: dict[str, Any]) -> LoraModule:
     for part in "AB":
         if part not in factors:
             raise ValueError(f"{path} has no lora_{part}.weight.")
-        if factors[part].ndim != 2 or not factors[part].is_floating_point():
+        if factors[part].ndim != 2:
             raise ValueError(
-                f"lora_{part}.weight of {path} is no matrix of floating-point numbers, but has "
-                f"shape {tuple(factors[part].shape)} and dtype {factors[part].dtype}."
+                f"lora_{part}.weight of {path} is no matrix, but has shape "
+                f"{tuple(factors[part].shape)}."
             )
     rank = pattern_value(config.get("rank_pattern"), path, config.get("r", 8))
     alpha = pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
     for name, value in (("r", rank), ("lora_alpha", alpha)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and value > 0 and math.isfinite(value)):
+        if not (number and 0 < value <= sys.float_info.max):
             raise ValueError(f"{CONFIG_FILE} gives {path} {name}={value!r}, not a number above 0.")
     A, B = factors["A"], factors["B"]
     if not A.shape[0] == B.shape[1] == rank:
@@ -165,6 +193,13 @@ def _check_options(folder: Path, config: dict[str, Any]) -> None:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGE_THE_BASE):
         options["init_lora_weights"] = init
+    for name, types in _TYPES.items():
+        value = config.get(name)
+        if value is not None and type(value) not in types:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} sets {name} to {value!r}, which is no "
+                f"{' or '.join(kind.__name__ for kind in types)}. Set it as PEFT writes it."
+            )
     for name, value in options.items():
         raise ValueError(
             f"{folder} is no plain LoRA: {CONFIG_FILE} sets {name} to {value!r}, which RoAE "

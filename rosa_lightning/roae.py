@@ -6,8 +6,10 @@ Axes: B batch, T tokens, D input width, R rank, H heads, L low-frequency dimensi
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -42,30 +44,36 @@ class RoAEConfig:
 
     def __post_init__(self) -> None:
         """Check each value; lists from a configuration file become tuples."""
-        object.__setattr__(self, "targets", tuple(self.targets))
+        given: Any = self.targets
+        if isinstance(given, list):
+            object.__setattr__(self, "targets", tuple(given))
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(
                 f"rank={self.rank!r} is not a whole number of at least 1. Set model.roae.rank; "
                 "16 is the default."
             )
-        if not 0 < self.low_freq_ratio <= 1:
+        if not (_is_number(self.low_freq_ratio) and 0 < self.low_freq_ratio <= 1):
             raise ValueError(
-                f"low_freq_ratio={self.low_freq_ratio} is outside (0, 1]. Set "
+                f"low_freq_ratio={self.low_freq_ratio!r} is outside (0, 1]. Set "
                 "model.roae.low_freq_ratio; 0.25 keeps the slowest quarter of the RoPE pairs."
             )
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+        if not (_is_number(self.alpha) and self.alpha > 0):
             raise ValueError(
-                f"alpha={self.alpha} is not above 0. Set model.roae.alpha; twice the rank is usual."
+                f"alpha={self.alpha!r} is not above 0. Set model.roae.alpha; twice the rank is "
+                "usual."
             )
-        if not 0 <= self.dropout < 1:
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(
-                f"dropout={self.dropout} is outside [0, 1). Set model.roae.dropout; 0 turns it off."
+                f"dropout={self.dropout!r} is outside [0, 1). Set model.roae.dropout; 0 turns it "
+                "off."
             )
-        unknown = [target for target in self.targets if target not in get_args(Target)]
-        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
+        given = self.targets if isinstance(given, list | tuple) else ()
+        unknown = [target for target in given if target not in get_args(Target)]
+        if unknown or not given or len(set(given)) != len(given):
             raise ValueError(
-                f"targets={list(self.targets)} must name each of {', '.join(get_args(Target))} at "
-                "most once, and at least one of them. Set model.roae.targets; [q, k] is usual."
+                f"targets={list(given) or self.targets!r} must name each of "
+                f"{', '.join(get_args(Target))} at most once, and at least one of them. Set "
+                "model.roae.targets; [q, k] is usual."
             )
         if self.placement not in get_args(Placement):
             raise ValueError(
@@ -77,6 +85,12 @@ class RoAEConfig:
     def scale(self) -> float:
         """The factor alpha / rank."""
         return self.alpha / self.rank
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and bool(abs(value) <= sys.float_info.max)
 
 
 class RoAELinear(nn.Module):

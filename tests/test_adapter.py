@@ -1,15 +1,28 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from conftest import FAMILIES, build
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from rosa_lightning.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from rosa_lightning.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_settings,
+    load_adapter,
+)
+from rosa_lightning.base import load_base
 from rosa_lightning.export import export_adapter
+from rosa_lightning.module import RoSAModule
+from rosa_lightning.peft_files import WEIGHTS_FILE as LORA_WEIGHTS_FILE
+from rosa_lightning.peft_files import read_lora
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.surgery import inject_roae, roae_layers
 
@@ -140,8 +153,118 @@ def test_a_damaged_folder_is_refused_in_one_line_and_the_model_left_as_it_was(da
     assert unchanged(base, before)
 
 
-def test_another_base_is_refused_by_what_differs(tmp_path):
+def _replace(*path_and_value):
+    """A change of one entry of a configuration."""
+    *path, last, value = path_and_value
+
+    def change(config):
+        holder = config
+        for key in path:
+            holder = holder[key]
+        holder[last] = value
+        return config
+
+    return change
+
+
+SHAPES = {
+    "no object": lambda config: [config],
+    "base is empty": _replace("base", {}),
+    "base is text": _replace("base", "llama"),
+    "samples are a list": _replace("base", "samples", [0.5]),
+    "samples are text": _replace("base", "samples", {"lm_head.weight": ["a", "b"]}),
+    "no tables": _replace("tables", []),
+    "tables are null": _replace("tables", None),
+    "a table before the first": _replace("terms", 0, "table", -1),
+    "a frequency no float can hold": _replace("tables", 0, "inv_freq", [10**400]),
+    "a frequency is null": _replace("tables", 0, "inv_freq", [None]),
+    "a pair of three": _replace("tables", 0, "pairs", [[0, 1, 2]]),
+    "fewer terms": lambda config: {**config, "terms": config["terms"][:-1]},
+    "more terms": lambda config: {**config, "terms": config["terms"] + config["terms"][:1]},
+    "a term without fields": _replace("terms", 0, {}),
+    "terms are numbers": _replace("terms", [1, 2]),
+    "roae is null": _replace("roae", None),
+    "an unknown setting": _replace("roae", "width", 3),
+    "alpha is null": _replace("roae", "alpha", None),
+    "targets are null": _replace("roae", "targets", None),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_configuration_of_another_shape_is_refused_in_one_line(name, tmp_path):
     export_adapter(trained(), tmp_path / "out", "rosa")
+    path = tmp_path / "out" / CONFIG_FILE
+    path.write_text(json.dumps(SHAPES[name](json.loads(path.read_text()))))
+    base = fresh()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"cannot be read|lists \d+ terms") as caught:
+        load_adapter(base, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert "Export the adapter again" in str(caught.value)
+    assert unchanged(base, before)
+
+
+def test_whole_numbers_do_for_frequencies(tmp_path):
+    even = {"rope_type": "default", "rope_theta": 1.0}  # every pair turns by one radian a token
+    inject_roae(model := fresh(rope_parameters=even), CONFIG)
+    export_adapter(model, tmp_path / "out", "rosa")
+    path = tmp_path / "out" / CONFIG_FILE
+    config = json.loads(path.read_text())
+    config["tables"][0]["inv_freq"] = [round(f) for f in config["tables"][0]["inv_freq"]]
+    path.write_text(json.dumps(config))
+    load_adapter(fresh(rope_parameters=even), tmp_path / "out")
+
+
+BAD_WEIGHTS = {
+    "has dtype torch.int32": lambda weight: weight.int(),
+    "has dtype torch.bool": lambda weight: weight > 0,
+    r"not finite in float32 \(NaN or infinity\)": lambda weight: weight.fill_(float("nan")),
+    "holds values that are not finite": lambda weight: weight.fill_(float("inf")),
+}
+
+
+@pytest.mark.parametrize("message", BAD_WEIGHTS)
+@pytest.mark.parametrize("format", ["rosa", "peft"])
+def test_weights_that_are_no_finite_floats_are_named(format, message, tmp_path):
+    export_adapter(trained(), tmp_path / "out", format)
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        weights, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    broken = sorted(weights)[3]
+    save_file({**weights, broken: BAD_WEIGHTS[message](weights[broken])}, path, header)
+    base = fresh()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=rf"{re.escape(broken)} .*{message}") as caught:
+        load_adapter(base, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert unchanged(base, before)
+
+
+def test_a_lightning_module_is_told_to_pass_its_model(tmp_path):
+    module = RoSAModule("tiny").eval()
+    for function, arguments in ((load_adapter, ()), (export_adapter, ("rosa",))):
+        with pytest.raises(ValueError, match=r"not the RoSAModule itself\. Pass module\.model"):
+            function(module, tmp_path / "out", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_knows_its_base(tmp_path):
+    model = load_base("tiny")
+    inject_roae(model, RoAEConfig(rank=2))
+    for format in ("rosa", "peft"):
+        export_adapter(model, tmp_path / format, format)
+        assert adapter_settings(tmp_path / format) == ("tiny", None, RoAEConfig(rank=2))
+    for folder, reason in ((tmp_path, "neither"), (tmp_path / "gone", "there is no such folder")):
+        with pytest.raises(ValueError, match=rf"holds no adapter: {reason}.*roae_config\.json"):
+            adapter_settings(folder)
+
+
+FORMATS = pytest.mark.parametrize("format", ["rosa", "peft"])
+
+
+@FORMATS
+def test_another_base_is_refused_by_what_differs(format, tmp_path):
+    export_adapter(trained(), tmp_path / "out", format)
     torch.manual_seed(1)
     other = build("llama")
     before = snapshot(other)
@@ -150,13 +273,55 @@ def test_another_base_is_refused_by_what_differs(tmp_path):
     assert unchanged(other, before)
 
 
-def test_the_same_weights_under_another_rotation_are_refused(tmp_path):
-    export_adapter(trained(), tmp_path / "out", "rosa")
+@pytest.mark.parametrize(
+    ("format", "config"),
+    [("rosa", None), ("peft", None), ("peft", replace(CONFIG, rank=5, low_freq_ratio=1.0))],
+)
+def test_the_same_weights_under_another_rotation_are_refused(format, config, tmp_path):
+    export_adapter(trained(), tmp_path / "out", format)
     stretched = fresh(rope_parameters={**LINEAR, "factor": 4.0})
     before = snapshot(stretched)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj rotates other dimensions"):
-        load_adapter(stretched, tmp_path / "out")
+        load_adapter(stretched, tmp_path / "out", config)
     assert unchanged(stretched, before)
+    load_adapter(fresh(), tmp_path / "out", config)
+
+
+def test_a_header_that_was_damaged_is_refused(tmp_path):
+    export_adapter(trained(), tmp_path / "out", "peft")
+    files = read_lora(tmp_path / "out")
+    for text in ("{", "[]", '{"base": {}, "tables": [], "terms": []}'):
+        header = {**files.metadata, "roae_origin": text}
+        save_file(files.tensors, tmp_path / "out" / LORA_WEIGHTS_FILE, header)
+        with pytest.raises(ValueError, match=r"roae_origin in the header of .* cannot be read"):
+            load_adapter(fresh(), tmp_path / "out")
+
+
+def test_peft_loads_a_folder_that_remembers_its_base_and_the_base_by_its_name(tmp_path, ids_BT):
+    model = load_base("tiny")
+    inject_roae(model, RoAEConfig(rank=2))
+    for _, layer in roae_layers(model):
+        nn.init.normal_(layer.roae_B, std=0.2)
+    export_adapter(model, tmp_path / "out", "peft")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(theirs(ids_BT).logits, model(ids_BT).logits, atol=1e-5, rtol=0)
+
+
+def test_a_lora_from_elsewhere_warns_of_the_name_of_another_base(tmp_path):
+    model = trained()
+    model.config._name_or_path = "someone/llama"
+    export_adapter(model, tmp_path / "out", "peft")
+    files = read_lora(tmp_path / "out")
+    save_file(files.tensors, tmp_path / "out" / LORA_WEIGHTS_FILE)  # as PEFT saves it
+    base = fresh()
+    base.config._name_or_path = "someone/llama"
+    load_adapter(base, tmp_path / "out")
+    base = fresh()
+    base.config._name_or_path = "another/llama"
+    with pytest.warns(UserWarning, match="names someone/llama .* given is another/llama") as caught:
+        load_adapter(base, tmp_path / "out")
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
 
 
 def test_a_model_that_carries_roae_already_is_refused_and_keeps_it(tmp_path, ids_BT):

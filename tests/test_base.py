@@ -65,6 +65,14 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_pa
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).pad_token == "<eos>"
+    assert load_tokenizer(str(tmp_path), for_training=False).pad_token is None
+
+
+def test_a_reason_of_several_lines_is_told_to_its_end(tmp_path):
+    build("llama").save_pretrained(tmp_path)  # and no tokenizer
+    with pytest.raises(ValueError, match=r"from one of: \(1\) a .* \(3\) .* Set model") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("load", [load_base, load_skeleton])

@@ -14,13 +14,14 @@ import yaml
 from conftest import save_base
 
 from rosa_lightning.adapter import load_adapter
+from rosa_lightning.base import load_base
 from rosa_lightning.cli import main
 from rosa_lightning.export import export_adapter
 from rosa_lightning.folder import new_folder
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.peft_files import read_lora, write_lora
 from rosa_lightning.roae import RoAEConfig
-from rosa_lightning.surgery import roae_layers
+from rosa_lightning.surgery import inject_roae, roae_layers
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,36 @@ def test_a_checkpoint_alone_is_enough_to_merge(trained, expected, capsys):
     ids_BT, logits = expected
     torch.testing.assert_close(merged(ids_BT).logits, logits, atol=1e-5, rtol=1e-5)
     assert transformers.AutoTokenizer.from_pretrained("out/merged").eos_token == "<eos>"
+
+
+def test_a_merged_model_has_its_base_s_own_tokenizer(base_folder, tmp_path, capsys):
+    shutil.copytree(base_folder, "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("base")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained("base")
+    inject_roae(model := load_base("base"), RoAEConfig(rank=2))
+    export_adapter(model, "adapter", "rosa")
+    merge = ["--model.adapter", "adapter", "--format", "merged"]
+    assert run(capsys, "export", *merge, "--output", "out")[0] == 0
+    files = [path.name for path in Path("base").glob("*token*")]
+    assert len(files) >= 2
+    for name in files:
+        assert Path("out", name).read_bytes() == Path("base", name).read_bytes()
+
+    # One that training was told to take instead.
+    Path("config.yaml").write_text(f"data: {{tokenizer: {base_folder}}}")
+    given = ["--config", "config.yaml", "--output", "given"]
+    assert run(capsys, "export", *merge, *given)[0] == 0
+    assert transformers.AutoTokenizer.from_pretrained("given").pad_token == "<pad>"
+
+    for name in files:
+        Path("base", name).unlink()
+    status, printed, _ = run(capsys, "export", *merge, "--output", "bare")
+    assert status == 0
+    assert "; without a tokenizer: the tokenizer of base 'base' could not be loaded" in printed
+    assert len(printed.splitlines()) == 1
+    assert not list(Path("bare").glob("*token*"))
+    transformers.AutoModelForCausalLM.from_pretrained("bare")
 
 
 @pytest.mark.parametrize("format", ["rosa", "peft"])
@@ -165,6 +196,15 @@ def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
         ("--output", "o"): "no base is given. Set model.base",
         ("--output", "o", "--model.base", "tiny"): "no adapter is given. Set ckpt_path",
         ("--output", "o", "--model.adapter", "there", "--model.base", "tiny"): "holds no adapter",
+        (
+            "--output",
+            "o",
+            "--max_shard_size",
+            "5GB",
+        ): "max_shard_size is an option of format merged",
+        ("--output", "o", "--dequantize", "true"): "dequantize is an option of format merged",
+        ("--output", "o", "--format", "merged", "--max_shard_size", "5XB"): "is no size of a file",
+        ("--output", "o", "--model.adapter", "gone"): "there is no such folder. Give a folder",
         ("--output", "o", "--model.bse", "tiny"): "Did you mean model.base?",
     }
     for arguments, message in cases.items():

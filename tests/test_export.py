@@ -14,6 +14,7 @@ from torch import nn
 
 from rosa_lightning.export import export_adapter
 from rosa_lightning.roae import RoAEConfig
+from rosa_lightning.small import build_small
 from rosa_lightning.surgery import inject_roae, roae_layers
 
 
@@ -94,7 +95,7 @@ def test_tied_heads_stay_tied(tmp_path):
 
 def test_large_models_are_written_in_shards(tmp_path, ids_BT):
     model = adapted()
-    export_adapter(model, tmp_path / "out", "merged", max_shard_size="100KB")
+    export_adapter(model, tmp_path / "out", "merged", max_shard_size="0.1 mb")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     torch.testing.assert_close(
@@ -147,7 +148,51 @@ def test_wrong_arguments_are_named(tmp_path):
         export_adapter(adapted(), tmp_path / "out", "gguf")
     with pytest.raises(ValueError, match="exists already"):
         export_adapter(adapted(), tmp_path)
+    for size in ("5XB", "5", "0GB", "0.0GB", "1.2.3GB", "-1GB", "GB", 5):
+        with pytest.raises(ValueError, match="is no size of a file") as caught:
+            export_adapter(adapted(), tmp_path / "out", "merged", max_shard_size=size)
+        assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["peft", "rosa"])
+@pytest.mark.parametrize("name", ["max_shard_size", "dequantize", "tokenizer"])
+def test_options_of_another_format_are_refused(name, format, tmp_path):
+    option = {"max_shard_size": "5GB", "dequantize": True, "tokenizer": byte_tokenizer()}[name]
+    message = f"{name} is an option of format merged, and format is {format}"
+    with pytest.raises(ValueError, match=message):
+        export_adapter(adapted(), tmp_path / "out", format, **{name: option})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["Emu3Config", "MllamaConfig"])
+def test_what_loads_a_merged_folder_is_said_where_the_auto_class_does_not(name, tmp_path):
+    model = build_small(name)
+    inject_roae(model, RoAEConfig(rank=2))
+    for _, layer in roae_layers(model):
+        nn.init.normal_(layer.roae_B, std=0.2)
+    report = export_adapter(model, tmp_path / "out", "merged")
+    with pytest.raises(ValueError, match="Unrecognized configuration"):
+        plain(tmp_path / "out")
+    own = type(model).__name__
+    assert f"AutoModelForCausalLM does not load it, transformers.{own}.from_pretrained" in str(
+        report
+    )
+    ids_BT = torch.arange(3, 12)[None]
+    merged = getattr(transformers, own).from_pretrained(tmp_path / "out").eval()
+    logits = merged(input_ids=ids_BT, use_cache=False).logits
+    expected = model(input_ids=ids_BT, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert export_adapter(adapted(), tmp_path / "llama", "merged").notes == ()
+
+
+def test_a_folder_that_cannot_be_made_is_said_with_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OSError, match=r"file/out cannot be written: .*Make room, or give"
+    ) as caught:
+        export_adapter(adapted(), tmp_path / "file" / "out")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("format", ["peft", "rosa", "merged"])
@@ -156,7 +201,7 @@ def test_a_full_disk_leaves_nothing_behind(format, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match=r"(?i)file too large|cannot be written") as caught:
+        with pytest.raises(OSError, match=r"out cannot be written: .*Make room, or") as caught:
             export_adapter(model, tmp_path / "out", format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -24,9 +24,24 @@ def test_nothing_stays_after_an_error_but_what_was_there(tmp_path):
     assert list(tmp_path.rglob("*")) == [kept]
 
 
+def test_a_way_through_a_folder_that_is_not_there_makes_none(tmp_path):
+    with new_folder(tmp_path / "a" / ".." / "b"):
+        pass
+    assert os.listdir(tmp_path) == ["b"]
+    with pytest.raises(ValueError, match="exists already"), new_folder(tmp_path / "a" / ".." / "b"):
+        pass
+
+
+def test_nothing_stays_when_there_is_no_room_for_the_folder_itself(tmp_path):
+    with pytest.raises(OSError, match="name too long"), new_folder(tmp_path / "made" / ("n" * 254)):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_path_that_exists_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file"):
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "dangling"):
         with pytest.raises(ValueError, match="exists already"), new_folder(path):
             pass
 

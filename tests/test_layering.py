@@ -49,6 +49,7 @@ FLOORS = {
     "charts": 2,
     "lora_fit": 2.4,
     "lora": 2.5,
+    "origin": 2.6,
     "base": 2.5,
     "norms": 2.5,
     "adapter": 3,

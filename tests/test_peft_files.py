@@ -86,6 +86,28 @@ def test_what_is_no_plain_lora_is_refused_by_its_option(folder, name):
     assert str(folder) in str(error.value)
 
 
+TYPES = {
+    "rank_pattern": [["q_proj", 4]],
+    "alpha_pattern": "q_proj",
+    "lora_dropout": "x",
+    "use_rslora": "false",
+    "base_model_name_or_path": {"name": "llama"},
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_an_option_of_another_type_is_named(folder, name):
+    write(folder, {name: TYPES[name]})
+    with pytest.raises(ValueError, match=rf"adapter_config\.json sets {name} to") as error:
+        read_lora(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_options_that_are_null_are_as_if_left_out(folder):
+    write(folder, dict.fromkeys([*TYPES, "target_modules", "revision"]))
+    assert lora_modules(read_lora(folder))[PATH].scale == 2.0
+
+
 DAMAGES = {
     "no folder": (lambda f: f.rename(f.with_name("gone")), "holds no adapter_config.json"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
@@ -146,11 +168,23 @@ WRONG = {
     ),
     "bare name": ({f"{PATH}.lora_A.weight": TENSORS[A]}, {}, "is neither"),
     "convolution": ({A: torch.ones(4, 8, 1, 1), B: TENSORS[B]}, {}, r"shape \(4, 8, 1, 1\)"),
-    "integers": ({A: TENSORS[A].int(), B: TENSORS[B]}, {}, r"dtype torch.int32"),
+    "integers": ({A: TENSORS[A].int(), B: TENSORS[B]}, {}, r"lora_A.weight has dtype torch.int32"),
+    "truths": ({A: TENSORS[A], B: TENSORS[B] > 0}, {}, r"lora_B.weight has dtype torch.bool"),
+    "no number": (
+        {A: TENSORS[A], B: TENSORS[B].index_fill(0, torch.tensor(3), float("nan"))},
+        {},
+        "lora_B.weight holds values that are not finite",
+    ),
+    "too large": (
+        {A: TENSORS[A].double() * 1e300, B: TENSORS[B]},
+        {},
+        "lora_A.weight holds values that are not finite in float32",
+    ),
     "ranks": ({A: torch.ones(3, 8), B: TENSORS[B]}, {}, "rank 3 in lora_A.weight, 4 in"),
     "r": (TENSORS, {"r": 8}, "4 in lora_B.weight and 8 in adapter_config.json"),
     "r is text": (TENSORS, {"r": "4"}, "r='4', not a number above 0"),
     "alpha is 0": (TENSORS, {"lora_alpha": 0}, "lora_alpha=0, not a number above 0"),
+    "alpha is too large": (TENSORS, {"lora_alpha": 10**400}, "lora_alpha=1000*, not a number"),
     "pattern": (TENSORS, {"rank_pattern": {"(": 4}}, "no regular expression"),
 }
 

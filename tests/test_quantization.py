@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -34,7 +35,7 @@ from rosa_lightning.adapter import load_adapter
 from rosa_lightning.base import enable_checkpointing, identify, load_base
 from rosa_lightning.cli import main, quiet_quantizers
 from rosa_lightning.export import export_adapter
-from rosa_lightning.quantization import quantization_config, ready_four_bit_layers
+from rosa_lightning.quantization import is_quantized, quantization_config, ready_four_bit_layers
 from rosa_lightning.roae import RoAELinear
 from rosa_lightning.schedule import WarmupCosine
 from rosa_lightning.surgery import is_adapter_key, remove_roae, roae_layers
@@ -658,7 +659,7 @@ def test_a_quantised_base_leaves_merged_when_told_to_dequantise(tmp_path, ids):
     inject_roae(model, CONFIG)
     randomise(model)
     expected = model(ids).logits
-    with pytest.raises(ValueError, match="the base is quantised"):
+    with pytest.raises(ValueError, match=r"the base is quantised.* --dequantize true"):
         export_adapter(model, tmp_path / "refused", "merged")
     assert not (tmp_path / "refused").exists()
     export_adapter(model, tmp_path / "out", "merged", dequantize=True)
@@ -672,3 +673,23 @@ def test_a_quantised_base_leaves_merged_when_told_to_dequantise(tmp_path, ids):
         other = load_base(str(tmp_path / "base"), quantization="int8").eval()
         load_adapter(other, tmp_path / format)
         assert torch.equal(other(ids).logits, expected)
+
+
+@needs_torchao
+def test_a_base_that_was_saved_quantised_leaves_merged(tmp_path, ids):
+    load_base(str(save_base(tmp_path / "base")), quantization="int8").save_pretrained(
+        tmp_path / "int8"
+    )
+    model = load_base(str(tmp_path / "int8")).eval()
+    assert any(is_quantized(module) for module in model.modules())
+    inject_roae(model, CONFIG)
+    randomise(model)
+    expected = model(ids).logits
+    for _ in range(2):  # the model is as it was, so it goes again
+        export_adapter(model, tmp_path / "out", "merged", dequantize=True)
+        assert torch.equal(model(ids).logits, expected)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert getattr(plain.config, "quantization_config", None) is None
+        assert not any(is_quantized(module) for module in plain.modules())
+        assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        shutil.rmtree(tmp_path / "out")
