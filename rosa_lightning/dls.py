@@ -1,8 +1,8 @@
 """Dynamic Layer Selection: every few optimizer steps, choose which layers train.
 
-The callback keeps time, freezes and thaws parameters and keeps the state; `selection.py` makes
-the decision. It knows nothing of language models or adapters: it selects among whatever trains
-inside the repeated layers of a LightningModule.
+The callback freezes and thaws parameters and scores layers; `selector.py` decides and remembers.
+It knows nothing of language models or adapters: it selects among whatever trains inside the
+repeated layers of a LightningModule.
 """
 
 import math
@@ -13,24 +13,28 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from rosa_lightning.gradients import fill_optimizer_state, global_gradients
+from rosa_lightning.gradients import global_gradients, num_elements
+from rosa_lightning.layers import Layer, find_layers
+from rosa_lightning.length import planned_steps
+from rosa_lightning.moments import (
+    Moments,
+    check_moments,
+    fill_optimizer_state,
+    free_moments,
+    reset_moments,
+)
 from rosa_lightning.preconditions import (
     check_checkpointing,
     check_optimizers,
     check_strategy,
     check_wrapped,
 )
-from rosa_lightning.selection import (
-    Layer,
-    Policy,
-    find_layers,
-    layer_scores,
-    resolve_indices,
-    resolve_num_active,
-    select_layers,
-)
+from rosa_lightning.rules import SelectionRules
+from rosa_lightning.scores import Normalization, layer_scores
+from rosa_lightning.selection import Policy
+from rosa_lightning.selector import Selector
 
 
 class DynamicLayerSelection(Callback):
@@ -60,18 +64,12 @@ class DynamicLayerSelection(Callback):
     _warned: bool = False
     # A checkpoint's state, until training starts.
     _pending: dict[str, Any] | None = None
-    # What the arguments mean for this model.
+    # Of the last fit.
     _names: tuple[str, ...] = ()
     _positions: tuple[int, ...] = ()
-    _count: int = 0
-    _always: tuple[int, ...] = ()
-    _fixed: tuple[int, ...] = ()
-    # What a checkpoint keeps.
-    _active: tuple[int, ...]
-    _scores: tuple[float, ...] | None
-    _num_selections: int
-    _counts: list[int]
-    _generator: torch.Generator
+    _num_blocks: int = 0
+    _selector: Selector | None = None
+    _steps: int = 0
 
     def __init__(
         self,
@@ -80,7 +78,13 @@ class DynamicLayerSelection(Callback):
         interval: int = 100,
         policy: Policy = "top_k",
         temperature: float = 1.0,
+        score_share: float = 0.5,
+        score_smoothing: float = 0.0,
+        score_normalization: Normalization = "none",
+        backward_budget: float = 1.0,
+        moments: Moments = "reset",
         warmup_steps: int = 0,
+        final_steps_all: int = 0,
         layers: str | None = None,
         norms: str | None = None,
         trainable: str | None = None,
@@ -94,9 +98,24 @@ class DynamicLayerSelection(Callback):
             num_active: Layers that train at a time: a count, or a fraction in (0, 1] of all.
             interval: Optimizer steps from one selection to the next.
             policy: top_k takes the highest scores; sample draws without replacement in proportion
-                to score**(1/temperature); random, all and fixed are controls that ignore scores.
+                to score**(1/temperature); threshold takes the fewest layers that hold score_share
+                of the total score; random, all and fixed are controls that ignore scores.
             temperature: For sample: below 1 nearer to top_k, above 1 nearer to random.
+            score_share: For threshold, which does not read num_active: a share in (0, 1].
+            score_smoothing: Weight of earlier selections in a score, in [0, 1): a moving average
+                with its bias corrected. 0 takes each score as it is.
+            score_normalization: Divides a layer's score by the square root of the number of its
+                norm weights (sqrt_size), by the mean of its scores so far (running_mean), or by
+                nothing (none).
+            backward_budget: Mean share of a full backward pass that a step of the run may cost, in
+                (0, 1]; a step costs the layers from the top to the lowest active one, and all in
+                a step that scores. Below 1, scores add up while a layer waits: intervals that
+                train low layers alternate with intervals that save for them.
+            moments: What becomes of an optimizer's moments of a frozen layer: keep leaves them as
+                they are; reset zeroes them when the layer trains again; free gives their memory
+                back until then (one device and DDP).
             warmup_steps: Optimizer steps at the start in which all layers train.
+            final_steps_all: Optimizer steps at the end of the run in which all layers train.
             layers: Dotted path of the ModuleList of layers; by default the only outermost one.
             norms: Pattern such as "*layernorm" on module names inside a layer, several separated
                 by commas: the norms that score it. By default its direct children.
@@ -108,30 +127,53 @@ class DynamicLayerSelection(Callback):
             seed: Seed of the callback's own random generator, for sample and random.
         """
         super().__init__()
-        resolve_num_active(num_active)
-        _check_arguments(interval, policy, temperature, warmup_steps, fixed_layers)
-        self.num_active = num_active
-        self.interval = interval
-        self.policy = policy
-        self.temperature = temperature
-        self.warmup_steps = warmup_steps
+        self.rules = SelectionRules(
+            num_active=num_active,
+            interval=interval,
+            policy=policy,
+            temperature=temperature,
+            score_share=score_share,
+            score_smoothing=score_smoothing,
+            score_normalization=score_normalization,
+            backward_budget=backward_budget,
+            warmup_steps=warmup_steps,
+            final_steps_all=final_steps_all,
+            always_active=tuple(always_active or ()),
+            fixed_layers=tuple(fixed_layers or ()),
+            seed=seed,
+        )
+        if moments not in get_args(Moments):
+            known = ", ".join(get_args(Moments))
+            raise ValueError(f"moments={moments!r} is unknown. Set one of {known}.")
+        self.moments = moments
         self.layers = layers
         self.norms = norms
         self.trainable = trainable
-        self.always_active = list(always_active or [])
-        self.fixed_layers = list(fixed_layers or [])
-        self.seed = seed
-        self._start_afresh()
 
     @property
     def active(self) -> tuple[int, ...]:
         """Positions of the layers that train; all candidates until the first selection."""
-        return tuple(self._positions[index] for index in self._active)
+        if self._selector is None:
+            return self._positions
+        return tuple(self._positions[index] for index in self._selector.active)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Positions, in the list of blocks, of the layers selected among; empty before a fit."""
+        return self._positions
+
+    @property
+    def num_blocks(self) -> int:
+        """Length of the list of blocks, those with nothing to train included; 0 before a fit."""
+        return self._num_blocks
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """Each candidate layer's score at the last selection; None before the first."""
-        return self._scores
+        """Each candidate layer's score at the last selection; None before the first.
+
+        As measured: before smoothing and normalization.
+        """
+        return None if self._selector is None else self._selector.scores
 
     @property
     def num_layers(self) -> int:
@@ -141,17 +183,25 @@ class DynamicLayerSelection(Callback):
     @property
     def num_selections(self) -> int:
         """Selections made so far in this run."""
-        return self._num_selections
+        return 0 if self._selector is None else self._selector.num_selections
 
     @property
     def selection_counts(self) -> tuple[int, ...]:
         """How often each layer was selected so far in this run."""
-        return tuple(self._counts)
+        return (0,) * self.num_layers if self._selector is None else tuple(self._selector.counts)
+
+    @property
+    def backward_share(self) -> float:
+        """Mean share of a full backward pass that a step has cost so far in this run.
+
+        Counted in layers that the backward passes through.
+        """
+        return 1.0 if self._selector is None else self._selector.backward_share(self._steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is not supported, before anything is built."""
         if stage == "fit":
-            check_strategy(trainer.strategy)
+            check_strategy(trainer.strategy, frees_state=self.moments == "free")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and remember what trains."""
@@ -165,7 +215,7 @@ class DynamicLayerSelection(Callback):
         self._layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
         self._names = tuple(layer.name for layer in self._layers)
         self._positions = tuple(layer.index for layer in self._layers)
-        self._resolve_arguments()
+        self._num_blocks = self._layers[0].index + self._layers[0].num_above + 1
         norms = [norm for layer in self._layers for norm in layer.norms]
         self._probes = [norm for norm in norms if not norm.requires_grad]
         touched = {*norms, *(p for layer in self._layers for p in layer.candidates.values())}
@@ -177,21 +227,33 @@ class DynamicLayerSelection(Callback):
         state, self._pending = self._pending, None
         candidates = {n: p for layer in self._layers for n, p in layer.candidates.items()}
         check_optimizers(trainer.optimizers, candidates)
+        check_moments(self.moments, trainer.optimizers, list(candidates.values()))
         if isinstance(trainer.strategy, ModelParallelStrategy):
             for optimizer in trainer.optimizers:
                 fill_optimizer_state(optimizer)
-        self._start_afresh()
         # Without a path the state was loaded for another purpose, a validation before this fit.
-        if state is not None and trainer.ckpt_path is not None:
-            self._resume(state)
-        self._freeze_inactive()
+        state = state if trainer.ckpt_path is not None else None
+        first_step = trainer.global_step if state is None else state["first_step"]
+        total = planned_steps(trainer) if self.rules.needs_length else math.inf
+        sizes = num_elements([layer.norms for layer in self._layers], *_wrapped(trainer))
+        self._selector = self.rules.selector(self._layers, sizes, total, first_step)
+        self._scoring = self._warned = False
+        self._steps = trainer.global_step
+        if state is not None:
+            self._resume(self._selector, state)
+        self._freeze_inactive(self._selector)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """In a scoring step, let all layers and their norms take gradients."""
+        selector, step = self._running(), trainer.global_step
         opens_window = batch_idx % trainer.accumulate_grad_batches == 0
-        if self._is_due(trainer.global_step) and (opens_window or not self._scoring):
+        previous = selector.active
+        if selector.activate_all(step):
+            self._apply(selector, previous, trainer)
+            self._log(selector, trainer)
+        if selector.is_due(step) and (opens_window or not self._scoring):
             self._scoring = True
             for layer in self._layers:
                 # Norms outside the optimizer are zeroed by nobody else.
@@ -215,6 +277,12 @@ class DynamicLayerSelection(Callback):
         if self._scoring:
             self._select(trainer)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember how far the run has come."""
+        self._steps = trainer.global_step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as found."""
         self._restore()
@@ -233,71 +301,61 @@ class DynamicLayerSelection(Callback):
         """All that a resumed run needs to select as if it had never stopped."""
         if self._pending is not None:
             return self._pending
-        if not self._names:
+        if self._selector is None:
             return {}
-        return {
-            "layers": list(self._names),
-            "active": list(self._active),
-            "scores": None if self._scores is None else list(self._scores),
-            "num_selections": self._num_selections,
-            "selection_counts": list(self._counts),
-            "generator": self._generator.get_state(),
-        }
+        return {"layers": list(self._names), **self._selector.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
         self._pending = dict(state_dict)
 
-    def _is_due(self, step: int) -> bool:
-        past = step - self.warmup_steps
-        # Without any selection yet (a fit that starts late, a first score that was not finite)
-        # the next step scores, whatever the interval.
-        return past >= 0 and (past % self.interval == 0 or self._num_selections == 0)
+    def _running(self) -> Selector:
+        assert self._selector is not None, "training goes on"
+        return self._selector
 
     def _select(self, trainer: Trainer) -> None:
         """The one place of a decision: all ranks score the same batch and take rank 0's choice."""
         self._scoring = False
-        norms = [layer.norms for layer in self._layers]
-        model, device = trainer.strategy.model, trainer.strategy.root_device
-        assert model is not None, "training goes on"
-        gradients = global_gradients(norms, model, device)
+        selector, step, before = self._running(), trainer.global_step, self.num_selections
+        gradients = global_gradients([layer.norms for layer in self._layers], *_wrapped(trainer))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scores = layer_scores(gradients, 1.0 if scaler is None else scaler.get_scale())
         reached = any(gradient is not None for layer in gradients for gradient in layer)
-        chosen = self._choose(scores) if reached and bool(scores.isfinite().all()) else None
+        previous = selector.active
+        if reached and bool(scores.isfinite().all()):
+            selector.select(scores, step)
+        else:
+            selector.keep(step)
         # Ranks with other layers would wait for each other forever.
-        chosen = trainer.strategy.broadcast(chosen)
-        if chosen is not None:
-            self._active, self._scores = chosen
-            self._num_selections += 1
-            for index in self._active:
-                self._counts[index] += 1
-            self._log(trainer)
+        selector.load_state_dict(trainer.strategy.broadcast(selector.state_dict()))
+        if selector.num_selections > before:
+            self._log(selector, trainer)
         elif not self._warned:
             self._warned = True
             problem = "are not finite" if reached else "are missing: no norm weight got a gradient"
             rank_zero_warn(
-                f"Layer scores at step {trainer.global_step} {problem}; the active layers stay as "
-                "they were. This is said once."
+                f"Layer scores at step {step} {problem}; the active layers stay as they were. "
+                "This is said once."
             )
-        self._freeze_inactive()
+        self._apply(selector, previous, trainer)
 
-    def _choose(self, scores: Tensor) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        active = select_layers(
-            self.policy,
-            scores,
-            self._count,
-            generator=self._generator,
-            temperature=self.temperature,
-            always_active=self._always,
-            fixed_layers=self._fixed,
-        )
-        return active, tuple(scores.tolist())
+    def _apply(self, selector: Selector, previous: Sequence[int], trainer: Trainer) -> None:
+        """Freeze and thaw, and treat what optimizers remember of layers that were frozen."""
+        optimizers = trainer.optimizers
+        every = [p for layer in self._layers for p in layer.candidates.values()]
+        check_moments(self.moments, optimizers, every)
+        for index, layer in enumerate(self._layers):
+            parameters = list(layer.candidates.values())
+            if self.moments == "free" and index not in selector.active:
+                free_moments(optimizers, parameters)
+            if self.moments == "reset" and index in set(selector.active) - set(previous):
+                reset_moments(optimizers, parameters)
+        self._freeze_inactive(selector)
 
-    def _freeze_inactive(self) -> None:
+    def _freeze_inactive(self, selector: Selector) -> None:
         _freeze(self._probes)
         for index, layer in enumerate(self._layers):
-            if index in self._active:
+            if index in selector.active:
                 _require_grad(layer.candidates.values(), True)
             else:
                 _freeze(layer.candidates.values())
@@ -310,16 +368,7 @@ class DynamicLayerSelection(Callback):
         self._layers, self._found, self._probes = (), (), ()
         self._scoring = False
 
-    def _start_afresh(self) -> None:
-        self._scoring = False
-        self._warned = False
-        self._active = tuple(range(self.num_layers))
-        self._scores = None
-        self._num_selections = 0
-        self._counts = [0] * self.num_layers
-        self._generator = torch.Generator().manual_seed(self.seed)
-
-    def _resume(self, state: dict[str, Any]) -> None:
+    def _resume(self, selector: Selector, state: dict[str, Any]) -> None:
         if list(state["layers"]) != list(self._names):
             saved, own = state["layers"], self._names
             raise ValueError(
@@ -327,30 +376,17 @@ class DynamicLayerSelection(Callback):
                 f"this model has {len(own)}, {own[0]} to {own[-1]}. Resume with the model and "
                 "layers= that wrote it."
             )
-        self._active = tuple(state["active"])
-        self._scores = None if state["scores"] is None else tuple(state["scores"])
-        self._num_selections = state["num_selections"]
-        self._counts = list(state["selection_counts"])
-        self._generator.set_state(state["generator"].cpu())
+        selector.load_state_dict(state)
 
-    def _resolve_arguments(self) -> None:
-        self._count = resolve_num_active(self.num_active, self.num_layers)
-        self._always = resolve_indices("always_active", self.always_active, self._positions)
-        self._fixed = resolve_indices("fixed_layers", self.fixed_layers, self._positions)
-        if len(self._always) > self._count and self.policy not in ("all", "fixed"):
-            raise ValueError(
-                f"always_active={self.always_active} holds more layers than num_active="
-                f"{self.num_active} lets train ({self._count}). Raise num_active or shorten it."
-            )
-
-    def _log(self, trainer: Trainer) -> None:
+    def _log(self, selector: Selector, trainer: Trainer) -> None:
         # Through the loggers: self.log would keep only every log_every_n_steps-th step.
         width = max(2, len(str(self._positions[-1])))
         metrics: dict[str, float] = {
             "dls/lowest_active": min(self.active),
             "dls/num_active": len(self.active),
+            "dls/backward_share": selector.backward_share(trainer.global_step + 1),
         }
-        for position, score in zip(self._positions, self._scores or (), strict=True):
+        for position, score in zip(self._positions, self.scores or (), strict=True):
             metrics[f"dls/score/{position:0{width}d}"] = score
             metrics[f"dls/active/{position:0{width}d}"] = float(position in self.active)
         for logger in trainer.loggers:
@@ -373,23 +409,8 @@ def _drop_grad(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _check_arguments(
-    interval: int,
-    policy: str,
-    temperature: float,
-    warmup_steps: int,
-    fixed_layers: list[int] | None,
-) -> None:
-    if interval < 1:
-        raise ValueError(f"interval={interval} is below 1. Set the optimizer steps to wait.")
-    if policy not in get_args(Policy):
-        raise ValueError(f"policy={policy!r} is unknown. Set one of {', '.join(get_args(Policy))}.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature} is not above 0. Set 1 for shares by score.")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps} is below 0. Set 0 to select at once.")
-    if (policy == "fixed") != bool(fixed_layers):
-        raise ValueError(
-            f"policy={policy!r} with fixed_layers={fixed_layers}: policy 'fixed' needs "
-            "fixed_layers, and only it reads them. Set both or neither."
-        )
+def _wrapped(trainer: Trainer) -> tuple[nn.Module, torch.device]:
+    """The model as the strategy wrapped it, and where ranks can exchange tensors."""
+    model = trainer.strategy.model
+    assert model is not None, "training goes on"
+    return model, trainer.strategy.root_device

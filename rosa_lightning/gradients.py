@@ -1,18 +1,16 @@
-"""Gradients of the global batch, and state for their optimizer, under every way of sharding.
+"""Gradients of the global batch, under every way of sharding.
 
 Pure torch. A gradient can be a plain tensor (one process, DDP), a `DTensor` (FSDP2), or this
 rank's flat piece of it (FSDP1, which shows None where a rank holds no piece).
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 Gradients = list[list[Tensor | None]]
 
@@ -79,40 +77,17 @@ def _means(
     return [mean if count else None for mean, count in zip(means, holders, strict=True)]
 
 
-def fill_optimizer_state(optimizer: Optimizer) -> None:
-    """Give every parameter the state that its first step would make, before any step.
+def num_elements(
+    groups: Sequence[Sequence[nn.Parameter]], model: nn.Module, device: torch.device
+) -> list[int]:
+    """How many numbers each group of parameters has in all, whatever part of them is here.
 
-    FSDP2 loads optimizer state for all parameters or fails, and a layer that was never active has
-    none. Exact for optimizers whose moments start at zero: SGD, RMSprop, Adam and its kin.
+    Every rank must call this. The arguments are those of `global_gradients`.
     """
-    groups = optimizer.param_groups
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    fresh = [p for p in parameters if not optimizer.state.get(p) and p.numel() > 0]
-    held = [parameter.grad for parameter in parameters]
-    settings: list[dict[str, Any]] = [
-        {key: group[key] for key in ("lr", "weight_decay") if key in group} for group in groups
-    ]
-    for parameter in parameters:
-        parameter.grad = None
-    for parameter in fresh:
-        parameter.grad = torch.zeros_like(parameter)
-    for group, setting in zip(groups, settings, strict=True):
-        # Zero in the setting's own type: the rate of a capturable optimizer is a tensor.
-        group.update({key: value * 0 for key, value in setting.items()})
-    optimizer.step()
-    for group, setting in zip(groups, settings, strict=True):
-        group.update(setting)
-    for parameter, gradient in zip(parameters, held, strict=True):
-        parameter.grad = gradient
-    _back_to_step_zero(optimizer, fresh)
-
-
-def _back_to_step_zero(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        if isinstance(state.get("step"), Tensor):
-            state["step"].zero_()
-        elif "step" in state:
-            state["step"] = 0
-        if "mu_product" in state:  # NAdam multiplies its momenta
-            state["mu_product"].fill_(1)
+    counts = [sum(parameter.numel() for parameter in group) for group in groups]
+    units = FullyShardedDataParallel.fsdp_modules(model)
+    if units and units[0].sharding_strategy != ShardingStrategy.NO_SHARD:
+        sums = torch.tensor(counts, device=device)
+        dist.all_reduce(sums, group=units[0].process_group)
+        counts = sums.tolist()
+    return counts

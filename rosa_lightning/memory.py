@@ -22,10 +22,11 @@ from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from rosa_lightning.fake import fake_tensors
+from rosa_lightning.layers import find_layers
 from rosa_lightning.live import LiveBytes
 from rosa_lightning.modes import in_mode
 from rosa_lightning.packed import PackedLinear
-from rosa_lightning.selection import find_layers, resolve_indices
+from rosa_lightning.selection import resolve_indices
 from rosa_lightning.standin import replaced_tensors
 from rosa_lightning.surgery import is_adapter_key, roae_report
 

@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from rosa_lightning.norms import Update, find_updates, update_norms
 from rosa_lightning.raster import draw_raster
@@ -33,22 +32,21 @@ class Selection(Protocol):
     scores: tuple[float, ...] | None
     num_selections: int
     selection_counts: tuple[int, ...]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its state; ``layers`` holds the dotted paths of the layers selected among."""
-        ...
+    positions: tuple[int, ...]
+    num_blocks: int
 
 
 class RunMonitor(Callback):
     """Shows what RoAE and DLS do in a run.
 
-    At each selection, to every logger: ``dls/backward_saved``, the share of the layers that the
-    backward pass skips, which is the lowest active layer's number by the number of layers; and
-    ``dls/selection_count/<layer>``, how often each was selected so far in this run. Every
-    ``trainer.log_every_n_steps`` optimizer steps: ``roae/update_norm/<layer>/<target>``, the
-    Frobenius norm of what RoAE adds to a projection's weight, ``roae/relative_update/...``, that
-    norm by the norm of the frozen rows it is added to, and ``memory/peak_mib``, the process's peak
-    memory so far: PyTorch's on a CUDA device, else all of the process's.
+    At each selection, and where final steps of all layers begin, to every logger:
+    ``dls/backward_saved``, the share of the layers that the backward pass skips, which is the
+    lowest active layer's number by the number of layers; and ``dls/selection_count/<layer>``, how
+    often each was selected so far in this run. Every ``trainer.log_every_n_steps`` optimizer steps:
+    ``roae/update_norm/<layer>/<target>``, the Frobenius norm of what RoAE adds to a projection's
+    weight, ``roae/relative_update/...``, that norm by the norm of the frozen rows it is added to,
+    and ``memory/peak_mib``, the process's peak memory so far: PyTorch's on a CUDA device, else all
+    of the process's.
 
     TensorBoard also gets a picture of the active layers over the steps, ``dls/raster``, and a
     layout of its custom scalars page. The picture begins where this fit began.
@@ -71,8 +69,7 @@ class RunMonitor(Callback):
         """Hold nothing of a model or a fit."""
         self._selection: Selection | None = None
         self._layers: list[int] = []
-        self._depth = 0
-        self._seen: int | None = None
+        self._seen: tuple[int, tuple[int, ...]] | None = None
         self._steps: list[int] = []
         self._active: list[list[bool]] = []
         self._scores: list[list[float]] = []
@@ -103,19 +100,17 @@ class RunMonitor(Callback):
         self._step = trainer.global_step
         # Not at the start: the other callback may come later, and load its state only then.
         if self._selection is not None and self._seen is None:
-            self._seen = self._selection.num_selections
-            names: list[str] = self._selection.state_dict()["layers"]
-            self._layers = [int(name.rpartition(".")[2]) for name in names]
-            self._depth = _count_siblings(pl_module, names[0].rpartition(".")[0])
+            self._seen = _choice(self._selection)
+            self._layers = list(self._selection.positions)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show a selection that this batch made, and the adapters every so many steps."""
+        """Show what this batch changed about the selection, and the adapters at times."""
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        if self._selection is not None and self._selection.num_selections != self._seen:
-            self._seen = self._selection.num_selections
+        if self._selection is not None and (choice := _choice(self._selection)) != self._seen:
+            self._seen = choice
             self._log(trainer, self._note_selection(self._selection))
             if self.raster_interval and len(self._steps) % self.raster_interval == 0:
                 self._draw(trainer)
@@ -145,7 +140,7 @@ class RunMonitor(Callback):
         self._scores.append(list(selection.scores or [0.0] * len(self._layers)))
         counts = zip(self._layers, selection.selection_counts, strict=True)
         return {
-            "dls/backward_saved": min(active) / self._depth,
+            "dls/backward_saved": min(active) / selection.num_blocks,
             **{f"dls/selection_count/{_number(n, self._layers)}": count for n, count in counts},
         }
 
@@ -198,6 +193,7 @@ def dashboard(
         "how often each layer was selected": [r"dls/selection_count/\d+"],
         "lowest active layer": ["dls/lowest_active"],
         "share of the layers that backward skips": ["dls/backward_saved"],
+        "mean share of a full backward so far": ["dls/backward_share"],
     }
     training = {
         "loss, nats per response token": ["train/loss", "val/loss"],
@@ -244,6 +240,11 @@ def peak_mib(device: torch.device) -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB
 
 
+def _choice(selection: Selection) -> tuple[int, tuple[int, ...]]:
+    """Changes with every selection, and when all layers begin to train without one."""
+    return selection.num_selections, selection.active
+
+
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
@@ -251,14 +252,3 @@ def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 def _number(layer: int, layers: Sequence[int]) -> str:
     """A layer's number in tags, with zeros before it, so that tags sort by number."""
     return f"{layer:0{max(2, len(str(max(layers))))}d}"
-
-
-def _count_siblings(root: nn.Module, parent: str) -> int:
-    """How many numbered children a module has, wrappers (``_orig_mod`` and such) left out."""
-    above = _unwrapped(parent)
-    paths = {_unwrapped(name) for name, _ in root.named_modules()}
-    return sum(path[:-1] == above and path[-1].isdigit() for path in paths if path)
-
-
-def _unwrapped(name: str) -> tuple[str, ...]:
-    return tuple(part for part in name.split(".") if not part.startswith("_"))

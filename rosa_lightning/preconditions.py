@@ -17,11 +17,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def check_strategy(strategy: object) -> None:
+def check_strategy(strategy: object, frees_state: bool = False) -> None:
     """Refuse strategies whose gradients cannot be read and dropped.
 
+    Args:
+        strategy: Of the trainer.
+        frees_state: Whether optimizer state of frozen layers will be missing.
+
     Raises:
-        ValueError: DeepSpeed, which steps its own copies, and any other that is not known.
+        ValueError: DeepSpeed, which steps its own copies, and any other that is not known; FSDP
+            where state will be missing.
     """
     known = isinstance(
         strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | ModelParallelStrategy
@@ -31,6 +36,11 @@ def check_strategy(strategy: object) -> None:
             f"DynamicLayerSelection does not work under {type(strategy).__name__}, which keeps "
             "gradients where it cannot drop them. Set trainer.strategy to "
             "ddp_find_unused_parameters_true, fsdp or ModelParallelStrategy."
+        )
+    if frees_state and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"moments='free' does not work under {type(strategy).__name__}, whose checkpoints "
+            "need state for every parameter. Set moments='reset'."
         )
 
 

@@ -23,6 +23,7 @@ HEADLINES = (
     "test/accuracy",
     "dls/lowest_active",
     "dls/backward_saved",
+    "dls/backward_share",
     "data/share/",
     "throughput/tokens_per_s",
     "throughput/examples_per_s",

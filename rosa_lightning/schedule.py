@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from rosa_lightning.length import planned_steps
+
 
 class WarmupCosine(LRScheduler):
     """Linear warm-up to each group's learning rate, then half a cosine down.
@@ -90,8 +92,8 @@ def lightning_scheduler(scheduler: Any, trainer: Trainer) -> Any:
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {"scheduler": scheduler, "monitor": monitor, "strict": False}
     if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
-        steps = trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        steps = planned_steps(trainer)
+        if math.isinf(steps):
             raise ValueError(
                 "the run has no end, so the schedule has no length. Set trainer.max_steps or "
                 "trainer.max_epochs, or lr_scheduler.init_args.total_steps."

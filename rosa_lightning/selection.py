@@ -1,52 +1,25 @@
-"""Which layers train: find them in a module, score them, choose among them.
+"""Which layers train: one pure function per policy, and what the arguments of a choice mean.
 
 Pure torch, no trainer: the decision of Dynamic Layer Selection (RoSA, doi
-10.1609/aaai.v40i18.38589), usable in any training loop. A layer's score is the L2 norm of the
-gradients of its norm weights; a policy turns the scores of all layers into the sorted indices of
-those that train. Scores are 1-D tensors, one entry per layer.
+10.1609/aaai.v40i18.38589), usable in any training loop. A policy turns the scores of all layers
+into the sorted indices of those that train. Scores are 1-D tensors, one entry per layer.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-Policy = Literal["top_k", "sample", "random", "all", "fixed"]
-
-
-def layer_scores(gradients: Sequence[Sequence[Tensor | None]], scale: float = 1.0) -> Tensor:
-    """L2 norm over each layer's gradients, shape (num_layers,), float64 on the CPU.
-
-    Args:
-        gradients: For each layer the gradients of its norm weights; None counts as zero.
-        scale: The loss scale contained in the gradients; scores are divided by it.
-    """
-    norms: list[Tensor] = []
-    for layer in gradients:
-        parts = [_norm(gradient) for gradient in layer if gradient is not None]
-        norms.append(_norm(torch.stack(parts)) if parts else torch.zeros(()))
-    # Gathered on the first gradient's device, so that the whole model costs one transfer.
-    device = next((norm.device for norm in norms if norm.device.type != "cpu"), None)
-    return torch.stack([norm.to(device) for norm in norms]).cpu().double() / scale
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    # Apple's GPUs have no float64.
-    dtype = torch.float32 if gradient.device.type == "mps" else torch.float64
-    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
-    return norm
+Policy = Literal["top_k", "sample", "threshold", "random", "all", "fixed"]
 
 
 def top_k(scores: Tensor, num_active: int) -> tuple[int, ...]:
     """The num_active highest-scoring layers, sorted; of equal scores the lower index wins."""
-    values = _checked(scores, num_active)
-    order = sorted(range(len(values)), key=lambda index: (-values[index], index))
-    return tuple(sorted(order[:num_active]))
+    return tuple(sorted(_ranked(_checked(scores, num_active))[:num_active]))
 
 
 def sample(
@@ -58,9 +31,7 @@ def sample(
     scores nor tiny temperatures underflow. A layer that scores zero is drawn only when no other
     is left, and then with equal chances. Every call takes num_layers numbers from the generator.
     """
-    values = _checked(scores, num_active)
-    if min(values) < 0:
-        raise ValueError(f"A layer scores {min(values)}; sampling needs scores of 0 or above.")
+    values = _not_negative(_checked(scores, num_active))
     logs_L = scores.detach().cpu().double().log()
     logs_L = (logs_L - logs_L.max()) / temperature if max(values) > 0 else logs_L
     waits_L = torch.empty(len(values), dtype=torch.float64).exponential_(generator=generator)
@@ -75,6 +46,25 @@ def sample(
     return tuple(sorted(sorted(range(len(values)), key=rank)[:num_active]))
 
 
+def threshold(scores: Tensor, share: float, held: Sequence[int] = ()) -> tuple[int, ...]:
+    """The smallest set of layers, sorted, that holds at least this share of the total score.
+
+    The highest-scoring layers come first, of equal scores the lower index; at least one is taken.
+
+    Args:
+        scores: No score below 0.
+        share: In (0, 1], taken as the decimal number that it prints as, and summed exactly.
+        held: Layers that are in the set in any case, and count.
+    """
+    values = _not_negative(_checked(scores, 1))
+    exact = [Fraction(value) for value in values]
+    wanted = Fraction(str(share)) * sum(exact)
+    order = [*sorted(set(held)), *(index for index in _ranked(values) if index not in held)]
+    sums = accumulate(exact[index] for index in order)
+    needed = next(count for count, held_so_far in enumerate(sums, 1) if held_so_far >= wanted)
+    return tuple(sorted(order[: max(needed, len(set(held)))]))
+
+
 def random_subset(num_layers: int, num_active: int, generator: Generator) -> tuple[int, ...]:
     """num_active of num_layers layers, every subset equally likely: the control for scores."""
     return tuple(sorted(torch.randperm(num_layers, generator=generator)[:num_active].tolist()))
@@ -87,28 +77,37 @@ def select_layers(
     *,
     generator: Generator,
     temperature: float = 1.0,
+    score_share: float = 0.5,
     always_active: Sequence[int] = (),
     fixed_layers: Sequence[int] = (),
+    floor: int = 0,
 ) -> tuple[int, ...]:
     """The layers that train next, sorted: always_active and what the policy adds to them.
 
-    num_active counts the always_active layers too; "all" and "fixed" do not read it.
+    num_active counts the always_active layers too; "threshold", "all" and "fixed" do not read it.
+    From below the floor no policy but "fixed" takes a layer, even where fewer than num_active are
+    left above it.
     """
-    if policy == "all":
-        return tuple(range(len(scores)))
+    always = tuple(sorted(set(always_active)))
     if policy == "fixed":
-        return tuple(sorted({*always_active, *fixed_layers}))
-    free = [index for index in range(len(scores)) if index not in always_active]
-    count = num_active - len(set(always_active))
-    if count <= 0 or not free:
-        return tuple(sorted(set(always_active)))
-    if policy == "top_k":
-        chosen = top_k(scores[free], count)
+        return tuple(sorted({*always, *fixed_layers}))
+    open_layers = [i for i in range(len(scores)) if i >= floor or i in always]
+    free = [index for index in open_layers if index not in always]
+    count = min(num_active - len(always), len(free))
+    if policy == "all":
+        chosen = free
+    elif policy == "threshold":
+        held = [place for place, index in enumerate(open_layers) if index in always]
+        return tuple(open_layers[i] for i in threshold(scores[open_layers], score_share, held))
+    elif count <= 0:
+        chosen = []
+    elif policy == "top_k":
+        chosen = [free[place] for place in top_k(scores[free], count)]
     elif policy == "sample":
-        chosen = sample(scores[free], count, temperature, generator)
+        chosen = [free[place] for place in sample(scores[free], count, temperature, generator)]
     else:
-        chosen = random_subset(len(free), count, generator)
-    return tuple(sorted({*always_active, *(free[index] for index in chosen)}))
+        chosen = [free[place] for place in random_subset(len(free), count, generator)]
+    return tuple(sorted({*always, *chosen}))
 
 
 def resolve_num_active(num_active: int | float, num_layers: int | None = None) -> int:
@@ -161,149 +160,12 @@ def _checked(scores: Tensor, num_active: int) -> list[float]:
     return values
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """What selection needs to know of one layer."""
-
-    name: str
-    """Dotted path from the root module."""
-    index: int
-    """Position in the list of blocks."""
-    norms: tuple[nn.Parameter, ...]
-    """The norm weights whose gradients score the layer."""
-    candidates: dict[str, nn.Parameter]
-    """The parameters that train while the layer is active, by their full names."""
+def _not_negative(values: list[float]) -> list[float]:
+    if min(values) < 0:
+        raise ValueError(f"A layer scores {min(values)}; shares need scores of 0 or above.")
+    return values
 
 
-def find_layers(
-    root: nn.Module,
-    path: str | None = None,
-    norms: str | None = None,
-    trainable: str | None = None,
-) -> list[Layer]:
-    """The layers of root, with the norm weights that score them and the parameters that train.
-
-    Blocks in which nothing trains (a layer without rotation carries no adapter) are left out.
-
-    Args:
-        root: The module to look into.
-        path: Dotted path of the ModuleList (or Sequential) of layers; None finds the only one.
-        norms: Pattern on the names of norm modules inside a layer, several separated by commas;
-            None takes the layer's direct children whose class name contains "Norm".
-        trainable: Pattern on parameter names inside a layer, likewise. Candidates are the
-            matching parameters (None: all) that require a gradient now.
-
-    Raises:
-        ValueError: Nothing is found, or more than one thing, or layers share a candidate.
-    """
-    path = _only_stack(root) if path is None else path
-    blocks = _blocks(root, path)
-    found = [_layer(path, index, block, norms, trainable) for index, block in enumerate(blocks)]
-    layers = [layer for layer in found if layer is not None]
-    if not layers:
-        raise ValueError(
-            f"There is nothing to train in {path!r}: no parameter {trainable or ''} in its layers "
-            "requires a gradient. Unfreeze them or add adapters before fit, or mend trainable=."
-        )
-    owners: dict[nn.Parameter, str] = {}
-    for layer in layers:
-        for name, parameter in layer.candidates.items():
-            if (owner := owners.setdefault(parameter, layer.name)) != layer.name:
-                raise ValueError(
-                    f"{name!r} also belongs to layer {owner!r}; a shared parameter cannot follow "
-                    "one layer. Leave it out with a pattern for trainable=."
-                )
-    return layers
-
-
-def _stacks(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
-    for name, module in root.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0:
-            yield _plain(name), module
-
-
-def _only_stack(root: nn.Module) -> str:
-    found: dict[str, int] = {}
-    for name, stack in _stacks(root):
-        one_class = len({type(_unwrapped(block)) for block in stack}) == 1
-        trains = any(parameter.requires_grad for parameter in stack.parameters())
-        nested = any(name.startswith(f"{outer}.") for outer in found)
-        repeated = isinstance(stack, nn.ModuleList) and len(stack) >= 2 and one_class
-        if repeated and trains and not nested:
-            found[name] = len(stack)
-    if len(found) == 1:
-        return next(iter(found))
-    listed = ", ".join(f"{name} ({length} layers)" for name, length in found.items())
-    raise ValueError(
-        f"Expected one ModuleList of at least two repeated, trainable layers in "
-        f"{type(root).__name__}, found {len(found)}{': ' * bool(found)}{listed}. "
-        "Name the one to select from with layers=."
-    )
-
-
-def _blocks(root: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
-    stacks = dict(_stacks(root))
-    if path in stacks:
-        return stacks[path]
-    close = get_close_matches(path, stacks, n=3, cutoff=0.4) or list(stacks)[:3]
-    hint = f"Nearest: {', '.join(close)}." if close else "The model has none."
-    found = {_plain(name): module for name, module in root.named_modules()}.get(path)
-    if found is None:
-        raise ValueError(
-            f"layers={path!r} matches nothing in {type(root).__name__}; "
-            f"expected the path of a ModuleList. {hint}"
-        )
-    raise ValueError(
-        f"layers={path!r} is a {type(found).__name__}; expected a ModuleList of layers. {hint}"
-    )
-
-
-def _layer(
-    path: str, index: int, block: nn.Module, norms: str | None, trainable: str | None
-) -> Layer | None:
-    """One layer; None where nothing in it trains."""
-    name, block = f"{path}.{index}", _unwrapped(block)
-    parameters = {_plain(inner): parameter for inner, parameter in block.named_parameters()}
-    candidates = {
-        f"{name}.{inner}": parameter
-        for inner, parameter in parameters.items()
-        if parameter.requires_grad and (trainable is None or _matches(inner, trainable))
-    }
-    if not candidates:
-        return None
-    modules = dict(block.named_modules() if norms is not None else block.named_children())
-    modules = {_plain(inner): _unwrapped(module) for inner, module in modules.items()}
-    wanted = {
-        inner: module
-        for inner, module in modules.items()
-        if ("Norm" in type(module).__name__ if norms is None else _matches(inner, norms))
-    }
-    weights = [getattr(module, "weight", None) for module in wanted.values()]
-    scored = [w for w in weights if isinstance(w, nn.Parameter) and w.ndim == 1]
-    if not scored:
-        inside = [_plain(i) for i, m in block.named_modules() if "Norm" in type(m).__name__]
-        raise ValueError(
-            f"Layer {name!r} has no norm weight to be scored by; norms inside it: "
-            f"{', '.join(inside) or 'none'}. Set norms= to a pattern of modules with a 1-D weight."
-        )
-    return Layer(name=name, index=index, norms=tuple(scored), candidates=candidates)
-
-
-def _matches(name: str, patterns: str) -> bool:
-    return any(fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
-
-
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Where torch.compile, FSDP1 and checkpoint_wrapper keep the module that they stand around."""
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself; a wrapper's parameters are the same objects."""
-    while inner := next((module._modules[w] for w in _WRAPPERS if w in module._modules), None):
-        module = inner
-    return module
-
-
-def _plain(name: str) -> str:
-    """A dotted path as it is without wrappers, so that checkpoints agree under every strategy."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def _ranked(values: Sequence[float]) -> list[int]:
+    """Indices from the highest value down, of equal values the lower index first."""
+    return sorted(range(len(values)), key=lambda index: (-values[index], index))

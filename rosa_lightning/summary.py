@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from rosa_lightning.layers import find_layers
 from rosa_lightning.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.rows import spans
-from rosa_lightning.selection import find_layers, resolve_num_active
+from rosa_lightning.selection import resolve_num_active
 from rosa_lightning.surgery import ProjectionReport, is_adapter_key, roae_report
 
 

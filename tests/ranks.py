@@ -21,7 +21,7 @@ WORLD = 2
 TIMEOUT = timedelta(seconds=60)
 
 
-def launch(work: str, folder: Path, timeout: float = 240.0) -> list[dict]:
+def launch(work: str, folder: Path, timeout: float = 600.0) -> list[dict]:
     """Run ``module:function`` on each rank; returns what the ranks returned, in their order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

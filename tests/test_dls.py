@@ -114,6 +114,12 @@ class Batches:
         self.position = state["position"]
 
 
+class Endless(Batches):
+    """Does not know its length."""
+
+    __len__ = None
+
+
 def batches(count, rows=4):
     source = torch.Generator().manual_seed(2)
     return [torch.randn(rows, WIDTH, generator=source) for _ in range(count)]
@@ -158,11 +164,19 @@ def fit(module, data, *callbacks, ckpt_path=None, **options):
     return trainer
 
 
-def record(module, dls, data, **options):
+def record(module, dls, data, extra=(), **options):
     recorder = Recorder(dls)
     # Callbacks run in order: the recorder sees what the selection has left.
-    recorder.trainer = fit(module, data, dls, recorder, **options)
+    recorder.trainer = fit(module, data, dls, recorder, *extra, **options)
     return recorder
+
+
+def trained(run):
+    """The layers whose weights had a gradient at each optimizer step."""
+    return [
+        [index for index in range(5) if grads[f"layers.{index}.up.weight"] is not None]
+        for grads in run.grads
+    ]
 
 
 def windows_of(data, epochs, accumulate):
@@ -171,7 +185,9 @@ def windows_of(data, epochs, accumulate):
             yield data[start : start + accumulate]
 
 
-def reference(module, data, *, layers, norms, choose, interval, epochs, accumulate, warmup=0):
+def reference(
+    module, data, *, layers, norms, choose, interval, epochs, accumulate, warmup=0, forgets=True
+):
     """Dynamic layer selection as a plain loop: every gradient, then a step on the chosen."""
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     norms = [[module.get_parameter(f"{layer}.{norm}") for norm in norms] for layer in layers]
@@ -180,7 +196,7 @@ def reference(module, data, *, layers, norms, choose, interval, epochs, accumula
     required = [norm.requires_grad for norm in probes]
     active, history = tuple(range(len(layers))), []
     for step, window in enumerate(windows_of(data, epochs, accumulate)):
-        wanted = [*trained.values(), *probes]
+        previous, wanted = active, [*trained.values(), *probes]
         for norm in probes:
             norm.requires_grad_(True)
         total = None
@@ -197,6 +213,9 @@ def reference(module, data, *, layers, norms, choose, interval, epochs, accumula
             active = choose(scores)
         for name, parameter in trained.items():
             layer = next((i for i, path in enumerate(layers) if name.startswith(f"{path}.")), None)
+            if forgets and layer in set(active) - set(previous):
+                # As before its first step.
+                optimizer.state.pop(parameter, None)
             parameter.grad = gradient[parameter] if layer is None or layer in active else None
         optimizer.step()
         history.append((active, {n: p.detach().clone() for n, p in module.named_parameters()}))
@@ -236,9 +255,12 @@ LLAMA = (
     ids=["adapters", "full", "llama"],
 )
 @pytest.mark.parametrize(("accumulate", "warmup"), [(1, 0), (2, 3)])
-def test_training_equals_a_plain_loop_over_the_selected_layers(build, parts, accumulate, warmup):
+@pytest.mark.parametrize("moments", ["keep", "reset", "free"])
+def test_training_equals_a_plain_loop_over_the_selected_layers(
+    build, parts, accumulate, warmup, moments
+):
     data = batches(7)
-    dls = DynamicLayerSelection(num_active=2, interval=2, warmup_steps=warmup)
+    dls = DynamicLayerSelection(num_active=2, interval=2, warmup_steps=warmup, moments=moments)
     run = record(build(), dls, data, max_epochs=3, accumulate_grad_batches=accumulate)
     history = reference(
         build(),
@@ -250,6 +272,7 @@ def test_training_equals_a_plain_loop_over_the_selected_layers(build, parts, acc
         epochs=3,
         accumulate=accumulate,
         warmup=warmup,
+        forgets=moments != "keep",
     )
     # The recorder's first snapshot is from before the first step.
     assert len(run.parameters) == len(history) + 1
@@ -438,6 +461,147 @@ def test_a_module_compiled_as_a_whole_trains_alike():
     assert_same(plain.state_dict(), compiled.state_dict())
 
 
+# --- moments ------------------------------------------------------------------------------------
+
+
+class HeldBytes(Callback):
+    """Memory of the optimizer's state for each layer, after every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        state = trainer.optimizers[0].state
+        self.seen.append(
+            [
+                sum(
+                    value.untyped_storage().nbytes()
+                    for parameter in layer.parameters()
+                    if parameter in state
+                    for value in state[parameter].values()
+                )
+                for layer in pl_module.layers
+            ]
+        )
+
+
+def test_freed_moments_take_memory_only_for_the_layers_that_train():
+    held = {}
+    for moments in ("free", "reset"):
+        dls = DynamicLayerSelection(num_active=2, interval=2, policy="random", moments=moments)
+        watch = HeldBytes()
+        run = record(Toy(), dls, batches(8), extra=[watch])
+        held[moments] = watch.seen
+        active = run.active[1:]
+    assert len(set(active)) > 2
+    # Two moments and a step count of float32 for each of two weights and two biases.
+    one_layer = 4 * (2 * 2 * (WIDTH * WIDTH + WIDTH) + 4)
+    for layers, sizes in zip(active, held["free"], strict=True):
+        assert sizes == [one_layer if index in layers else 0 for index in range(5)]
+    # What is kept grows to whatever ever trained.
+    assert sum(held["reset"][-1]) == one_layer * len(set().union(*active))
+
+
+class Eager(Toy):
+    def configure_optimizers(self):
+        return torch.optim.Adagrad([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("moments", ["reset", "free"])
+def test_an_optimizer_whose_state_cannot_be_forgotten_is_refused_at_start(moments):
+    with pytest.raises(ValueError, match=r"Adagrad.*Set moments='keep'") as error:
+        fit(Eager(), batches(2), DynamicLayerSelection(moments=moments))
+    assert "\n" not in str(error.value)
+    fit(Eager(), batches(2), DynamicLayerSelection(moments="keep"))
+
+
+# --- a budget -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["top_k", "sample", "threshold", "random", "all"])
+def test_the_backward_enters_as_many_layers_as_the_budget_allows(policy):
+    module = Toy()
+    counts = count_backwards([layer.down for layer in module.layers])
+    dls = DynamicLayerSelection(num_active=2, interval=5, policy=policy, backward_budget=0.6)
+    run = record(module, dls, batches(10), max_epochs=4)
+    assert sum(counts) / (5 * 40) == pytest.approx(dls.backward_share)
+    assert 0.5 < dls.backward_share <= 0.6 + 1e-9
+    assert len({min(active) for active in run.active}) >= 2
+    # Policies that draw reach every layer sooner or later, the others soon.
+    assert all(dls.selection_counts) or policy in ("sample", "random")
+
+
+def test_warm_up_and_final_steps_are_paid_for_within_the_budget():
+    dls = DynamicLayerSelection(
+        num_active=2, interval=5, backward_budget=0.6, warmup_steps=4, final_steps_all=3
+    )
+    run = record(Toy(), dls, batches(10), max_epochs=4)
+    assert dls.backward_share <= 0.6 + 1e-9
+    full = [len(layers) == 5 for layers in trained(run)]
+    assert full == [True] * 4 + [False] * 33 + [True] * 3
+
+
+class StepCosts(Callback):
+    """The share of the layers that the backward of each optimizer step has entered."""
+
+    def __init__(self, counts):
+        self.counts, self.seen, self.micro_batches, self.step = counts, [], 0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.micro_batches += 1
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
+            self.seen.append(sum(self.counts) / (self.micro_batches * len(self.counts)))
+            self.counts[:], self.micro_batches = [0] * len(self.counts), 0
+
+
+@pytest.mark.parametrize("max_steps", [-1, 28])
+def test_a_budget_holds_where_the_accumulation_changes_between_epochs(max_steps):
+    module = Toy()
+    costs = StepCosts(count_backwards([layer.down for layer in module.layers]))
+    dls = DynamicLayerSelection(
+        num_active=2, interval=5, backward_budget=0.6, warmup_steps=2, final_steps_all=3
+    )
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})
+    options = {"max_epochs": 6, "max_steps": max_steps}
+    run = record(module, dls, batches(10), [scheduler, costs], **options)
+    # 10 steps, 5, and 4 in each epoch after that; the last of these has one batch.
+    steps = 31 if max_steps == -1 else min(31, max_steps)
+    assert len(costs.seen) == steps
+    full = [len(layers) == 5 for layers in trained(run)]
+    assert full == [True] * 2 + [False] * (steps - 5) + [True] * 3
+    assert sum(costs.seen) / steps == pytest.approx(dls.backward_share)
+    assert 0.5 < dls.backward_share <= 0.6 + 1e-9
+
+
+def test_a_budget_holds_where_nobody_knows_the_length():
+    module = Toy()
+    costs = StepCosts(count_backwards([layer.down for layer in module.layers]))
+    dls = DynamicLayerSelection(num_active=2, interval=5, backward_budget=0.6)
+    run = record(module, dls, Endless(batches(10)), [costs], max_epochs=4)
+    assert len({min(active) for active in run.active}) >= 2
+    assert sum(costs.seen) / 40 == pytest.approx(dls.backward_share)
+    assert dls.backward_share <= 0.6 + 1e-9
+
+
+def test_selections_that_fail_are_paid_for():
+    module = Overflows({5, 10, 20})
+    counts = count_backwards([layer.down for layer in module.layers])
+    dls = DynamicLayerSelection(num_active=2, interval=5, policy="all", backward_budget=0.6)
+    with pytest.warns(UserWarning, match="not finite"):
+        record(module, dls, batches(10), max_epochs=6, plugins=[ScaledLoss(4.0)])
+    assert dls.num_selections == 9
+    assert sum(counts) / (5 * 60) == pytest.approx(dls.backward_share)
+    assert dls.backward_share <= 0.6 + 1e-9
+
+
+def test_a_budget_that_leaves_nothing_is_refused_before_training():
+    for options in ({"interval": 1}, {"always_active": [0]}, {"warmup_steps": 30}):
+        dls = DynamicLayerSelection(**({"interval": 5, "backward_budget": 0.6} | options))
+        with pytest.raises(ValueError, match=r"backward_budget=0\.6 leaves nothing"):
+            record(Toy(), dls, batches(40))
+
+
 # --- time ---------------------------------------------------------------------------------------
 
 
@@ -491,6 +655,26 @@ def test_all_layers_train_during_the_warm_up():
     assert [len(active) for active in run.active[1:]] == [5, 5, 1, 1]
     assert run.scores[2] is None
     assert len(run.scores[3]) == 5
+
+
+def test_all_layers_train_in_the_final_steps():
+    dls = DynamicLayerSelection(num_active=1, interval=3, final_steps_all=2)
+    run = record(Toy(), dls, batches(4), max_epochs=2)
+    assert [len(layers) for layers in trained(run)] == [1] * 6 + [5] * 2
+    assert dls.num_selections == 2
+
+
+def test_final_steps_count_windows_of_micro_batches():
+    dls = DynamicLayerSelection(num_active=1, interval=3, final_steps_all=1)
+    run = record(Toy(), dls, batches(7), max_epochs=2, accumulate_grad_batches=3)
+    assert [len(layers) for layers in trained(run)] == [1] * 5 + [5]
+
+
+@pytest.mark.parametrize("max_epochs", [-1, 2])
+def test_final_steps_of_a_run_without_an_end_are_refused(max_epochs):
+    dls = DynamicLayerSelection(final_steps_all=2)
+    with pytest.raises(ValueError, match=r"final_steps_all=2.*trainer\.max_steps"):
+        fit(Toy(), Endless(batches(4)), dls, max_epochs=max_epochs)
 
 
 class SkipsLoss(Toy):
@@ -660,6 +844,21 @@ def test_a_second_fit_of_one_trainer_selects_at_its_first_step():
     assert (sum(before), dls.num_selections) == (4, 2)
 
 
+def test_a_second_fit_has_a_budget_of_its_own():
+    module = Toy()
+    counts = count_backwards([layer.down for layer in module.layers])
+    dls = DynamicLayerSelection(num_active=2, interval=5, backward_budget=0.6, warmup_steps=2)
+    loader = Batches(batches(20))
+    trainer = record(module, dls, loader).trainer
+    first = sum(counts)
+    assert first / (5 * 20) == pytest.approx(dls.backward_share)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader)
+    assert (sum(counts) - first) / (5 * 20) == pytest.approx(dls.backward_share)
+    # It selects at once and then at the steps at which it would have, so once more than planned.
+    assert 0.4 < dls.backward_share <= 0.6 + 1 / 20
+
+
 # --- resume -------------------------------------------------------------------------------------
 
 
@@ -680,16 +879,27 @@ def sampler(**changes):
     return DynamicLayerSelection(**options)
 
 
+REMEMBERING = {
+    "policy": "top_k",
+    "backward_budget": 0.8,
+    "score_smoothing": 0.5,
+    "score_normalization": "running_mean",
+    "warmup_steps": 1,
+    "final_steps_all": 2,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, REMEMBERING, {"moments": "free"}, {"moments": "keep"}])
 @pytest.mark.parametrize("train_norms", [False, True])
-@pytest.mark.parametrize("step", [2, 4, 5, 6, 7])
-def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path, step, train_norms):
+@pytest.mark.parametrize("step", [2, 4, 5, 6, 7, 11])
+def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path, step, train_norms, changes):
     options = {"accumulate_grad_batches": 2, "max_epochs": 3}
     data = batches(7)
-    straight, dls = Toy(train_norms=train_norms), sampler()
+    straight, dls = Toy(train_norms=train_norms), sampler(**changes)
     recorder = Recorder(dls)
     fit(straight, data, dls, recorder, Saves(tmp_path), **options)
 
-    module, resumed_dls = Toy(train_norms=train_norms), sampler(seed=77)
+    module, resumed_dls = Toy(train_norms=train_norms), sampler(seed=77, **changes)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1.0)
@@ -704,6 +914,7 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path, step, train_no
     for one, other in zip(again.parameters, recorder.parameters[step:], strict=True):
         assert_same(one, other)
     assert resumed_dls.selection_counts == dls.selection_counts
+    assert resumed_dls.backward_share == dls.backward_share
 
 
 def test_a_run_resumed_inside_a_scoring_window_selects_at_its_end(tmp_path):
@@ -805,6 +1016,17 @@ def test_a_checkpoint_of_other_layers_is_refused_by_name(tmp_path):
         ({"temperature": 0.0}, r"temperature=0\.0"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"final_steps_all": -1}, "final_steps_all=-1"),
+        ({"score_share": 0.0}, r"score_share=0\.0 is outside \(0, 1\]"),
+        ({"score_smoothing": 1.0}, r"score_smoothing=1\.0 is outside \[0, 1\)"),
+        ({"score_normalization": "mean"}, "score_normalization='mean' is unknown.*running_mean"),
+        ({"backward_budget": 0.0}, r"backward_budget=0\.0 is outside \(0, 1\]"),
+        ({"backward_budget": 1.5}, r"backward_budget=1\.5 is outside"),
+        ({"moments": "forget"}, "moments='forget' is unknown.*keep, reset, free"),
+        (
+            {"policy": "fixed", "fixed_layers": [1], "backward_budget": 0.5},
+            "backward_budget=0.5 has nothing to share",
+        ),
         ({"policy": "fixed"}, "needs fixed_layers"),
         ({"fixed_layers": [1]}, "needs fixed_layers"),
     ],
@@ -902,6 +1124,19 @@ def test_every_selection_reaches_every_logger(tmp_path):
                 assert float(row[f"dls/active/{index:02}"]) == (index in active)
 
 
+def test_the_beginning_of_the_final_steps_reaches_every_logger(tmp_path):
+    logger = CSVLogger(tmp_path, "one", "0")
+    dls = DynamicLayerSelection(num_active=1, interval=3, final_steps_all=2)
+    run = record(Toy(), dls, batches(7), logger=logger)
+    logger.save()
+    header, *lines = (tmp_path / "one" / "0" / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+    assert [int(row["step"]) for row in rows] == [0, 3, 5]
+    assert [int(float(row["dls/num_active"])) for row in rows] == [1, 1, 5]
+    assert float(rows[-1]["dls/lowest_active"]) == 0
+    assert [len(layers) for layers in trained(run)] == [1] * 5 + [5] * 2
+
+
 def test_properties_tell_the_selection():
     dls = DynamicLayerSelection(num_active=3, interval=2)
     assert (dls.active, dls.scores, dls.num_layers, dls.num_selections) == ((), None, 0, 0)
@@ -939,7 +1174,7 @@ def test_the_command_line_knows_every_argument(capsys):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DynamicLayerSelection, "dls")
     parsed = parser.parse_args(["--dls.num_active=4", "--dls.always_active=[-1]"]).dls
-    assert DynamicLayerSelection(**vars(parsed)).num_active == 4
+    assert DynamicLayerSelection(**vars(parsed)).rules.num_active == 4
     assert parser.parse_args(["--dls.num_active=0.25"]).dls.num_active == 0.25
     with pytest.raises(Exception, match="topk"):
         parser.parse_args(["--dls.policy=topk"])

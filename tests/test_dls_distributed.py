@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import ranks
 import torch
 from test_dls import (
@@ -18,7 +19,6 @@ from test_dls import (
     fit,
     flags,
     highest,
-    record,
     reference,
     sampler,
 )
@@ -141,20 +141,37 @@ def assert_as_one_process(seen: dict) -> None:
 CLIPPED = {"gradient_clip_val": 0.05, "max_epochs": 2}
 
 
-def clipped(strategy, module) -> dict:
-    """Gradient clipping and activation checkpointing together."""
-    dls = DynamicLayerSelection(num_active=2, interval=2, always_active=[4])
+SHARING = {
+    "num_active": 2,
+    "interval": 2,
+    "always_active": [4],
+    "score_smoothing": 0.5,
+    "score_normalization": "sqrt_size",
+    "backward_budget": 0.85,
+    "final_steps_all": 2,
+}
+
+
+def clipped(strategy, module, moments="reset") -> dict:
+    """Clipping, activation checkpointing, a budget and scores with a memory together."""
+    dls = DynamicLayerSelection(**SHARING, moments=moments)
     built = module()
     counts = count_backwards([layer.down for layer in built.layers])
-    return followed(built, dls, strategy(), **CLIPPED) | {"entered": counts}
+    seen = followed(built, dls, strategy(), **CLIPPED)
+    return seen | {"entered": counts, "state": dls.state_dict()}
 
 
 def assert_clipped_as_one_process(seen: dict) -> None:
-    dls, module = DynamicLayerSelection(num_active=2, interval=2, always_active=[4]), Checkpointed()
+    dls, module = DynamicLayerSelection(**SHARING), Checkpointed()
     counts = count_backwards([layer.down for layer in module.layers])
-    alone = record(module, dls, JOINT, **CLIPPED)
+    alone = RankRecorder(dls)
+    fit(module, JOINT, dls, alone, **CLIPPED)
     assert seen["active"] == alone.active
     assert seen["entered"] == counts
+    # Scores differ in the last bits, and so do what is earned and carried over.
+    for key in ("spent", "counted_steps", "selection_counts", "num_selections"):
+        assert seen["state"][key] == dls.state_dict()[key]
+    assert len(set(alone.active)) >= 4
     for one, other in zip(seen["parameters"], alone.parameters, strict=True):
         for name, value in other.items():
             assert_close(one[name], value, rtol=0, atol=1e-6)
@@ -189,12 +206,22 @@ class SavesAt(Saves):
                 trainer.save_checkpoint(self.folder / f"{self.step}")
 
 
-def resumes(folder, strategy, module=Toy) -> dict:
+BUDGETED = {
+    "policy": "top_k",
+    "backward_budget": 0.7,
+    "score_smoothing": 0.5,
+    "score_normalization": "running_mean",
+    "final_steps_all": 2,
+}
+
+
+def resumes(folder, strategy, module=Toy, **changes) -> dict:
     """A run that goes through, and what becomes of it from two of its checkpoints."""
     options = {"accumulate_grad_batches": 2, "max_epochs": 3}
-    straight = followed(
-        module(), sampler(num_active=1), strategy(), SavesAt(folder, (2, 5)), **options
-    )
+    folder.mkdir(exist_ok=True)
+    dls = sampler(num_active=1, **changes)
+    straight = followed(module(), dls, strategy(), SavesAt(folder, (2, 5)), **options)
+    straight["share"] = dls.backward_share
     seen = {"straight": straight}
     for step in (2, 5):  # between selections; in the second epoch of four steps
         torch.manual_seed(step)
@@ -202,9 +229,10 @@ def resumes(folder, strategy, module=Toy) -> dict:
         with torch.no_grad():
             for parameter in again.parameters():
                 parameter.add_(1.0)
-        dls = sampler(num_active=1, seed=77)
+        dls = sampler(num_active=1, seed=77, **changes)
         path = folder / f"{step}"
         seen[step] = followed(again, dls, strategy(), ckpt_path=path, **options)
+        seen[step]["share"] = dls.backward_share
     return seen
 
 
@@ -216,6 +244,7 @@ def assert_resumed_exactly(seen: dict) -> None:
         assert run["active"] == straight["active"][step:]
         assert run["scores"] == straight["scores"][step:]
         assert run["counts"] == straight["counts"]
+        assert run["share"] == straight["share"]
         assert run["seen"] == straight["seen"][-len(run["seen"]) :]
         for one, other in zip(run["parameters"], straight["parameters"][step:], strict=True):
             assert_same(one, other)
@@ -227,7 +256,7 @@ def on_ddp(folder) -> dict:
     torch.manual_seed(ranks.rank())  # no help from equal generators
     seen = runs(ranks.ddp)
     seen["resumed"] = resumes(folder, ranks.ddp)
-    seen["clipped"] = clipped(ranks.ddp, Checkpointed)
+    seen["clipped"] = clipped(ranks.ddp, Checkpointed, moments="free")
     other = DynamicLayerSelection(num_active=2, interval=1, policy="random", seed=ranks.rank())
     seen["disagreeing"] = followed(Toy(), other, ranks.ddp(gradient_as_bucket_view=True))
     seen["errors"] = [
@@ -269,11 +298,8 @@ def on_fsdp2(folder) -> dict:
     seen = runs(ranks.fsdp2, FullyShardedToy)
     seen["clipped"] = clipped(ranks.fsdp2, FullyShardedCheckpointed)
     for kind, shards in (("sharded", True), ("full", False)):
-        place = folder / kind
-        place.mkdir(exist_ok=True)
-        seen[f"resumed {kind}"] = resumes(
-            place, partial(ranks.fsdp2, save_distributed_checkpoint=shards), FullyShardedToy
-        )
+        strategy = partial(ranks.fsdp2, save_distributed_checkpoint=shards)
+        seen[f"resumed {kind}"] = resumes(folder / kind, strategy, FullyShardedToy)
     return seen
 
 
@@ -281,8 +307,38 @@ def test_under_fsdp2_training_equals_one_process_on_the_joint_batch(tmp_path):
     seen = ranks.launch("test_dls_distributed:on_fsdp2", tmp_path)
     assert_ranks_agree(seen)
     assert_as_one_process(seen[0])
+    assert_clipped_as_one_process(seen[0]["clipped"])
     assert_resumed_exactly(seen[0]["resumed sharded"])
     assert_resumed_exactly(seen[0]["resumed full"])
+
+
+STRATEGIES = {
+    "ddp": (ranks.ddp, Toy),
+    "fsdp2 sharded": (ranks.fsdp2, FullyShardedToy),
+    "fsdp2 full": (partial(ranks.fsdp2, save_distributed_checkpoint=False), FullyShardedToy),
+    "fsdp1 full": (partial(ranks.fsdp, auto_wrap_policy={Block}), Toy),
+}
+
+
+def under_a_budget(folder) -> dict:
+    torch.manual_seed(ranks.rank())
+    return {
+        name: resumes(folder / name, strategy, module, **BUDGETED)
+        for name, (strategy, module) in STRATEGIES.items()
+    }
+
+
+@pytest.mark.slow
+def test_under_a_budget_every_strategy_resumes_exactly(tmp_path):
+    first, second = ranks.launch("test_dls_distributed:under_a_budget", tmp_path)
+    for name in STRATEGIES:
+        assert_resumed_exactly(first[name])
+        straight, other = first[name]["straight"], second[name]["straight"]
+        assert straight["active"] == other["active"]
+        assert straight["share"] == other["share"] <= 0.7 + 1e-9
+        lowest = [min(active) for active in straight["active"][1:-2]]
+        assert len(set(lowest)) >= 2
+        assert straight["active"][-1] == tuple(range(5))
 
 
 class NormsLast(Toy):
@@ -298,10 +354,11 @@ def on_fsdp1(folder) -> dict:
     torch.manual_seed(ranks.rank())
     strategy = partial(ranks.fsdp, auto_wrap_policy={Block})
     seen = runs(strategy, NormsLast)
+    sized = DynamicLayerSelection(num_active=2, interval=2, score_normalization="sqrt_size")
+    seen["sized"] = followed(NormsLast(), sized, strategy(), **RUNS["adapters"])
     for kind in ("sharded", "full"):
-        place = folder / kind
-        place.mkdir(exist_ok=True)
-        seen[f"resumed {kind}"] = resumes(place, partial(strategy, state_dict_type=kind))
+        sharding = partial(strategy, state_dict_type=kind)
+        seen[f"resumed {kind}"] = resumes(folder / kind, sharding)
     return seen
 
 
@@ -309,5 +366,7 @@ def test_under_fsdp1_training_equals_one_process_on_the_joint_batch(tmp_path):
     seen = ranks.launch("test_dls_distributed:on_fsdp1", tmp_path)
     assert_ranks_agree(seen)
     assert_as_one_process(seen[0])
+    # Norms of one size rank as they do without it, wherever their pieces lie.
+    assert seen[0]["sized"]["active"] == seen[0]["adapters"]["active"]
     assert_resumed_exactly(seen[0]["resumed sharded"])
     assert_resumed_exactly(seen[0]["resumed full"])

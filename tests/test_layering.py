@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,15 @@ FLOORS = {
     "meeting": 0,
     "folder": 0,
     "peft_files": 0,
+    "layers": 0,
+    "length": 0,
+    "scores": 0,
     "selection": 0,
+    "budget": 0,
+    "selector": 0.5,
+    "rules": 0.6,
     "gradients": 0,
+    "moments": 0,
     "preconditions": 0,
     "tasks": 0,
     "capture": 0.3,
@@ -89,6 +97,17 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in found if name.startswith("rosa_lightning.")}
 
 
+def packages(path: Path) -> set[str]:
+    """Top-level packages that a file imports, the standard library left out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+    return found - sys.stdlib_module_names
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_has_a_floor_and_imports_downwards_only(path):
     floor = FLOORS[path.stem]
@@ -96,21 +115,31 @@ def test_every_file_has_a_floor_and_imports_downwards_only(path):
         assert FLOORS[name] < floor, f"{path.stem} (floor {floor}) imports {name}"
 
 
-@pytest.mark.parametrize("name", ["rope", "selection", "gradients", "tasks"])
+@pytest.mark.parametrize(
+    "name",
+    ["rope", "layers", "scores", "selection", "budget", "gradients", "moments", "tasks"],
+)
 def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
-    import sys
-
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
-        if isinstance(node, ast.Import):
-            tops = {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            tops = {str(node.module).split(".")[0]}
-        else:
-            continue
-        assert tops <= {"torch"} | sys.stdlib_module_names
+    assert packages(PACKAGE / f"{name}.py") <= {"torch"}
 
 
-def test_the_selection_callback_needs_nothing_of_this_package_but_its_own_parts():
-    parts = {"selection", "gradients", "preconditions"}
-    assert imported(PACKAGE / "dls.py") == parts
-    assert not any(imported(PACKAGE / f"{part}.py") for part in parts)
+REUSABLE = {
+    "layers",
+    "scores",
+    "selection",
+    "budget",
+    "selector",
+    "rules",
+    "gradients",
+    "length",
+    "moments",
+    "preconditions",
+    "dls",
+}
+"""What another project can take as it stands: layer selection and its parts."""
+
+
+@pytest.mark.parametrize("name", sorted(REUSABLE))
+def test_layer_selection_needs_nothing_else_of_this_package(name):
+    assert imported(PACKAGE / f"{name}.py") <= REUSABLE - {"dls"}
+    assert packages(PACKAGE / f"{name}.py") <= {"torch", "lightning", "rosa_lightning"}

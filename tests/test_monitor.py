@@ -262,6 +262,15 @@ def test_layers_with_nothing_to_train_count_among_those_that_backward_may_skip(t
     assert not tags(log, "roae/")
 
 
+def test_final_steps_of_all_layers_are_shown_where_they_begin(tmp_path):
+    pick = selection(policy="fixed", fixed_layers=[10], interval=3, final_steps_all=2)
+    run_settings(board(tmp_path), [pick, RunMonitor()], max_steps=7).fit(Plain())
+    log = read(tmp_path)
+    assert series(log, "dls/backward_saved") == pytest.approx({0: 10 / 12, 3: 10 / 12, 5: 2 / 12})
+    assert series(log, "dls/selection_count/10") == {0: 1, 3: 2, 5: 2}
+    assert [image.step for image in log.Images("dls/raster")] == [5]
+
+
 def test_a_second_fit_with_the_same_callback_starts_over(tmp_path):
     monitor = RunMonitor()
     fit_plain(board(tmp_path / "a"), monitor)

@@ -31,6 +31,12 @@ def test_deepspeed_is_refused_with_what_to_take_instead():
         check_strategy(DeepSpeedStrategy.__new__(DeepSpeedStrategy))
 
 
+def test_state_that_sharded_checkpoints_need_is_not_freed():
+    check_strategy(DDPStrategy(), frees_state=True)
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy.*Set moments='reset'"):
+        check_strategy(ModelParallelStrategy(), frees_state=True)
+
+
 def test_fsdp_that_joins_the_parameters_is_refused():
     model = nn.Linear(2, 2)
     model._flat_param = nn.Parameter(torch.zeros(1))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +52,23 @@ def test_every_key_of_the_configuration_table_exists(capsys, monkeypatch):
     assert len(keys) > 15
     for key in set(keys):
         assert f"--{key}" in text, key
+
+
+def test_every_argument_of_layer_selection_stands_in_its_table_with_its_default():
+    from rosa_lightning import DynamicLayerSelection
+
+    arguments = inspect.signature(DynamicLayerSelection).parameters.values()
+    rows = re.findall(r"^\| (`.+?) \| (`.+?`) \| ", README, flags=re.MULTILINE)
+    told = {
+        name: yaml.safe_load(default)
+        for names, defaults in rows
+        for name, default in zip(
+            re.findall(r"`([\w.]+)`", names), re.findall(r"`([^`]+)`", defaults), strict=False
+        )
+    }
+    assert {argument.name for argument in arguments} <= told.keys()
+    for argument in arguments:
+        assert told[argument.name] == argument.default, argument.name
 
 
 def test_the_readme_opens_with_its_two_commands():

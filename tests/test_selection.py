@@ -1,21 +1,20 @@
 import math
 from collections import Counter
+from fractions import Fraction
 from itertools import combinations, permutations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from rosa_lightning.selection import (
-    find_layers,
-    layer_scores,
     random_subset,
     resolve_indices,
     resolve_num_active,
     sample,
     select_layers,
+    threshold,
     top_k,
 )
 
@@ -51,37 +50,6 @@ def subset_probabilities(weights, num_active):
 def chi_square(counts, chances, draws):
     assert set(counts) <= {subset for subset, chance in chances.items() if chance > 0}
     return sum((counts[s] - draws * p) ** 2 / (draws * p) for s, p in chances.items() if p > 0)
-
-
-# --- scores ---------------------------------------------------------------------------------
-
-
-def test_score_is_the_norm_over_all_norm_gradients_of_a_layer():
-    gradients = [[torch.randn(5, generator=generator(s)), torch.randn(3)] for s in range(4)]
-    expected = [math.sqrt(sum(x * x for g in layer for x in g.tolist())) for layer in gradients]
-    assert layer_scores(gradients).tolist() == pytest.approx(expected, rel=1e-14)
-
-
-def test_score_is_divided_by_the_loss_scale():
-    gradients = [[torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 1.0])]]
-    scaled = [[g * 65536 for g in layer] for layer in gradients]
-    assert layer_scores(scaled, 65536.0).tolist() == [5.0, 1.0]
-
-
-def test_low_precision_gradients_are_summed_without_overflow():
-    gradients = [[torch.full((1000,), 60000.0, dtype=torch.float16)]]
-    assert layer_scores(gradients).item() == pytest.approx(59999 * math.sqrt(1000), rel=1e-3)
-
-
-def test_missing_gradients_count_as_zero():
-    scores = layer_scores([[None, torch.ones(4)], [None], []])
-    assert scores.tolist() == [2.0, 0.0, 0.0]
-    assert scores.dtype == torch.float64
-
-
-def test_non_finite_gradients_give_non_finite_scores():
-    scores = layer_scores([[torch.tensor([math.nan])], [torch.tensor([math.inf])]])
-    assert not scores.isfinite().any()
 
 
 # --- top_k ----------------------------------------------------------------------------------
@@ -167,6 +135,49 @@ def test_sample_nears_top_k_as_the_temperature_falls(values, data):
     assert sample(scores, count, 1e-320, generator(1)) == top_k(scores, count)
 
 
+# --- threshold --------------------------------------------------------------------------------
+
+
+def smallest_sets(values, share, held):
+    """All smallest sets with the held layers that hold the share, by enumeration."""
+    exact = [Fraction(value) for value in values]
+    wanted = Fraction(str(share)) * sum(exact)
+    others = [index for index in range(len(values)) if index not in held]
+    for size in range(len(others) + 1):
+        sets = [{*held, *more} for more in combinations(others, size)]
+        enough = [s for s in sets if s and sum(exact[index] for index in s) >= wanted]
+        if enough:
+            return enough
+    raise AssertionError("all layers together hold every share")
+
+
+@given(
+    st.lists(st.one_of(st.just(0.0), st.floats(5e-324, 1e308)), min_size=1, max_size=7),
+    st.one_of(st.sampled_from([0.1, 0.5, 0.9, 1.0]), st.floats(1e-3, 1.0)),
+    st.data(),
+)
+@settings(deadline=None)
+def test_threshold_takes_a_smallest_set_that_holds_the_share(values, share, data):
+    held = data.draw(st.sets(st.integers(0, len(values) - 1)))
+    chosen = threshold(tensor(values), share, tuple(held))
+    assert list(chosen) == sorted(set(chosen))
+    smallest = smallest_sets(values, share, held)
+    assert set(chosen) in smallest
+    # Of sets as small, the one of the highest scores; of equal scores, of the lowest indices.
+    best = max(
+        sorted(((values[index], -index) for index in other - held), reverse=True)
+        for other in smallest
+    )
+    assert sorted(((values[i], -i) for i in set(chosen) - held), reverse=True) == best
+
+
+def test_a_share_means_the_number_that_was_written():
+    # In binary 0.9 is a little more than nine tenths, and ten times 0.1 is not 1.
+    assert threshold(tensor([0.1] * 10), 0.9) == tuple(range(9))
+    assert threshold(tensor([1.0, 1e-300]), 1.0) == (0, 1)
+    assert threshold(tensor([0.0, 0.0]), 1.0) == (0,)
+
+
 def test_random_policies_leave_the_global_generator_alone():
     before = torch.get_rng_state()
     sample(torch.ones(4), 2, 1.0, generator())
@@ -205,9 +216,11 @@ def test_policies_refuse_scores_that_are_not_finite(values):
         sample(tensor(values), 1, 1.0, generator())
 
 
-def test_sample_refuses_negative_scores():
+def test_shares_of_negative_scores_are_refused():
     with pytest.raises(ValueError, match=r"-2\.0"):
         sample(tensor([1.0, -2.0]), 1, 1.0, generator())
+    with pytest.raises(ValueError, match=r"-2\.0"):
+        threshold(tensor([1.0, -2.0]), 0.5)
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -228,6 +241,8 @@ def test_each_policy_gives_its_layers():
     assert choose("all") == (0, 1, 2, 3)
     assert choose("fixed", fixed_layers=(3, 1)) == (1, 3)
     assert choose("random") == random_subset(4, 2, generator())
+    assert choose("threshold", score_share=0.4) == (0,)
+    assert choose("threshold", score_share=0.5) == (0, 2)
     assert choose("sample", temperature=2.0) == sample(
         tensor([4.0, 1.0, 3.0, 2.0]), 2, 2.0, generator()
     )
@@ -245,6 +260,23 @@ def test_always_active_layers_count_towards_the_number(policy):
 def test_always_active_layers_join_the_controls():
     assert choose("top_k", 2, always_active=(1,)) == (0, 1)
     assert choose("fixed", always_active=(0,), fixed_layers=(3,)) == (0, 3)
+    assert choose("threshold", always_active=(1,), score_share=0.5) == (0, 1)
+    assert choose("threshold", always_active=(1, 3), score_share=0.2) == (1, 3)
+
+
+@given(st.data(), st.sampled_from(["top_k", "sample", "threshold", "random", "all"]))
+def test_no_policy_takes_a_layer_below_the_floor_but_those_always_active(data, policy):
+    scores = data.draw(st.lists(st.floats(0, 10), min_size=1, max_size=8))
+    indices = st.integers(0, len(scores) - 1)
+    floor, always = data.draw(indices), data.draw(st.sets(indices))
+    count = data.draw(st.integers(max(1, len(always)), len(scores)))
+    chosen = choose(policy, count, scores, always_active=tuple(always), floor=floor)
+    above = set(range(floor, len(scores)))
+    assert always <= set(chosen) <= above | always
+    if policy == "all":
+        assert set(chosen) == above | always
+    elif policy != "threshold":
+        assert len(chosen) == min(count, len(above | always))
 
 
 @pytest.mark.parametrize(
@@ -284,135 +316,3 @@ def test_indices_are_positions_among_all_layers_and_give_places_among_the_candid
     assert resolve_indices("fixed_layers", [-1, 2], (0, 2, 4)) == (1, 2)
     with pytest.raises(ValueError, match=r"fixed_layers=\[1\].*any of \[0, 2, 4\]"):
         resolve_indices("fixed_layers", [1], (0, 2, 4))
-
-
-# --- finding layers ---------------------------------------------------------------------------
-
-
-class WeightlessNorm(nn.Module):
-    pass
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj = nn.Linear(4, 4)
-        self.q_norm = nn.RMSNorm(2)
-        # Modules of adapters inside the layers are no layers.
-        self.adapters = nn.ModuleList([nn.Linear(4, 2), nn.Linear(2, 4)])
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(4)
-        self.attention = Attention()
-        self.post_attention_layernorm = nn.LayerNorm(4)
-
-
-class Model(nn.Module):
-    def __init__(self, num_layers=3):
-        super().__init__()
-        self.layers = nn.ModuleList([Block() for _ in range(num_layers)])
-
-
-def test_the_only_stack_is_found_with_its_own_norms():
-    root = nn.ModuleDict({"model": Model()})
-    found = find_layers(root)
-    block = root["model"].layers[1]
-    assert [layer.name for layer in found] == [f"model.layers.{i}" for i in range(3)]
-    assert found[1].norms == (block.input_layernorm.weight, block.post_attention_layernorm.weight)
-    assert set(found[1].candidates.values()) == set(block.parameters())
-    assert "model.layers.1.attention.q_proj.weight" in found[1].candidates
-
-
-def test_only_parameters_that_train_are_candidates():
-    root = Model()
-    root.requires_grad_(False)
-    for block in root.layers:
-        block.attention.adapters.requires_grad_(True)
-    names = set(find_layers(root)[0].candidates)
-    adapters = "layers.0.attention.adapters"
-    assert names == {f"{adapters}.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
-
-
-def test_patterns_choose_norms_and_candidates():
-    (first, *_) = find_layers(Model(), norms="*.q_norm, post_*", trainable="*q_proj*,*.bias")
-    assert [weight.numel() for weight in first.norms] == [2, 4]
-    assert {name.removeprefix("layers.0.") for name in first.candidates} == {
-        "attention.q_proj.weight",
-        "attention.q_proj.bias",
-        "attention.adapters.0.bias",
-        "attention.adapters.1.bias",
-        "post_attention_layernorm.bias",
-    }
-
-
-def test_two_stacks_are_listed_with_their_lengths():
-    root = nn.ModuleDict({"encoder": Model(3), "decoder": Model(5)})
-    with pytest.raises(ValueError, match=r"encoder.layers \(3 layers\), decoder.layers \(5 layers"):
-        find_layers(root)
-    assert len(find_layers(root, "decoder.layers")) == 5
-
-
-def test_a_frozen_tower_and_lists_without_parameters_are_no_choice():
-    root = nn.ModuleDict({"vision": Model(3), "language": Model(4), "metrics": nn.Module()})
-    root["vision"].requires_grad_(False)
-    root["metrics"].all = nn.ModuleList([nn.Identity(), nn.Identity()])
-    assert next(layer.name for layer in find_layers(root)) == "language.layers.0"
-
-
-def test_a_model_without_layers_is_told_so():
-    with pytest.raises(ValueError, match=r"found 0.*layers="):
-        find_layers(nn.Linear(2, 2))
-
-
-def test_a_path_that_matches_nothing_names_the_nearest():
-    root = nn.ModuleDict({"encoder": Model(), "decoder": Model()})
-    with pytest.raises(ValueError, match=r"'encoder.layer' matches nothing.*encoder.layers"):
-        find_layers(root, "encoder.layer")
-    with pytest.raises(ValueError, match=r"matches nothing.*The model has none"):
-        find_layers(nn.Linear(2, 2), "encoder.layers")
-
-
-def test_a_path_to_something_else_is_refused():
-    with pytest.raises(ValueError, match="is a Block; expected a ModuleList"):
-        find_layers(Model(), "layers.0")
-
-
-def test_a_sequential_of_layers_can_be_named():
-    root = nn.ModuleDict({"blocks": nn.Sequential(Block(), Block())})
-    assert [layer.name for layer in find_layers(root, "blocks")] == ["blocks.0", "blocks.1"]
-
-
-def test_a_layer_whose_norms_have_no_weight_is_named():
-    root = Model()
-    root.layers[1].input_layernorm = WeightlessNorm()
-    assert len(find_layers(root)[1].norms) == 1
-    root.layers[1].post_attention_layernorm = WeightlessNorm()
-    with pytest.raises(ValueError, match=r"Layer 'layers.1' has no norm weight.*attention.q_norm"):
-        find_layers(root)
-
-
-def test_a_layer_without_candidates_is_left_out():
-    root = Model()
-    root.layers[0].requires_grad_(False)
-    found = find_layers(root)
-    assert [layer.index for layer in found] == list(range(1, len(root.layers)))
-    with pytest.raises(ValueError, match=r"nothing to train in 'layers'.*\*lora\*"):
-        find_layers(root, trainable="*lora*")
-
-
-def test_layers_that_share_a_parameter_are_refused():
-    root = Model()
-    root.layers[2].attention = root.layers[0].attention
-    with pytest.raises(ValueError, match=r"'layers.2.attention.*also belongs to layer 'layers.0'"):
-        find_layers(root)
-
-
-def test_layers_wrapped_by_the_compiler_are_seen_through():
-    root = Model()
-    plain = find_layers(root)
-    for index, block in enumerate(root.layers):
-        root.layers[index] = torch.compile(block, backend="eager")
-    assert find_layers(root) == plain

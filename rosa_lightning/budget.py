@@ -1,0 +1,179 @@
+"""A budget for the backward pass: which layers an interval may train, so that the mean cost holds.
+
+Pure torch, no trainer. The backward pass runs from the top of the stack down to the lowest layer
+that trains, so an interval costs what its lowest active layer costs. Costs are shares of a full
+backward, one with all layers active.
+
+A step that scores the layers is a full backward, whatever is selected. So a budget is spent in two
+parts: a full backward each selection, and the rest on the steps between selections, `steps_share`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-9
+"""What sums of costs may be off by, in full backwards."""
+
+
+def layer_costs(num_above: Sequence[int], always_active: Sequence[int] = ()) -> tuple[float, ...]:
+    """What a step costs, as a share of a full backward, whose lowest selected layer is this one.
+
+    (L - l) / L for layer l of L, if all can be selected. It counts the layers that the backward
+    runs through and leaves out what lies above them all, such as the head.
+
+    Args:
+        num_above: How many layers lie above each one, descending.
+        always_active: Indices of layers that train whatever is selected.
+    """
+    costs = [(above + 1) / (num_above[0] + 1) for above in num_above]
+    least = max((costs[index] for index in always_active), default=0.0)
+    return tuple(max(cost, least) for cost in costs)
+
+
+def steps_share(
+    budget: float,
+    interval: int,
+    costs: Sequence[float],
+    total_steps: float = math.inf,
+    full_steps: int = 0,
+) -> float:
+    """What the steps between selections may cost on average, so that the run keeps the budget.
+
+    Args:
+        budget: Mean share of a full backward that a step of the run may cost, above 0, below 1.
+        interval: Steps from one selection to the next; the first of them costs a full backward.
+        costs: What each layer costs as the lowest one.
+        total_steps: Steps of the whole run; infinite if unknown.
+        full_steps: How many of them train all layers, at the start and at the end. They are paid
+            for over the whole run, and for nothing where its length is unknown.
+
+    Raises:
+        ValueError: Selecting, the full_steps and training the cheapest layer alone cost as much as
+            the budget, so that nothing would be left for the others.
+    """
+    if math.isinf(total_steps):
+        full, between = 1.0, interval - 1.0
+    else:
+        selected = max(0, total_steps - full_steps)
+        between = selected - math.ceil(selected / interval)
+        full = total_steps - between
+    cheapest = min(costs)
+    least = (full + between * cheapest) / (full + between)
+    if budget <= least:
+        raise ValueError(
+            f"backward_budget={budget} leaves nothing to share: scoring, steps that train all "
+            f"layers, and always_active or the top layer alone cost {least:.3g} of a full "
+            "backward. Set it above that, or interval higher, or fewer layers always_active, or "
+            "less warmup_steps and final_steps_all."
+        )
+    return (budget * (full + between) - full) / between
+
+
+class BackwardBudget:
+    """Shares the time of a run among layers in proportion to their scores, within a mean cost.
+
+    Each layer has a claim: its shares of the total score, summed over the selections since it last
+    trained, and what it carries over from before. Policies choose by the claims. What is not spent
+    is saved up:
+
+    - If the layer with the highest claim can be afforded, all layers that can be afforded may be
+      selected, and low layers whose claims have grown train together.
+    - If not, the interval saves for it: only layers may be selected that cost no more than half
+      way from the cheapest to the mean.
+
+    A layer that trains pays the highest claim that goes without, and carries over the rest, but no
+    more than it has earned since it last trained. So layers that the budget does not hold back
+    train about in proportion to their scores, the others so among themselves, and no layer with a
+    score above zero waits forever.
+
+    Where every interval has its full length, the cost of all steps so far is within the budget at
+    the end of each interval, and within it, above by less than one full backward.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        costs: Sequence[float],
+        always_active: Sequence[int] = (),
+        by_score: bool = True,
+    ) -> None:
+        """Start with nothing saved and no claims.
+
+        Args:
+            share: Mean cost that the steps may have, above the lowest of the costs.
+            costs: What each layer costs as the lowest one, descending.
+            always_active: Indices of the layers that train anyway and claim nothing.
+            by_score: Whether claims grow with the scores, or alike for policies that ignore them.
+        """
+        self._share = share
+        self._by_score = by_score
+        self._costs = tuple(costs)
+        self._free = [index for index in range(len(costs)) if index not in always_active]
+        saving = (share + min(costs)) / 2
+        self._saving_floor = next(i for i, cost in enumerate(costs) if cost <= saving)
+        self._saved = 0.0
+        self._earned = [0.0] * len(costs)
+        self._carried = [0.0] * len(costs)
+
+    def select(
+        self, scores: Tensor, steps: int, choose: Callable[[Tensor, int], tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        """Choose the layers of one interval and pay for it.
+
+        Args:
+            scores: Scores of 0 or above, shape (num_layers,).
+            steps: Steps until the next selection, without the one that selects.
+            choose: Turns claims, shape (num_layers,), and the lowest index that may be taken into
+                the indices of layers that train, those that always do included.
+        """
+        weights = scores.tolist() if self._by_score else [1.0] * len(self._costs)
+        earned = zip(self._earned, _shares(weights), strict=True)
+        self._earned = [before + now for before, now in earned]
+        claims = [sum(parts) for parts in zip(self._earned, self._carried, strict=True)]
+        floor = self._floor(claims, steps)
+        active = choose(torch.tensor(claims, dtype=torch.float64), floor)
+        waiting = [claims[index] for index in self._free if index not in active]
+        # Where none waits, the whole claim is met.
+        price = max(waiting, default=math.inf)
+        for index in active:
+            self._carried[index] = max(0.0, min(claims[index] - price, self._earned[index]))
+            self._earned[index] = 0.0
+        self.spend(active, steps)
+        return active
+
+    def spend(self, active: Sequence[int], steps: int) -> None:
+        """Pay for steps that train these layers, where there is nothing to choose."""
+        self._saved += steps * (self._share - self._costs[min(active)])
+
+    def _floor(self, claims: Sequence[float], steps: int) -> int:
+        """The lowest layer that the coming interval may train."""
+        left = [self._saved + steps * (self._share - cost) for cost in self._costs]
+        affordable = next((i for i, rest in enumerate(left) if rest >= -_ROUNDING), None)
+        first = max(self._free, key=lambda index: (claims[index], -index), default=0)
+        return self._saving_floor if affordable is None or first < affordable else affordable
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was saved, earned and carried over so far, as plain numbers."""
+        return {
+            "saved": self._saved,
+            "earned": list(self._earned),
+            "carried": list(self._carried),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self._saved = state_dict["saved"]
+        self._earned = list(state_dict["earned"])
+        self._carried = list(state_dict["carried"])
+
+
+def _shares(values: Sequence[float]) -> list[float]:
+    """Each value's share of their sum; equal shares if all are zero."""
+    peak = max(values)
+    scaled = [value / peak if peak > 0 else 1.0 for value in values]
+    total = math.fsum(scaled)
+    return [value / total for value in scaled]

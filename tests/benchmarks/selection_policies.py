@@ -1,0 +1,113 @@
+"""Compare ways of selecting layers on the demonstration of configs/tiny.yaml.
+
+python tests/benchmarks/selection_policies.py policies
+python tests/benchmarks/selection_policies.py moments
+
+Prints one line of a table for each way: validation loss after 40, 80, 120 and 160 steps (mean over
+seeds 0 to 2, lowest and highest), the mean share of a full backward, and the seconds of training,
+without validation, on one thread. Seconds are processor time: other programs change them little.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from functools import partial
+from statistics import mean
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
+
+SEEDS = (0, 1, 2)
+HALF = {"num_active": 0.5, "interval": 20}
+POLICIES = {
+    "top_k, the paper's": {},
+    "top_k, running_mean": {"score_normalization": "running_mean"},
+    "top_k, smoothing 0.5": {"score_smoothing": 0.5},
+    "sample": {"policy": "sample"},
+    "threshold, share 0.5": {"policy": "threshold", "score_share": 0.5},
+    "random": {"policy": "random"},
+    "fixed, the upper half": {"policy": "fixed", "fixed_layers": [2, 3]},
+    "all": {"policy": "all"},
+    "top_k, backward_budget 0.75": {"backward_budget": 0.75},
+    "top_k, backward_budget 0.5": {"backward_budget": 0.5},
+    "all, backward_budget 0.5": {"policy": "all", "backward_budget": 0.5},
+}
+DRAWN = {"policy": "random"}
+MOMENTS = {
+    "keep": DRAWN | {"moments": "keep"},
+    "keep, twice the learning rate": DRAWN | {"moments": "keep", "lr": 6e-3},
+    "reset": DRAWN | {"moments": "reset"},
+    "reset, half the learning rate": DRAWN | {"moments": "reset", "lr": 1.5e-3},
+    "free": DRAWN | {"moments": "free"},
+    "keep, interval 5": DRAWN | {"moments": "keep", "interval": 5},
+    "reset, interval 5": DRAWN | {"moments": "reset", "interval": 5},
+}
+TABLES = {"policies": POLICIES, "moments": MOMENTS}
+
+
+class Watch(Callback):
+    """Validation losses, and the time that training alone has taken."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.start = time.process_time()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seconds += time.process_time() - self.start
+
+    def on_validation_end(self, trainer: Trainer, *_: object) -> None:
+        self.losses.append(float(trainer.callback_metrics["val/loss"]))
+
+
+def run(seed: int, lr: float = 3e-3, **options: object) -> tuple[list[float], float, float]:
+    seed_everything(seed, verbose=False)
+    module = RoSAModule(
+        "tiny",
+        RoAEConfig(rank=16, alpha=32.0, low_freq_ratio=0.5),
+        optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
+    )
+    selection, watch = DynamicLayerSelection(**(HALF | options)), Watch()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=160,
+        max_epochs=1,
+        val_check_interval=40,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[watch, selection],
+    )
+    trainer.fit(module, ReasoningDataModule(sources="demo", batch_size=16, val_fraction=0.05))
+    return watch.losses, selection.backward_share, watch.seconds
+
+
+def main(table: str) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    print("| selection | 40 | 80 | 120 | 160 | backward | seconds |\n|---|---|---|---|---|---|---|")
+    for name, options in TABLES[table].items():
+        losses, shares, seconds = zip(*(run(seed, **options) for seed in SEEDS), strict=True)
+        cells = [
+            f"{mean(column):.3f} ({min(column):.3f} to {max(column):.3f})"
+            for column in zip(*losses, strict=True)
+        ]
+        cells += [f"{mean(shares):.2f}", f"{mean(seconds):.1f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in TABLES:
+        sys.exit(f"usage: {sys.argv[0]} {' | '.join(TABLES)}")
+    main(sys.argv[1])
