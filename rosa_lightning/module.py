@@ -416,11 +416,11 @@ class RoSAModule(LightningModule):
             for source, task, prompt, context, index, text, answer in columns
         ]
 
-    def _tasks(self, batch: dict[str, Any]) -> list[Task]:
+    def _tasks(self, batch: dict[str, Any]) -> list[Task | str]:
         """The task of each record; the data module knows the user's own."""
         datamodule = getattr(self.trainer, "datamodule", None)
         tasks = getattr(datamodule, "tasks", TASKS)
-        return [tasks[name] for name in batch["task"]]
+        return [tasks.get(name, name) for name in batch["task"]]
 
     def _write(self, batch: dict[str, Any]) -> list[str]:
         """Greedy answers, decoded by the tokenizer that the prompts were encoded with."""

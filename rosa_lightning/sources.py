@@ -327,7 +327,11 @@ def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose)
         raise ValueError(f"{where} has the fields {found}; {_SCHEMAS}{hub}.")
     own = None if task.name in TASKS else task
     record = Record(asked, context, output, answer, task.name, source.label, number, own)
-    _check_use(record, "instruction" not in row or "output" in row, where, purpose)
+    of_hub = "instruction" not in row
+    _check_use(record, of_hub or "output" in row, where, purpose)
+    # To train, a given response may be right in other words; one made of the answer may not.
+    if purpose == "test" or (purpose == "train" and of_hub):
+        _check_gold(record, where)
     return record
 
 
@@ -368,14 +372,16 @@ def _check_use(record: Record, has_output: bool, where: str, purpose: Purpose) -
             f"{where}: field 'answer' is missing or empty, and 'output' states none; a test "
             "needs the gold answer. Fill it in, or take the record out."
         )
-    if purpose == "test":
-        try:
-            check_gold(record)
-        except ValueError as error:
-            raise ValueError(
-                f"{where} (task {record.task}): {error}. Mend the record, or give the source "
-                "another task."
-            ) from error
+
+
+def _check_gold(record: Record, where: str) -> None:
+    try:
+        check_gold(record)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} (task {record.task}): {error}. Mend the record, or give the source another "
+            "task."
+        ) from error
 
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:

@@ -132,10 +132,10 @@ def _offered(task: Task, record: Record) -> tuple[str, ...]:
     else:
         named = record.instruction.rpartition("Answer format:")[2].strip().split("/")
     offered = [label for label in task.labels if label in named]
-    twice = [label for label in offered if named.count(label) > 1 and task.format == "label"]
-    if twice:
+    twice = [label for label in offered if named.count(label) > 1]
+    if twice and task.format == "label":  # an option's text may hold another's letter
         raise ValueError(f"the prompt offers {twice[0]!r} twice as an answer")
-    return tuple(offered) or task.labels
+    return tuple(offered) if len(offered) > 1 else task.labels
 
 
 def check_gold(record: Record) -> None:

@@ -263,6 +263,8 @@ def test_rows_that_cannot_be_judged_are_named(records, task, change, words):
         records(task, [{**ROWS[task][0], **change}], "test")
     assert words in str(caught.value)
     assert task in str(caught.value)
+    with pytest.raises(ValueError, match="record 1"):  # the response is made of the answer
+        records(task, [{**ROWS[task][0], **change}], "train")
 
 
 def test_a_row_with_too_few_fields_is_told_which_there_are(records):

@@ -243,7 +243,7 @@ def test_wrong_record_is_named_with_file_number_and_field(write, row, purpose, w
         (
             "gsm8k",
             {**ROW, "answer": "many"},
-            "the gold answer is 'many'; its prompt asks for a num",
+            "gold answer is 'many'; its prompt asks for a number",
         ),
         ("boolq", {**ROW, "answer": "maybe"}, "asks for one of true, false"),
         ("aqua", {**ROW, "answer": "F"}, "asks for one of A, B, C, D, E"),
