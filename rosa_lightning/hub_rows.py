@@ -115,8 +115,9 @@ def aqua(row: Mapping[str, Any]) -> Exercise:
     # LLM-Adapters took the wording from zero-shot CoT, which spaces every parenthesis so.
     options = ("(" + "(".join(row["options"])).replace("(", " (").replace(")", ") ")
     answer = row["correct"] or None
-    solution = f"{row['rationale'].strip()}\nThe answer is ({answer})."
-    return Exercise(f"{row['question'].strip()} Answer Choices:{options}", answer, solution)
+    question = f"{row['question'].strip()} Answer Choices:{options}"
+    solution = f"{row['rationale'].strip()}\nThe answer is ({answer})." if answer else None
+    return Exercise(question, answer, solution)
 
 
 def svamp(row: Mapping[str, Any]) -> Exercise:

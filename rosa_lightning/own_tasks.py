@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from rosa_lightning.answers import AnswerFormat
+from rosa_lightning.answers import AnswerFormat, extract
 from rosa_lightning.benchmarks import TASKS, Task
 from rosa_lightning.tasks import find_task, plain_name
 
@@ -58,13 +58,7 @@ def _own_task(definition: Any, where: str) -> Task:
         )
     labels = _own_labels(definition, form, where)
     aliases = _texts(definition, "aliases", where)
-    default = {"label": "the correct answer is {answer}", "letter": "The answer is ({answer})."}
-    response = definition.get("response", default.get(form, "The answer is {answer}."))
-    if not isinstance(response, str) or response.count("{answer}") != 1:
-        raise ValueError(
-            f"{where}.response is {response!r}; expected text with {{answer}} in it once, such as "
-            "'the correct answer is {answer}'."
-        )
+    response = _own_response(definition, form, labels, where)
     return Task(name=name, format=form, labels=labels, aliases=aliases, response=response)
 
 
@@ -94,6 +88,26 @@ def _own_labels(definition: Mapping[str, Any], form: AnswerFormat, where: str) -
     return labels
 
 
+def _own_response(
+    definition: Mapping[str, Any], form: AnswerFormat, labels: tuple[str, ...], where: str
+) -> str:
+    default = {"label": "the correct answer is {answer}", "letter": "The answer is ({answer})."}
+    given = definition.get("response", default.get(form, "{answer}"))
+    if not isinstance(given, str) or given.count("{answer}") != 1:
+        raise ValueError(
+            f"{where}.response is {given!r}; expected text with {{answer}} in it once, such as "
+            "'the correct answer is {answer}'."
+        )
+    for label in labels:
+        read = extract(form, labels, given.replace("{answer}", label))
+        if read != label:
+            raise ValueError(
+                f"{where}.response is {given!r}; with {label!r} in it, {read!r} would be read as "
+                "the answer. Word it so that it states the answer: 'The answer is {answer}'."
+            )
+    return given
+
+
 def _texts(definition: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     values = definition.get(key) or []
     if isinstance(values, str) or not isinstance(values, Sequence):
@@ -102,7 +116,8 @@ def _texts(definition: Mapping[str, Any], key: str, where: str) -> tuple[str, ..
     for value in values:
         if not isinstance(value, str) or not value.strip():
             raise TypeError(
-                f"{where}.{key} holds {value!r}; expected text. Put it in quotes: '{value}'."
+                f"{where}.{key} holds {value!r}, which is no text. Put it in quotes: YAML reads a "
+                "bare yes or no as a truth value."
             )
     return tuple(values)
 

@@ -355,7 +355,7 @@ def _converted(
             f"split {task.split}."
         )
     if answer is not None and output is None:
-        output = task.response.format(answer=written(answer))
+        output = task.response.replace("{answer}", written(answer))
     return instruction, output or "", answer
 
 

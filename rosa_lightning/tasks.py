@@ -122,7 +122,7 @@ def candidates(record: Record) -> tuple[str, ...]:
     Raises ValueError where the prompt offers an answer twice.
     """
     task = task_of(record)
-    return tuple(task.response.format(answer=label) for label in _offered(task, record))
+    return tuple(task.response.replace("{answer}", label) for label in _offered(task, record))
 
 
 def _offered(task: Task, record: Record) -> tuple[str, ...]:

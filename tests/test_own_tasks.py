@@ -74,14 +74,28 @@ def test_every_format_serves_own_tasks(definition, text, answer):
             TypeError,
             "data.tasks[0].labels is 'good bad'; expected a",
         ),
-        ({**MOOD, "labels": [True, False]}, TypeError, "labels holds True; expected text"),
+        (
+            {**MOOD, "labels": [True, False]},
+            TypeError,
+            "labels holds True, which is no text. Put it in quotes",
+        ),
         ({**MOOD, "format": "letter"}, ValueError, "format letter takes single capitals"),
         ({**MOOD, "format": "number"}, ValueError, "answers of format number are not listed"),
         ({**MOOD, "name": "ARC-Easy"}, ValueError, "the name 'ARC-Easy' is taken by task arc_easy"),
         ({**MOOD, "aliases": ["gsm8k"]}, ValueError, "the name 'gsm8k' is taken by task gsm8k"),
         ({**MOOD, "name": "!"}, ValueError, "is without a letter or digit"),
         ({**MOOD, "response": "it is so"}, ValueError, "with {answer} in it once"),
-        ({**MOOD, "response": "{answer} {x}"}, ValueError, "with {answer} in it once"),
+        (
+            {
+                "name": "pick",
+                "format": "letter",
+                "labels": ["A", "B"],
+                "response": "I take {answer}",
+            },
+            ValueError,
+            "with 'A' in it, None would be read as the answer",
+        ),
+        ({**MOOD, "response": "{answer}, not good"}, ValueError, "'not good' would be read"),
     ],
 )
 def test_definitions_that_make_no_sense_are_named(definition, error, words):
@@ -105,11 +119,11 @@ def source(tmp_path):
 
 
 def test_a_source_names_an_own_task_and_its_records_know_it(source):
-    tasks = with_own_tasks([{**MOOD, "response": "I feel: {answer}"}])
+    tasks = with_own_tasks([{**MOOD, "response": "I {feel}: {answer}"}])
     (named,) = source_list("sources", [{**source, "task": "Temper"}], "train", tasks)
     (record,) = load_records(named, "test", tasks)
     assert named.benchmark == record.task == "mood"
-    assert candidates(record) == ("I feel: good", "I feel: not good")
+    assert candidates(record) == ("I {feel}: good", "I {feel}: not good")
     assert reference(record) == "good"
 
 
@@ -120,7 +134,7 @@ def test_a_source_that_is_named_as_an_own_task_is_of_it(source):
 
 
 def test_an_own_task_that_is_not_defined_is_named(source):
-    with pytest.raises(ValueError, match="task 'mood'.*Define others under data.tasks"):
+    with pytest.raises(ValueError, match=r"task 'mood'.*Define others under data.tasks"):
         source_list("sources", [{**source, "task": "mood"}], "train")
 
 
