@@ -11,7 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rosa_lightning.tasks import Record, Template, answer_start, prompt, reference, response
+from rosa_lightning.tasks import (
+    Record,
+    Template,
+    answer_start,
+    prompt,
+    reference,
+    response,
+    task_of,
+)
 
 Overlong = Literal["cut", "drop"]
 
@@ -121,7 +129,7 @@ def prompt_prefix(tokenizer: Any) -> list[int]:
 
 def _answer_token(encoded: Any, row: int, record: Record) -> int:
     """The token of the response that covers the answer's first character, 0 if unknown."""
-    start = answer_start(record.task, response(record), record.answer)
+    start = answer_start(task_of(record), response(record), record.answer)
     if start is None or not encoded.is_fast:  # slow tokenizers do not know their offsets
         return 0
     return encoded[row].char_to_token(start) or 0

@@ -18,6 +18,7 @@ from rosa_lightning.batching import (
     encode,
 )
 from rosa_lightning.mixture import MixtureSampler, ResumableLoader, hold_out
+from rosa_lightning.own_tasks import with_own_tasks
 from rosa_lightning.sources import (
     Purpose,
     Source,
@@ -46,6 +47,9 @@ class ReasoningDataModule(LightningDataModule):
         test_sources: What `test` answers: demo, or a list of sources.
         predict_sources: What `predict` answers: sources without outputs, or paths; a .txt file
             holds one prompt a line.
+        tasks: Tasks of your own, each a mapping: name; format (label, letter, number or text);
+            labels, the answers that there are, for the first two; aliases, other names; response,
+            the wording of a response, with {answer} in it. Sources name them with task.
         tokenizer: Hub id or folder of the tokenizer, or tiny. By default the model's own. From
             Python also a tokenizer object.
         batch_size: Records a batch, on each device.
@@ -64,6 +68,7 @@ class ReasoningDataModule(LightningDataModule):
         sources: Literal["demo"] | list[SourceLike] = "demo",
         test_sources: Literal["demo"] | list[SourceLike] | None = None,
         predict_sources: list[str | SourceLike] | None = None,
+        tasks: list[dict[str, Any]] | None = None,
         tokenizer: str | Any | None = None,
         batch_size: int = 16,
         max_length: int = 512,
@@ -88,9 +93,10 @@ class ReasoningDataModule(LightningDataModule):
                 f"val_fraction={val_fraction} is outside [0, 1). Set data.val_fraction; 0.02 "
                 "holds out 2 of 100 records, 0 none."
             )
-        self.sources = weighted_sources(source_list("sources", sources, "train"))
-        self.test_sources = source_list("test_sources", test_sources, "test")
-        self.predict_sources = source_list("predict_sources", predict_sources, "test")
+        self.tasks = with_own_tasks(tasks)
+        self.sources = weighted_sources(source_list("sources", sources, "train", self.tasks))
+        self.test_sources = source_list("test_sources", test_sources, "test", self.tasks)
+        self.predict_sources = source_list("predict_sources", predict_sources, "test", self.tasks)
         self.tokenizer = tokenizer
         self.batch_size, self.max_length = batch_size, max_length
         self.template, self.overlong = template, overlong
@@ -122,7 +128,7 @@ class ReasoningDataModule(LightningDataModule):
         sources, purpose = self._of_stage(str(stage.value) if stage else "fit")
         for source in sources:
             if source.hub:
-                load_records(source, purpose)
+                load_records(source, purpose, self.tasks)
 
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what the stage needs; once, however often it is called.
@@ -157,15 +163,15 @@ class ReasoningDataModule(LightningDataModule):
             )
         examples: list[Example] = []
         for source in sources:
-            encoded, count = self._encode(load_records(source, purpose), with_response=False)
+            records = load_records(source, purpose, self.tasks)
+            encoded, count = self._encode(records, with_response=False)
             self._report_overlong(source.label, count, "cut")
             examples += encoded
         return examples
 
     def _read_training(self) -> None:
-        train, held = hold_out(
-            [load_records(source) for source in self.sources], self.val_fraction, self.seed
-        )
+        records = [load_records(source, "train", self.tasks) for source in self.sources]
+        train, held = hold_out(records, self.val_fraction, self.seed)
         sources, val = [], []
         for name, to_train, to_hold in zip(self.source_names, train, held, strict=True):
             examples, count = self._encode(to_train)

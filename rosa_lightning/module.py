@@ -45,7 +45,7 @@ from rosa_lightning.surgery import (
     inject_roae,
     is_adapter_key,
 )
-from rosa_lightning.tasks import TASKS, extract_answer, same_answer
+from rosa_lightning.tasks import TASKS, Task, extract_answer, same_answer
 from rosa_lightning.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -380,7 +380,9 @@ class RoSAModule(LightningModule):
         texts = self._write(batch)
         correct = [
             same_answer(task, extract_answer(task, text), reference)
-            for task, text, reference in zip(batch["task"], texts, batch["reference"], strict=True)
+            for task, text, reference in zip(
+                self._tasks(batch), texts, batch["reference"], strict=True
+            )
         ]
         cast(TaskAccuracy, self._accuracy).update(batch["task"], torch.tensor(correct))
 
@@ -397,7 +399,10 @@ class RoSAModule(LightningModule):
         """
         texts = self._write(batch)
         names = ("source", "task", "prompt", "input")
-        columns = zip(*(batch[name] for name in names), batch["index"].tolist(), texts, strict=True)
+        answers = map(extract_answer, self._tasks(batch), texts)
+        columns = zip(
+            *(batch[name] for name in names), batch["index"].tolist(), texts, answers, strict=True
+        )
         return [
             {
                 "source": source,
@@ -406,10 +411,16 @@ class RoSAModule(LightningModule):
                 "prompt": prompt,
                 "input": context,
                 "response": text,
-                "answer": extract_answer(task, text),
+                "answer": answer,
             }
-            for source, task, prompt, context, index, text in columns
+            for source, task, prompt, context, index, text, answer in columns
         ]
+
+    def _tasks(self, batch: dict[str, Any]) -> list[Task | str]:
+        """The task of each record; the data module knows the user's own."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        tasks = getattr(datamodule, "tasks", TASKS)
+        return [tasks.get(name, name) for name in batch["task"]]
 
     def _write(self, batch: dict[str, Any]) -> list[str]:
         """Greedy answers, decoded by the tokenizer that the prompts were encoded with."""

@@ -1,21 +1,23 @@
 """Data sources: a local file or a hub data set to records.
 
-Two schemas are read: LLM-Adapters' `instruction`, `input`, `output`, `answer`, and GSM8K's
-`question`, `answer` with the final number after `####`. Whatever does not fit ends in an error
-that names file, record and field; records are counted from 1, blank lines are not counted.
+Three kinds of rows are read: LLM-Adapters' `instruction`, `input`, `output`, `answer`; GSM8K's
+`question`, `answer` with the final number after `####`; and, where a source is of a benchmark, the
+fields of that benchmark's hub data set. Whatever does not fit ends in an error that names file,
+record and field; records are counted from 1, blank lines are not counted.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from rosa_lightning.tasks import TASKS, Record, find_task, reference
+from rosa_lightning.hub_rows import written
+from rosa_lightning.own_tasks import nearest
+from rosa_lightning.tasks import TASKS, Record, Task, check_gold, find_task, reference
 
 Purpose = Literal["train", "test", "predict"]
 """What records are for: a response to train on, a gold answer, or only a question."""
@@ -54,8 +56,11 @@ class Source:
 
     @cached_property
     def benchmark(self) -> str:
-        """The task, given or told from the label; `text` where the label names none."""
-        return find_task(self.task or self.label) or "text"
+        """The task, given or told from label, hub id or subset; `text` where these name none."""
+        if self.task is not None:
+            return find_task(self.task) or self.task  # or the user's own
+        told = (self.label, (self.hub or "").split("/")[-1], self.subset or "")
+        return next((task for name in told if (task := find_task(name))), "text")
 
     @property
     def place(self) -> str:
@@ -63,13 +68,12 @@ class Source:
         return self.path or f"hub data set {self.hub}"
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def as_source(value: Source | Mapping[str, Any] | str | Path) -> Source:
+def as_source(
+    value: Source | Mapping[str, Any] | str | Path, tasks: Mapping[str, Task] = TASKS
+) -> Source:
     """A `Source` from itself, from its fields in a mapping, or from a path; checked.
+
+    Its task is one of `tasks`, and named as there where it is the user's own.
 
     Raises TypeError for another type and for a field that a source does not have, ValueError for
     fields that contradict each other or lie outside their range.
@@ -81,7 +85,7 @@ def as_source(value: Source | Mapping[str, Any] | str | Path) -> Source:
         for key in value:
             if key not in known:
                 raise TypeError(
-                    f"A data source has no field {key!r}{_nearest(str(key), known)}. "
+                    f"A data source has no field {key!r}{nearest(str(key), known)}. "
                     f"Its fields are {', '.join(known)}."
                 )
         value = Source(**value)
@@ -90,12 +94,13 @@ def as_source(value: Source | Mapping[str, Any] | str | Path) -> Source:
             f"A data source is given as {value!r}; expected its fields, such as "
             "{path: FILE, weight: 0.5}."
         )
-    _check_fields(value)
-    return value
+    _check_fields(value, tasks)
+    own = find_task(value.task or value.label, {k: v for k, v in tasks.items() if k not in TASKS})
+    return value if own is None else replace(value, task=own)
 
 
 # Not in __post_init__: jsonargparse would wrap these errors in twenty lines of its own.
-def _check_fields(source: Source) -> None:
+def _check_fields(source: Source, tasks: Mapping[str, Task]) -> None:
     if (source.path is None) == (source.hub is None):
         given = "neither path nor hub" if source.path is None else "both path and hub"
         raise ValueError(
@@ -107,10 +112,10 @@ def _check_fields(source: Source) -> None:
             f"Source {source.label} has weight {weight!r}. A weight is a number of at least 0; "
             "leave it out to weigh the source by its number of records."
         )
-    if source.task is not None and find_task(source.task) is None:
+    if source.task is not None and find_task(source.task, tasks) is None:
         raise ValueError(
-            f"Source {source.label} has task {source.task!r}{_nearest(source.task, TASKS)}. "
-            f"There are {', '.join(TASKS)}."
+            f"Source {source.label} has task {source.task!r}{nearest(source.task, tasks)}. "
+            f"There are {', '.join(tasks)}. Define others under data.tasks."
         )
 
 
@@ -120,7 +125,9 @@ def demo_source(split: Literal["train", "test"]) -> Source:
     return Source(name="demo", path=str(file), task="demo")
 
 
-def source_list(key: str, given: Any, demo: Literal["train", "test"]) -> list[Source]:
+def source_list(
+    key: str, given: Any, demo: Literal["train", "test"], tasks: Mapping[str, Task] = TASKS
+) -> list[Source]:
     """The sources that a setting names; names must differ, as results go by them."""
     if given is None:
         return []
@@ -131,7 +138,7 @@ def source_list(key: str, given: Any, demo: Literal["train", "test"]) -> list[So
             f"{key} is {given!r}; expected demo or a list of sources. "
             f"Set data.{key}: [{{path: FILE.jsonl}}]."
         )
-    sources = [as_source(value) for value in given]
+    sources = [as_source(value, tasks) for value in given]
     names = [source.label for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -163,30 +170,41 @@ def weighted_sources(sources: list[Source]) -> list[Source]:
     return used
 
 
-def load_records(source: Source, purpose: Purpose = "train") -> list[Record]:
+def load_records(
+    source: Source, purpose: Purpose = "train", tasks: Mapping[str, Task] = TASKS
+) -> list[Record]:
     """All records of a source.
 
-    To train, a record needs an output; to test, an answer or an output that states one; to
-    predict, only what is asked. Raises OSError for what cannot be read or reached, ValueError
-    for what has not the expected shape.
+    To train, a record needs an output; to test, an answer or an output that states one, which the
+    task's format can express; to predict, only what is asked. Raises OSError for what cannot be
+    read or reached, ValueError for what has not the expected shape.
     """
-    source = as_source(source)
-    rows = _hub_rows(source) if source.hub else _file_rows(source, purpose)
-    records = [_record(row, number, source, purpose) for number, row in enumerate(rows, start=1)]
+    source = as_source(source, tasks)
+    task = tasks[source.benchmark]
+    rows = _hub_rows(source, task) if source.hub else _file_rows(source, purpose)
+    records = [
+        _record(row, number, source, task, purpose) for number, row in enumerate(rows, start=1)
+    ]
     if not records:
-        raise ValueError(f"{source.place} holds no records. Name a source that has some.")
+        raise ValueError(
+            f"{source.place} (task {task.name}) holds no records. Name a source that has some."
+        )
     return records
 
 
 # --- rows -----------------------------------------------------------------------------------
 
 
-def _hub_rows(source: Source) -> Iterable[Any]:
+def _hub_rows(source: Source, task: Task) -> Iterable[Any]:
     import datasets  # over a second to import, and only hub sources need it
 
+    revision = source.revision or (task.revision if source.hub == task.hub else None)
+    subset, folder = source.subset, {}
+    if revision == "refs/convert/parquet" and subset:  # on that branch a subset is a folder
+        subset, folder = None, {"data_dir": subset}
     try:
         return datasets.load_dataset(  # type: ignore[no-any-return]
-            source.hub, source.subset, split=source.split, revision=source.revision
+            source.hub, subset, split=source.split, revision=revision, **folder
         )
     except Exception as error:  # datasets, huggingface_hub and httpx share no base class
         reason = " ".join(str(error).split())[:300].rstrip(".") or "no reason given"
@@ -289,23 +307,56 @@ def _kind(value: object) -> str:
     return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
-def _record(row: Any, number: int, source: Source, purpose: Purpose) -> Record:
+def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose) -> Record:
     where = f"{source.place}, record {number}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is {_kind(row)}; expected an object with fields: {_SCHEMAS}.")
+    context = ""
     if "instruction" in row:
         asked = _text(row, "instruction", where)
         context, output = _text(row, "input", where), _text(row, "output", where)
         answer = _answer(row, where)
+    elif task.convert is not None and all(field in row for field in task.fields):
+        asked, output, answer = _converted(row, task, source, where, purpose)
     elif "question" in row:
-        asked, context = _text(row, "question", where), ""
+        asked = _text(row, "question", where)
         output, answer = _gsm8k_solution(row, where, purpose)
     else:
         found = ", ".join(str(key) for key in row) or "none"
-        raise ValueError(f"{where} has the fields {found}; {_SCHEMAS}.")
-    record = Record(asked, context, output, answer, source.benchmark, source.label, number)
-    _check_use(record, "output" in row or "question" in row, where, purpose)
+        hub = f", or {task.name}'s {', '.join(task.fields)}" if task.convert else ""
+        raise ValueError(f"{where} has the fields {found}; {_SCHEMAS}{hub}.")
+    own = None if task.name in TASKS else task
+    record = Record(asked, context, output, answer, task.name, source.label, number, own)
+    of_hub = "instruction" not in row
+    _check_use(record, of_hub or "output" in row, where, purpose)
+    # To train, a given response may be right in other words; one made of the answer may not.
+    if purpose == "test" or (purpose == "train" and of_hub):
+        _check_gold(record, where)
     return record
+
+
+def _converted(
+    row: Mapping[str, Any], task: Task, source: Source, where: str, purpose: Purpose
+) -> tuple[str, str, str | None]:
+    """Instruction, output and answer of a row with the fields of the task's hub data set."""
+    assert task.convert is not None
+    try:
+        instruction, answer, output = task.convert(row)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where} is no row of {task.name} ({task.hub}): {error}. Expected its fields "
+            f"{', '.join(task.fields)}."
+        ) from error
+    if answer is None and purpose != "predict":
+        given = f"split {source.split}" if source.hub else "file"
+        raise ValueError(
+            f"{where} (task {task.name}): {task.fields[-1]} is {row[task.fields[-1]]!r}, as in "
+            f"splits that hide the answers. Take another {given}; {task.hub} has answers in its "
+            f"split {task.split}."
+        )
+    if answer is not None and output is None:
+        output = task.response.replace("{answer}", written(answer))
+    return instruction, output or "", answer
 
 
 def _check_use(record: Record, has_output: bool, where: str, purpose: Purpose) -> None:
@@ -321,6 +372,16 @@ def _check_use(record: Record, has_output: bool, where: str, purpose: Purpose) -
             f"{where}: field 'answer' is missing or empty, and 'output' states none; a test "
             "needs the gold answer. Fill it in, or take the record out."
         )
+
+
+def _check_gold(record: Record, where: str) -> None:
+    try:
+        check_gold(record)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} (task {record.task}): {error}. Mend the record, or give the source another "
+            "task."
+        ) from error
 
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:

@@ -1,20 +1,21 @@
-"""The fifteen reasoning benchmarks: record to prompt and response, text to answer.
+"""What a record asks, teaches and holds for right: prompt, response, candidates, answer.
 
-One table (`TASKS`) and pure functions; nothing here loads a file or a model. Task names are
-those of the LLM-Adapters suite. Two more rows serve data outside it: `demo`, the embedded
-demonstration set (answers are numbers), and `text`, any instruction data (the answer is the
-whole response).
+Pure functions over `TASKS`, the table of benchmarks, and over tasks of the user's own, which a
+configuration defines (own_tasks.py). Nothing here loads a file or a model.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Template = Literal["alpaca", "plain"]
-AnswerFormat = Literal["label", "letter", "number", "text"]
+from rosa_lightning import answers
+from rosa_lightning.answers import NUMBER_TOLERANCE as NUMBER_TOLERANCE
+from rosa_lightning.answers import Rules as Rules
+from rosa_lightning.benchmarks import TASKS as TASKS
+from rosa_lightning.benchmarks import Task as Task
 
-NUMBER_TOLERANCE = 1e-3
-"""Two numeric answers at most this far apart are the same."""
+Template = Literal["alpaca", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,65 +31,47 @@ class Record:
     answer: str | None
     """The gold answer alone, None where the data has none."""
     task: str
-    """A key of `TASKS`."""
+    """Name of the task: a key of `TASKS`, or one of the user's own."""
     source: str
     """Name of the source that the record came from."""
     index: int
     """Number of the record in its source, counted from 1."""
+    own_task: Task | None = None
+    """The task itself, where it is the user's own; None for those in `TASKS`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One row of the table."""
-
-    group: str
-    """`commonsense`, `arithmetic` or `other`."""
-    format: AnswerFormat
-    """What an answer looks like."""
-    labels: tuple[str, ...] = ()
-    """The answers that there are, for the formats `label` and `letter`."""
-    aliases: tuple[str, ...] = ()
-    """Other names in use, compared without case and punctuation."""
+# --- names ----------------------------------------------------------------------------------
 
 
-def _numbered(word: str, last: int) -> tuple[str, ...]:
-    return tuple(f"{word}{number}" for number in range(1, last + 1))
-
-
-TASKS: dict[str, Task] = {
-    "boolq": Task("commonsense", "label", ("true", "false")),
-    "piqa": Task("commonsense", "label", _numbered("solution", 2)),
-    "social_i_qa": Task("commonsense", "label", _numbered("answer", 3), ("siqa", "socialiqa")),
-    "hellaswag": Task("commonsense", "label", _numbered("ending", 4)),
-    "winogrande": Task("commonsense", "label", _numbered("option", 2)),
-    "arc_easy": Task("commonsense", "label", _numbered("answer", 5), ("arce",)),
-    "arc_challenge": Task("commonsense", "label", _numbered("answer", 5), ("arcc",)),
-    "openbookqa": Task("commonsense", "label", _numbered("answer", 4), ("obqa",)),
-    "multiarith": Task("arithmetic", "number"),
-    "gsm8k": Task("arithmetic", "number"),
-    "addsub": Task("arithmetic", "number"),
-    "aqua": Task("arithmetic", "letter", tuple("ABCDE"), ("aquarat",)),
-    "singleeq": Task("arithmetic", "number"),
-    "svamp": Task("arithmetic", "number"),
-    "mawps": Task("arithmetic", "number"),
-    "demo": Task("other", "number"),
-    "text": Task("other", "text"),
-}
-
-
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A task's name without case and punctuation, as names are compared."""
     return re.sub(r"[^a-z0-9]", "", name.casefold())
 
 
-_BY_PLAIN_NAME = {
-    _plain_name(alias): name for name, task in TASKS.items() for alias in (name, *task.aliases)
-}
+def find_task(name: str, tasks: Mapping[str, Task] = TASKS) -> str | None:
+    """The key of `tasks` that `name` means (`ARC-Easy` means `arc_easy`), or None."""
+    known = {
+        plain_name(alias): key for key, task in tasks.items() for alias in (key, *task.aliases)
+    }
+    return known.get(plain_name(name))
 
 
-def find_task(name: str) -> str | None:
-    """The key of `TASKS` that `name` means (`ARC-Easy` means `arc_easy`), or None."""
-    return _BY_PLAIN_NAME.get(_plain_name(name))
+def task_of(record: Record) -> Task:
+    """The task that a record belongs to."""
+    return record.own_task or _task(record.task)
 
+
+def _task(task: str | Task) -> Task:
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        raise ValueError(
+            f"task {task!r} is none of {', '.join(TASKS)}. Give a task of your own as a Task."
+        )
+    return TASKS[task]
+
+
+# --- prompts and responses ------------------------------------------------------------------
 
 # The wording of LLM-Adapters' generate_prompt, itself Alpaca's, without its indentation.
 _ALPACA = (
@@ -127,94 +110,83 @@ def response(record: Record) -> str:
 
 def reference(record: Record) -> str | None:
     """The gold answer: the record's own, else the one that its output states, else None."""
-    return record.answer or extract_answer(record.task, record.output)
+    return record.answer or extract_answer(task_of(record), record.output)
 
 
-# A digit run with thousands separators or without, decimals, exponent. A sign counts only where
-# no operand stands before it: in "17-9" the minus is an operator.
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = rf"(?:(?<![\w)\].])[-+\u2212])?\$?(?<!\w)(?:{_DIGITS})(?:[eE]-?\d+)?"
-_STATED = r"\banswer\s+is\s*:?\s*"
-_WORKING = r"(?:[\d\s.,+*/()$\u2212-]*=\s*)?"
-"""The left side of "the answer is 58 + 94 = 152"."""
+def candidates(record: Record) -> tuple[str, ...]:
+    """The responses that `likelihood` scores, one an answer that the record's prompt offers.
 
+    In the order of the task's labels and in the wording of its responses; () for tasks whose
+    answers cannot be listed.
 
-def _patterns(task: Task) -> tuple[re.Pattern[str], ...]:
-    """Patterns whose group 1 is an answer, the most explicit statement first."""
-    if task.format == "number":
-        openers = (r"####\s*", r"\\boxed\{\s*", _STATED + _WORKING, "")
-        return tuple(re.compile(f"(?i:{opener})({_NUMBER})") for opener in openers)
-    if task.format == "letter":
-        # A lone capital in running text is no answer ("A bag holds ..."), so one must be stated.
-        letter = f"([{''.join(task.labels)}])"
-        return (
-            re.compile(rf"(?i:(?:{_STATED}|####\s*))\(?{letter}(?![A-Za-z0-9])"),
-            re.compile(rf"\A\W*{letter}\W*\Z"),
-        )
-    label = rf"({'|'.join(task.labels)})\b"
-    return (
-        re.compile(rf"{_STATED}\W*{label}", re.IGNORECASE),
-        re.compile(rf"\b{label}", re.IGNORECASE),
-    )
-
-
-_PATTERNS = {name: _patterns(task) for name, task in TASKS.items() if task.format != "text"}
-
-
-def _find_answer(task: str, text: str) -> tuple[int, int] | None:
-    """Start and end of the last stated answer in `text`."""
-    for pattern in _PATTERNS[task]:
-        spans = [match.span(1) for match in pattern.finditer(text)]
-        if spans:
-            return spans[-1]
-    return None
-
-
-def extract_answer(task: str, text: str) -> str | None:
-    """The last answer that `text` states in the task's format, or None.
-
-    Labels come in lower case, letters as capitals, numbers without currency sign and thousands
-    separators; `text` and tasks not in the table give the text without outer white space.
+    Raises ValueError where the prompt offers an answer twice.
     """
-    if task not in _PATTERNS:
-        return text.strip() or None
-    span = _find_answer(task, text)
-    if span is None:
-        return None
-    answer = text[slice(*span)]
-    if TASKS[task].format == "number":
-        return re.sub(r"[,$+]", "", answer).replace("\u2212", "-")
-    return answer.lower() if TASKS[task].format == "label" else answer
+    task = task_of(record)
+    return tuple(task.response.replace("{answer}", label) for label in _offered(task, record))
 
 
-def same_answer(task: str, first: str | None, second: str | None) -> bool:
+def _offered(task: Task, record: Record) -> tuple[str, ...]:
+    """The labels that the prompt names as its answer format or choices; else all."""
+    if task.format == "letter":
+        named = re.findall(r"\(([A-Z])\) ", record.instruction.rpartition("Answer Choices:")[2])
+    else:
+        named = record.instruction.rpartition("Answer format:")[2].strip().split("/")
+    offered = [label for label in task.labels if label in named]
+    twice = [label for label in offered if named.count(label) > 1]
+    if twice and task.format == "label":  # an option's text may hold another's letter
+        raise ValueError(f"the prompt offers {twice[0]!r} twice as an answer")
+    return tuple(offered) if len(offered) > 1 else task.labels
+
+
+def check_gold(record: Record) -> None:
+    """Checks that the gold answer is one that the task's format, and the prompt, allow.
+
+    Raises ValueError, to be completed with where the record is.
+    """
+    task, gold = task_of(record), reference(record)
+    offered = _offered(task, record)
+    if gold is None or answers.expresses(task.format, offered, gold):
+        return
+    wanted = f"one of {', '.join(offered)}" if offered else f"a {task.format}"
+    raise ValueError(f"the gold answer is {gold[:40]!r}; its prompt asks for {wanted}")
+
+
+# --- answers --------------------------------------------------------------------------------
+
+
+def extract_answer(task: str | Task, text: str, rules: Rules = "strict") -> str | None:
+    """The answer that `text` gives in the task's format, or None.
+
+    Args:
+        task: A key of `TASKS`, or a task itself.
+        text: What a model wrote.
+        rules: `strict`, the last stated answer, or `paper`, LLM-Adapters' own rules.
+    """
+    task = _task(task)
+    return answers.extract(task.format, task.labels, text, rules)
+
+
+def same_answer(task: str | Task, first: str | None, second: str | None) -> bool:
     """Whether two answers agree: numbers within 1e-3, others but for case and white space.
 
     None, for no answer found, agrees with nothing.
     """
-    if first is None or second is None:
-        return False
-    if task in TASKS and TASKS[task].format == "number":
-        numbers = extract_answer(task, first), extract_answer(task, second)
-        if None in numbers:
-            return False
-        one, other = (float(number) for number in numbers if number is not None)
-        return abs(one - other) <= NUMBER_TOLERANCE
-    return " ".join(first.casefold().split()) == " ".join(second.casefold().split())
+    return answers.same(_task(task).format, first, second)
 
 
-def answer_start(task: str, text: str, answer: str | None) -> int | None:
+def answer_start(task: str | Task, text: str, answer: str | None) -> int | None:
     """Index of the answer's first character, if `text` ends with `answer`, else None.
 
     Closing punctuation may follow, and the answer may be spelt differently ("15." for 15.0).
     """
     if not answer:
         return None
+    task = _task(task)
     ending = text.rstrip(" \t\r\n.)")
     start = len(ending) - len(answer)
     if ending.endswith(answer) and not (start and (ending[start - 1] + answer[0]).isalnum()):
         return start
-    span = _find_answer(task, text) if task in _PATTERNS else None
+    span = answers.find(task.format, task.labels, text)
     if span is None or any(character.isalnum() for character in text[span[1] :]):
         return None
-    return span[0] if same_answer(task, text[slice(*span)], answer) else None
+    return span[0] if answers.same(task.format, text[slice(*span)], answer) else None

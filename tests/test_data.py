@@ -218,7 +218,7 @@ def test_hub_sources_are_fetched_before_the_ranks_read(folder, monkeypatch):
     fetched = []
     monkeypatch.setattr(
         "rosa_lightning.data.load_records",
-        lambda source, purpose: fetched.append((source.hub, purpose)),
+        lambda source, purpose, tasks: fetched.append((source.hub, purpose)),
     )
     given = [Source(hub="a/b"), Source(path="c.jsonl")]
     ReasoningDataModule(sources=given).prepare_data()

@@ -15,7 +15,7 @@ from rosa_lightning.sources import (
     demo_source,
     load_records,
 )
-from rosa_lightning.tasks import Record
+from rosa_lightning.tasks import TASKS, Record
 
 ROW = {"instruction": "What is 2 + 2?", "input": "", "output": "It is 4.", "answer": "4"}
 
@@ -199,7 +199,8 @@ def test_unreadable_file(write, monkeypatch):
         ("a.json", '{"a": 1}\n{"a": 2}\n', ["Extra data", "name it .jsonl"]),
         ("a.json", '{"a": 1}', ["holds an object at the top", "list of objects"]),
         ("a.json", "[3]", ["record 1 is a number", "expected an object"]),
-        ("a.json", "[]", ["holds no records"]),
+        ("a.json", "[]", ["a.json (task text) holds no records"]),
+        ("svamp.jsonl", "", ["svamp.jsonl (task svamp) holds no records"]),
         ("a.jsonl", "", ["holds no records"]),
         ("a.jsonl", '{"instruction": 1}', ["record 1", "'instruction' is a number"]),
         ("a.jsonl", "\n{]\n", ["a.jsonl, line 2 is not JSON"]),
@@ -236,6 +237,37 @@ def test_wrong_record_is_named_with_file_number_and_field(write, row, purpose, w
     assert all(word in text for word in words), text
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        (
+            "gsm8k",
+            {**ROW, "answer": "many"},
+            "gold answer is 'many'; its prompt asks for a number",
+        ),
+        ("boolq", {**ROW, "answer": "maybe"}, "asks for one of true, false"),
+        ("aqua", {**ROW, "answer": "F"}, "asks for one of A, B, C, D, E"),
+        (
+            "arc_easy",
+            {**ROW, "instruction": "Which?\n\nAnswer format: answer1/answer2", "answer": "answer3"},
+            "asks for one of answer1, answer2",
+        ),
+        (
+            "arc_easy",
+            {**ROW, "instruction": "Which?\n\nAnswer format: answer1/answer1/answer2"},
+            "the prompt offers 'answer1' twice",
+        ),
+    ],
+)
+def test_gold_answers_that_the_format_cannot_express_are_named(write, task, row, words):
+    good = {**ROW, "answer": {"boolq": "true", "aqua": "A", "arc_easy": "answer1"}.get(task, "4")}
+    path = write("set.jsonl", [good, row])
+    text = message(path, "test", task=task)
+    assert f"{path}, record 2 (task {task})" in text
+    assert words in text
+    assert len(load(path, "train", task=task)) == 2  # to train, the response alone counts
+
+
 # The hub.
 
 
@@ -256,8 +288,8 @@ def hub(monkeypatch):
     asked = {}
 
     def serve(rows):
-        def load_dataset(name, subset, *, split, revision):
-            asked.update(name=name, subset=subset, split=split, revision=revision)
+        def load_dataset(name, subset, *, split, revision, **options):
+            asked.update(name=name, subset=subset, split=split, revision=revision, **options)
             return datasets.Dataset.from_list(rows)
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -275,9 +307,32 @@ def test_hub_rows_are_read_with_subset_split_and_revision(hub):
 
 
 def test_hub_rows_of_another_schema_are_named(hub):
-    hub([{"question": "is it?", "answer": True, "passage": "it is"}])
-    with pytest.raises(ValueError, match=r"hub data set google/boolq, record 1: .*'answer' is 'T"):
-        load_records(Source(hub="google/boolq"))
+    hub([{"question": "is it?", "answer": {"text": ["it is"]}, "context": "it is"}])
+    with pytest.raises(ValueError, match=r"hub data set rajpurkar/squad, record 1: .*'answer' is"):
+        load_records(Source(hub="rajpurkar/squad"))
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "subset", "task"),
+    [(row.hub, row.subset, name) for name, row in TASKS.items() if row.hub],
+)
+def test_a_hub_data_set_of_a_benchmark_is_known_by_its_id_and_subset(hub_id, subset, task):
+    assert Source(hub=hub_id, subset=subset).benchmark == task
+
+
+def test_a_hub_data_set_that_is_code_is_read_from_its_parquet_branch(hub):
+    asked = hub([{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}])
+    (found,) = load_records(Source(hub="ybisk/piqa", split="validation"), "test")
+    assert found.answer == "solution1"
+    assert asked["revision"] == "refs/convert/parquet"
+    load_records(Source(hub="ybisk/piqa", split="validation", revision="mine"), "test")
+    assert asked["revision"] == "mine"
+
+
+def test_on_the_parquet_branch_a_subset_is_a_folder(hub):
+    asked = hub([{"input": "a", "output_answer": "3"}])
+    load_records(Source(hub="allenai/lila", subset="addsub", split="test"), "test")
+    assert (asked["subset"], asked["data_dir"]) == (None, "addsub")
 
 
 # The held-out split.

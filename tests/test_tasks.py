@@ -10,6 +10,7 @@ from rosa_lightning.tasks import (
     TASKS,
     Record,
     answer_start,
+    candidates,
     extract_answer,
     find_task,
     prompt,
@@ -178,6 +179,56 @@ def test_reference_is_the_answer_or_what_the_output_states():
     assert reference(record(answer=None, output="")) is None
 
 
+def asked(instruction, task="arc_easy", **fields):
+    return Record(instruction, "", "", None, task, "source", 1, **fields)
+
+
+def test_candidates_are_the_responses_that_the_prompt_offers():
+    says = "the correct answer is {}".format
+    three = asked("Which?\n\nAnswer format: answer1/answer2/answer3")
+    assert candidates(three) == tuple(says(f"answer{number}") for number in (1, 2, 3))
+    assert candidates(asked("Is it?", "boolq")) == (says("true"), says("false"))
+    letters = "What? Answer Choices: (A) 5 (B) (A) and more (C) 7"
+    assert candidates(asked(letters, "aqua")) == tuple(f"The answer is ({x})." for x in "ABC")
+    assert candidates(asked("How many?", "gsm8k")) == candidates(asked("Say", "text")) == ()
+
+
+def test_a_prompt_that_offers_an_answer_twice_has_no_candidates():
+    with pytest.raises(ValueError, match="offers 'answer2' twice"):
+        candidates(asked("Which?\n\nAnswer format: answer1/answer2/answer2"))
+
+
+def test_a_single_letter_in_a_question_is_no_list_of_choices():
+    assert len(candidates(asked("Town (A) is far. What? ", "aqua"))) == 5
+
+
+def test_a_task_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match="task 'mine' is none of boolq"):
+        extract_answer("mine", "5")
+
+
+class TestTable:
+    def test_responses_state_the_answer_that_they_are_made_of(self):
+        for name, task in TASKS.items():
+            for answer in task.labels or ("12.5",):
+                assert extract_answer(name, task.response.replace("{answer}", answer)) == answer
+
+    def test_test_sets_have_the_published_sizes(self, real_data):
+        """The shared files hold the first 60 % of each."""
+        seen = 0
+        for name, task in TASKS.items():
+            file = real_data / "test" / f"{name}.json"
+            if file.exists():
+                assert len(json.loads(file.read_text("utf-8"))) == task.test_size * 3 // 5
+                seen += 1
+        assert seen == 14
+
+    def test_every_benchmark_says_where_it_comes_from(self):
+        for task in TASKS.values():
+            known = (task.hub, task.split, task.fields, task.test_size, task.source, task.licence)
+            assert all(known) is (task.group != "other")
+
+
 class TestOnRealData:
     @pytest.fixture
     def rows(self, real_data):
@@ -206,6 +257,13 @@ class TestOnRealData:
                 plain += 1
                 assert float(extract_answer(task, row["output"])) == float(words[0].rstrip("."))
         assert plain > 100
+
+    @pytest.mark.parametrize("task", [name for name in LABEL_TASKS if name != "hellaswag"])
+    def test_one_candidate_is_the_reference_response(self, rows, task):
+        for row in rows(task):
+            offered = candidates(asked(row["instruction"], task))
+            assert offered.count(row["output"]) == 1
+            assert len(offered) == row["instruction"].rpartition("format:")[2].count("/") + 1
 
     @pytest.mark.parametrize("task", ["mawps", "gsm8k", "multiarith", "aqua"])
     def test_gold_answers_fit_the_format(self, rows, task):
