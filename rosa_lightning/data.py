@@ -17,6 +17,7 @@ from rosa_lightning.batching import (
     TrainCollator,
     encode,
 )
+from rosa_lightning.leakage import Leakage, decontaminate, leaked_benchmarks, question_keys
 from rosa_lightning.mixture import MixtureSampler, ResumableLoader, hold_out
 from rosa_lightning.sources import (
     Purpose,
@@ -54,6 +55,8 @@ class ReasoningDataModule(LightningDataModule):
         overlong: What becomes of longer records: cut the prompt's beginning, or drop the record.
         val_fraction: Part of each source that is held out to validate on, at least one record;
             0 for none. Equal prompts stay on one side. Trainer(limit_val_batches) uses fewer.
+        decontaminate: Leave out training records whose question is one of test_sources, compared
+            in lower case without punctuation. How many is printed.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
         seed: Decides the order and what is held out.
     """
@@ -70,6 +73,7 @@ class ReasoningDataModule(LightningDataModule):
         template: Template = "alpaca",
         overlong: Overlong = "cut",
         val_fraction: float = 0.02,
+        decontaminate: bool = True,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -94,7 +98,8 @@ class ReasoningDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.batch_size, self.max_length = batch_size, max_length
         self.template, self.overlong = template, overlong
-        self.val_fraction, self.num_workers, self.seed = val_fraction, num_workers, seed
+        self.val_fraction, self.decontaminate = val_fraction, decontaminate
+        self.num_workers, self.seed = num_workers, seed
         self._seen = [0] * len(self.sources)  # on this rank, since the start or the resumption
         self._seen_before = [0] * len(self.sources)  # on all ranks, as a checkpoint says
         self._logged_step = 0
@@ -123,6 +128,10 @@ class ReasoningDataModule(LightningDataModule):
         for source in sources:
             if source.hub:
                 load_records(source, purpose)
+        if purpose == "train" and self.decontaminate:
+            for source in self.test_sources:
+                if source.hub:
+                    load_records(source, "audit")
 
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what the stage needs; once, however often it is called.
@@ -163,9 +172,8 @@ class ReasoningDataModule(LightningDataModule):
         return examples
 
     def _read_training(self) -> None:
-        train, held = hold_out(
-            [load_records(source) for source in self.sources], self.val_fraction, self.seed
-        )
+        records = self._decontaminated([load_records(source) for source in self.sources])
+        train, held = hold_out(records, self.val_fraction, self.seed)
         sources, val = [], []
         for name, to_train, to_hold in zip(self.source_names, train, held, strict=True):
             examples, count = self._encode(to_train)
@@ -181,6 +189,40 @@ class ReasoningDataModule(LightningDataModule):
             val += held_examples
         self._train, self._val = sources, val
         self._report_mixture()
+
+    def _decontaminated(self, records: Sequence[list[Record]]) -> list[list[Record]]:
+        """Each source's records without those that are leaked test questions, if so set."""
+        if not self.decontaminate or not self.test_sources:
+            return list(records)
+        tested = question_keys(
+            record for source in self.test_sources for record in load_records(source, "audit")
+        )
+        kept = [decontaminate(source, tested) for source in records]
+        for name, before, after in zip(self.source_names, records, kept, strict=True):
+            if not after:
+                raise ValueError(
+                    f"source {name}: the questions of all {len(before)} records stand in "
+                    "data.test_sources, so data.decontaminate leaves none. Take the source out of "
+                    "data.sources, or set data.decontaminate: false to train on test questions."
+                )
+            if len(after) < len(before):
+                rank_zero_info(
+                    f"{name}: {len(before) - len(after)} of {len(before)} records left out, as "
+                    "their questions stand in data.test_sources"
+                )
+        return kept
+
+    def leakage(self) -> dict[str, Leakage]:
+        """For each test source, which of its questions stand in the training sources.
+
+        The sources are taken as they are, so this is what `decontaminate` leaves out, or what was
+        trained on where that is false. Positions count the records of all training sources in a
+        row. Reads both kinds of sources; raises OSError or ValueError where they cannot be read.
+        """
+        train = (record for source in self.sources for record in load_records(source, "audit"))
+        tests = [load_records(source, "audit") for source in self.test_sources]
+        names = [source.label for source in self.test_sources]
+        return dict(zip(names, leaked_benchmarks(train, tests), strict=True))
 
     def _encode(
         self, records: Sequence[Record], with_response: bool = True

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from rosa_lightning.tasks import TASKS, Record, find_task, reference
 
-Purpose = Literal["train", "test", "predict"]
-"""What records are for: a response to train on, a gold answer, or only a question."""
+Purpose = Literal["train", "test", "predict", "audit"]
+"""What records are for: a response to train on, a gold answer, only a question, or to be looked at
+whatever they lack."""
 
 _SUFFIXES = ".json, .jsonl, .parquet"
 _SCHEMAS = (
@@ -167,8 +168,8 @@ def load_records(source: Source, purpose: Purpose = "train") -> list[Record]:
     """All records of a source.
 
     To train, a record needs an output; to test, an answer or an output that states one; to
-    predict, only what is asked. Raises OSError for what cannot be read or reached, ValueError
-    for what has not the expected shape.
+    predict and to audit, only what is asked. Raises OSError for what cannot be read or reached,
+    ValueError for what has not the expected shape.
     """
     source = as_source(source)
     rows = _hub_rows(source) if source.hub else _file_rows(source, purpose)
@@ -345,7 +346,7 @@ def _answer(row: Mapping[str, Any], where: str) -> str | None:
 def _gsm8k_solution(row: Mapping[str, Any], where: str, purpose: Purpose) -> tuple[str, str | None]:
     """The worked solution, and the final number that stands after its last `####`."""
     value = row.get("answer")
-    if value is None and purpose == "predict":
+    if purpose in {"predict", "audit"} and (value is None or value == ""):
         return "", None
     if not isinstance(value, str) or "####" not in value:
         found = "missing" if value is None else f"{str(value)[:40]!r}"

@@ -204,7 +204,8 @@ def test_source_that_is_dropped_whole_is_an_error(folder):
 
 
 def test_setup_reads_once(folder):
-    module = data(folder, tokenizer=TOKENIZER, test_sources=sources(folder, {"a": None}))
+    tested = sources(folder, {"a": None})
+    module = data(folder, tokenizer=TOKENIZER, test_sources=tested, decontaminate=False)
     for stage in ("fit", "validate", "test"):
         module.setup(stage)
     for name in SIZES:
@@ -227,7 +228,8 @@ def test_hub_sources_are_fetched_before_the_ranks_read(folder, monkeypatch):
 
 def test_task_names_cover_validation_and_test(folder):
     given = [{"path": str(folder / "a.jsonl"), "task": "svamp"}]
-    module = data(folder, sources=given, test_sources=[Source(path="boolq.json")])
+    tested = [Source(path="boolq.json")]
+    module = data(folder, sources=given, test_sources=tested, decontaminate=False)
     fit(module, max_epochs=1)
     assert module.task_names == ["boolq", "svamp"]
 
