@@ -3,11 +3,11 @@
 Pure functions of the records; nothing is drawn at random, and the training records are gone through
 once, so that they may be a stream.
 
-Exact: the same question after `normalise`. Near: not exact, but the word pairs of both overlap by a
-Jaccard index of at least `NEAR`, and they hold the same numbers. Word pairs in more than a tenth of a
-benchmark's questions are its frame ("Please choose the correct answer to ...") and are not counted.
-All such overlaps are found, by prefix filtering (Bayardo et al., "Scaling Up All Pairs Similarity
-Search", WWW 2007), where MinHash would estimate them.
+Exact: the same question after `normalise`. Near: not exact, but the word pairs of both overlap by
+a Jaccard index of at least `NEAR`, and they hold the same numbers. Word pairs in more than a tenth
+of a benchmark's questions are its frame ("Please choose the correct answer to ...") and are not
+counted. All such overlaps are found, by prefix filtering (Bayardo et al., "Scaling Up All Pairs
+Similarity Search", WWW 2007), where MinHash would estimate them.
 
 The threshold comes from reading pairs of the LLM-Adapters files (the first 60 % of the test sets):
 
@@ -24,6 +24,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rosa_lightning.tasks import Record
 
@@ -110,7 +111,7 @@ def leaked_benchmarks(
 def _word_pairs(question: str) -> set[str]:
     """Neighbouring words; of a single word, the word."""
     words = question.split(" ")
-    return {f"{a} {b}" for a, b in zip(words, words[1:], strict=False)} or {question}
+    return {f"{a} {b}" for a, b in pairwise(words)} or {question}
 
 
 def _numbers(question: str) -> set[str]:
