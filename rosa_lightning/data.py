@@ -1,6 +1,7 @@
 """`ReasoningDataModule`: several sources, one training stream."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -131,7 +132,8 @@ class ReasoningDataModule(LightningDataModule):
         if purpose == "train" and self.decontaminate:
             for source in self.test_sources:
                 if source.hub:
-                    load_records(source, "audit")
+                    with suppress(OSError):  # `setup` warns
+                        load_records(source, "audit")
 
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what the stage needs; once, however often it is called.
@@ -194,9 +196,7 @@ class ReasoningDataModule(LightningDataModule):
         """Each source's records without those that are leaked test questions, if so set."""
         if not self.decontaminate or not self.test_sources:
             return list(records)
-        tested = question_keys(
-            record for source in self.test_sources for record in load_records(source, "audit")
-        )
+        tested = self._test_questions()
         kept = [decontaminate(source, tested) for source in records]
         for name, before, after in zip(self.source_names, records, kept, strict=True):
             if not after:
@@ -211,6 +211,24 @@ class ReasoningDataModule(LightningDataModule):
                     "their questions stand in data.test_sources"
                 )
         return kept
+
+    def _test_questions(self) -> frozenset[str]:
+        """What the test sources ask, but for those on the hub that cannot be reached."""
+        found: frozenset[str] = frozenset()
+        for source in self.test_sources:
+            try:
+                found |= question_keys(load_records(source, "audit"))
+            except OSError as error:
+                if not source.hub:
+                    raise
+                rank_zero_warn(
+                    f"The training data are not compared with test source {source.label}, and may "
+                    f"hold its questions: {error} Or set data.decontaminate: false."
+                )
+        if self.trainer is not None and self.trainer.world_size > 1:
+            # A rank that did not reach the hub would train on other records than the rest.
+            found = self.trainer.strategy.broadcast(found)
+        return found
 
     def leakage(self) -> dict[str, Leakage]:
         """For each test source, which of its questions stand in the training sources.

@@ -56,6 +56,11 @@ def test_a_question_with_different_answers_is_a_conflict_wherever_they_stand():
     assert [source.conflicting for source in found.sources] == [(1, 2, 3), (1,), (2,)]
 
 
+def test_a_record_without_an_answer_contradicts_nothing():
+    found = audit({"a": numbered(("one", None), ("one", "1"), ("one", "1"))})
+    assert found.sources[0].conflicting == ()
+
+
 def test_numbers_are_the_same_answer_in_sources_without_a_task():
     texts = [
         Record("one", "", f"So it is {answer}.", answer, "text", "", n)

@@ -383,6 +383,18 @@ def test_audit_needs_no_weights_and_writes_its_figures(leaky, base_folder, capsy
     assert [path.name for path in Path("deep").iterdir()] == ["audit.json"]
 
 
+def test_audit_prints_a_line_a_benchmark_of_the_published_data(real_data, capsys):
+    train = [{"path": str(real_data / "train" / "math_data.json")}]
+    names = ("aqua", "gsm8k", "mawps", "piqa")
+    tests = [{"path": str(real_data / "test" / f"{name}.json")} for name in names]
+    given = ["--data.sources", json.dumps(train), "--data.test_sources", json.dumps(tests)]
+    _, printed, _ = run(capsys, "audit", *given)
+    lines = words(printed)
+    assert "math_data 3,260 80 0 0 3" in lines
+    assert {"aqua 152 152 0 math_data", "gsm8k 791 791 0 math_data"} <= set(lines)
+    assert {"mawps 142 75 2 math_data", "piqa 1,102 0 0"} <= set(lines)
+
+
 def test_audit_takes_the_tokenizer_of_a_checkpoint_or_of_the_data_or_none(leaky, trained, capsys):
     for more in (["--ckpt_path", str(trained / "last.ckpt")], ["--data.tokenizer", "tiny"]):
         status, printed, _ = run(capsys, "audit", *leaky, *more)

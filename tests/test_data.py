@@ -17,7 +17,7 @@ from test_batching import byte_tokenizer
 
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.mixture import normalised_prompt
-from rosa_lightning.sources import Source
+from rosa_lightning.sources import Source, load_records
 from rosa_lightning.tasks import Record
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -269,6 +269,25 @@ def test_leakage_is_that_of_the_sources_as_they_are(folder, decontaminate):
     assert list(found) == ["leaky"]
     assert found["leaky"].exact == {0: (3,), 1: (4,), 2: (5,), 3: (37 + 7,)}
     assert data(folder).leakage() == {}
+
+
+def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(folder, monkeypatch):
+    module = leaky(folder)
+    module.test_sources.insert(0, Source(hub="a/b"))
+
+    def unreachable(source, purpose="train"):
+        if source.hub:
+            raise OSError("No network.")
+        return load_records(source, purpose)
+
+    monkeypatch.setattr("rosa_lightning.data.load_records", unreachable)
+    module.prepare_data()
+    with pytest.warns(UserWarning, match=r"not compared with test source b, .* No network\."):
+        module.setup("fit")
+    assert len(module._train[0]) + sum(ex.record.source == "a" for ex in module._val) == 34
+    module = data(folder, tokenizer=TOKENIZER, test_sources=[{"path": "none.json"}])
+    with pytest.raises(OSError, match=r"none\.json"):
+        module.setup("fit")
 
 
 def test_hub_test_sources_are_fetched_for_training_only_to_leave_their_questions_out(monkeypatch):
