@@ -29,7 +29,7 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from rosa_lightning.commands import NO_BASE, Setting, export, inspect, report
+from rosa_lightning.commands import NO_BASE, Setting, audit, export, inspect, report
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.module import RoSAModule
@@ -48,10 +48,16 @@ COMMANDS = {
     "predict": "Write answers to the predict sources into predictions.jsonl.",
     "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
     "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
+    "audit": "Look at the training data: lengths, duplicates, leaked test questions.",
     "report": "Write what a run has logged as one HTML page, or as pictures.",
 }
 """What each command does, for ``--help``."""
-TOOLS: dict[str, Callable[..., None]] = {"export": export, "inspect": inspect, "report": report}
+TOOLS: dict[str, Callable[..., None]] = {
+    "export": export,
+    "inspect": inspect,
+    "audit": audit,
+    "report": report,
+}
 """The commands that the trainer does not run. They read the same configuration."""
 _OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
 _OF_A_STEP = ("model.attn_implementation", "model.gradient_checkpointing", "data.batch_size")
@@ -60,6 +66,11 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "inspect": (
         *(f"model.{name}" for name in _OF_A_BASE),
         *(*_OF_A_STEP, "data.max_length", "data.sources", "trainer.precision"),
+    ),
+    "audit": (
+        *("model.base", "model.revision", "model.trust_remote_code", "model.adapter"),
+        *("data.sources", "data.test_sources", "data.tokenizer", "data.template"),
+        *("data.max_length", "data.decontaminate"),
     ),
     "report": (),
 }

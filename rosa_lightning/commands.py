@@ -1,10 +1,12 @@
-"""The commands that are no training: ``export``, ``inspect`` and ``report``."""
+"""The commands that are no training: ``audit``, ``export``, ``inspect`` and ``report``."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +21,8 @@ from rosa_lightning.activations import (
     rotated_norms,
     save_figure,
 )
+from rosa_lightning.audit import audit_records, token_lengths
+from rosa_lightning.audit_tables import audit_tables
 from rosa_lightning.base import enable_checkpointing, load_skeleton, load_tokenizer
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
@@ -27,7 +31,8 @@ from rosa_lightning.memory import check_batch
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.packed import pack_on_paper
 from rosa_lightning.remembered import read_checkpoint
-from rosa_lightning.report import write_report
+from rosa_lightning.report import write_file, write_report
+from rosa_lightning.sources import load_records
 from rosa_lightning.summary import compare_memory, memory_table, summarize, summary_tables
 from rosa_lightning.sweep import sweep_models, sweep_tables
 
@@ -176,6 +181,35 @@ def inspect(
     console.print(memory_table(estimates))
     if drawn is not None:
         sys.stdout.write(f"{drawn}\n")
+
+
+def audit(setting: Setting, *, ckpt_path: str | None = None, output: str | None = None) -> None:
+    """Look at the training data: lengths, duplicates, contradictions, leaked test questions.
+
+    Args:
+        setting: The sources to train on and to test on, and the tokenizer, its own or the base's.
+        ckpt_path: Checkpoint whose settings are the defaults of ``model``.
+        output: JSON file for the figures, with the numbers of the records concerned.
+    """
+    if output is not None and (Path(output).suffix != ".json" or Path(output).is_dir()):
+        raise ValueError(f"output={output} is not the name of a JSON file, such as audit.json.")
+    data = setting.data
+    if data.tokenizer is None and setting.module.base:
+        data.tokenizer = setting.module.tokenizer
+    lengths = None
+    if data.tokenizer is not None:
+        lengths = partial(token_lengths, tokenizer=data.text_tokenizer, template=data.template)
+    found = audit_records(
+        {source.label: load_records(source, "audit", data.tasks) for source in data.sources},
+        {source.label: load_records(source, "audit", data.tasks) for source in data.test_sources},
+        lengths,
+        max_length=data.max_length,
+        decontaminate=data.decontaminate,
+    )
+    Console().print(audit_tables(found))
+    if output is not None:
+        write_file(Path(output), json.dumps(found.to_dict(), indent=1).encode())
+        sys.stdout.write(f"\n{output}\n")
 
 
 def report(

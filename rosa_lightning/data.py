@@ -1,6 +1,7 @@
 """`ReasoningDataModule`: several sources, one training stream."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from rosa_lightning.batching import (
     TrainCollator,
     encode,
 )
+from rosa_lightning.leakage import Leakage, decontaminate, leaked_benchmarks, question_keys
 from rosa_lightning.mixture import MixtureSampler, ResumableLoader, hold_out
 from rosa_lightning.own_tasks import with_own_tasks
 from rosa_lightning.sources import (
@@ -58,6 +60,8 @@ class ReasoningDataModule(LightningDataModule):
         overlong: What becomes of longer records: cut the prompt's beginning, or drop the record.
         val_fraction: Part of each source that is held out to validate on, at least one record;
             0 for none. Equal prompts stay on one side. Trainer(limit_val_batches) uses fewer.
+        decontaminate: Leave out training records whose question is one of test_sources, compared
+            in lower case without punctuation. How many is printed.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
         seed: Decides the order and what is held out.
     """
@@ -75,6 +79,7 @@ class ReasoningDataModule(LightningDataModule):
         template: Template = "alpaca",
         overlong: Overlong = "cut",
         val_fraction: float = 0.02,
+        decontaminate: bool = True,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -100,7 +105,8 @@ class ReasoningDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.batch_size, self.max_length = batch_size, max_length
         self.template, self.overlong = template, overlong
-        self.val_fraction, self.num_workers, self.seed = val_fraction, num_workers, seed
+        self.val_fraction, self.decontaminate = val_fraction, decontaminate
+        self.num_workers, self.seed = num_workers, seed
         self._seen = [0] * len(self.sources)  # on this rank, since the start or the resumption
         self._seen_before = [0] * len(self.sources)  # on all ranks, as a checkpoint says
         self._logged_step = 0
@@ -129,6 +135,11 @@ class ReasoningDataModule(LightningDataModule):
         for source in sources:
             if source.hub:
                 load_records(source, purpose, self.tasks)
+        if purpose == "train" and self.decontaminate:
+            for source in self.test_sources:
+                if source.hub:
+                    with suppress(OSError):  # `setup` warns
+                        load_records(source, "audit", self.tasks)
 
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what the stage needs; once, however often it is called.
@@ -170,7 +181,9 @@ class ReasoningDataModule(LightningDataModule):
         return examples
 
     def _read_training(self) -> None:
-        records = [load_records(source, "train", self.tasks) for source in self.sources]
+        records = self._decontaminated(
+            [load_records(source, "train", self.tasks) for source in self.sources]
+        )
         train, held = hold_out(records, self.val_fraction, self.seed)
         sources, val = [], []
         for name, to_train, to_hold in zip(self.source_names, train, held, strict=True):
@@ -187,6 +200,60 @@ class ReasoningDataModule(LightningDataModule):
             val += held_examples
         self._train, self._val = sources, val
         self._report_mixture()
+
+    def _decontaminated(self, records: Sequence[list[Record]]) -> list[list[Record]]:
+        """Each source's records without those that are leaked test questions, if so set."""
+        if not self.decontaminate or not self.test_sources:
+            return list(records)
+        tested = self._test_questions()
+        kept = [decontaminate(source, tested) for source in records]
+        for name, before, after in zip(self.source_names, records, kept, strict=True):
+            if not after:
+                raise ValueError(
+                    f"source {name}: the questions of all {len(before)} records stand in "
+                    "data.test_sources, so data.decontaminate leaves none. Take the source out of "
+                    "data.sources, or set data.decontaminate: false to train on test questions."
+                )
+            if len(after) < len(before):
+                rank_zero_info(
+                    f"{name}: {len(before) - len(after)} of {len(before)} records left out, as "
+                    "their questions stand in data.test_sources"
+                )
+        return kept
+
+    def _test_questions(self) -> frozenset[str]:
+        """What the test sources ask, but for those on the hub that cannot be reached."""
+        found: frozenset[str] = frozenset()
+        for source in self.test_sources:
+            try:
+                found |= question_keys(load_records(source, "audit", self.tasks))
+            except OSError as error:
+                if not source.hub:
+                    raise
+                rank_zero_warn(
+                    f"The training data are not compared with test source {source.label}, and may "
+                    f"hold its questions: {error} Or set data.decontaminate: false."
+                )
+        if self.trainer is not None and self.trainer.world_size > 1:
+            # A rank that did not reach the hub would train on other records than the rest.
+            found = self.trainer.strategy.broadcast(found)
+        return found
+
+    def leakage(self) -> dict[str, Leakage]:
+        """For each test source, which of its questions stand in the training sources.
+
+        The sources are taken as they are, so this is what `decontaminate` leaves out, or what was
+        trained on where that is false. Positions count the records of all training sources in a
+        row. Reads both kinds of sources; raises OSError or ValueError where they cannot be read.
+        """
+        train = (
+            record
+            for source in self.sources
+            for record in load_records(source, "audit", self.tasks)
+        )
+        tests = [load_records(source, "audit", self.tasks) for source in self.test_sources]
+        names = [source.label for source in self.test_sources]
+        return dict(zip(names, leaked_benchmarks(train, tests), strict=True))
 
     def _encode(
         self, records: Sequence[Record], with_response: bool = True

@@ -90,10 +90,10 @@ def write_report(run: str, *, output: str | None = None, format: Format = "html"
     logged = read_run(folder)
     pictures = draw_charts(logged, "svg" if format == "html" else "png")
     if format == "html":
-        _write(target, _page(folder, logged, pictures).encode())
+        write_file(target, _page(folder, logged, pictures).encode())
     else:
         for picture in pictures:
-            _write(target / f"{picture.name}.{picture.kind}", picture.content)
+            write_file(target / f"{picture.name}.{picture.kind}", picture.content)
     return target
 
 
@@ -104,7 +104,7 @@ def _check_output(target: Path, format: Format) -> None:
         raise ValueError(f"output={target} is a file; png writes several. Name a folder.")
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file that is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")

@@ -19,8 +19,9 @@ from rosa_lightning.hub_rows import written
 from rosa_lightning.own_tasks import nearest
 from rosa_lightning.tasks import TASKS, Record, Task, check_gold, find_task, reference
 
-Purpose = Literal["train", "test", "predict"]
-"""What records are for: a response to train on, a gold answer, or only a question."""
+Purpose = Literal["train", "test", "predict", "audit"]
+"""What records are for: a response to train on, a gold answer, only a question, or to be looked at
+whatever they lack."""
 
 _SUFFIXES = ".json, .jsonl, .parquet"
 _SCHEMAS = (
@@ -176,8 +177,8 @@ def load_records(
     """All records of a source.
 
     To train, a record needs an output; to test, an answer or an output that states one, which the
-    task's format can express; to predict, only what is asked. Raises OSError for what cannot be
-    read or reached, ValueError for what has not the expected shape.
+    task's format can express; to predict and to audit, only what is asked. Raises OSError for what
+    cannot be read or reached, ValueError for what has not the expected shape.
     """
     source = as_source(source, tasks)
     task = tasks[source.benchmark]
@@ -406,7 +407,7 @@ def _answer(row: Mapping[str, Any], where: str) -> str | None:
 def _gsm8k_solution(row: Mapping[str, Any], where: str, purpose: Purpose) -> tuple[str, str | None]:
     """The worked solution, and the final number that stands after its last `####`."""
     value = row.get("answer")
-    if value is None and purpose == "predict":
+    if purpose in {"predict", "audit"} and (value is None or value == ""):
         return "", None
     if not isinstance(value, str) or "####" not in value:
         found = "missing" if value is None else f"{str(value)[:40]!r}"

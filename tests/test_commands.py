@@ -233,7 +233,7 @@ def test_a_checkpoint_cannot_switch_remote_code_on(trained, base_folder, capsys,
 
 def test_commands_of_our_own_stand_in_the_same_help(capsys):
     _, printed, _ = run(capsys, "--help")
-    assert all(command in printed for command in ("fit", "predict", "export"))
+    assert all(command in printed for command in ("fit", "predict", "export", "audit"))
     _, printed, _ = run(capsys, "export", "--help")
     assert all(key in printed for key in ("--config", "--model.base", "--ckpt_path", "--output"))
     assert "--trainer" not in printed
@@ -492,6 +492,103 @@ def test_the_sweep_of_all_models_is_found_under_either_spelling(capsys, monkeypa
         status, _, errors = run(capsys, "inspect", option_)
         assert status == 2
         assert errors == [f"error: unrecognized arguments: {option_}. Did you mean all_models?"]
+
+
+@pytest.fixture
+def leaky(tmp_path) -> list[str]:
+    """The arguments of an audit: one record of three is leaked, and one has no output."""
+    rows = [("Say 1.", "1"), ("Say 2.", "2"), ("Say 3.", "")]
+    train = [{"instruction": asked, "output": output} for asked, output in rows]
+    Path("mine.json").write_text(json.dumps(train))
+    Path("gsm8k.json").write_text(json.dumps([{"instruction": "say 2", "answer": "2"}]))
+    data = {"sources": [{"path": "mine.json"}], "test_sources": [{"path": "gsm8k.json"}]}
+    Path("audit.yaml").write_text(yaml.safe_dump({"data": data}))
+    return ["--config", "audit.yaml"]
+
+
+def words(printed: str) -> list[str]:
+    return [" ".join(line.split()) for line in printed.splitlines()]
+
+
+def test_audit_needs_no_weights_and_writes_its_figures(leaky, base_folder, capsys):
+    shutil.copytree(base_folder, "shell", ignore=shutil.ignore_patterns("*.safetensors"))
+    more = ["--model.base", "shell", "--output", "deep/audit.json"]
+    status, printed, errors = run(capsys, "audit", *leaky, *more)
+    assert (status, errors) == (0, [])
+    assert "Lengths in tokens" in printed
+    assert "gsm8k 1 1 0 mine" in words(printed)
+    assert printed.endswith("\ndeep/audit.json\n")
+    figures = json.loads(Path("deep/audit.json").read_text())
+    (source,), (benchmark,) = figures["sources"], figures["benchmarks"]
+    assert (source["records"], source["empty"], source["leaked"]) == (3, [3], [2])
+    assert (benchmark["questions"], benchmark["leaked_exact"], benchmark["leaked_near"]) == (
+        1,
+        1,
+        0,
+    )
+    assert benchmark["exact"] == [{"record": 1, "source": "mine", "source_record": 2}]
+    assert [path.name for path in Path("deep").iterdir()] == ["audit.json"]
+
+
+def test_audit_prints_a_line_a_benchmark_of_the_published_data(real_data, capsys):
+    train = [{"path": str(real_data / "train" / "math_data.json")}]
+    names = ("aqua", "gsm8k", "mawps", "piqa")
+    tests = [{"path": str(real_data / "test" / f"{name}.json")} for name in names]
+    given = ["--data.sources", json.dumps(train), "--data.test_sources", json.dumps(tests)]
+    _, printed, _ = run(capsys, "audit", *given)
+    lines = words(printed)
+    assert "math_data 3,260 80 0 0 3" in lines
+    assert {"aqua 152 152 0 math_data", "gsm8k 791 791 0 math_data"} <= set(lines)
+    assert {"mawps 142 75 2 math_data", "piqa 1,102 0 0"} <= set(lines)
+
+
+def test_audit_takes_the_tokenizer_of_a_checkpoint_or_of_the_data_or_none(leaky, trained, capsys):
+    for more in (["--ckpt_path", str(trained / "last.ckpt")], ["--data.tokenizer", "tiny"]):
+        status, printed, _ = run(capsys, "audit", *leaky, *more)
+        assert status == 0
+        assert "Lengths in tokens" in printed
+    status, printed, _ = run(capsys, "audit", *leaky)
+    assert status == 0
+    assert "Lengths in words" in printed
+
+
+def test_an_audit_that_cannot_be_made_ends_in_one_line(leaky, capsys):
+    cases = {
+        ("--output", "audit.txt"): "output=audit.txt is not the name of a JSON file",
+        ("--model.base", "no/such"): "base 'no/such'",
+        ("--data.tokenizer", "no/such"): "data.tokenizer",
+        ("--data.sources", "[{path: none.json}]"): "none.json",
+        ("--data.decontaminte", "false"): "Did you mean data.decontaminate?",
+    }
+    for arguments, message in cases.items():
+        status, _, errors = run(capsys, "audit", *leaky, *arguments)
+        assert status in (1, 2), arguments
+        assert len(errors) == 1, arguments
+        assert message in errors[0]
+
+
+def test_audit_shows_the_settings_that_it_looks_at(capsys):
+    _, printed, _ = run(capsys, "audit", "--help")
+    for key in ("model.base", "data.sources", "data.test_sources", "data.decontaminate", "output"):
+        assert f"--{key}" in printed
+    assert "--model.roae" not in printed
+    assert "--trainer" not in printed
+
+
+def test_training_and_validating_leave_out_the_questions_of_the_test(trained, capsys):
+    tested = ["--data.test_sources", "[{path: gsm8k.json}]"]
+    given = [*data_alone(trained), "--model.base", "tiny", *ONE_STEP, *tested]
+
+    def both(number_of_questions: int) -> list[tuple[int, str]]:
+        rows = [{"instruction": f"say {n}", "answer": "1"} for n in range(number_of_questions)]
+        Path("gsm8k.json").write_text(json.dumps(rows))
+        found = [run(capsys, command, *given) for command in ("fit", "validate")]
+        return [(status, " ".join(errors)) for status, _, errors in found]
+
+    assert both(5) == [(0, ""), (0, "")]
+    for status, error in both(50):
+        assert status == 1
+        assert "source numbers: the questions of all 40 records stand in" in error
 
 
 def test_report_writes_a_page_of_a_run_and_needs_no_base(trained, capsys):

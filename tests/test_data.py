@@ -17,7 +17,7 @@ from test_batching import byte_tokenizer
 
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.mixture import normalised_prompt
-from rosa_lightning.sources import Source
+from rosa_lightning.sources import Source, load_records
 from rosa_lightning.tasks import Record
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -204,7 +204,8 @@ def test_source_that_is_dropped_whole_is_an_error(folder):
 
 
 def test_setup_reads_once(folder):
-    module = data(folder, tokenizer=TOKENIZER, test_sources=sources(folder, {"a": None}))
+    tested = sources(folder, {"a": None})
+    module = data(folder, tokenizer=TOKENIZER, test_sources=tested, decontaminate=False)
     for stage in ("fit", "validate", "test"):
         module.setup(stage)
     for name in SIZES:
@@ -225,9 +226,87 @@ def test_hub_sources_are_fetched_before_the_ranks_read(folder, monkeypatch):
     assert fetched == [("a/b", "train")]
 
 
+def leaky(folder, **settings):
+    """Tested on three questions of source a, in other spelling, one of b, and one of its own."""
+    rows = ["A: 3?", "a 4", "a  5!", "b 7?", "z 1?"]
+    text = "".join(json.dumps({"instruction": row, "answer": "1"}) + "\n" for row in rows)
+    (folder / "leaky.jsonl").write_text(text)
+    tested = [{"path": str(folder / "leaky.jsonl"), "task": "svamp"}]
+    return data(folder, tokenizer=TOKENIZER, test_sources=tested, **settings)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_test_questions_are_neither_trained_on_nor_validated_on(folder, stage, caplog):
+    module = leaky(folder, val_fraction=0.3)
+    with caplog.at_level("INFO"):
+        module.setup(stage)
+    records = [example.record for source in module._train for example in source]
+    asked = {record.instruction for record in [*records, *(ex.record for ex in module._val)]}
+    everything = {f"{name} {n}?" for name, size in SIZES.items() for n in range(size)}
+    assert asked == everything - {"a 3?", "a 4?", "a 5?", "b 7?"}
+    assert "a: 3 of 37 records left out, as their questions stand in data.test_s" in caplog.text
+    assert "b: 1 of 23 records left out" in caplog.text
+    assert caplog.text.count("left out") == 2
+
+
+def test_test_questions_are_trained_on_where_that_is_asked_for(folder, caplog):
+    module = leaky(folder, val_fraction=0, decontaminate=False)
+    with caplog.at_level("INFO"):
+        module.setup("fit")
+    assert [len(source) for source in module._train] == list(SIZES.values())
+    assert "left out" not in caplog.text
+
+
+def test_a_source_of_test_questions_alone_is_refused(folder):
+    module = data(folder, tokenizer=TOKENIZER, test_sources=sources(folder, {"c": None}))
+    with pytest.raises(ValueError, match=r"source c: .* all 9 records stand in data\.test_sources"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize("decontaminate", [True, False])
+def test_leakage_is_that_of_the_sources_as_they_are(folder, decontaminate):
+    found = leaky(folder, decontaminate=decontaminate).leakage()
+    assert list(found) == ["leaky"]
+    assert found["leaky"].exact == {0: (3,), 1: (4,), 2: (5,), 3: (37 + 7,)}
+    assert data(folder).leakage() == {}
+
+
+def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(folder, monkeypatch):
+    module = leaky(folder)
+    module.test_sources.insert(0, Source(hub="a/b"))
+
+    def unreachable(source, purpose="train"):
+        if source.hub:
+            raise OSError("No network.")
+        return load_records(source, purpose)
+
+    monkeypatch.setattr("rosa_lightning.data.load_records", unreachable)
+    module.prepare_data()
+    with pytest.warns(UserWarning, match=r"not compared with test source b, .* No network\."):
+        module.setup("fit")
+    assert len(module._train[0]) + sum(ex.record.source == "a" for ex in module._val) == 34
+    module = data(folder, tokenizer=TOKENIZER, test_sources=[{"path": "none.json"}])
+    with pytest.raises(OSError, match=r"none\.json"):
+        module.setup("fit")
+
+
+def test_hub_test_sources_are_fetched_for_training_only_to_leave_their_questions_out(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(
+        "rosa_lightning.data.load_records",
+        lambda source, purpose: fetched.append((source.hub, purpose)),
+    )
+    given = {"sources": [Source(hub="a/b")], "test_sources": [Source(hub="c/d")]}
+    ReasoningDataModule(**given).prepare_data()
+    assert fetched == [("a/b", "train"), ("c/d", "audit")]
+    ReasoningDataModule(**given, decontaminate=False).prepare_data()
+    assert fetched[2:] == [("a/b", "train")]
+
+
 def test_task_names_cover_validation_and_test(folder):
     given = [{"path": str(folder / "a.jsonl"), "task": "svamp"}]
-    module = data(folder, sources=given, test_sources=[Source(path="boolq.json")])
+    tested = [Source(path="boolq.json")]
+    module = data(folder, sources=given, test_sources=tested, decontaminate=False)
     fit(module, max_epochs=1)
     assert module.task_names == ["boolq", "svamp"]
 

@@ -406,3 +406,12 @@ def test_test_files_of_the_benchmarks_are_read(real_data):
 def test_training_on_mawps_names_its_first_empty_output(real_data):
     text = message(str(real_data / "test" / "mawps.json"))
     assert "mawps.json, record 1: field 'output' is empty" in text
+
+
+def test_records_to_look_at_may_lack_a_response(write):
+    rows = [{"instruction": "What?", "output": " "}, {"instruction": "Why?"}]
+    assert [r.output for r in load(write("a.json", rows), "audit")] == [" ", ""]
+    rows = [{"question": "What?", "answer": ""}, {"question": "Why?"}]
+    assert [r.output for r in load(write("b.json", rows), "audit")] == ["", ""]
+    with pytest.raises(ValueError, match=r"ends in '\.csv'"):
+        load(write("c.csv", ""), "audit")
