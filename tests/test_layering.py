@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 FLOORS = {
     "rope": 0,
     "rows": 0,
+    "streamed": 0,
     "parser": 0,
     "quantization": 0,
     "live": 0,
