@@ -23,6 +23,7 @@ Stop = Literal["total", "first_exhausted", "oversample"]
 as many as it has, or when every source has."""
 
 _NUMBERS_AT_A_TIME = 4096
+_LONGEST_EPOCH = 2**31
 
 # --- held-out split -------------------------------------------------------------------------
 
@@ -126,14 +127,23 @@ def epoch_length(
     with no source giving more records than it has. oversample: the fewest with each giving as
     many as it has. The latter two are first_exhausted and all_exhausted of
     `datasets.interleave_datasets`, with exact shares. Raises ValueError where first_exhausted
-    leaves nothing.
+    leaves nothing, or oversample would not end.
     """
     if stop == "total":
         return math.ceil(sum(sizes) / ranks) * ranks
-    # Where the weights' share of each source is all of it.
-    ends = [size * sum(weights) / weight for size, weight in zip(sizes, weights, strict=True)]
+    # Where the weights' share of each source is all of it; never, for a share of zero.
+    ends = [
+        size * sum(weights) / weight if weight else math.inf
+        for size, weight in zip(sizes, weights, strict=True)
+    ]
     rounding = 1e-12  # 10 / 0.1 is not to become 99 records, nor 101
     if stop == "oversample":
+        if max(ends) > _LONGEST_EPOCH:
+            raise ValueError(
+                f"data.stop: oversample needs an epoch of {max(ends):.3g} records, for a source of "
+                f"share {min(weights) / sum(weights):.3g}. Raise its weight in data.sources, or "
+                "data.temperature."
+            )
         return math.ceil(max(ends) * (1 - rounding) / ranks) * ranks
     rounds = math.floor(min(ends) * (1 + rounding) / ranks)
     if not rounds:
@@ -230,10 +240,9 @@ class MixtureSampler(DistributedSampler[int]):
         """Positions in the sources laid end to end."""
         order = epoch_order(self.sizes, self.counts, self.names, self.seed, self.epoch)
         mine = order[self.rank :: self.num_replicas][self._start :]
-        for some in mine.split(
-            _NUMBERS_AT_A_TIME
-        ):  # as Python numbers they take four times as much
-            yield from some.tolist()
+        for start in range(0, len(mine), _NUMBERS_AT_A_TIME):
+            # A few at a time: as Python numbers they take four times the memory.
+            yield from mine[start : start + _NUMBERS_AT_A_TIME].tolist()
 
 
 class ResumableLoader(DataLoader[Any]):

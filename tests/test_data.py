@@ -104,7 +104,7 @@ def fit(data_module, ckpt_path=None, **options):
         ({"max_length": 7}, ValueError, "max_length=7 is below 8"),
         ({"num_workers": -1}, ValueError, "num_workers=-1 is below 0"),
         ({"val_fraction": 1.0}, ValueError, r"val_fraction=1.0 is outside \[0, 1\)"),
-        ({"template": "chat"}, ValueError, "template='chat' is none of alpaca, plain"),
+        ({"template": "chatml"}, ValueError, "template='chatml' is none of alpaca, chat, plain"),
         ({"overlong": "keep"}, ValueError, "overlong='keep' is none of cut, drop"),
         ({"sources": "dmo"}, TypeError, "sources is 'dmo'; expected demo or a list"),
         ({"sources": []}, ValueError, "data.sources names no source"),

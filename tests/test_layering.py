@@ -24,6 +24,7 @@ FLOORS = {
     "gradients": 0,
     "preconditions": 0,
     "tasks": 0,
+    "templates": 1,
     "capture": 0.3,
     "replay": 0.4,
     "probe": 0.6,
