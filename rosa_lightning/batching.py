@@ -140,8 +140,13 @@ class Encoder:
         self, records: Sequence[Record]
     ) -> Iterator[tuple[Record, list[int], list[int], int]]:
         """Each record with the ids of its prompt and response, and its answer's first token."""
-        if not records:  # which tokenizers do not take
-            return
+        # Some at a time: a tokenizer's own results take over a hundred bytes a token.
+        for start in range(0, len(records), _RECORDS_AT_A_TIME):
+            yield from self._tokenized_at_once(records[start : start + _RECORDS_AT_A_TIME])
+
+    def _tokenized_at_once(
+        self, records: Sequence[Record]
+    ) -> Iterator[tuple[Record, list[int], list[int], int]]:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         asked = [prompt_text(record, self.template, self.tokenizer) for record in records]
         prompts = self.tokenizer(asked, **options)["input_ids"]

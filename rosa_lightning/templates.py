@@ -6,7 +6,6 @@ turn.
 """
 
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Literal
 
 from rosa_lightning.tasks import Record, prompt, response
@@ -99,13 +98,14 @@ def _rendered(tokenizer: Any, turns: list[tuple[str, str]], **options: Any) -> s
             tokenize=False,
             # Read by templates of models that can think first: the records' responses do not.
             enable_thinking=False,
-            # Some templates state the day: a run resumed tomorrow shall see the same tokens.
-            strftime_now=datetime(2024, 7, 26).strftime,
+            # Read by Llama 3's templates, else with today's date in newer ones: a run that is
+            # resumed tomorrow shall see the same tokens. This is their own default.
+            date_string="26 Jul 2024",
             **options,
         )
     except Exception as error:  # Jinja's, or whatever a template raises
         raise ValueError(
-            f"The tokenizer's chat template cannot be used: {' '.join(str(error).split())} "
+            f"The tokenizer's chat template cannot be used: {' '.join(str(error).split())}. "
             "Set data.template: alpaca or plain."
         ) from error
     return text
