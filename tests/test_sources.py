@@ -15,6 +15,7 @@ from rosa_lightning.sources import (
     demo_source,
     load_records,
 )
+from rosa_lightning.streamed import Streamed
 from rosa_lightning.tasks import Record
 
 ROW = {"instruction": "What is 2 + 2?", "input": "", "output": "It is 4.", "answer": "4"}
@@ -304,6 +305,15 @@ def test_hub_rows_are_read_with_subset_split_and_revision(hub):
     (found,) = load_records(source)
     assert found == Record("How many?", "", "#### 3", "3", "gsm8k", "gsm8k", 1)
     assert asked == {"name": "openai/gsm8k", "subset": "main", "split": "test", "revision": "v1"}
+
+
+def test_hub_rows_on_disk_are_those_in_memory(hub):
+    hub(
+        [{"question": f"How many are {number}?", "answer": f"#### {number}"} for number in range(9)]
+    )
+    source = Source(hub="openai/gsm8k", stream=True)
+    assert isinstance(load_records(source), Streamed)
+    assert list(load_records(source)) == load_records(replace(source, stream=False))
 
 
 def test_hub_rows_of_another_schema_are_named(hub):
