@@ -10,7 +10,8 @@ from typing import Any
 
 from rosa_lightning.batching import encode
 from rosa_lightning.leakage import Leakage, leaked_benchmarks, question_key
-from rosa_lightning.tasks import NUMBER_TOLERANCE, Record, Template, reference, same_answer
+from rosa_lightning.tasks import NUMBER_TOLERANCE, Record, reference, same_answer
+from rosa_lightning.templates import Template
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 """Shares of the records that are at most as long as a quantile says."""

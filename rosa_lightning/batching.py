@@ -4,24 +4,29 @@ Axes: B batch, T tokens. Batches are padded on the left: all responses end in th
 """
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rosa_lightning.tasks import (
-    Record,
+from rosa_lightning.streamed import Streamed
+from rosa_lightning.tasks import Record, answer_start, reference, task_of
+from rosa_lightning.templates import (
+    Ending,
     Template,
-    answer_start,
-    prompt,
-    reference,
-    response,
-    task_of,
+    chat_prefix,
+    ending,
+    prompt_text,
+    response_text,
 )
 
 Overlong = Literal["cut", "drop"]
+
+_RECORDS_AT_A_TIME = 1000
 
 IGNORED = -100
 """Label of a token without loss, as in `torch.nn.functional.cross_entropy`."""
@@ -36,7 +41,7 @@ class Example:
     prompt: "array[int]"
     """The tokenizer's own prefix (BOS), then the prompt. Never empty."""
     response: "array[int]"
-    """The response, then EOS unless it was cut. Empty where nothing is trained on."""
+    """The response, then the stop token unless it was cut. Empty where nothing is trained on."""
     answer: int
     """Index in `response` of the final answer's first token; 0 if the end states no answer."""
 
@@ -51,21 +56,25 @@ class OverlongCount:
     """Records that were cut or dropped."""
     responses_cut: int = 0
     """Of these, records whose response lost its end."""
+    sampled: bool = False
+    """Whether only a sample was looked at."""
 
     def add(self, other: "OverlongCount") -> None:
         """Counts another part of the same source in."""
         self.total += other.total
         self.too_long += other.too_long
         self.responses_cut += other.responses_cut
+        self.sampled |= other.sampled
 
     def message(self, source: str, max_length: int, overlong: Overlong) -> str:
         """The warning to give when there are any."""
         done = "cut" if overlong == "cut" else "left out"
         ends = f" ({self.responses_cut} of them lost the end of their response)"
         way_out = "raise it or set data.overlong: drop" if overlong == "cut" else "raise it"
+        looked_at, are = (" looked at", "such are") if self.sampled else ("", "were")
         return (
-            f"source {source}: {self.too_long} of {self.total} records are longer than "
-            f"data.max_length={max_length} tokens and were {done}"
+            f"source {source}: {self.too_long} of {self.total} records{looked_at} are longer than "
+            f"data.max_length={max_length} tokens and {are} {done}"
             f"{ends if self.responses_cut else ''}; {way_out}."
         )
 
@@ -73,16 +82,9 @@ class OverlongCount:
 # --- encoding -------------------------------------------------------------------------------
 
 
-def encode(
-    records: Sequence[Record],
-    tokenizer: Any,
-    *,
-    template: Template = "alpaca",
-    max_length: int = 512,
-    overlong: Overlong = "cut",
-    with_response: bool = True,
-) -> tuple[list[Example], OverlongCount]:
-    """Token ids of all records, and how many were too long for `max_length` tokens.
+@dataclass(frozen=True)
+class Encoder:
+    """Records to examples.
 
     Prompt and response are tokenized apart and joined as ids, so the border between them is
     exact for tokenizers that would merge across it too. `cut` takes tokens from the beginning of
@@ -90,31 +92,108 @@ def encode(
     leaves the record out. Without responses, prompts are always cut: an evaluation that left
     records out would not be one.
     """
-    if not records:  # which tokenizers do not take
-        return [], OverlongCount()
-    prefix = prompt_prefix(tokenizer)
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    prompts = tokenizer([prompt(record, template) for record in records], **options)["input_ids"]
-    responses: list[list[int]] = [[]] * len(records)
-    answers = [0] * len(records)
-    if with_response:
-        texts = [response(record) for record in records]
-        encoded = tokenizer(texts, **options)
-        responses = [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
-        answers = [_answer_token(encoded, row, record) for row, record in enumerate(records)]
-    count = OverlongCount(total=len(records))
-    examples = []
-    for record, body, reply, answer in zip(records, prompts, responses, answers, strict=True):
-        if len(prefix) + len(body) + len(reply) > max_length:
-            count.too_long += 1
-            if overlong == "drop" and with_response:
-                continue
-            whole = len(reply)
-            body, reply = _cut(body, reply, max_length, len(prefix))
-            count.responses_cut += len(reply) < whole
-            answer = answer if answer < len(reply) else 0
-        examples.append(Example(record, array("i", prefix + body), array("i", reply), answer))
-    return examples, count
+
+    tokenizer: Any
+    """A tokenizer of `transformers`."""
+    template: Template = "alpaca"
+    """Text around the instruction."""
+    max_length: int = 512
+    """Longest record in tokens."""
+    overlong: Overlong = "cut"
+    """What becomes of longer ones."""
+    with_response: bool = True
+    """Whether responses are encoded too."""
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        if self.template == "chat":
+            return chat_prefix(self.tokenizer)
+        return prompt_prefix(self.tokenizer)
+
+    @cached_property
+    def _ending(self) -> Ending:
+        return ending(self.tokenizer, self.template)
+
+    def __call__(self, records: Sequence[Record]) -> tuple[list[Example], OverlongCount]:
+        """The examples, and how many records were too long."""
+        count = OverlongCount(total=len(records))
+        examples = []
+        for record, body, reply, answer in self._tokenized(records):
+            if len(self._prefix) + len(body) + len(reply) > self.max_length:
+                count.too_long += 1
+                if self.overlong == "drop" and self.with_response:
+                    continue
+                whole = len(reply)
+                body, reply = _cut(body, reply, self.max_length, len(self._prefix))
+                count.responses_cut += len(reply) < whole
+                answer = answer if answer < len(reply) else 0
+            ids = array("i", self._prefix + body)
+            examples.append(Example(record, ids, array("i", reply), answer))
+        return examples, count
+
+    def one(self, record: Record) -> Example:
+        """The example of one record, which must not be dropped."""
+        (example,), _ = self([record])
+        return example
+
+    def _tokenized(
+        self, records: Sequence[Record]
+    ) -> Iterator[tuple[Record, list[int], list[int], int]]:
+        """Each record with the ids of its prompt and response, and its answer's first token."""
+        # Some at a time: a tokenizer's own results take over a hundred bytes a token.
+        for start in range(0, len(records), _RECORDS_AT_A_TIME):
+            yield from self._tokenized_at_once(records[start : start + _RECORDS_AT_A_TIME])
+
+    def _tokenized_at_once(
+        self, records: Sequence[Record]
+    ) -> Iterator[tuple[Record, list[int], list[int], int]]:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        asked = [prompt_text(record, self.template, self.tokenizer) for record in records]
+        prompts = self.tokenizer(asked, **options)["input_ids"]
+        if self.template == "chat":  # the prefix is in the text
+            prompts = [ids[len(self._prefix) :] for ids in prompts]
+        if not self.with_response:
+            yield from ((record, ids, [], 0) for record, ids in zip(records, prompts, strict=True))
+            return
+        texts = [response_text(record, self.template) for record in records]
+        encoded = self.tokenizer([text + self._ending.text for text in texts], **options)
+        for row, record in enumerate(records):
+            reply = [*encoded["input_ids"][row], self._ending.stop]
+            yield record, prompts[row], reply, _answer_token(encoded, row, record, texts[row])
+
+
+def encode(
+    records: Sequence[Record], tokenizer: Any, **options: Any
+) -> tuple[list[Example], OverlongCount]:
+    """Token ids of all records, and how many were too long; options are the `Encoder`'s."""
+    return Encoder(tokenizer, **options)(records)
+
+
+def encode_all(
+    records: Sequence[Record], encoder: Encoder
+) -> tuple[Sequence[Example], OverlongCount]:
+    """The examples of a source; those of streamed records are made when they are asked for.
+
+    Which streamed records `drop` leaves out is found by encoding all of them once. What `cut`
+    cuts is counted in a sample.
+    """
+    if not isinstance(records, Streamed):
+        return encoder(records)
+    count = OverlongCount()
+    if encoder.overlong == "drop":
+        fits = np.zeros(len(records), dtype=np.bool_)
+        for start in range(0, len(records), _RECORDS_AT_A_TIME):
+            some = list(records[start : start + _RECORDS_AT_A_TIME])
+            kept, counted = encoder(some)
+            count.add(counted)
+            numbers = {example.record.index for example in kept}
+            fits[start : start + len(some)] = [record.index in numbers for record in some]
+        records = records.select(fits)
+    else:
+        sample = np.linspace(0, len(records) - 1, min(len(records), _RECORDS_AT_A_TIME))
+        _, count = encoder(list(records.select(sample.astype(np.int64))))
+        count.sampled = True
+    return records.map(replace(encoder, overlong="cut").one), count
 
 
 def prompt_prefix(tokenizer: Any) -> list[int]:
@@ -127,9 +206,9 @@ def prompt_prefix(tokenizer: Any) -> list[int]:
     return list(full[:start])
 
 
-def _answer_token(encoded: Any, row: int, record: Record) -> int:
+def _answer_token(encoded: Any, row: int, record: Record, text: str) -> int:
     """The token of the response that covers the answer's first character, 0 if unknown."""
-    start = answer_start(task_of(record), response(record), record.answer)
+    start = answer_start(task_of(record), text, record.answer)
     if start is None or not encoded.is_fast:  # slow tokenizers do not know their offsets
         return 0
     return encoded[row].char_to_token(start) or 0

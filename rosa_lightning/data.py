@@ -2,24 +2,33 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from rosa_lightning.base import load_tokenizer
 from rosa_lightning.batching import (
+    Encoder,
     Example,
     Overlong,
     OverlongCount,
     PromptCollator,
     TrainCollator,
-    encode,
+    encode_all,
 )
 from rosa_lightning.leakage import Leakage, decontaminate, leaked_benchmarks, question_keys
-from rosa_lightning.mixture import MixtureSampler, ResumableLoader, hold_out
+from rosa_lightning.mixture import (
+    MixtureSampler,
+    ResumableLoader,
+    Stop,
+    epoch_length,
+    hold_out,
+    shares_by_size,
+)
 from rosa_lightning.own_tasks import with_own_tasks
 from rosa_lightning.sources import (
     Purpose,
@@ -28,7 +37,9 @@ from rosa_lightning.sources import (
     source_list,
     weighted_sources,
 )
-from rosa_lightning.tasks import Record, Template
+from rosa_lightning.streamed import Streamed
+from rosa_lightning.tasks import Record
+from rosa_lightning.templates import Template, check_template, stop_ids
 
 SourceLike = dict[str, Any] | Source
 """A source or its fields. The dictionary stands first, so that jsonargparse leaves fields as they
@@ -45,7 +56,7 @@ class ReasoningDataModule(LightningDataModule):
 
     Args:
         sources: What to train on: demo, or a list of sources. Weights are relative; either all
-            sources have one or none has.
+            sources have one or none has. Files from 256 MiB on stay on disk.
         test_sources: What `test` answers: demo, or a list of sources.
         predict_sources: What `predict` answers: sources without outputs, or paths; a .txt file
             holds one prompt a line.
@@ -56,14 +67,19 @@ class ReasoningDataModule(LightningDataModule):
             Python also a tokenizer object.
         batch_size: Records a batch, on each device.
         max_length: Longest record, in tokens, prompt and response together.
-        template: Text around the instruction: alpaca, as LLM-Adapters has it, or plain.
+        template: Text around the instruction: alpaca, as LLM-Adapters has it; chat, the
+            tokenizer's own; or plain.
         overlong: What becomes of longer records: cut the prompt's beginning, or drop the record.
         val_fraction: Part of each source that is held out to validate on, at least one record;
             0 for none. Equal prompts stay on one side. Trainer(limit_val_batches) uses fewer.
         decontaminate: Leave out training records whose question is one of test_sources, compared
             in lower case without punctuation. How many is printed.
+        temperature: Shares in proportion to size**(1 / temperature), in place of weights: 1
+            mixes by size, more draws the shares together.
+        stop: Where an epoch ends: total, after as many records as there are; first_exhausted,
+            when the first source has given as many as it has; oversample, when every one has.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
-        seed: Decides the order and what is held out.
+        seed: Decides the order, what is held out and what max_examples leaves out.
     """
 
     def __init__(
@@ -80,6 +96,8 @@ class ReasoningDataModule(LightningDataModule):
         overlong: Overlong = "cut",
         val_fraction: float = 0.02,
         decontaminate: bool = True,
+        temperature: float | None = None,
+        stop: Stop = "total",
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -91,27 +109,36 @@ class ReasoningDataModule(LightningDataModule):
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("max_length", max_length, 8)
         _check_at_least("num_workers", num_workers, 0)
-        _check_one_of("template", template, ("alpaca", "plain"))
-        _check_one_of("overlong", overlong, ("cut", "drop"))
+        _check_one_of("template", template, get_args(Template))
+        _check_one_of("overlong", overlong, get_args(Overlong))
+        _check_one_of("stop", stop, get_args(Stop))
+        if temperature is not None and not temperature > 0:
+            raise ValueError(
+                f"temperature={temperature} is not above 0. Set data.temperature; 1 mixes by "
+                "size, 3 draws the shares together, null leaves them to the weights."
+            )
         if not 0 <= val_fraction < 1:
             raise ValueError(
                 f"val_fraction={val_fraction} is outside [0, 1). Set data.val_fraction; 0.02 "
                 "holds out 2 of 100 records, 0 none."
             )
         self.tasks = with_own_tasks(tasks)
-        self.sources = weighted_sources(source_list("sources", sources, "train", self.tasks))
+        self.sources = weighted_sources(
+            source_list("sources", sources, "train", self.tasks), temperature
+        )
         self.test_sources = source_list("test_sources", test_sources, "test", self.tasks)
         self.predict_sources = source_list("predict_sources", predict_sources, "test", self.tasks)
         self.tokenizer = tokenizer
         self.batch_size, self.max_length = batch_size, max_length
         self.template, self.overlong = template, overlong
+        self.temperature, self.stop = temperature, stop
         self.val_fraction, self.decontaminate = val_fraction, decontaminate
         self.num_workers, self.seed = num_workers, seed
         self._seen = [0] * len(self.sources)  # on this rank, since the start or the resumption
         self._seen_before = [0] * len(self.sources)  # on all ranks, as a checkpoint says
         self._logged_step = 0
-        self._train: list[list[Example]] | None = None
-        self._val: list[Example] = []
+        self._train: list[Sequence[Example]] | None = None  # a sequence a source
+        self._val: list[Sequence[Example]] = []
         self._prompts: dict[str, list[Example]] = {}
         self._tokenizer: Any = None
 
@@ -123,7 +150,8 @@ class ReasoningDataModule(LightningDataModule):
     @property
     def task_names(self) -> list[str]:
         """All tasks that validation and test may meet, sorted; complete after `setup`."""
-        validated = {example.record.task for example in self._val}
+        held = zip(self.sources, self._val, strict=False)  # none before setup
+        validated = {source.benchmark for source, examples in held if len(examples)}
         return sorted(validated | {source.benchmark for source in self.test_sources})
 
     # Reading.
@@ -154,7 +182,7 @@ class ReasoningDataModule(LightningDataModule):
             return
         if self._train is None:
             self._read_training()
-        if stage == "validate" and not self._val:
+        if stage == "validate" and not any(map(len, self._val)):
             raise ValueError(
                 f"There is nothing to validate on: data.val_fraction={self.val_fraction} held "
                 "out no record. Set data.val_fraction, or name more data in data.sources."
@@ -172,43 +200,44 @@ class ReasoningDataModule(LightningDataModule):
                 f"There is nothing to {stage}: data.{stage}_sources names no source. Set it, "
                 f"such as data.{stage}_sources: [{{path: FILE.jsonl}}]."
             )
+        encoder = self._encoder(with_response=False)
         examples: list[Example] = []
         for source in sources:
-            records = load_records(source, purpose, self.tasks)
-            encoded, count = self._encode(records, with_response=False)
+            encoded, count = encoder(load_records(source, purpose, self.tasks, self.seed))
             self._report_overlong(source.label, count, "cut")
             examples += encoded
         return examples
 
     def _read_training(self) -> None:
         records = self._decontaminated(
-            [load_records(source, "train", self.tasks) for source in self.sources]
+            [load_records(source, "train", self.tasks, self.seed) for source in self.sources]
         )
         train, held = hold_out(records, self.val_fraction, self.seed)
+        encoder = self._encoder()
         sources, val = [], []
         for name, to_train, to_hold in zip(self.source_names, train, held, strict=True):
-            examples, count = self._encode(to_train)
-            held_examples, held_count = self._encode(to_hold)
+            examples, count = encode_all(to_train, encoder)
+            held_examples, held_count = encode_all(to_hold, encoder)
             count.add(held_count)
-            if not examples:
+            if not len(examples):
                 raise ValueError(
                     f"source {name}: all {count.total} records are longer than data.max_length="
                     f"{self.max_length} tokens. Raise it, or set data.overlong: cut."
                 )
             self._report_overlong(name, count, self.overlong)
             sources.append(examples)
-            val += held_examples
+            val.append(held_examples)
         self._train, self._val = sources, val
         self._report_mixture()
 
-    def _decontaminated(self, records: Sequence[list[Record]]) -> list[list[Record]]:
+    def _decontaminated(self, records: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
         """Each source's records without those that are leaked test questions, if so set."""
         if not self.decontaminate or not self.test_sources:
             return list(records)
         tested = self._test_questions()
         kept = [decontaminate(source, tested) for source in records]
         for name, before, after in zip(self.source_names, records, kept, strict=True):
-            if not after:
+            if not len(after):
                 raise ValueError(
                     f"source {name}: the questions of all {len(before)} records stand in "
                     "data.test_sources, so data.decontaminate leaves none. Take the source out of "
@@ -226,7 +255,8 @@ class ReasoningDataModule(LightningDataModule):
         found: frozenset[str] = frozenset()
         for source in self.test_sources:
             try:
-                found |= question_keys(load_records(source, "audit", self.tasks))
+                whole = replace(source, max_examples=None)
+                found |= question_keys(load_records(whole, "audit", self.tasks))
             except OSError as error:
                 if not source.hub:
                     raise
@@ -249,29 +279,25 @@ class ReasoningDataModule(LightningDataModule):
         train = (
             record
             for source in self.sources
-            for record in load_records(source, "audit", self.tasks)
+            for record in load_records(source, "audit", self.tasks, self.seed)
         )
-        tests = [load_records(source, "audit", self.tasks) for source in self.test_sources]
+        tests = [
+            load_records(source, "audit", self.tasks, self.seed) for source in self.test_sources
+        ]
         names = [source.label for source in self.test_sources]
         return dict(zip(names, leaked_benchmarks(train, tests), strict=True))
 
-    def _encode(
-        self, records: Sequence[Record], with_response: bool = True
-    ) -> tuple[list[Example], OverlongCount]:
-        return encode(
-            records,
-            self.text_tokenizer,
-            template=self.template,
-            max_length=self.max_length,
-            overlong=self.overlong,
-            with_response=with_response,
+    def _encoder(self, with_response: bool = True) -> Encoder:
+        return Encoder(
+            self.text_tokenizer, self.template, self.max_length, self.overlong, with_response
         )
 
     @property
     def text_tokenizer(self) -> Any:
         """The tokenizer that texts are encoded with, loaded at first use.
 
-        Raises ValueError where there is none, or one without an end-of-sequence token.
+        Raises ValueError where there is none, or one without an end-of-sequence token or,
+        where that is the template, without a chat template.
         """
         if self._tokenizer is None:
             given = self.tokenizer
@@ -285,13 +311,19 @@ class ReasoningDataModule(LightningDataModule):
                 )
             if isinstance(given, str):
                 given = load_tokenizer(given, setting="data.tokenizer")
-            self._tokenizer = given
-            if self._tokenizer.eos_token_id is None:
+            if given.eos_token_id is None:
                 raise ValueError(
                     "The tokenizer has no end-of-sequence token, which ends each response. Set "
                     "data.tokenizer to one that has."
                 )
+            check_template(given, self.template)
+            self._tokenizer = given
         return self._tokenizer
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a written answer."""
+        return stop_ids(self.text_tokenizer, self.template)
 
     def _pad_id(self) -> int:
         tokenizer = self.text_tokenizer
@@ -306,14 +338,15 @@ class ReasoningDataModule(LightningDataModule):
         assert self._train is not None, "setup('fit') comes first"
         ranks = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         sampler = MixtureSampler(
-            [len(examples) for examples in self._train],
+            self._sizes(),
             self._weights(),
             self.source_names,
             self.seed,
+            stop=self.stop,
             **ranks,
         )
         loader = ResumableLoader(
-            [example for examples in self._train for example in examples],  # type: ignore[arg-type]
+            ConcatDataset(self._train),  # type: ignore[arg-type]
             sampler=sampler,
             collate_fn=TrainCollator(tuple(self.source_names), self._pad_id()),
             **self._loader_options(),
@@ -330,7 +363,9 @@ class ReasoningDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
         """The held-out records of all sources; an empty list where there are none."""
         collator = TrainCollator(tuple(self.source_names), self._pad_id())
-        return self._in_order(self._val, collator) if self._val else []
+        if not any(map(len, self._val)):
+            return []
+        return self._in_order(ConcatDataset(self._val), collator)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Example]:
         """The prompts of the test sources."""
@@ -340,9 +375,9 @@ class ReasoningDataModule(LightningDataModule):
         """The prompts of the predict sources."""
         return self._in_order(self._prompts["predict"], PromptCollator(self._pad_id()))
 
-    def _in_order(self, examples: list[Example], collator: Any) -> DataLoader[Example]:
+    def _in_order(self, examples: Any, collator: Any) -> DataLoader[Example]:
         return DataLoader(
-            examples,  # type: ignore[arg-type]
+            examples,
             shuffle=False,
             collate_fn=collator,
             **self._loader_options(),
@@ -360,12 +395,19 @@ class ReasoningDataModule(LightningDataModule):
 
     # Shares.
 
+    def _sizes(self) -> list[int]:
+        """Training records of each source."""
+        assert self._train is not None, "setup('fit') comes first"
+        return [len(examples) for examples in self._train]
+
     def _weights(self) -> list[float]:
         """Each source's part of the training stream; they sum to 1."""
-        assert self._train is not None, "setup('fit') comes first"
+        sizes = self._sizes()
+        if self.temperature is not None:
+            return shares_by_size(sizes, self.temperature)
         weights = [
-            float(len(examples)) if source.weight is None else source.weight
-            for source, examples in zip(self.sources, self._train, strict=True)
+            float(size) if source.weight is None else source.weight
+            for source, size in zip(self.sources, sizes, strict=True)
         ]
         return [weight / sum(weights) for weight in weights]
 
@@ -425,7 +467,8 @@ class ReasoningDataModule(LightningDataModule):
         self._seen_before = [state_dict["seen"].get(name, 0) for name in self.source_names]
         self._seen = [0] * len(self.sources)
         now, then = self._order_settings(), state_dict["order"]
-        changed = [key for key in now if now[key] != then.get(key)]
+        # Checkpoints of earlier versions do not know every key.
+        changed = [key for key in now if now[key] != then.get(key, now[key])]
         if changed:
             was = ", ".join(f"{key} was {then.get(key)} and is {now[key]}" for key in changed)
             rank_zero_warn(
@@ -434,10 +477,12 @@ class ReasoningDataModule(LightningDataModule):
             )
 
     def _order_settings(self) -> dict[str, Any]:
-        sizes = [len(examples) for examples in self._train or []]
+        sizes = self._sizes() if self._train else []
         return {
             "sources": dict(zip(self.source_names, sizes, strict=False)),
             "weights": [source.weight for source in self.sources],
+            "temperature": self.temperature,
+            "stop": self.stop,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
@@ -449,22 +494,25 @@ class ReasoningDataModule(LightningDataModule):
             rank_zero_warn(count.message(name, self.max_length, done))
 
     def _report_mixture(self) -> None:
-        assert self._train is not None
-        total = sum(len(examples) for examples in self._train)
-        for name, weight, examples in zip(
-            self.source_names, self._weights(), self._train, strict=True
+        sizes, weights = self._sizes(), self._weights()
+        total = epoch_length(sizes, weights, self.stop)
+        for name, weight, size, examples in zip(
+            self.source_names, weights, sizes, self._train or [], strict=True
         ):
             if round(total * weight) == 0:
                 rank_zero_warn(
                     f"source {name}: weight {weight:.2g} of an epoch's {total} records is not one "
-                    "record, so it is never trained on; raise its weight in data.sources."
+                    "record, so it is never trained on; raise its weight in data.sources, or "
+                    "data.temperature."
                 )
             rank_zero_info(
-                f"{name}: {len(examples)} records, weight {weight:.3g}, seen "
-                f"{total * weight / len(examples):.2g} times an epoch"
+                f"{name}: {size} records{' on disk' if isinstance(examples, Streamed) else ''}, "
+                f"weight {weight:.3g}, seen "
+                f"{total * weight / size:.2g} times an epoch"
             )
-        if self._val:
-            rank_zero_info(f"held out to validate on: {len(self._val)} records")
+        held = sum(map(len, self._val))
+        if held:
+            rank_zero_info(f"held out to validate on: {held} records")
 
 
 # --- settings -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     batch: dict[str, Any],
     max_new_tokens: int,
+    stop_ids: Sequence[int] | None = None,
 ) -> list[str]:
     """Greedy continuations of left-padded prompts, without special tokens.
 
@@ -21,6 +23,7 @@ def generate(
         tokenizer: Its tokenizer.
         batch: ``input_ids`` and ``attention_mask``, shape (B, T).
         max_new_tokens: Longest continuation, in tokens.
+        stop_ids: Tokens that end a continuation; by default the tokenizer's EOS.
     """
     from transformers import GenerationConfig
 
@@ -28,7 +31,7 @@ def generate(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(stop_ids) if stop_ids else tokenizer.eos_token_id,
     )
     prompt_BT = batch["input_ids"]
     # What a call leaves unset `transformers` takes from the model's own settings: sampling and

@@ -26,6 +26,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
+from rosa_lightning.streamed import select
 from rosa_lightning.tasks import Record
 
 NEAR = 0.7
@@ -66,12 +69,13 @@ def question_keys(records: Iterable[Record]) -> frozenset[str]:
     return frozenset(map(question_key, records))
 
 
-def decontaminate(records: Iterable[Record], test_questions: Collection[str]) -> list[Record]:
+def decontaminate(records: Sequence[Record], test_questions: Collection[str]) -> Sequence[Record]:
     """The records whose question is none of `test_questions`, which `question_keys` gives.
 
     Near matches stay: a question in like words may be another one, so that is for people to judge.
     """
-    return [record for record in records if question_key(record) not in test_questions]
+    kept = (question_key(record) not in test_questions for record in records)
+    return select(records, np.fromiter(kept, dtype=np.bool_, count=len(records)))
 
 
 def leaked(train: Iterable[Record], test: Sequence[Record]) -> Leakage:

@@ -4,15 +4,26 @@ Everything is a function of the records, the weights and a seed; no global gener
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from rosa_lightning.streamed import select
 from rosa_lightning.tasks import Record
+
+Stop = Literal["total", "first_exhausted", "oversample"]
+"""Where an epoch ends: after as many records as there are in all, when the first source has given
+as many as it has, or when every source has."""
+
+_NUMBERS_AT_A_TIME = 4096
+_LONGEST_EPOCH = 2**31
 
 # --- held-out split -------------------------------------------------------------------------
 
@@ -25,49 +36,76 @@ def normalised_prompt(record: Record) -> str:
 
 def hold_out(
     records: Sequence[Sequence[Record]], fraction: float, seed: int
-) -> tuple[list[list[Record]], list[list[Record]]]:
+) -> tuple[list[Sequence[Record]], list[Sequence[Record]]]:
     """Splits each source's records into those to train on and those held out.
 
     A prompt's hash with the seed decides, so the order in a file does not matter and equal
     prompts, in one source or in several, stand on one side. Each source with two or more
     different prompts gives `fraction` of its records, at least one, and keeps at least one.
+    All records are read once; of each its hash stays, in 8 bytes.
     """
-    keyed = [[(_split_key(record, seed), record) for record in source] for source in records]
-    held: set[bytes] = set()
+    keys = [
+        np.fromiter((_split_key(record, seed) for record in source), np.uint64, len(source))
+        for source in records
+    ]
+    held: NDArray[np.uint64] = np.empty(0, np.uint64)
     if fraction > 0:
-        held = held.union(*(_chosen([key for key, _ in source], fraction) for source in keyed))
-    for source in keyed:
-        keys = {key for key, _ in source}
-        if keys and keys <= held:  # nothing would be left to train on: it gets one back
-            held.discard(max(keys))
+        held = np.unique(np.concatenate([held, *(_chosen(each, fraction) for each in keys)]))
+    for each in keys:
+        if len(each) and _among(each, held).all():  # nothing would be left to train on
+            held = held[held != each.max()]
+    masks = [_among(each, held) for each in keys]
+    pairs = list(zip(records, masks, strict=True))
     return (
-        [[record for key, record in source if key not in held] for source in keyed],
-        [[record for key, record in source if key in held] for source in keyed],
+        [select(source, ~mask) for source, mask in pairs],
+        [select(source, mask) for source, mask in pairs],
     )
 
 
-def _split_key(record: Record, seed: int) -> bytes:
+def _split_key(record: Record, seed: int) -> int:
     text = f"{seed}\0{normalised_prompt(record)}"
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
-def _chosen(keys: Sequence[bytes], fraction: float) -> set[bytes]:
+def _chosen(keys: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
     """Keys that hold out as nearly `fraction` of the records as whole groups allow."""
-    sizes: dict[bytes, int] = {}
-    for key in sorted(keys):
-        sizes[key] = sizes.get(key, 0) + 1
-    if len(sizes) < 2:
-        return set()
+    groups, sizes = np.unique(keys, return_counts=True)
+    if len(groups) < 2:
+        return groups[:0]
     wanted = max(1, round(len(keys) * fraction))
-    chosen: set[bytes] = set()
-    for key, size in sizes.items():
-        if size <= wanted:
-            chosen.add(key)
-            wanted -= size
-    return chosen or {min(sizes, key=lambda key: (sizes[key], key))}
+    chosen = []
+    for number in range(len(groups)):
+        if sizes[number] <= wanted:
+            chosen.append(number)
+            wanted -= int(sizes[number])
+        if not wanted:
+            break
+    return groups[chosen] if chosen else groups[[sizes.argmin()]]
+
+
+def _among(keys: NDArray[np.uint64], some: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which keys are among some that are sorted; in less memory than np.isin takes."""
+    if not len(some):
+        return np.zeros(len(keys), dtype=np.bool_)
+    places = np.searchsorted(some, keys)
+    found: NDArray[np.bool_] = some[np.minimum(places, len(some) - 1, out=places)] == keys
+    return found
 
 
 # --- order ----------------------------------------------------------------------------------
+
+
+def shares_by_size(sizes: Sequence[int], temperature: float) -> list[float]:
+    """Shares in proportion to size**(1 / temperature); they sum to 1.
+
+    Temperature-scaled mixing (Raffel et al., JMLR 21(140), section 3.5.2): 1 mixes in proportion
+    to the sizes, more draws the shares together, less apart.
+    """
+    largest = max(sizes)
+    # Powers of quotients: a power of the size itself overflows at low temperatures.
+    powers = [(size / largest) ** (1 / temperature) for size in sizes]
+    return [power / sum(powers) for power in powers]
 
 
 def epoch_counts(weights: Sequence[float], total: int) -> list[int]:
@@ -78,6 +116,42 @@ def epoch_counts(weights: Sequence[float], total: int) -> list[int]:
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+def epoch_length(
+    sizes: Sequence[int], weights: Sequence[float], stop: Stop = "total", ranks: int = 1
+) -> int:
+    """Records of an epoch, a multiple of the ranks.
+
+    total: as many as there are in all. first_exhausted: the most that can be mixed by weight
+    with no source giving more records than it has. oversample: the fewest with each giving as
+    many as it has. The latter two are first_exhausted and all_exhausted of
+    `datasets.interleave_datasets`, with exact shares. Raises ValueError where first_exhausted
+    leaves nothing, or oversample would not end.
+    """
+    if stop == "total":
+        return math.ceil(sum(sizes) / ranks) * ranks
+    # Where the weights' share of each source is all of it; never, for a share of zero.
+    ends = [
+        size * sum(weights) / weight if weight else math.inf
+        for size, weight in zip(sizes, weights, strict=True)
+    ]
+    rounding = 1e-12  # 10 / 0.1 is not to become 99 records, nor 101
+    if stop == "oversample":
+        if max(ends) > _LONGEST_EPOCH:
+            raise ValueError(
+                f"data.stop: oversample needs an epoch of {max(ends):.3g} records, for a source of "
+                f"share {min(weights) / sum(weights):.3g}. Raise its weight in data.sources, or "
+                "data.temperature."
+            )
+        return math.ceil(max(ends) * (1 - rounding) / ranks) * ranks
+    rounds = math.floor(min(ends) * (1 + rounding) / ranks)
+    if not rounds:
+        raise ValueError(
+            f"data.stop: first_exhausted leaves no record for some of {ranks} processes: the "
+            f"sources have {', '.join(map(str, sizes))} records. Set data.stop: total."
+        )
+    return rounds * ranks
 
 
 def _generator(*parts: int | str) -> torch.Generator:
@@ -94,7 +168,8 @@ def _within_source(size: int, start: int, count: int, seed: int, name: str) -> T
         torch.randperm(size, generator=_generator(seed, "records", name, number))
         for number in range(first, last + 1)
     ]
-    return torch.cat(rounds)[start - first * size :][:count]
+    joined = rounds[0] if len(rounds) == 1 else torch.cat(rounds)
+    return joined[start - first * size :][:count]
 
 
 def epoch_order(
@@ -113,18 +188,22 @@ def epoch_order(
     for size, count, name in zip(sizes, counts, names, strict=True):
         generator = _generator(seed, "times", name, epoch)
         jitter = torch.rand(count, generator=generator, dtype=torch.float64)
-        times.append((torch.arange(count, dtype=torch.float64) + jitter) / max(count, 1))
-        positions.append(offset + _within_source(size, epoch * count, count, seed, name))
+        # In place: with millions of records each temporary copy counts.
+        times.append(jitter.add_(torch.arange(count)).div_(max(count, 1)))
+        positions.append(_within_source(size, epoch * count, count, seed, name).add_(offset))
         offset += size
-    return torch.cat(positions)[torch.argsort(torch.cat(times), stable=True)]
+    if len(times) == 1:
+        return positions[0]
+    turns = torch.argsort(torch.cat(times), stable=True)
+    return torch.cat(positions)[turns]
 
 
 class MixtureSampler(DistributedSampler[int]):
     """This rank's share of `epoch_order`: every `num_replicas`-th record, from `rank` on.
 
-    An epoch is rounded up to a multiple of the ranks, with the next records of the mixture, so
-    that all ranks have the same number of batches. Lightning puts a sampler of its own around
-    any sampler but a `DistributedSampler`, which this is.
+    An epoch has `epoch_length` records, a multiple of the ranks, so that all ranks have the same
+    number of batches. Lightning puts a sampler of its own around any sampler but a
+    `DistributedSampler`, which this is.
     """
 
     def __init__(
@@ -135,6 +214,7 @@ class MixtureSampler(DistributedSampler[int]):
         seed: int,
         num_replicas: int = 1,
         rank: int = 0,
+        stop: Stop = "total",
     ) -> None:
         super().__init__(
             range(sum(sizes)),  # type: ignore[arg-type]
@@ -144,6 +224,8 @@ class MixtureSampler(DistributedSampler[int]):
             seed=seed,
         )
         self.sizes, self.names = tuple(sizes), tuple(names)
+        self.total_size = epoch_length(sizes, weights, stop, num_replicas)
+        self.num_samples = self.total_size // num_replicas
         self.counts = epoch_counts(weights, self.total_size)
         self._start = 0
 
@@ -157,8 +239,10 @@ class MixtureSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Positions in the sources laid end to end."""
         order = epoch_order(self.sizes, self.counts, self.names, self.seed, self.epoch)
-        mine: list[int] = order[self.rank :: self.num_replicas][self._start :].tolist()
-        return iter(mine)
+        mine = order[self.rank :: self.num_replicas][self._start :]
+        for start in range(0, len(mine), _NUMBERS_AT_A_TIME):
+            # A few at a time: as Python numbers they take four times the memory.
+            yield from mine[start : start + _NUMBERS_AT_A_TIME].tolist()
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -426,7 +426,8 @@ class RoSAModule(LightningModule):
         """Greedy answers, decoded by the tokenizer that the prompts were encoded with."""
         datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "text_tokenizer", None) or self.tokenizer
-        return generate(self._built(), tokenizer, batch, self.max_new_tokens)
+        stop_ids = getattr(datamodule, "stop_ids", None)
+        return generate(self._built(), tokenizer, batch, self.max_new_tokens, stop_ids)
 
     def _start_accuracy(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)

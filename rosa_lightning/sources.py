@@ -8,21 +8,27 @@ record and field; records are counted from 1, blank lines are not counted.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from rosa_lightning.hub_rows import written
 from rosa_lightning.own_tasks import nearest
+from rosa_lightning.streamed import ArrowRows, Lines, Streamed, select
 from rosa_lightning.tasks import TASKS, Record, Task, check_gold, find_task, reference
 
 Purpose = Literal["train", "test", "predict", "audit"]
 """What records are for: a response to train on, a gold answer, only a question, or to be looked at
 whatever they lack."""
 
+_STREAM_FROM = 2**28
+"""Bytes from which on the records of a training source stay on disk."""
 _SUFFIXES = ".json, .jsonl, .parquet"
 _SCHEMAS = (
     "expected instruction, input, output, answer, or GSM8K's question, answer ('... #### 42')"
@@ -49,6 +55,11 @@ class Source:
     """Benchmark, which sets the answer format; by default told from the name, else text."""
     weight: float | None = None
     """Share in training, relative to the other sources; by default the number of records."""
+    max_examples: int | None = None
+    """Most records to use, chosen by data.seed; by default all."""
+    stream: bool | None = None
+    """To train: leave the records on disk and read each when it is its turn. By default, from
+    256 MiB on. Not for .json, which is read whole."""
 
     @cached_property
     def label(self) -> str:
@@ -113,6 +124,17 @@ def _check_fields(source: Source, tasks: Mapping[str, Task]) -> None:
             f"Source {source.label} has weight {weight!r}. A weight is a number of at least 0; "
             "leave it out to weigh the source by its number of records."
         )
+    limit = source.max_examples
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(
+            f"Source {source.label} has max_examples {limit!r}. It is a whole number of at least "
+            "1; leave it out to use all records, or the source to use none."
+        )
+    if source.stream and Path(source.path or "").suffix.lower() == ".json":
+        raise ValueError(
+            f"Source {source.label} has stream: true, but a .json file is one list, read whole. "
+            "Write it one object a line as .jsonl, or as .parquet, or leave stream out."
+        )
     if source.task is not None and find_task(source.task, tasks) is None:
         raise ValueError(
             f"Source {source.label} has task {source.task!r}{nearest(source.task, tasks)}. "
@@ -147,16 +169,29 @@ def source_list(
                 f"Two sources in data.{key} are named {name!r}. Give each a name: "
                 "[{name: first, path: ...}, {name: second, path: ...}]."
             )
+    for source in sources:
+        if source.stream and key != "sources":
+            raise ValueError(
+                f"Source {source.label} in data.{key} has stream: true; only training sources "
+                "are streamed. Leave it out."
+            )
     return sources
 
 
-def weighted_sources(sources: list[Source]) -> list[Source]:
+def weighted_sources(sources: list[Source], temperature: float | None = None) -> list[Source]:
     """The sources that take part in training.
 
-    Raises ValueError if there is none, or if some have a weight and others not.
+    Raises ValueError if there is none, if some have a weight and others not, or if shares are
+    said twice, by weights and by a temperature.
     """
     if not sources:
         raise ValueError("data.sources names no source. Set it to demo or to a list of sources.")
+    weighted = [source.label for source in sources if source.weight is not None]
+    if temperature is not None and weighted:
+        raise ValueError(
+            f"data.temperature={temperature} sets the shares by size, but there are weights in "
+            f"data.sources ({', '.join(weighted)}). Take out one or the other."
+        )
     without = [source.label for source in sources if source.weight is None]
     if without and len(without) < len(sources):
         raise ValueError(
@@ -172,31 +207,53 @@ def weighted_sources(sources: list[Source]) -> list[Source]:
 
 
 def load_records(
-    source: Source, purpose: Purpose = "train", tasks: Mapping[str, Task] = TASKS
-) -> list[Record]:
-    """All records of a source.
+    source: Source,
+    purpose: Purpose = "train",
+    tasks: Mapping[str, Task] = TASKS,
+    seed: int = 0,
+) -> Sequence[Record]:
+    """All records of a source, or `max_examples` of them, as `seed` chooses; in their order.
 
     To train, a record needs an output; to test, an answer or an output that states one, which the
-    task's format can express; to predict and to audit, only what is asked. Raises OSError for what
+    task's format can express; to predict and to audit, only what is asked. Large training sources
+    are `Streamed`, and a record of another shape is found when it is read. Raises OSError for what
     cannot be read or reached, ValueError for what has not the expected shape.
     """
     source = as_source(source, tasks)
     task = tasks[source.benchmark]
-    rows = _hub_rows(source, task) if source.hub else _file_rows(source, purpose)
-    records = [
-        _record(row, number, source, task, purpose) for number, row in enumerate(rows, start=1)
-    ]
-    if not records:
+    rows = _hub_rows(source, task, purpose) if source.hub else _file_rows(source, purpose)
+    convert = partial(_record, source=source, task=task, purpose=purpose)
+    records: Sequence[Record]
+    if isinstance(rows, Lines):
+        line = partial(_line_record, source=source, task=task, purpose=purpose)
+        records = Streamed(rows, line)
+    elif isinstance(rows, ArrowRows):
+        records = Streamed(rows, convert)
+    else:
+        records = [convert(row, number) for number, row in enumerate(rows, start=1)]
+    if not len(records):
         raise ValueError(
             f"{source.place} (task {task.name}) holds no records. Name a source that has some."
         )
+    if source.max_examples is not None and source.max_examples < len(records):
+        drawn = np.random.default_rng(seed).permutation(len(records))[: source.max_examples]
+        mask = np.zeros(len(records), dtype=np.bool_)
+        mask[drawn] = True
+        records = select(records, mask)
     return records
+
+
+def _streams(source: Source, purpose: Purpose, size: int) -> bool:
+    """Whether records stay on disk; `size` is that of the data in bytes."""
+    if purpose != "train":
+        return False
+    return size >= _STREAM_FROM if source.stream is None else source.stream
 
 
 # --- rows -----------------------------------------------------------------------------------
 
 
-def _hub_rows(source: Source, task: Task) -> Iterable[Any]:
+def _hub_rows(source: Source, task: Task, purpose: Purpose) -> Iterable[Any] | ArrowRows:
     import datasets  # over a second to import, and only hub sources need it
 
     revision = source.revision or (task.revision if source.hub == task.hub else None)
@@ -204,7 +261,7 @@ def _hub_rows(source: Source, task: Task) -> Iterable[Any]:
     if revision == "refs/convert/parquet" and subset:  # on that branch a subset is a folder
         subset, folder = None, {"data_dir": subset}
     try:
-        return datasets.load_dataset(  # type: ignore[no-any-return]
+        rows = datasets.load_dataset(
             source.hub, subset, split=source.split, revision=revision, **folder
         )
     except Exception as error:  # datasets, huggingface_hub and httpx share no base class
@@ -214,9 +271,10 @@ def _hub_rows(source: Source, task: Task) -> Iterable[Any]:
             f"{source.split}): {type(error).__name__}: {reason}. Check the id and the network, "
             "or name a local file instead of hub: {path: FILE.jsonl}."
         ) from error
+    return ArrowRows(rows) if _streams(source, purpose, rows.data.nbytes) else rows
 
 
-def _file_rows(source: Source, purpose: Purpose) -> Iterable[Any]:
+def _file_rows(source: Source, purpose: Purpose) -> Iterable[Any] | Lines | ArrowRows:
     path = Path(source.place)
     suffix = path.suffix.lower()
     if not path.exists():
@@ -228,10 +286,14 @@ def _file_rows(source: Source, purpose: Purpose) -> Iterable[Any]:
             f"{path} is a text file, which holds prompts only. Name it in data.predict_sources, "
             f"or give {_SUFFIXES} here."
         )
+    streams = suffix != ".json" and _streams(source, purpose, path.stat().st_size)
     if suffix == ".parquet":
-        return _parquet_rows(path)
+        return _parquet_rows(path, streams)
     if suffix not in {".json", ".jsonl", ".txt"}:
         raise ValueError(f"{path} ends in {suffix!r}; expected {_SUFFIXES} (or .txt to predict).")
+    if streams:
+        with _reading(path):
+            return Lines(path)
     text = _read_text(path)
     if suffix == ".json":
         return _json_rows(path, text)
@@ -239,12 +301,18 @@ def _file_rows(source: Source, purpose: Purpose) -> Iterable[Any]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if suffix == ".txt":
         return [{"instruction": line.rstrip("\r")} for _, line in lines]
-    return [_json_line(path, number, line) for number, line in lines]
+    return [_json_line(f"{path}, line {number}", line) for number, line in lines]
 
 
 def _read_text(path: Path) -> str:
-    try:
+    with _reading(path):
         return path.read_bytes().decode("utf-8-sig")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start}). Save it in UTF-8."
@@ -274,21 +342,25 @@ def _json_rows(path: Path, text: str) -> list[Any]:
     return rows
 
 
-def _json_line(path: Path, number: int, line: str) -> Any:
+def _json_line(where: str, line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}, line {number} is not JSON: column {error.colno}: {error.msg}. "
-            "Expected one object a line."
+            f"{where} is not JSON: column {error.colno}: {error.msg}. Expected one object a line."
         ) from error
 
 
-def _parquet_rows(path: Path) -> list[Any]:
+def _parquet_rows(path: Path, streams: bool) -> list[Any] | ArrowRows:
     import pyarrow
     from pyarrow import parquet
 
     try:
+        if streams:
+            import datasets
+
+            parquet.read_schema(path)  # else datasets would say that it failed, and not why
+            return ArrowRows(datasets.Dataset.from_parquet(str(path)))
         rows: list[Any] = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
@@ -306,6 +378,18 @@ def _kind(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return "a number"
     return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _line_record(line: bytes, number: int, source: Source, task: Task, purpose: Purpose) -> Record:
+    """A record of a streamed file."""
+    where = f"{source.place}, record {number}"
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8 text (byte {error.start} of its line). Save it in UTF-8."
+        ) from error
+    return _record(_json_line(where, text), number, source, task, purpose)
 
 
 def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose) -> Record:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import RunningStage
 from test_batching import byte_tokenizer
+from test_templates import CHATML, chat_tokenizer
 
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.mixture import normalised_prompt
 from rosa_lightning.sources import Source, load_records
-from rosa_lightning.tasks import Record
+from rosa_lightning.tasks import TASKS, Record
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -104,7 +106,21 @@ def fit(data_module, ckpt_path=None, **options):
         ({"max_length": 7}, ValueError, "max_length=7 is below 8"),
         ({"num_workers": -1}, ValueError, "num_workers=-1 is below 0"),
         ({"val_fraction": 1.0}, ValueError, r"val_fraction=1.0 is outside \[0, 1\)"),
-        ({"template": "chat"}, ValueError, "template='chat' is none of alpaca, plain"),
+        ({"template": "chatml"}, ValueError, "template='chatml' is none of alpaca, chat, plain"),
+        ({"stop": "never"}, ValueError, "stop='never' is none of total, first_exhausted, over"),
+        ({"temperature": 0}, ValueError, "temperature=0 is not above 0"),
+        ({"temperature": -1.0}, ValueError, "temperature=-1.0 is not above 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature=nan is not above 0"),
+        (
+            {"temperature": 2, "sources": [{"path": "a.json", "weight": 1}]},
+            ValueError,
+            r"temperature=2 sets the shares by size, but there are weights .* \(a\)",
+        ),
+        (
+            {"test_sources": [{"path": "a.jsonl", "stream": True}]},
+            ValueError,
+            "a in data.test_sources has stream: true; only training sources",
+        ),
         ({"overlong": "keep"}, ValueError, "overlong='keep' is none of cut, drop"),
         ({"sources": "dmo"}, TypeError, "sources is 'dmo'; expected demo or a list"),
         ({"sources": []}, ValueError, "data.sources names no source"),
@@ -275,10 +291,10 @@ def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(fol
     module = leaky(folder)
     module.test_sources.insert(0, Source(hub="a/b"))
 
-    def unreachable(source, purpose="train"):
+    def unreachable(source, purpose="train", tasks=TASKS, seed=0):
         if source.hub:
             raise OSError("No network.")
-        return load_records(source, purpose)
+        return load_records(source, purpose, tasks, seed)
 
     monkeypatch.setattr("rosa_lightning.data.load_records", unreachable)
     module.prepare_data()
@@ -294,7 +310,7 @@ def test_hub_test_sources_are_fetched_for_training_only_to_leave_their_questions
     fetched = []
     monkeypatch.setattr(
         "rosa_lightning.data.load_records",
-        lambda source, purpose: fetched.append((source.hub, purpose)),
+        lambda source, purpose, *_: fetched.append((source.hub, purpose)),
     )
     given = {"sources": [Source(hub="a/b")], "test_sources": [Source(hub="c/d")]}
     ReasoningDataModule(**given).prepare_data()
@@ -388,6 +404,165 @@ def test_without_weights_every_record_comes_once_an_epoch(folder, weights):
     module, _ = fit(data(folder, sources=sources(folder, weights)), max_epochs=1)
     counted = Counter(pair for batch in module.seen for pair in batch)
     assert (set(counted.values()) == {1}) == (None in weights.values())
+
+
+def test_temperature_draws_the_shares_together(folder):
+    unweighted = sources(folder, {"a": None, "b": None, "c": None})
+    settings = {"sources": unweighted, "temperature": 2.0, "val_fraction": 0.0}
+    module = data(folder, **settings)
+    fit(module, max_epochs=4)
+    roots = {name: size**0.5 for name, size in SIZES.items()}
+    expected = {name: root / sum(roots.values()) for name, root in roots.items()}
+    assert module.shares() == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    # By weights 0.5, 0.2, 0.3 of 37, 23 and 9 records.
+    ("stop", "length"),
+    [("total", 69), ("first_exhausted", 30), ("oversample", 115)],
+)
+def test_epoch_ends_where_it_is_told_to(folder, stop, length):
+    module = data(folder, stop=stop, val_fraction=0.0)
+    recorder, _ = fit(module, max_epochs=1)
+    seen = [pair for batch in recorder.seen for pair in batch]
+    assert len(seen) == length
+    assert module.shares() == pytest.approx(WEIGHTS, abs=1 / length)
+    times = Counter(seen).values()
+    if stop == "first_exhausted":
+        assert set(times) == {1}
+        assert Counter(source for source, _ in seen)[2] == 9
+    if stop == "oversample":
+        assert len(times) == sum(SIZES.values())
+
+
+def test_at_most_max_examples_of_a_source_are_used_as_the_seed_chooses(folder):
+    def used(**settings):
+        limited = [{"path": str(folder / "a.jsonl"), "max_examples": 10}]
+        module, _ = fit(data(folder, sources=limited, **settings), max_epochs=2)
+        return {index for batch in module.seen for _, index in batch} | set(module.validated)
+
+    assert len(used()) == 10
+    assert used() == used(num_workers=1) != used(seed=4)
+    assert used() != set(range(1, 11))
+
+
+def test_max_examples_limits_tests_too(folder):
+    limited = [{"path": str(folder / "a.jsonl"), "max_examples": 5}]
+    module = data(folder, test_sources=limited, tokenizer=TOKENIZER)
+    module.setup("test")
+    assert len(module.test_dataloader().dataset) == 5
+
+
+# On disk.
+
+
+def on_disk(folder, names="abc", suffix="jsonl"):
+    given = [{"path": str(folder / f"{name}.{suffix}"), "weight": WEIGHTS[name]} for name in names]
+    return [{**source, "stream": True} for source in given]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_workers": 2}, {"seed": 4}, {"overlong": "drop"}])
+def test_records_on_disk_are_those_in_memory_in_the_same_order(folder, settings):
+    settings = {"max_length": 22, "template": "plain", **settings}
+    memory, _ = fit(data(folder, **settings), max_epochs=2)
+    disk, _ = fit(data(folder, **settings, sources=on_disk(folder)), max_epochs=2)
+    assert disk.seen == memory.seen
+    assert disk.validated == memory.validated
+
+
+def test_batches_of_records_on_disk_are_those_of_records_in_memory(folder):
+    def batches(**settings):
+        module = data(folder, tokenizer=TOKENIZER, **settings)
+        module.setup("fit")
+        return [*module.train_dataloader(), *module.val_dataloader()]
+
+    for memory, disk in zip(batches(), batches(sources=on_disk(folder)), strict=True):
+        assert memory.keys() == disk.keys()
+        for name, value in memory.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+            assert same(value, disk[name]), name
+
+
+def test_parquet_on_disk_is_parquet_in_memory(folder, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in SIZES:
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
+    given = on_disk(folder, suffix="parquet")
+    memory, _ = fit(data(folder), max_epochs=1)
+    disk, _ = fit(data(folder, sources=given), max_epochs=1)
+    assert disk.seen == memory.seen
+
+
+def test_resumed_run_on_disk_sees_exactly_the_records_that_follow(folder):
+    path = str(folder / "saved.ckpt")
+    save = SaveAt(path, "batch", 21)
+    straight, _ = fit(data(folder, sources=on_disk(folder)), callbacks=[save], max_epochs=2)
+    resumed, _ = fit(data(folder, sources=on_disk(folder)), ckpt_path=path, max_epochs=2)
+    assert resumed.seen == straight.seen[21:]
+
+
+def test_large_files_stay_on_disk_unless_told_otherwise(folder, monkeypatch, caplog):
+    size = (folder / "a.jsonl").stat().st_size
+    monkeypatch.setattr("rosa_lightning.sources._STREAM_FROM", size)
+    given = [{"path": str(folder / f"{name}.jsonl")} for name in "abc"]
+    given.append({"path": str(folder / "a.jsonl"), "name": "told", "stream": False})
+    with caplog.at_level("INFO"):
+        data(folder, sources=given, tokenizer=TOKENIZER).setup("fit")
+    assert re.findall(r"(\w+): \d+ records on disk", caplog.text) == ["a"]
+
+
+def test_cut_records_on_disk_are_counted_in_a_sample(folder):
+    settings = {"max_length": 22, "template": "plain", "sources": on_disk(folder, "a")}
+    module = data(folder, tokenizer=TOKENIZER, **settings)
+    with pytest.warns(UserWarning, match=r"a: 27 of 37 records looked at are .* such are cut"):
+        module.setup("fit")
+
+
+def test_dropped_records_on_disk_are_counted_and_left_out(folder):
+    settings = {"max_length": 22, "template": "plain", "overlong": "drop", "val_fraction": 0.0}
+    module = data(folder, tokenizer=TOKENIZER, sources=on_disk(folder), **settings)
+    with pytest.warns(UserWarning, match="source a: 27 of 37 records are .* were left out"):
+        module.setup("fit")
+    assert len(module.train_dataloader().dataset) == 10 + 10 + 9
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{]", "record 38 is not JSON"), ("{}", "record 38 has the fields none"), (b"\xff", "UTF-8")],
+)
+def test_wrong_record_on_disk_is_named_before_training(folder, line, words):
+    with (folder / "a.jsonl").open("ab") as file:
+        file.write(line if isinstance(line, bytes) else line.encode())
+    module = data(folder, sources=on_disk(folder, "a"), tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match=words) as caught:
+        module.setup("fit")
+    assert "a.jsonl, record 38" in str(caught.value)
+
+
+# Chat.
+
+
+def test_chat_template_is_trained_and_tested_on_with_its_end_of_turn(folder):
+    tokenizer = chat_tokenizer(CHATML)
+    module = data(folder, template="chat", tokenizer=tokenizer, test_sources=sources(folder))
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert module.stop_ids == [end, tokenizer.eos_token_id]
+    batch = next(iter(module.train_dataloader()))
+    assert (batch["labels"][:, -1] == end).all()
+    prompts = tokenizer.batch_decode(next(iter(module.test_dataloader()))["input_ids"])
+    assert all(text.endswith("<|im_end|>\n<|im_start|>assistant\n") for text in prompts)
+
+
+def test_tokenizer_without_chat_template_is_refused_each_time(folder):
+    module = data(folder, template="chat", tokenizer=TOKENIZER)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no chat template. Set data\.template: alpaca"):
+            module.setup("fit")
 
 
 # Resuming.
@@ -542,9 +717,10 @@ def test_real_mixture_is_within_two_points_of_its_weights(real_data):
     module = ReasoningDataModule(sources=given, batch_size=8, max_length=1024)
     recorder, _ = fit(module, max_steps=200, limit_val_batches=1)
     assert module.shares() == pytest.approx({**weights, "gsm8k": 0.3}, abs=0.02)
-    held = {(e.record.source, e.record.index) for e in module._val}
+    validated = [example for source in module._val for example in source]
+    held = {(e.record.source, e.record.index) for e in validated}
     names = module.source_names
     assert not held & {(names[s], i) for batch in recorder.seen for s, i in batch}
-    prompts: set[str] = {normalised_prompt(e.record) for e in module._val}
+    prompts: set[str] = {normalised_prompt(e.record) for e in validated}
     train: list[Record] = [e.record for source in module._train or [] for e in source]
     assert not prompts & {normalised_prompt(record) for record in train}

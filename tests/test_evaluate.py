@@ -38,3 +38,12 @@ def test_the_bases_own_generation_settings_do_not_change_the_answer(base):
     plain = generate(model, tokenizer, batch, max_new_tokens=6)
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0)
     assert generate(model, tokenizer, batch, max_new_tokens=6) == plain
+
+
+def test_writing_stops_at_any_of_the_tokens_it_is_given(base):
+    model, tokenizer = base
+    batch = dict(tokenizer(["Say 1."], return_tensors="pt"))
+    first = model(batch["input_ids"]).logits[0, -1].argmax().item()
+    (whole,) = generate(model, tokenizer, batch, 6)
+    (stopped,) = generate(model, tokenizer, batch, 6, [tokenizer.eos_token_id, first])
+    assert stopped == tokenizer.decode([first], skip_special_tokens=True) != whole

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 FLOORS = {
     "rope": 0,
     "rows": 0,
+    "streamed": 0,
     "parser": 0,
     "quantization": 0,
     "live": 0,
@@ -37,6 +38,7 @@ FLOORS = {
     "tasks": 0.4,
     "own_tasks": 0.6,
     "leakage": 0.5,
+    "templates": 1,
     "capture": 0.3,
     "replay": 0.4,
     "probe": 0.6,

@@ -15,6 +15,7 @@ from rosa_lightning.sources import (
     demo_source,
     load_records,
 )
+from rosa_lightning.streamed import Streamed
 from rosa_lightning.tasks import TASKS, Record
 
 ROW = {"instruction": "What is 2 + 2?", "input": "", "output": "It is 4.", "answer": "4"}
@@ -92,6 +93,11 @@ def test_source_is_made_from_its_fields_and_from_a_path():
         ({"path": "a.json", "weight": -1}, ValueError, ["a has weight -1", "at least 0"]),
         ({"path": "a.json", "weight": float("nan")}, ValueError, ["weight nan"]),
         ({"path": "a.json", "task": "bolq"}, ValueError, ["'bolq'", "did you mean boolq?"]),
+        ({"path": "a.json", "max_examples": 0}, ValueError, ["a has max_examples 0", "at least 1"]),
+        ({"path": "a.json", "max_examples": -3}, ValueError, ["max_examples -3"]),
+        ({"path": "a.json", "max_examples": 2.5}, ValueError, ["max_examples 2.5"]),
+        ({"path": "a.json", "max_examples": True}, ValueError, ["max_examples True"]),
+        ({"path": "a.json", "stream": True}, ValueError, ["a has stream: true", ".jsonl"]),
         (7, TypeError, ["7", "expected its fields"]),
     ],
 )
@@ -167,6 +173,33 @@ def test_demonstration_set_is_read(split, size):
     records = load_records(source, split)
     assert len(records) >= size
     assert {(r.task, r.source) for r in records} == {("demo", "demo")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_records_beyond_max_examples_are_left_out_as_the_seed_chooses(write, stream):
+    path = write("a.jsonl", [{**ROW, "answer": str(number)} for number in range(50)])
+    source = Source(path=path, max_examples=20, stream=stream)
+    chosen = list(load_records(source, seed=1))
+    assert len(chosen) == 20
+    assert chosen == list(load_records(source, seed=1)) != list(load_records(source, seed=2))
+    assert chosen == sorted(set(chosen), key=lambda one: one.index)
+    assert all(one.index == int(str(one.answer)) + 1 for one in chosen)
+    assert len(load_records(replace(source, max_examples=51))) == 50
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_empty_file_on_disk_or_not_holds_no_records(write, stream):
+    assert "holds no records" in message(write("a.jsonl", "\n\n"), stream=stream)
+
+
+def test_streamed_records_are_those_in_memory(write):
+    path = write("a.jsonl", [{**ROW, "answer": number} for number in range(50)])
+    assert list(load(path, stream=True)) == load(path)
+    assert load(path, "test", stream=True) == load(path, "test")  # only training is streamed
+
+
+def test_broken_parquet_on_disk_is_one_line(write):
+    assert "cannot be read as Parquet" in message(write("a.parquet", "none"), stream=True)
 
 
 # Files that are not.
@@ -304,6 +337,15 @@ def test_hub_rows_are_read_with_subset_split_and_revision(hub):
     (found,) = load_records(source)
     assert found == Record("How many?", "", "#### 3", "3", "gsm8k", "gsm8k", 1)
     assert asked == {"name": "openai/gsm8k", "subset": "main", "split": "test", "revision": "v1"}
+
+
+def test_hub_rows_on_disk_are_those_in_memory(hub):
+    hub(
+        [{"question": f"How many are {number}?", "answer": f"#### {number}"} for number in range(9)]
+    )
+    source = Source(hub="openai/gsm8k", stream=True)
+    assert isinstance(load_records(source), Streamed)
+    assert list(load_records(source)) == load_records(replace(source, stream=False))
 
 
 def test_hub_rows_of_another_schema_are_named(hub):

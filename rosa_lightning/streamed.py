@@ -1,0 +1,155 @@
+"""Records that stay on disk and are read when they are asked for.
+
+An index makes them a sequence like any other: order, shares, held-out split, ranks and resumption
+are those of records in memory, which a stream with a shuffle buffer could not give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+_LINES_A_BLOCK = 8
+"""The index holds the start of every eighth line: one byte of memory a line."""
+_ROWS_A_READ = 1000
+
+
+class Rows(Protocol):
+    """Rows on disk."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, positions: NDArray[Any]) -> Iterator[Any]:
+        """The rows at these positions, counted from 0; ascending ones are read fastest."""
+        ...
+
+
+class Lines:
+    """The lines of a file that are not blank, as bytes without their line break.
+
+    The file is opened anew for each read, so that worker processes can share this object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        starts, count, offset = [], 0, 0
+        with path.open("rb") as file:
+            if file.read(3) == b"\xef\xbb\xbf":  # byte order mark
+                offset = 3
+            file.seek(offset)
+            for line in file:
+                if not line.isspace():
+                    if count % _LINES_A_BLOCK == 0:
+                        starts.append(offset)
+                    count += 1
+                offset += len(line)
+        self._count = count
+        self._starts = np.array([*starts, offset], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, positions: NDArray[Any]) -> Iterator[bytes]:
+        """The lines at these positions. Raises ValueError if the file has changed."""
+        current, lines = -1, [b""]
+        with self.path.open("rb") as file:
+            for position in positions:
+                block, line = divmod(int(position), _LINES_A_BLOCK)
+                if block != current:
+                    current, lines = block, self._block(file, block)
+                yield lines[line]
+
+    def _block(self, file: BinaryIO, block: int) -> list[bytes]:
+        start, stop = self._starts[block : block + 2].tolist()
+        file.seek(start)
+        lines = [line for line in file.read(stop - start).split(b"\n") if line.strip()]
+        if len(lines) != min(_LINES_A_BLOCK, self._count - block * _LINES_A_BLOCK):
+            raise ValueError(
+                f"{self.path} has changed since it was first read. Leave it as it is while it is "
+                "trained on."
+            )
+        return lines
+
+
+class ArrowRows:
+    """The rows of a `datasets.Dataset`, whose Arrow file is mapped into memory."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, positions: NDArray[Any]) -> Iterator[dict[str, Any]]:
+        """The rows at these positions, a mapping each."""
+        for start in range(0, len(positions), _ROWS_A_READ):
+            columns = self.dataset[positions[start : start + _ROWS_A_READ].tolist()]
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
+
+
+class Streamed(Sequence[T], Generic[T]):
+    """Some rows on disk, each converted when it is asked for.
+
+    Args:
+        rows: All of them.
+        convert: Makes an item of a row and its number, counted from 1.
+        positions: Which rows; all by default.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        convert: Callable[[Any, int], T],
+        positions: NDArray[np.uint32] | None = None,
+    ) -> None:
+        self._rows, self._convert = rows, convert
+        self._positions = np.arange(len(rows), dtype=np.uint32) if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Streamed[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Streamed[T]:
+        if isinstance(index, slice):
+            return Streamed(self._rows, self._convert, self._positions[index])
+        position = self._positions[[index]]
+        return self._convert(next(self._rows.read(position)), int(position[0]) + 1)
+
+    def __iter__(self) -> Iterator[T]:
+        """All of them, in one pass over the file."""
+        rows = self._rows.read(self._positions)
+        for position, row in zip(self._positions, rows, strict=True):
+            yield self._convert(row, int(position) + 1)
+
+    def select(self, indices: NDArray[Any]) -> Streamed[T]:
+        """The items at these indices, or where a mask is true."""
+        return Streamed(self._rows, self._convert, self._positions[indices])
+
+    def map(self, function: Callable[[T], S]) -> Streamed[S]:
+        """What `function` makes of each item when it is asked for."""
+        return Streamed(self._rows, partial(_composed, self._convert, function), self._positions)
+
+
+def _composed(
+    convert: Callable[[Any, int], T], function: Callable[[T], S], row: Any, number: int
+) -> S:
+    return function(convert(row, number))
+
+
+def select(items: Sequence[T], mask: NDArray[np.bool_]) -> Sequence[T]:
+    """The items where the mask is true, in memory or streamed as `items` is."""
+    if isinstance(items, Streamed):
+        return items.select(mask)
+    return [item for item, chosen in zip(items, mask, strict=True) if chosen]
