@@ -9,6 +9,7 @@ Axes: B batch, T tokens, H heads, D head dimension.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning.capture import trace
+from rosa_lightning.folder import new_folder
 from rosa_lightning.meeting import ByHand, watched_interface
 from rosa_lightning.modes import in_mode
 from rosa_lightning.plan import plan_terms
@@ -237,22 +239,42 @@ def _label_layers(ax: Axes, layers: Sequence[str]) -> None:
     ax.set_ylabel("layer")
 
 
-def save_figure(figure: Figure, png: Path, log_dir: Path) -> None:
+def save_figure(figure: Figure, png: Path) -> Path:
     """Write a figure as PNG, and as an image that TensorBoard shows under ``TAG``.
 
     Args:
         figure: From `activation_figure`.
-        png: The file to write.
-        log_dir: The folder that TensorBoard is to read.
-    """
-    from torch.utils.tensorboard import SummaryWriter
+        png: The file to write. The folder beside it of the same name, without the suffix, must not
+            exist.
 
-    png.parent.mkdir(parents=True, exist_ok=True)
-    part = png.with_name(f".{png.name}.part")
+    Returns:
+        That folder, which TensorBoard is to read.
+
+    Raises:
+        OSError: The disk is full, or refuses. Nothing is left behind.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard._utils import figure_to_image
+    from torch.utils.tensorboard.summary import image
+
+    pixels = figure_to_image(figure, close=False)  # type: ignore[no-untyped-call]
+    picture = image(TAG, pixels, dataformats="CHW")  # type: ignore[no-untyped-call]
+    now = time.time()
     try:
-        figure.savefig(part, format="png")
-        part.replace(png)
-    finally:
-        part.unlink(missing_ok=True)
-    with SummaryWriter(str(log_dir)) as writer:
-        writer.add_figure(TAG, figure, close=False)
+        with new_folder(png.with_suffix("")) as folder:
+            # Not by a SummaryWriter: its thread keeps a full disk to itself.
+            events = folder / f"events.out.tfevents.{int(now)}.norms"
+            with events.open("wb") as file:
+                writer = RecordWriter(file)
+                writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+                writer.write(Event(wall_time=now, step=0, summary=picture).SerializeToString())
+            part = folder / png.name
+            figure.savefig(part, format="png")
+            part.replace(png)
+    except OSError as error:
+        raise OSError(
+            f"{png} cannot be written: {error.strerror or error}. Nothing was left behind. Make "
+            "room, or give another name."
+        ) from error
+    return png.with_suffix("")

@@ -185,8 +185,10 @@ def _is_lora(folder: Path) -> bool:
     if (folder / LORA_CONFIG_FILE).exists():
         return True
     found = f"neither {CONFIG_FILE} nor {LORA_CONFIG_FILE} is there"
+    if not folder.is_dir():
+        found = "it is a file" if folder.exists() else "there is no such folder"
     raise ValueError(
-        f"{folder} holds no adapter: {found if folder.is_dir() else 'there is no such folder'}. "
+        f"{folder} holds no adapter: {found}. "
         f"Give a folder on this machine that export has written ({CONFIG_FILE} and {WEIGHTS_FILE}) "
         f"or a LoRA of PEFT ({LORA_CONFIG_FILE} and {LORA_WEIGHTS_FILE})."
     )

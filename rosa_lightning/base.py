@@ -87,7 +87,7 @@ def identify(model: nn.Module, base: str) -> BaseIdentity:
                 )
                 samples[f"{path}.{name}"] = values
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return BaseIdentity(base=base, revision=revision, samples=samples)
+    return BaseIdentity(base=whole_name(base), revision=revision, samples=samples)
 
 
 def _middle(weight: Tensor) -> list[float]:
@@ -131,7 +131,8 @@ def load_base(
             `quantization_config`.
 
     Raises:
-        ValueError: It cannot be loaded, or is quantised already; says why in one line.
+        ValueError: It cannot be loaded, lacks weights, or is quantised already; says why in one
+            line.
         ImportError: The library that quantises is missing.
     """
     from transformers import AutoModelForCausalLM
@@ -141,12 +142,20 @@ def load_base(
     if quantization is not None:  # None, given on, would undo a quantization of the base's own
         settings["quantization_config"] = _quantizer(base, quantization, dtype, source)
     with _one_line_errors(base, "model", "model.base"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             _location(base),
             dtype=dtype,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
             **source,
             **settings,
+        )
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(
+            f"base {base!r} lacks weights: {missing[0]}{others} would be drawn at random. Set "
+            "model.base to a folder with all files of a causal language model."
         )
     return model
 
@@ -268,7 +277,29 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 def base_name(model: nn.Module) -> str:
     """What a loaded base is called: hub id, folder, or ``tiny``; its class if it has no name."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    return "tiny" if name == str(tiny.folder()) else name or type(model).__name__
+    return "tiny" if name == str(tiny.folder()) else whole_name(name) or type(model).__name__
+
+
+def whole_name(base: str) -> str:
+    """What a base is called from any working folder: a local one goes by its whole path."""
+    is_folder = base not in ("", "tiny") and Path(base).is_dir()
+    return str(Path(base).resolve()) if is_folder else base
+
+
+def has_tokenizer(base: str, revision: str | None = None) -> bool:
+    """Whether a base comes with a tokenizer, one that can be read or not."""
+    from transformers.utils.hub import cached_file
+
+    return any(
+        cached_file(
+            _location(base),
+            name,
+            revision=revision or "main",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    )
 
 
 def _location(base: str) -> str:
@@ -279,12 +310,14 @@ def _location(base: str) -> str:
 def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
     """Turn the loaders' long and varied errors into one line."""
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     try:
         yield
     except (
         *(OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, ArithmeticError),
         StrictDataclassError,  # of a configuration whose values make no sense
+        SafetensorError,
     ) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # Mostly the rest is advice, but after a colon the reason goes on.

@@ -119,7 +119,9 @@ class RoSACLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Optimizer and schedule at the top level, given to the model."""
-        parser.set_defaults({"model.base": ""})  # `parse_arguments` asks for it
+        # Not required: a checkpoint or an adapter may name it. `parse_arguments` asks for it.
+        parser.set_defaults({"model.base": ""})
+        next(action for action in parser._actions if action.dest == "model.base").required = False
         parser.add_argument(
             "--validate_first",
             type=bool,
@@ -149,6 +151,7 @@ class RoSACLI(LightningCLI):
 
         Where they stand, on the command line or in a file, is known after parsing alone.
         """
+        self.given = read_pipes(self.given)  # which can be read once
         quiet = [arg for arg in self.given if not arg.startswith("--print_config")]
         config = parser.parse_args(quiet)
         command = config.subcommand
@@ -159,8 +162,9 @@ class RoSACLI(LightningCLI):
             known = remembered_settings(ckpt_path, config[command].model)
             self._subcommand_parsers[command].set_defaults(known)
         self.config = parser.parse_args(list(self.given))
-        if ckpt_path is not None:
-            self.config[command].model.adapter = None  # the checkpoint holds it
+        if ckpt_path is not None and self.config[command].model.adapter is not None:
+            self.config[command].model.adapter = None
+            rank_zero_info("model.adapter is left out, as ckpt_path holds an adapter.")
         if command not in TOOLS and not self.config[command].model.base:
             parser.error(NO_BASE)
 
@@ -370,10 +374,21 @@ def wanted_commands(args: Sequence[str]) -> Collection[str]:
     return named if named or {"-h", "--help"} & set(args) else tuple(COMMANDS)
 
 
+def read_pipes(args: Sequence[str]) -> list[str]:
+    """A command line with the content of a configuration that is a pipe in place of its name."""
+    read = list(args)
+    for index, arg in enumerate(args[:-1]):
+        name = args[index + 1]  # or the configuration itself
+        is_pipe = os.path.exists(name) and not (os.path.isfile(name) or os.path.isdir(name))
+        if arg == "--config" and is_pipe:
+            read[index + 1] = Path(name).read_text()
+    return read
+
+
 def found_by_trainer(ckpt_path: str) -> bool:
     """Whether a checkpoint is one that the trainer finds: "last", or a file elsewhere, say."""
-    words = ("best", "last", "hpc", "registry")
-    return (ckpt_path.startswith(words) and not Path(ckpt_path).exists()) or "://" in ckpt_path
+    is_word = ckpt_path.partition(":")[0] in ("best", "last", "hpc", "registry")
+    return (is_word and not Path(ckpt_path).exists()) or "://" in ckpt_path
 
 
 def user_error(error: BaseException) -> BaseException | None:

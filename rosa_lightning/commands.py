@@ -23,7 +23,12 @@ from rosa_lightning.activations import (
 )
 from rosa_lightning.audit import audit_records, token_lengths
 from rosa_lightning.audit_tables import audit_tables
-from rosa_lightning.base import enable_checkpointing, load_skeleton, load_tokenizer
+from rosa_lightning.base import (
+    enable_checkpointing,
+    has_tokenizer,
+    load_skeleton,
+    load_tokenizer,
+)
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.export import Format, check_options, export_adapter
@@ -118,8 +123,10 @@ def _own_tokenizer(setting: Setting) -> tuple[Any, tuple[str, ...]]:
             setting="data.tokenizer",
             for_training=False,
         )
-    except ValueError as error:
-        return None, (f"without a tokenizer: {error}",)
+    except ValueError:
+        if has_tokenizer(module.base, module.revision):
+            raise
+        return None, ("without a tokenizer, as the base has none",)
     return own, ()
 
 
@@ -293,8 +300,7 @@ def _draw_activations(setting: Setting, ckpt_path: str | None, png: Path, num_ba
     data.setup("fit")
     norms = rotated_norms(model, islice(data.train_dataloader(), num_batches))
     title = f"{setting.module.base}: mean L2 norm per layer and head dimension"
-    log_dir = png.with_suffix("")
-    save_figure(activation_figure(norms, adapted_dims(model), title), png, log_dir)
+    log_dir = save_figure(activation_figure(norms, adapted_dims(model), title), png)
     return f"{png}; as an image of TensorBoard: tensorboard --logdir {log_dir}"
 
 

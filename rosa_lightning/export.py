@@ -139,7 +139,13 @@ def _of_merged(option: str, format: str) -> str:
 
 
 def _check_terms(model: PreTrainedModel, format: Format, dequantize: bool) -> None:
-    """Check that a format can hold the terms of a model."""
+    """Check that the terms of a model are numbers and that a format can hold them."""
+    for name, layer in roae_layers(model):
+        if not (layer.roae_A.isfinite().all() and layer.roae_B.isfinite().all()):
+            raise ValueError(
+                f"the adapter of {name} holds values that are not finite, so its training has "
+                "failed. Give an earlier checkpoint."
+            )
     after_norm = [term for term in roae_report(model).projections if term.norm]
     if format != "rosa" and after_norm:
         what = "a LoRA" if format == "peft" else "a merged weight"

@@ -30,6 +30,7 @@ from rosa_lightning.base import (
     identify,
     load_base,
     load_tokenizer,
+    whole_name,
 )
 from rosa_lightning.checkpoint import pack, unpack
 from rosa_lightning.evaluate import generate
@@ -121,6 +122,8 @@ class RoSAModule(LightningModule):
             roae = RoAEConfig(**roae)
         # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "roae", "adapter"])
+        # Known from any working folder.
+        self.save_hyperparameters({"base": whole_name(base)})
         self.base = base
         self.roae = roae
         self._remember_roae()

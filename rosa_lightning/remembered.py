@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rosa_lightning.adapter import adapter_settings
-from rosa_lightning.base import load_skeleton
+from rosa_lightning.base import BaseIdentity, load_skeleton
 from rosa_lightning.checkpoint import CHECKPOINT_KEY
 from rosa_lightning.lora import from_lora
 from rosa_lightning.peft_files import read_lora
@@ -45,12 +45,13 @@ def remembered_settings(ckpt_path: str | None, model: Mapping[str, Any]) -> dict
 
 
 def _checkpoint_settings(path: str) -> dict[str, Any]:
-    known = read_checkpoint(path).get("hyper_parameters", {})
-    roae = known.get("roae", {})
+    content = read_checkpoint(path)
+    trained = content[CHECKPOINT_KEY]
+    known = content.get("hyper_parameters") or {"base": trained["base"]}
     names = ("base", "revision", "dtype", "quantization")
     return {
         **{f"model.{name}": known[name] for name in names if name in known},
-        **{f"model.roae.{f.name}": roae[f.name] for f in fields(RoAEConfig) if f.name in roae},
+        **{f"model.roae.{name}": value for name, value in trained["roae"].items()},
     }
 
 
@@ -94,4 +95,13 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds no RoSA adapter. Give a checkpoint that RoSAModule has written."
         )
+    try:
+        about = content[CHECKPOINT_KEY]
+        RoAEConfig(**about["roae"])
+        BaseIdentity(base=about["base"], revision=about["revision"], samples=dict(about["samples"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged: what it says of its adapter cannot be read "
+            f"({type(error).__name__}: {error}). Give one that RoSAModule has written."
+        ) from error
     return content

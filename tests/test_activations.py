@@ -197,9 +197,9 @@ def test_the_figure_is_written_as_png_and_for_tensorboard(tmp_path):
     model = build("llama")
     norms = rotated_norms(model, [padded_batch(9)])
     figure = activation_figure(norms, adapted_dims(model, RoAEConfig()))
-    save_figure(figure, tmp_path / "new" / "norms.png", tmp_path / "logs")
+    log_dir = save_figure(figure, tmp_path / "new" / "norms.png")
     assert (tmp_path / "new" / "norms.png").read_bytes().startswith(b"\x89PNG")
-    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    events = EventAccumulator(str(log_dir)).Reload()
     assert events.Tags()["images"] == [TAG]
     (image,) = events.Images(TAG)
     assert (image.width, image.height) == tuple(int(size) for size in figure.bbox.size)
@@ -215,9 +215,12 @@ def test_a_figure_that_cannot_be_drawn_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_figure(figure, tmp_path / "norms.png", tmp_path)
+        save_figure(figure, tmp_path / "norms.png")
     assert [path.name for path in tmp_path.iterdir()] == ["norms.png"]
     assert (tmp_path / "norms.png").read_text() == "old"
+    with pytest.raises(OSError, match=r"new/norms\.png cannot be written: .*disk full"):
+        save_figure(figure, tmp_path / "new" / "norms.png")
+    assert not (tmp_path / "new").exists()
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

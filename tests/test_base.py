@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
 from conftest import SMALL, build, save_base
+from safetensors.torch import load_file, save_file
 
 from rosa_lightning.base import (
+    base_name,
     enable_checkpointing,
     identify,
     load_base,
     load_skeleton,
     load_tokenizer,
+    whole_name,
 )
 
 
@@ -173,3 +177,25 @@ def test_a_base_with_code_of_its_own_and_a_missing_folder_say_how_to_mend_it(tmp
         load_base(str(tmp_path))
     with pytest.raises(ValueError, match=r"/none' could not be loaded: there is no such folder\."):
         load_base(str(tmp_path / "none"))
+
+
+def test_a_damaged_base_and_one_that_lacks_weights_are_refused(base_folder, tmp_path):
+    for name in ("cut", "partial"):
+        shutil.copytree(base_folder, tmp_path / name)
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model of base .* could not be loaded"):
+        load_base(str(tmp_path / "cut"))
+    weights = load_file(tmp_path / "partial" / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "partial" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights: model\.layers\.1\.self_attn\.q_proj"):
+        load_base(str(tmp_path / "partial"))
+
+
+def test_a_local_base_is_known_by_its_whole_path(base_folder, monkeypatch):
+    monkeypatch.chdir(base_folder.parent)
+    assert whole_name(base_folder.name) == str(base_folder)
+    assert base_name(load_base(base_folder.name)) == str(base_folder)
+    assert whole_name("tiny") == "tiny"
+    assert whole_name("owner/model") == "owner/model"

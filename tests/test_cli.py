@@ -122,6 +122,7 @@ def test_a_task_of_the_configuration_is_trained_and_tested_on(settings, tmp_path
     ]
     source = {"path": str(path), "task": "temper"}
     settings["data"].update(sources=[source], test_sources=[source], predict_sources=[source])
+    settings["data"]["decontaminate"] = False
     settings["trainer"]["logger"] = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(tmp_path)},
@@ -129,7 +130,7 @@ def test_a_task_of_the_configuration_is_trained_and_tested_on(settings, tmp_path
     assert run("fit", settings) == 0
     (checkpoint,) = map(str, tmp_path.rglob("*.ckpt"))
 
-    def write(model, tokenizer, batch, max_new_tokens):
+    def write(model, tokenizer, batch, max_new_tokens, stop_ids):
         return [mood("NOT GOOD.")] * len(batch["task"])
 
     monkeypatch.setattr("rosa_lightning.module.generate", write)

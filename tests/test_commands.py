@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_a_merged_model_has_its_base_s_own_tokenizer(base_folder, tmp_path, caps
         Path("base", name).unlink()
     status, printed, _ = run(capsys, "export", *merge, "--output", "bare")
     assert status == 0
-    assert "; without a tokenizer: the tokenizer of base 'base' could not be loaded" in printed
+    assert "; without a tokenizer, as the base has none" in printed
     assert len(printed.splitlines()) == 1
     assert not list(Path("bare").glob("*token*"))
     transformers.AutoModelForCausalLM.from_pretrained("bare")
@@ -314,7 +315,9 @@ def test_a_checkpoint_named_in_a_file_brings_its_base(trained, capsys):
 def test_no_base_and_no_such_checkpoint_are_one_line_before_anything_is_loaded(trained, capsys):
     cases = {
         (): "no base is given. Set model.base",
-        ("--model.adapter", "."): "holds no adapter",
+        ("--model.adapter", "."): "holds no adapter: neither",
+        ("--model.adapter", "data.yaml"): "holds no adapter: it is a file",
+        ("--ckpt_path", "last_run/none.ckpt"): "ckpt_path=last_run/none.ckpt is no file",
         ("--ckpt_path", "none.ckpt"): "ckpt_path=none.ckpt is no file",
         ("--ckpt", "none.ckpt"): "Did you mean ckpt_path?",
     }
@@ -341,6 +344,71 @@ def test_an_export_that_is_stopped_leaves_nothing_behind(
     assert run(capsys, "export", *adapter, "--output", "deep/out")[0] == status
     assert not list(Path().iterdir())
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_checkpoint_goes_before_an_adapter_and_says_so(trained, adapters, capsys, caplog):
+    both = ["--ckpt_path", str(trained / "last.ckpt"), "--model.adapter", str(adapters / "peft")]
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        assert run(capsys, "export", *both, "--output", "out")[0] == 0
+    assert "model.adapter is left out" in caplog.text
+
+
+def test_a_configuration_from_a_pipe_is_read(trained, capsys):
+    os.mkfifo("pipe")
+    settings = f"model: {{base: tiny}}\ndata: {{batch_size: 3}}\nckpt_path: {trained / 'last.ckpt'}"
+    writer = threading.Thread(target=Path("pipe").write_text, args=(settings,))
+    writer.start()
+    base = ["--model.base", str(trained_base(trained))]
+    status, printed, _ = run(capsys, "inspect", "--config", "pipe", *base)
+    writer.join()
+    assert status == 0
+    assert "Batch of 3 x" in printed
+    assert "4 of 8 pairs" in printed
+
+
+def trained_base(trained: Path) -> str:
+    return str(yaml.safe_load((trained / "config.yaml").read_text())["model"]["base"])
+
+
+def test_damaged_checkpoints_are_one_line_and_one_without_settings_is_not(trained, capsys):
+    content = torch.load(trained / "last.ckpt", weights_only=True)
+    rosa = content["rosa"]
+    cases = {
+        "partial": {**content, "rosa": {"base": "tiny"}},
+        "none": {**content, "rosa": {**rosa, "roae": None}},
+        "unknown": {**content, "rosa": {**rosa, "roae": {"rank": 4, "colour": 1}}},
+    }
+    for name, damaged in cases.items():
+        torch.save(damaged, name)
+        status, _, errors = run(capsys, "export", "--ckpt_path", name, "--output", "o")
+        assert (status, len(errors)) == (1, 1)
+        assert f"{name} is damaged" in errors[0]
+    torch.save({k: v for k, v in content.items() if k != "hyper_parameters"}, "bare")
+    assert run(capsys, "export", "--ckpt_path", "bare", "--output", "out")[0] == 0
+
+
+def test_an_adapter_that_is_not_finite_is_not_exported(trained, capsys):
+    content = torch.load(trained / "last.ckpt", weights_only=True)
+    for value in content["state_dict"].values():
+        value.fill_(torch.nan)
+    torch.save(content, "nan.ckpt")
+    for format in ("rosa", "peft", "merged"):
+        status, _, errors = run(
+            capsys, "export", "--ckpt_path", "nan.ckpt", "--format", format, "--output", "o"
+        )
+        assert (status, len(errors)) == (1, 1)
+        assert "not finite, so its training has failed" in errors[0]
+    assert not Path("o").exists()
+
+
+def test_merging_a_base_whose_tokenizer_is_damaged_is_refused(trained, capsys):
+    shutil.copytree(trained_base(trained), "base")
+    Path("base/tokenizer.json").write_text("{")
+    merge = ["--model.base", "base", "--format", "merged", "--output", "o"]
+    status, _, errors = run(capsys, "export", "--ckpt_path", str(trained / "last.ckpt"), *merge)
+    assert (status, len(errors)) == (1, 1)
+    assert "the tokenizer of base 'base' could not be loaded" in errors[0]
+    assert not Path("o").exists()
 
 
 def test_the_base_of_an_adapter_is_known_by_its_folder(trained, base_folder, capsys):

@@ -257,7 +257,10 @@ def test_test_questions_are_neither_trained_on_nor_validated_on(folder, stage, c
     with caplog.at_level("INFO"):
         module.setup(stage)
     records = [example.record for source in module._train for example in source]
-    asked = {record.instruction for record in [*records, *(ex.record for ex in module._val)]}
+    asked = {
+        record.instruction
+        for record in [*records, *(ex.record for source in module._val for ex in source)]
+    }
     everything = {f"{name} {n}?" for name, size in SIZES.items() for n in range(size)}
     assert asked == everything - {"a 3?", "a 4?", "a 5?", "b 7?"}
     assert "a: 3 of 37 records left out, as their questions stand in data.test_s" in caplog.text
@@ -300,7 +303,7 @@ def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(fol
     module.prepare_data()
     with pytest.warns(UserWarning, match=r"not compared with test source b, .* No network\."):
         module.setup("fit")
-    assert len(module._train[0]) + sum(ex.record.source == "a" for ex in module._val) == 34
+    assert len(module._train[0]) + len(module._val[0]) == 34
     module = data(folder, tokenizer=TOKENIZER, test_sources=[{"path": "none.json"}])
     with pytest.raises(OSError, match=r"none\.json"):
         module.setup("fit")
@@ -547,7 +550,13 @@ def test_wrong_record_on_disk_is_named_before_training(folder, line, words):
 
 def test_chat_template_is_trained_and_tested_on_with_its_end_of_turn(folder):
     tokenizer = chat_tokenizer(CHATML)
-    module = data(folder, template="chat", tokenizer=tokenizer, test_sources=sources(folder))
+    module = data(
+        folder,
+        template="chat",
+        tokenizer=tokenizer,
+        test_sources=sources(folder),
+        decontaminate=False,
+    )
     for stage in ("fit", "test"):
         module.setup(stage)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
