@@ -11,7 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rosa_lightning.tasks import Record, Template, answer_start, prompt, reference, response
+from rosa_lightning.tasks import (
+    Record,
+    Template,
+    answer_start,
+    candidates,
+    prompt,
+    reference,
+    response,
+)
 
 Overlong = Literal["cut", "drop"]
 
@@ -203,7 +211,10 @@ class PromptCollator:
     """Token id that fills the left."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Inputs (B, T); lists `task`, `source`, `prompt`, `input`, `reference`; `index` (B,)."""
+        """Inputs (B, T); `index` (B,); lists of what the records say.
+
+        These are `task`, `source`, `prompt`, `input`, `reference` and `candidates`.
+        """
         records = [example.record for example in examples]
         return {
             **_inputs([example.prompt for example in examples], self.pad_id),
@@ -213,4 +224,5 @@ class PromptCollator:
             "prompt": [record.instruction for record in records],
             "input": [record.input for record in records],
             "reference": [reference(record) for record in records],
+            "candidates": [candidates(record) for record in records],
         }

@@ -34,7 +34,7 @@ from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.parser import TRACEBACK_VARIABLE, RoSAParser, one_line
-from rosa_lightning.predictions import PredictionWriter
+from rosa_lightning.predictions import PredictionWriter, ResultWriter
 from rosa_lightning.remembered import remembered_settings
 
 DESCRIPTION = (
@@ -317,7 +317,7 @@ def main(args: Sequence[str] | None = None) -> int:
             parser_kwargs={"prog": "python -m rosa_lightning", "description": DESCRIPTION},
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [PredictionWriter()]},
+            trainer_defaults={"callbacks": [PredictionWriter(), ResultWriter()]},
             given=sys.argv[1:] if args is None else args,
             args=None if args is None else list(args),
         )

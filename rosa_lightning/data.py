@@ -17,7 +17,8 @@ from rosa_lightning.batching import (
     TrainCollator,
     encode,
 )
-from rosa_lightning.mixture import MixtureSampler, ResumableLoader, hold_out
+from rosa_lightning.leakage import leaked
+from rosa_lightning.mixture import EachOnce, MixtureSampler, ResumableLoader, hold_out
 from rosa_lightning.sources import (
     Purpose,
     Source,
@@ -113,6 +114,21 @@ class ReasoningDataModule(LightningDataModule):
         """All tasks that validation and test may meet, sorted; complete after `setup`."""
         validated = {example.record.task for example in self._val}
         return sorted(validated | {source.benchmark for source in self.test_sources})
+
+    @property
+    def test_examples(self) -> list[Example]:
+        """The prompts of the test sources in their order; there after `setup("test")`."""
+        return self._prompts.get("test", [])
+
+    def leaked_records(self) -> list[Record]:
+        """The test records whose question stands in the training sources, which are read for it.
+
+        Raises OSError or ValueError for training sources that cannot be read.
+        """
+        train = (record for source in self.sources for record in load_records(source))
+        test = [example.record for example in self.test_examples]
+        found = leaked(train, test).exact
+        return [record for record, is_leaked in zip(test, found, strict=True) if is_leaked]
 
     # Reading.
 
@@ -260,17 +276,23 @@ class ReasoningDataModule(LightningDataModule):
         return self._in_order(self._val, collator) if self._val else []
 
     def test_dataloader(self) -> DataLoader[Example]:
-        """The prompts of the test sources."""
-        return self._in_order(self._prompts["test"], PromptCollator(self._pad_id()))
+        """The prompts of the test sources; each once, however many ranks there are."""
+        examples = self.test_examples
+        ranks = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        sampler = EachOnce(len(examples), **ranks)
+        return self._in_order(examples, PromptCollator(self._pad_id()), sampler=sampler)
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """The prompts of the predict sources."""
         return self._in_order(self._prompts["predict"], PromptCollator(self._pad_id()))
 
-    def _in_order(self, examples: list[Example], collator: Any) -> DataLoader[Example]:
+    def _in_order(
+        self, examples: list[Example], collator: Any, sampler: EachOnce | None = None
+    ) -> DataLoader[Example]:
         return DataLoader(
             examples,  # type: ignore[arg-type]
             shuffle=False,
+            sampler=sampler,
             collate_fn=collator,
             **self._loader_options(),
         )

@@ -76,7 +76,7 @@ def in_full(
     pad_id: int,
     batch_size: int,
 ) -> list[list[float]]:
-    """As `log_likelihoods`, each candidate after its whole prompt, ``batch_size`` rows at a time."""
+    """As `log_likelihoods`, each candidate with its whole prompt, ``batch_size`` rows at a time."""
     flat = [
         (item, prompt, ids)
         for item, (prompt, own) in enumerate(zip(prompts, candidates, strict=True))
@@ -95,7 +95,8 @@ def in_full(
 
 def _common_start(candidates: Sequence[Ids]) -> Ids:
     """The tokens that all candidates begin with."""
-    first, last = min(candidates), max(candidates)
+    ordered = sorted(map(list, candidates))  # what the first and the last share, all share
+    first, last = ordered[0], ordered[-1]
     same = 0
     while same < min(len(first), len(last)) and first[same] == last[same]:
         same += 1

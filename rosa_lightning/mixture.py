@@ -119,6 +119,26 @@ def epoch_order(
     return torch.cat(positions)[torch.argsort(torch.cat(times), stable=True)]
 
 
+class EachOnce(DistributedSampler[int]):
+    """This rank's share of records in their order: none is repeated to give ranks equal numbers.
+
+    For evaluation, where a record that is met twice would count twice. Lightning puts a sampler
+    of its own, which repeats, around any but a `DistributedSampler`, which this is.
+    """
+
+    def __init__(self, size: int, num_replicas: int = 1, rank: int = 0, **_: Any) -> None:
+        super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self._mine = range(rank, size, num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        """Positions of this rank's records."""
+        return iter(self._mine)
+
+    def __len__(self) -> int:
+        """How many records this rank has."""
+        return len(self._mine)
+
+
 class MixtureSampler(DistributedSampler[int]):
     """This rank's share of `epoch_order`: every `num_replicas`-th record, from `rank` on.
 

@@ -12,6 +12,8 @@ from typing import Literal
 
 Template = Literal["alpaca", "plain"]
 AnswerFormat = Literal["label", "letter", "number", "text"]
+Rules = Literal["strict", "paper"]
+"""How answers are read out of a text: the last stated one, or as LLM-Adapters does."""
 
 NUMBER_TOLERANCE = 1e-3
 """Two numeric answers at most this far apart are the same."""
@@ -170,14 +172,33 @@ def _find_answer(task: str, text: str) -> tuple[int, int] | None:
     return None
 
 
-def extract_answer(task: str, text: str) -> str | None:
+def candidates(record: Record) -> tuple[str, ...]:
+    """The responses that `likelihood` chooses among, in label order; () where there are none.
+
+    Of the task's labels those that the instruction offers ("Answer format: answer1/answer2").
+    """
+    task = TASKS.get(record.task)
+    if task is None or not task.labels:
+        return ()
+    if task.format == "letter":
+        return tuple(f"The answer is ({label})." for label in task.labels)
+    offered = re.findall(r"Answer format: (\S+)", record.instruction)
+    names = set(offered[-1].split("/")) if offered else set(task.labels)
+    return tuple(f"the correct answer is {label}" for label in task.labels if label in names)
+
+
+def extract_answer(task: str, text: str, rules: Rules = "strict") -> str | None:
     """The last answer that `text` states in the task's format, or None.
+
+    `paper` reads as LLM-Adapters does: the first label, first capital of A to E, or last number.
 
     Labels come in lower case, letters as capitals, numbers without currency sign and thousands
     separators; `text` and tasks not in the table give the text without outer white space.
     """
     if task not in _PATTERNS:
         return text.strip() or None
+    if rules == "paper":
+        return _paper_answer(TASKS[task], text)
     span = _find_answer(task, text)
     if span is None:
         return None
@@ -185,6 +206,14 @@ def extract_answer(task: str, text: str) -> str | None:
     if TASKS[task].format == "number":
         return re.sub(r"[,$+]", "", answer).replace("\u2212", "-")
     return answer.lower() if TASKS[task].format == "label" else answer
+
+
+def _paper_answer(task: Task, text: str) -> str | None:
+    if task.format == "number":
+        numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+        return numbers[-1] if numbers else None
+    labels = re.findall("|".join(task.labels), text)
+    return labels[0] if labels else None
 
 
 def same_answer(task: str, first: str | None, second: str | None) -> bool:
