@@ -75,7 +75,7 @@ class Answering(LightningModule):
     def on_test_start(self) -> None:
         """Get ready to answer and to count, under each protocol."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        weights = {name: value for name, value in self.state_dict().items() if value.any()}
+        weights = self.state_dict() if self._is_adapted() else {}
         self.evaluated = Evaluation(
             self._built(),
             self._text_tokenizer(),
@@ -108,7 +108,7 @@ class Answering(LightningModule):
 
     def about_evaluation(self) -> dict[str, Any]:
         """What was evaluated and how, as plain values, for ``results.json``."""
-        added = any(value.any() for value in self.state_dict().values())
+        added = self._is_adapted()
         origin = self.trainer.ckpt_path or self.adapter or "an adapter trained in this process"
         datamodule = getattr(self.trainer, "datamodule", None)
         return {
@@ -123,6 +123,11 @@ class Answering(LightningModule):
             "quantization": self.quantization,
             "precision": self.trainer.precision,
         }
+
+    def _is_adapted(self) -> bool:
+        """Whether RoAE adds anything; where every B is zero, the outputs are the base's own."""
+        state = self.state_dict()
+        return any(bool(state[name].any()) for name in state if name.endswith("roae_B"))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Write an answer to each prompt, greedily.

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from rosa_lightning.adapter import adapter_settings
 from rosa_lightning.commands import NO_BASE, Setting, export, inspect, report
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
@@ -144,12 +145,17 @@ class RoSACLI(LightningCLI):
         ckpt_path = config[command].get("ckpt_path")
         if command not in TOOLS and ckpt_path is not None and found_by_trainer(ckpt_path):
             ckpt_path = None
+        known: dict[str, Any] = {}
         if SHOWN.get(command) != ():
             known = remembered_settings(ckpt_path, config[command].model)
             self._subcommand_parsers[command].set_defaults(known)
+        if command == "test":
+            self._subcommand_parsers[command].set_defaults({"verbose": False})  # ours is shown
         self.config = parser.parse_args(list(self.given))
         if ckpt_path is not None:
             self.config[command].model.adapter = None  # the checkpoint holds it
+        elif command in ("validate", "test", "predict") and config[command].model.adapter:
+            hold_lora(self.config[command].model, known)
         if command not in TOOLS and not self.config[command].model.base:
             parser.error(NO_BASE)
 
@@ -267,6 +273,24 @@ class RoSACLI(LightningCLI):
             raise ValueError(f"the trainer cannot be made: {error} Mend trainer.") from error
         complete_strategy(trainer)
         return trainer
+
+
+def hold_lora(model: Any, known: Mapping[str, Any]) -> None:
+    """Take the settings that hold a LoRA from elsewhere, which is not trained here, and say so.
+
+    The configuration's are those of another adapter, trained or to be trained with it.
+    """
+    if adapter_settings(Path(model.adapter))[2] is not None:
+        return  # it knows its own, which must agree
+    names = [name for name in known if name.startswith("model.roae.")]
+    values = {name.removeprefix("model.roae."): known[name] for name in names}
+    given = {name: getattr(model.roae, name) for name in values}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    if plain != {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}:
+        changed = ", ".join(f"{name}={value}" for name, value in plain.items())
+        rank_zero_info(f"model.roae as given does not apply to {model.adapter}: it has {changed}")
+    for name, value in values.items():
+        setattr(model.roae, name, value)
 
 
 def complete_strategy(trainer: Trainer) -> None:

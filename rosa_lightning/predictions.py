@@ -32,11 +32,13 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.path = path
+        self._target = Path(PREDICTIONS)
         self._file: TextIO | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's part."""
-        part = self._part(trainer, trainer.global_rank)
+        self._target = _log_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path)
+        part = self._part(trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
         self._file = part.open("w", encoding="utf-8")
 
@@ -61,15 +63,14 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
-        target = self._target(trainer)
-        first = self._part(trainer, 0)
+        first = self._part(0)
         with first.open("a", encoding="utf-8") as joined:
             for rank in range(1, trainer.world_size):
-                part = self._part(trainer, rank)
+                part = self._part(rank)
                 joined.write(part.read_text(encoding="utf-8"))
                 part.unlink()
-        first.replace(target)
-        rank_zero_info(f"predictions: {target}")
+        first.replace(self._target)
+        rank_zero_info(f"predictions: {self._target}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -77,19 +78,15 @@ class PredictionWriter(BasePredictionWriter):
         """Leave nothing half-written."""
         if self._file is not None:
             self._close()
-            self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
+            self._part(trainer.global_rank).unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _target(self, trainer: Trainer) -> Path:
-        return Path(self.path) if self.path is not None else _log_folder(trainer) / PREDICTIONS
-
-    def _part(self, trainer: Trainer, rank: int) -> Path:
-        target = self._target(trainer)
-        return target.with_name(f".{target.name}.rank{rank}")
+    def _part(self, rank: int) -> Path:
+        return self._target.with_name(f".{self._target.name}.rank{rank}")
 
 
 class ResultWriter(Callback):
@@ -106,6 +103,7 @@ class ResultWriter(Callback):
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
+        self._target = Path()
         self._part: TextIO | None = None
         self._earlier: list[Path] = []
         self._num_resumed = 0
@@ -116,8 +114,10 @@ class ResultWriter(Callback):
         """Read what an earlier run of this evaluation has answered, and open this rank's part."""
         self._since = time.perf_counter()
         evaluation: Any = pl_module.evaluated
-        folder = self._folder(trainer)
-        near = [folder] if trainer.log_dir is None else [folder, *_beside(folder)]
+        folder = _log_folder(trainer) if self.folder is None else Path(self.folder)
+        self._target = folder
+        own = bool(trainer.loggers) and self.folder is None  # of this run alone
+        near = [folder, *_beside(folder)] if own else [folder]
         parts = sorted(part for place in near for part in place.glob("predictions.part*.jsonl"))
         self._earlier, evaluation.answered = _read_parts(parts, evaluation.digest)
         self._num_resumed = len(evaluation.answered)
@@ -133,7 +133,7 @@ class ResultWriter(Callback):
         # Rank 0 says it for all, before any part is there.
         self._number = trainer.strategy.broadcast(max(taken, default=-1) + 1)
         folder.mkdir(parents=True, exist_ok=True)
-        self._part = self._path(trainer, trainer.global_rank).open("w", encoding="utf-8")
+        self._part = self._path(trainer.global_rank).open("w", encoding="utf-8")
 
     def on_test_batch_end(
         self,
@@ -159,26 +159,25 @@ class ResultWriter(Callback):
         if not trainer.is_global_zero:
             return
         seconds = time.perf_counter() - self._since
-        folder = self._folder(trainer)
-        own = [self._path(trainer, rank) for rank in range(trainer.world_size)]
+        own = [self._path(rank) for rank in range(trainer.world_size)]
         module: Any = pl_module
         _, answered = _read_parts(own, module.evaluated.digest)
         items = _in_order(answered.values(), module.evaluated.config.protocols, trainer)
         for item in items:
             del item["evaluation"], item["key"]
-        write_whole(folder / PREDICTIONS, "".join(map(_line, items)))
+        write_whole(self._target / PREDICTIONS, "".join(map(_line, items)))
         leaked, reason = _leaked(trainer)
         about = module.about_evaluation() | {
             "wall_time_s": round(seconds, 3),
             "resumed_answers": self._num_resumed,
             "world_size": trainer.world_size,
         }
-        write_results(folder / RESULTS, module.evaluated.scores, leaked, **about)
+        write_results(self._target / RESULTS, module.evaluated.scores, leaked, **about)
         for part in {*own, *self._earlier}:
             part.unlink(missing_ok=True)
-        notes = [*reason, f"{folder / RESULTS}, {PREDICTIONS}: {seconds:.1f} s"]
+        notes = [*reason, f"{self._target / RESULTS}, {PREDICTIONS}: {seconds:.1f} s"]
         console = Console()
-        console.width = max(console.width, 100)  # a table that is cut is none
+        console.width = max(console.width, 100)  # a file, say, is as wide as it must be
         console.print(results_table(about["model"], module.evaluated.scores, leaked, notes))
 
     def on_exception(
@@ -188,14 +187,12 @@ class ResultWriter(Callback):
         if self._part is not None:
             self._part.close()
 
-    def _folder(self, trainer: Trainer) -> Path:
-        return _log_folder(trainer) if self.folder is None else Path(self.folder)
-
-    def _path(self, trainer: Trainer, rank: int) -> Path:
-        return self._folder(trainer) / f"predictions.part{self._number}.rank{rank}.jsonl"
+    def _path(self, rank: int) -> Path:
+        return self._target / f"predictions.part{self._number}.rank{rank}.jsonl"
 
 
 def _log_folder(trainer: Trainer) -> Path:
+    """Where a run's files go. All ranks must ask at once: rank 0 tells the others."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 

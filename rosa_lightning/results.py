@@ -65,18 +65,24 @@ def scores_of(protocol: str, values: Mapping[str, Any]) -> list[Score]:
     names = [name.removeprefix("n/") for name in values if name.startswith("n/")]
     order = {name: place for place, name in enumerate(TASKS)}
     written = "format_failures" in values
-    return [
-        Score(
-            protocol=protocol,
-            task=name,
-            group=TASKS[name].group if name in TASKS else "other",
-            accuracy=float(values[f"accuracy/{name}"]),
-            interval=tuple(values[f"interval/{name}"].tolist()),
-            format_failure_rate=float(values[f"format_failures/{name}"]) if written else None,
-            n=int(values[f"n/{name}"]),
+    scores = []
+    for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
+        n = int(values[f"n/{name}"])
+        low, high = values[f"interval/{name}"].tolist()
+        failed = round(float(values[f"format_failures/{name}"]) * n) if written else None
+        scores.append(
+            Score(
+                protocol=protocol,
+                task=name,
+                group=TASKS[name].group if name in TASKS else "other",
+                # Counts, got back from their shares in single precision, are exact.
+                accuracy=round(float(values[f"accuracy/{name}"]) * n) / n,
+                interval=(low, high),
+                format_failure_rate=None if failed is None else failed / n,
+                n=n,
+            )
         )
-        for name in sorted(names, key=lambda name: (order.get(name, len(order)), name))
-    ]
+    return scores
 
 
 def averages(scores: Iterable[Score]) -> list[Average]:
@@ -152,25 +158,24 @@ def results_table(
         notes: Lines to put below.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.add_column("Task")
+    table.add_column("Task", no_wrap=True)
     table.add_column("n", justify="right")
     table.add_column("Leaked", justify="right")
-    protocols = list(dict.fromkeys(score.protocol for score in scores))
-    writes = {score.protocol for score in scores if score.format_failure_rate is not None}
-    for protocol in protocols:
-        table.add_column(f"{protocol}, %", justify="right")
-        table.add_column("95 %", justify="right")
-        if protocol in writes:
-            table.add_column("No answer, %", justify="right")
+    protocols = {score.protocol: False for score in scores}
+    protocols |= {s.protocol: True for s in scores if s.format_failure_rate is not None}
+    for protocol, writes in protocols.items():
+        table.add_column(f"{protocol}, % (95 %)", justify="right", no_wrap=True)
+        if writes:
+            table.add_column("no answer, %", justify="right")
     for task in dict.fromkeys(score.task for score in scores):
         own = {score.protocol: score for score in scores if score.task == task}
         count = None if leaked is None else leaked.get(task, 0)
-        cells = [cell for name in protocols for cell in _cells(own.get(name), name in writes)]
+        cells = [c for name, writes in protocols.items() for c in _cells(own.get(name), writes)]
         mark = "*" if count else ""
         n = next(iter(own.values())).n
         table.add_row(f"{task}{mark}", str(n), "?" if count is None else str(count), *cells)
     table.add_section()
-    for row in _average_rows(averages(scores), protocols, writes):
+    for row in _average_rows(scores, protocols):
         table.add_row(*row, style="bold")
     below = [*notes]
     if leaked is None or any(leaked.values()):
@@ -189,28 +194,29 @@ def _leak_note(leaked: Mapping[str, int] | None) -> str:
 
 def _cells(score: Score | None, writes: bool) -> list[str]:
     if score is None:
-        return ["-"] * (3 if writes else 2)
+        return ["-"] * (1 + writes)
     low, high = score.interval
-    cells = [f"{100 * score.accuracy:.1f}", f"{100 * low:.1f}-{100 * high:.1f}"]
-    if writes:
-        rate = score.format_failure_rate
-        cells.append("-" if rate is None else f"{100 * rate:.1f}")
-    return cells
+    cells = [f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"]
+    return cells + [f"{100 * (score.format_failure_rate or 0):.1f}"] * writes
 
 
-def _average_rows(
-    found: Sequence[Average], protocols: Sequence[str], writes: set[str]
-) -> Iterable[list[str]]:
+def _average_rows(scores: Sequence[Score], protocols: Mapping[str, bool]) -> Iterable[list[str]]:
+    """Averages over several tasks; none of a protocol that leaves out one of them."""
+    found = averages(scores)
     for group in dict.fromkeys(average.group for average in found):
-        own = {average.protocol: average for average in found if average.group == group}
-        for kind in ("macro", "micro"):
+        tasks = {score.task for score in scores if group in (score.group, "all")}
+        own = {
+            average.protocol: average
+            for average in found
+            if average.group == group and average.num_tasks == len(tasks) > 1
+        }
+        for kind in ("macro", "micro") if own else ():
             cells = [
                 cell
-                for name in protocols
+                for name, writes in protocols.items()
                 for cell in (
                     f"{100 * getattr(own[name], f'{kind}_accuracy'):.1f}" if name in own else "-",
-                    *[""] * (2 if name in writes else 1),
+                    *[""] * writes,
                 )
             ]
-            count = max(average.n for average in own.values())
-            yield [f"{group}, {kind}", str(count), "", *cells]
+            yield [f"{group}, {kind}", str(next(iter(own.values())).n), "", *cells]
