@@ -18,7 +18,7 @@ from rosa_lightning.batching import (
     encode,
 )
 from rosa_lightning.leakage import leaked
-from rosa_lightning.mixture import EachOnce, MixtureSampler, ResumableLoader, hold_out
+from rosa_lightning.mixture import LongestFirst, MixtureSampler, ResumableLoader, hold_out
 from rosa_lightning.sources import (
     Purpose,
     Source,
@@ -276,10 +276,10 @@ class ReasoningDataModule(LightningDataModule):
         return self._in_order(self._val, collator) if self._val else []
 
     def test_dataloader(self) -> DataLoader[Example]:
-        """The prompts of the test sources; each once, however many ranks there are."""
+        """The prompts of the test sources, each once however many ranks, the longest first."""
         examples = self.test_examples
         ranks = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
-        sampler = EachOnce(len(examples), **ranks)
+        sampler = LongestFirst([len(example.prompt) for example in examples], **ranks)
         return self._in_order(examples, PromptCollator(self._pad_id()), sampler=sampler)
 
     def predict_dataloader(self) -> DataLoader[Example]:
@@ -287,7 +287,7 @@ class ReasoningDataModule(LightningDataModule):
         return self._in_order(self._prompts["predict"], PromptCollator(self._pad_id()))
 
     def _in_order(
-        self, examples: list[Example], collator: Any, sampler: EachOnce | None = None
+        self, examples: list[Example], collator: Any, sampler: LongestFirst | None = None
     ) -> DataLoader[Example]:
         return DataLoader(
             examples,  # type: ignore[arg-type]

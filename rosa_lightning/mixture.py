@@ -119,23 +119,30 @@ def epoch_order(
     return torch.cat(positions)[torch.argsort(torch.cat(times), stable=True)]
 
 
-class EachOnce(DistributedSampler[int]):
-    """This rank's share of records in their order: none is repeated to give ranks equal numbers.
+class LongestFirst(DistributedSampler[int]):
+    """This rank's share of prompts, the longest first: batches hold prompts of like length.
 
-    For evaluation, where a record that is met twice would count twice. Lightning puts a sampler
-    of its own, which repeats, around any but a `DistributedSampler`, which this is.
+    So little is padded, and what does not fit into memory shows at once. No prompt is repeated to
+    give ranks equal numbers, as that one would count twice. Lightning puts a sampler of its own,
+    which repeats, around any but a `DistributedSampler`, which this is.
     """
 
-    def __init__(self, size: int, num_replicas: int = 1, rank: int = 0, **_: Any) -> None:
-        super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._mine = range(rank, size, num_replicas)
+    def __init__(self, lengths: Sequence[int], num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(
+            range(len(lengths)),  # type: ignore[arg-type]
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=False,
+        )
+        order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+        self._mine = order[rank::num_replicas]
 
     def __iter__(self) -> Iterator[int]:
-        """Positions of this rank's records."""
+        """Positions of this rank's prompts."""
         return iter(self._mine)
 
     def __len__(self) -> int:
-        """How many records this rank has."""
+        """How many prompts this rank has."""
         return len(self._mine)
 
 

@@ -240,12 +240,12 @@ def test_other_prompts_are_answered_anew(base_folder, tmp_path, monkeypatch):
         evaluate(base_folder, tmp_path, Stop(3))
     data = test_data(tmp_path)
     changed = json.loads((tmp_path / "boolq.json").read_text())
-    changed[5]["instruction"] = "Say nothing."
+    changed[5]["instruction"] = "Ask 5."
     (tmp_path / "boolq.json").write_text(json.dumps(changed))
     calls = count_batches(monkeypatch)
     evaluate(base_folder, tmp_path, data=data)
     assert calls == [4, 4, 2]  # the batch with the changed one, and the two that were missing
-    assert read(tmp_path)[0][5]["prompt"] == "Say nothing."
+    assert read(tmp_path)[0][5]["prompt"] == "Ask 5."
 
 
 def of_two_ranks(folder: Path) -> dict:
