@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from rosa_lightning.greedy import write_greedily
 from rosa_lightning.likelihood import log_likelihoods
 from rosa_lightning.metrics import AccuracyInterval, FormatFailures, TaskAccuracy, TaskCount
 from rosa_lightning.results import Score, averages, scores_of
@@ -88,53 +89,73 @@ def generate(
         num_beams: Beams of the search; 1 is greedy.
         stop: Texts that are not part of a continuation, nor is what follows them.
     """
-    from transformers import GenerationConfig
+    own: Any = model.generation_config
+    ends = _ends(tokenizer.eos_token_id, own.eos_token_id)
+    longest = max((len(text.encode()) for text in stop), default=0) + 4
 
-    own = model.generation_config
-    assert own is not None
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_ends(tokenizer.eos_token_id, own.eos_token_id),
-    )
-    prompt_BT = batch["input_ids"]
-    width = prompt_BT.shape[1]
-    # What a call leaves unset `transformers` takes from the model's own settings: sampling and
-    # penalties that would change the answer.
-    model.generation_config = config
-    try:
-        output = cast("Any", model).generate(
-            input_ids=prompt_BT,
-            attention_mask=batch["attention_mask"],
-            stopping_criteria=[_stopper(tokenizer, stop, width)] if stop else None,
-        )
-    finally:
-        model.generation_config = own
-    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    def stopped(ids: Sequence[int]) -> bool:
+        """Whether a text of ``stop`` stands at the end; a token holds a byte of it at least."""
+        tail = str(tokenizer.decode(list(ids[-longest:]))) if stop else ""
+        return any(text in tail for text in stop)
+
+    new = None
+    if num_beams == 1:
+        masks, pad = batch["attention_mask"].bool(), tokenizer.pad_token_id
+        prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]
+        pad_id = pad if isinstance(pad, int) else 0
+        new = write_greedily(model, prompts, max_new_tokens, pad_id, ends=ends, has_ended=stopped)
+    if new is None:
+        new = _search(model, tokenizer, batch, max_new_tokens, num_beams, ends, stopped)
+    texts = list(tokenizer.batch_decode(new, skip_special_tokens=True))
     for end in stop:
         texts = [text.split(end, 1)[0] for text in texts]
     return texts
 
 
-def _ends(*token_ids: int | list[int] | None) -> list[int] | None:
+def _search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: dict[str, Any],
+    max_new_tokens: int,
+    num_beams: int,
+    ends: list[int],
+    stopped: Callable[[Sequence[int]], bool],
+) -> Any:
+    """Continuations as `transformers` writes them, for beams and for any kind of model."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends or None,
+    )
+    width = batch["input_ids"].shape[1]
+
+    def row_by_row(ids_BT: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.tensor(
+            [stopped(ids) for ids in ids_BT[:, width:].tolist()], device=ids_BT.device
+        )
+
+    # What a call leaves unset `transformers` takes from the model's own settings: sampling and
+    # penalties that would change the answer.
+    own, model.generation_config = model.generation_config, config
+    try:
+        output = cast("Any", model).generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            stopping_criteria=[row_by_row],
+        )
+    finally:
+        model.generation_config = own
+    return output[:, width:]
+
+
+def _ends(*token_ids: int | list[int] | None) -> list[int]:
     """All of these tokens, each once."""
     found = [one for ids in token_ids for one in (ids if isinstance(ids, list) else [ids])]
-    return list(dict.fromkeys(one for one in found if one is not None)) or None
-
-
-def _stopper(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int) -> Any:
-    """Says, row by row, whether a text of ``stop`` stands at the end of what was written."""
-    # A token holds a byte at least. Some more, for a token may end within the text before.
-    longest = max(len(text.encode()) for text in stop) + 4
-
-    def stopped(ids_BT: Tensor, scores: Any, **_: Any) -> Tensor:
-        tails = tokenizer.batch_decode(ids_BT[:, max(width, ids_BT.shape[1] - longest) :])
-        done = [any(text in tail for text in stop) for tail in tails]
-        return torch.tensor(done, device=ids_BT.device)
-
-    return stopped
+    return list(dict.fromkeys(one for one in found if one is not None))
 
 
 class Evaluation:

@@ -94,7 +94,7 @@ def scripted(base, monkeypatch, texts: list[str]):
         step = len(steps)
         steps.append(step)
         output.logits = torch.full_like(output.logits, -1e4)
-        for row, ids in enumerate(rows):
+        for row, ids in enumerate(rows[-len(input_ids) :]):  # the last one to end stays
             token = ids[step] if step < len(ids) else 65
             output.logits[row, -1, token] = 0.0
         return output

@@ -53,6 +53,8 @@ FLOORS = {
     "summary": 3.5,
     "evaluate": 3.4,
     "likelihood": 3,
+    "reading": 1,
+    "greedy": 2,
     "results": 3.2,
     "leakage": 1,
     "export": 3.5,

@@ -61,6 +61,19 @@ def test_candidates_score_as_single_rows_without_padding_do(family):
         assert_close(given_scores, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+@torch.no_grad()
+def test_prompts_with_a_common_beginning_score_as_single_rows_do(family):
+    """Long enough to be read once where a model's layers allow it."""
+    model, (prompts, candidates) = model_of(family), exercises()
+    start = ids(24)
+    prompts = [[*start, *prompt] for prompt in prompts]
+    scores = log_likelihoods(model, prompts, candidates, PAD)
+    for prompt, own, given_scores in zip(prompts, candidates, scores, strict=True):
+        wanted = [one_by_one(model, prompt, candidate) for candidate in own]
+        assert_close(given_scores, wanted, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_whole_prompts_give_the_same_scores():
     model, (prompts, candidates) = model_of("llama"), exercises()
@@ -75,7 +88,8 @@ def test_a_prompt_is_read_once_and_labels_take_no_second_look(monkeypatch):
     model, seen = model_of("llama"), []
     forward = model.forward
 
-    def counted(input_ids, **options):
+    def counted(input_ids, logits_to_keep=0, **options):
+        options["logits_to_keep"] = logits_to_keep
         seen.append(tuple(input_ids.shape))
         return forward(input_ids, **options)
 
@@ -85,6 +99,10 @@ def test_a_prompt_is_read_once_and_labels_take_no_second_look(monkeypatch):
     seen.clear()
     log_likelihoods(model, [ids(9)], [[[4, 5, 6, 7], [4, 6, 5]]], PAD)
     assert seen == [(1, 10), (2, 2)]
+    seen.clear()
+    start = ids(20)
+    log_likelihoods(model, [[*start, 8, 9, 10], [*start, 7]], [[[4, 5], [4, 6]]] * 2, PAD)
+    assert seen == [(1, 20), (2, 4)]
 
 
 @torch.no_grad()
