@@ -319,7 +319,7 @@ def test_a_lora_that_roae_cannot_hold_is_one_line(settings, base_folder, tmp_pat
     settings["data"]["test_sources"] = "demo"
     folder = str(lora(base_folder, tmp_path / "head", target_modules=["lm_head"]))
     line = refused(capsys, "test", settings, "--model.adapter", folder)
-    assert "lm_head, which is no target of RoAE" in line
+    assert "RoAE holds plain LoRA on projections alone" in line
     folder = str(lora(base_folder, tmp_path / "dora", use_dora=True))
     line = refused(capsys, "test", settings, "--model.adapter", folder)
     assert "is no plain LoRA: adapter_config.json sets use_dora" in line
