@@ -127,8 +127,7 @@ class ReasoningDataModule(LightningDataModule):
         """
         train = (record for source in self.sources for record in load_records(source))
         test = [example.record for example in self.test_examples]
-        found = leaked(train, test).exact
-        return [record for record, is_leaked in zip(test, found, strict=True) if is_leaked]
+        return [test[position] for position in leaked(train, test).exact]
 
     # Reading.
 

@@ -11,22 +11,26 @@ from rosa_lightning.tasks import Record
 
 @dataclass(frozen=True)
 class Leakage:
-    """What was found of each test record, in their order."""
+    """Test records found among training records; both by position, from 0."""
 
-    exact: tuple[bool, ...]
-    """Whether the same question stands in the training data, after normalising."""
+    exact: dict[int, tuple[int, ...]]
+    """Each test record whose question is trained on, with the training records that hold it."""
 
 
-def normalize(text: str) -> str:
+def normalise(text: str) -> str:
     """Lower case, and one space for every run of anything but a-z and 0-9."""
     return re.sub("[^a-z0-9]+", " ", text.lower()).strip()
 
 
 def leaked(train: Iterable[Record], test: Sequence[Record]) -> Leakage:
-    """Which test records are asked in the training data too."""
-    asked = {_question(record) for record in train}
-    return Leakage(exact=tuple(_question(record) in asked for record in test))
+    """Which test records have their question in the training data."""
+    places: dict[str, list[int]] = {_question(record): [] for record in test}
+    for position, record in enumerate(train):
+        if (question := _question(record)) in places:
+            places[question].append(position)
+    found = ((position, places[_question(record)]) for position, record in enumerate(test))
+    return Leakage(exact={position: tuple(held) for position, held in found if held})
 
 
 def _question(record: Record) -> str:
-    return normalize(f"{record.instruction} {record.input}")
+    return normalise(f"{record.instruction} {record.input}")
