@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from rosa_lightning.adapter import load_adapter
     from rosa_lightning.data import ReasoningDataModule
     from rosa_lightning.dls import DynamicLayerSelection
+    from rosa_lightning.evaluate import EvaluationConfig
     from rosa_lightning.export import export_adapter
     from rosa_lightning.module import RoSAModule
     from rosa_lightning.monitor import RunMonitor
+    from rosa_lightning.predictions import ResultWriter
     from rosa_lightning.roae import RoAEConfig, RoAELinear
     from rosa_lightning.surgery import RoAEReport, inject_roae, merge_roae
 
 __all__ = [
     "DynamicLayerSelection",
+    "EvaluationConfig",
     "ReasoningDataModule",
+    "ResultWriter",
     "RoAEConfig",
     "RoAELinear",
     "RoAEReport",
@@ -35,7 +39,9 @@ __version__ = version("rosa-lightning")
 
 _HOMES = {
     "DynamicLayerSelection": "dls",
+    "EvaluationConfig": "evaluate",
     "ReasoningDataModule": "data",
+    "ResultWriter": "predictions",
     "RoAEConfig": "roae",
     "RoAELinear": "roae",
     "RoAEReport": "surgery",

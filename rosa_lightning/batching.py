@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rosa_lightning.streamed import Streamed
-from rosa_lightning.tasks import Record, answer_start, reference, task_of
+from rosa_lightning.tasks import Record, answer_start, candidates, reference, task_of
 from rosa_lightning.templates import (
     Ending,
     Template,
@@ -290,7 +290,10 @@ class PromptCollator:
     """Token id that fills the left."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Inputs (B, T); lists `task`, `source`, `prompt`, `input`, `reference`; `index` (B,)."""
+        """Inputs (B, T); `index` (B,); lists of what the records say.
+
+        These are `task`, `source`, `prompt`, `input`, `reference` and `candidates`.
+        """
         records = [example.record for example in examples]
         return {
             **_inputs([example.prompt for example in examples], self.pad_id),
@@ -300,4 +303,5 @@ class PromptCollator:
             "prompt": [record.instruction for record in records],
             "input": [record.input for record in records],
             "reference": [reference(record) for record in records],
+            "candidates": [candidates(record) for record in records],
         }

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,12 +29,13 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from rosa_lightning.adapter import adapter_settings
 from rosa_lightning.commands import NO_BASE, Setting, audit, export, inspect, report
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.parser import TRACEBACK_VARIABLE, RoSAParser, one_line
-from rosa_lightning.predictions import PredictionWriter
+from rosa_lightning.predictions import PredictionWriter, ResultWriter
 from rosa_lightning.remembered import remembered_settings
 
 DESCRIPTION = (
@@ -158,13 +159,18 @@ class RoSACLI(LightningCLI):
         ckpt_path = config[command].get("ckpt_path")
         if command not in TOOLS and ckpt_path is not None and found_by_trainer(ckpt_path):
             ckpt_path = None
+        known: dict[str, Any] = {}
         if SHOWN.get(command) != ():
             known = remembered_settings(ckpt_path, config[command].model)
             self._subcommand_parsers[command].set_defaults(known)
+        if command == "test":
+            self._subcommand_parsers[command].set_defaults({"verbose": False})  # ours is shown
         self.config = parser.parse_args(list(self.given))
         if ckpt_path is not None and self.config[command].model.adapter is not None:
             self.config[command].model.adapter = None
             rank_zero_info("model.adapter is left out, as ckpt_path holds an adapter.")
+        elif command in ("validate", "test", "predict") and config[command].model.adapter:
+            hold_lora(self.config[command].model, known)
         if command not in TOOLS and not self.config[command].model.base:
             parser.error(NO_BASE)
 
@@ -285,6 +291,24 @@ class RoSACLI(LightningCLI):
         return trainer
 
 
+def hold_lora(model: Any, known: Mapping[str, Any]) -> None:
+    """Take the settings that hold a LoRA from elsewhere, which is not trained here, and say so.
+
+    The configuration's are those of another adapter, trained or to be trained with it.
+    """
+    if adapter_settings(Path(model.adapter))[2] is not None:
+        return  # it knows its own, which must agree
+    names = [name for name in known if name.startswith("model.roae.")]
+    values = {name.removeprefix("model.roae."): known[name] for name in names}
+    given = {name: getattr(model.roae, name) for name in values}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    if plain != {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}:
+        changed = ", ".join(f"{name}={value}" for name, value in plain.items())
+        rank_zero_info(f"model.roae as given does not apply to {model.adapter}: it has {changed}")
+    for name, value in values.items():
+        setattr(model.roae, name, value)
+
+
 def complete_strategy(trainer: Trainer) -> None:
     """Set what a strategy needs here and the user has left open, and say so."""
     strategy: Any = trainer.strategy
@@ -333,7 +357,7 @@ def main(args: Sequence[str] | None = None) -> int:
             parser_kwargs={"prog": "python -m rosa_lightning", "description": DESCRIPTION},
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [PredictionWriter()]},
+            trainer_defaults={"callbacks": [PredictionWriter(), ResultWriter()]},
             given=sys.argv[1:] if args is None else args,
             args=None if args is None else list(args),
         )

@@ -20,8 +20,9 @@ from rosa_lightning.batching import (
     TrainCollator,
     encode_all,
 )
-from rosa_lightning.leakage import Leakage, decontaminate, leaked_benchmarks, question_keys
+from rosa_lightning.leakage import Leakage, decontaminate, leaked, leaked_benchmarks, question_keys
 from rosa_lightning.mixture import (
+    LongestFirst,
     MixtureSampler,
     ResumableLoader,
     Stop,
@@ -153,6 +154,24 @@ class ReasoningDataModule(LightningDataModule):
         held = zip(self.sources, self._val, strict=False)  # none before setup
         validated = {source.benchmark for source, examples in held if len(examples)}
         return sorted(validated | {source.benchmark for source in self.test_sources})
+
+    @property
+    def test_examples(self) -> list[Example]:
+        """The prompts of the test sources in their order; there after `setup("test")`."""
+        return self._prompts.get("test", [])
+
+    def leaked_records(self) -> list[Record]:
+        """The test records whose question stands in the training sources, which are read for it.
+
+        Raises OSError or ValueError for training sources that cannot be read.
+        """
+        train = (
+            record
+            for source in self.sources
+            for record in load_records(source, "audit", self.tasks, self.seed)
+        )
+        test = [example.record for example in self.test_examples]
+        return [test[position] for position in leaked(train, test).exact]
 
     # Reading.
 
@@ -368,17 +387,23 @@ class ReasoningDataModule(LightningDataModule):
         return self._in_order(ConcatDataset(self._val), collator)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Example]:
-        """The prompts of the test sources."""
-        return self._in_order(self._prompts["test"], PromptCollator(self._pad_id()))
+        """The prompts of the test sources, each once however many ranks, the longest first."""
+        examples = self.test_examples
+        ranks = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        sampler = LongestFirst([len(example.prompt) for example in examples], **ranks)
+        return self._in_order(examples, PromptCollator(self._pad_id()), sampler=sampler)
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """The prompts of the predict sources."""
         return self._in_order(self._prompts["predict"], PromptCollator(self._pad_id()))
 
-    def _in_order(self, examples: Any, collator: Any) -> DataLoader[Example]:
+    def _in_order(
+        self, examples: Any, collator: Any, sampler: LongestFirst | None = None
+    ) -> DataLoader[Example]:
         return DataLoader(
             examples,
             shuffle=False,
+            sampler=sampler,
             collate_fn=collator,
             **self._loader_options(),
         )

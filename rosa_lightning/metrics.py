@@ -1,16 +1,23 @@
-"""Accuracy per task, as a torchmetrics metric."""
+"""Counts per task as torchmetrics metrics: accuracy, its interval, and format failures.
+
+Each stands alone, and several make a `MetricCollection`: `update` takes its arguments by name.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+Z_95 = 1.959963984540054
+"""Half the width of the middle 95 % of the normal distribution, in standard deviations."""
 
-class TaskAccuracy(Metric):
-    """Share of right answers, over all records and for each task.
+
+class TaskShare(Metric):
+    """Share of the records of which something is true, over all of them and for each task.
 
     Right under distributed evaluation: counts are summed over ranks, and each rank holds a row for
     every task, whether or not it saw a record of it.
@@ -20,22 +27,24 @@ class TaskAccuracy(Metric):
     """
 
     full_state_update = False
-    correct: Tensor
+    name = "share"
+    """What the results are called: ``<name>`` for all records and ``<name>/<task>``."""
+    hits: Tensor
     total: Tensor
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
         zeros = torch.zeros(len(self.tasks), dtype=torch.long)
-        self.add_state("correct", zeros, dist_reduce_fx="sum")
+        self.add_state("hits", zeros, dist_reduce_fx="sum")
         self.add_state("total", zeros.clone(), dist_reduce_fx="sum")
 
-    def update(self, tasks: Sequence[str], correct: Tensor) -> None:
+    def update(self, tasks: Sequence[str], hits: Tensor) -> None:
         """Count a batch.
 
         Args:
             tasks: Task of each record.
-            correct: Whether each record is answered right, bool, shape (B,).
+            hits: Of which records it is true, bool, shape (B,).
 
         Raises:
             ValueError: A task that was not named at construction.
@@ -45,14 +54,71 @@ class TaskAccuracy(Metric):
             raise ValueError(f"task {unknown[0]!r} is none of {list(self.tasks)}.")
         rows = torch.tensor([self.tasks.index(task) for task in tasks], device=self.total.device)
         self.total.index_add_(0, rows, torch.ones_like(rows))
-        self.correct.index_add_(0, rows, correct.to(self.correct))
+        self.hits.index_add_(0, rows, hits.to(self.hits))
 
     def compute(self) -> dict[str, Tensor]:
-        """``accuracy`` over all records and ``accuracy/<task>`` for each task that has any."""
+        """The share of all records, and of each task that has any; nothing where there are none."""
         if not int(self.total.sum()):
             return {}
-        result = {"accuracy": self.correct.sum() / self.total.sum()}
+        result = {self.name: self._value(self.hits.sum(), self.total.sum())}
         for row, task in enumerate(self.tasks):
             if int(self.total[row]):
-                result[f"accuracy/{task}"] = self.correct[row] / self.total[row]
+                result[f"{self.name}/{task}"] = self._value(self.hits[row], self.total[row])
         return result
+
+    def _value(self, hits: Tensor, total: Tensor) -> Tensor:
+        """What is said of a count, here its share."""
+        return hits / total
+
+
+class TaskAccuracy(TaskShare):
+    """Share of right answers: ``accuracy`` and ``accuracy/<task>``."""
+
+    name = "accuracy"
+
+    def update(self, tasks: Sequence[str], correct: Tensor) -> None:
+        """Count a batch; ``correct`` says which answers are right, bool, shape (B,)."""
+        super().update(tasks, correct)
+
+
+class AccuracyInterval(TaskAccuracy):
+    """95 % interval of the accuracy, shape (2,): ``interval`` and ``interval/<task>``."""
+
+    name = "interval"
+
+    def _value(self, hits: Tensor, total: Tensor) -> Tensor:
+        return torch.tensor(wilson_interval(int(hits), int(total)), device=hits.device)
+
+
+class TaskCount(TaskAccuracy):
+    """Number of records: ``n`` and ``n/<task>``."""
+
+    name = "n"
+
+    def _value(self, hits: Tensor, total: Tensor) -> Tensor:
+        return total
+
+
+class FormatFailures(TaskShare):
+    """Share of texts that state no answer: ``format_failures`` and ``format_failures/<task>``."""
+
+    name = "format_failures"
+
+    def update(self, tasks: Sequence[str], stated: Tensor) -> None:
+        """Count a batch; ``stated`` says which texts state an answer, bool, shape (B,)."""
+        super().update(tasks, ~stated)
+
+
+def wilson_interval(hits: int, total: int, z: float = Z_95) -> tuple[float, float]:
+    """Score interval of a share (Wilson 1927): sound for few records and for shares near 0 or 1.
+
+    Args:
+        hits: How often it was true.
+        total: Out of so many, at least 1.
+        z: Standard deviations; 95 % by default.
+    """
+    share, spread = hits / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    # Rounding may put a bound a last digit on the wrong side of the share itself.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))

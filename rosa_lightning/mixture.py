@@ -198,6 +198,33 @@ def epoch_order(
     return torch.cat(positions)[turns]
 
 
+class LongestFirst(DistributedSampler[int]):
+    """This rank's share of prompts, the longest first: batches hold prompts of like length.
+
+    So little is padded, and what does not fit into memory shows at once. No prompt is repeated to
+    give ranks equal numbers, as that one would count twice. Lightning puts a sampler of its own,
+    which repeats, around any but a `DistributedSampler`, which this is.
+    """
+
+    def __init__(self, lengths: Sequence[int], num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(
+            range(len(lengths)),  # type: ignore[arg-type]
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=False,
+        )
+        order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+        self._mine = order[rank::num_replicas]
+
+    def __iter__(self) -> Iterator[int]:
+        """Positions of this rank's prompts."""
+        return iter(self._mine)
+
+    def __len__(self) -> int:
+        """How many prompts this rank has."""
+        return len(self._mine)
+
+
 class MixtureSampler(DistributedSampler[int]):
     """This rank's share of `epoch_order`: every `num_replicas`-th record, from `rank` on.
 

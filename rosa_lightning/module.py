@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -23,6 +22,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rosa_lightning.adapter import load_adapter
+from rosa_lightning.answering import Answering
 from rosa_lightning.base import (
     BaseIdentity,
     Dtype,
@@ -33,20 +33,19 @@ from rosa_lightning.base import (
     whole_name,
 )
 from rosa_lightning.checkpoint import pack, unpack
-from rosa_lightning.evaluate import generate
+from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.metrics import TaskAccuracy
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.sharding import clip, is_sharded, leave_packed_out, load_once, spread
+from rosa_lightning.sharding import clip, leave_packed_out, load_once, spread
 from rosa_lightning.surgery import (
     RoAEReport,
     check_adapter_keys,
     inject_roae,
     is_adapter_key,
 )
-from rosa_lightning.tasks import TASKS, Task, extract_answer, same_answer
 from rosa_lightning.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROAE = RoAEConfig()
 """This very object stands for settings that were not given; equal ones were."""
+_DEFAULT_EVALUATION = EvaluationConfig()
 
 
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -67,7 +67,7 @@ def default_lr_scheduler(optimizer: Optimizer) -> LRScheduler:
     return WarmupCosine(optimizer)
 
 
-class RoSAModule(LightningModule):
+class RoSAModule(Answering):
     """Fine-tunes a frozen RoPE language model through RoAE alone.
 
     Only the RoAE weights are trained, in float32 under every precision but 64-true. Checkpoints
@@ -92,6 +92,7 @@ class RoSAModule(LightningModule):
             them: less memory, more time.
         max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
+        evaluation: How ``test`` finds and reads answers.
         optimizer: Makes the optimizer from the trainable parameters.
         lr_scheduler: Makes the learning rate schedule, stepped once an optimizer step.
     """
@@ -109,6 +110,7 @@ class RoSAModule(LightningModule):
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 256,
         trust_remote_code: bool = False,
+        evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = default_lr_scheduler,
     ) -> None:
@@ -121,7 +123,9 @@ class RoSAModule(LightningModule):
         if isinstance(roae, Mapping):  # as saved in a checkpoint
             roae = RoAEConfig(**roae)
         # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "roae", "adapter"])
+        self.save_hyperparameters(
+            ignore=["optimizer", "lr_scheduler", "roae", "adapter", "evaluation"]
+        )
         # Known from any working folder.
         self.save_hyperparameters({"base": whole_name(base)})
         self.base = base
@@ -135,6 +139,7 @@ class RoSAModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
+        self.evaluation = evaluation
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.model: PreTrainedModel | None = None
@@ -169,18 +174,6 @@ class RoSAModule(LightningModule):
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": self.trust_remote_code,
         }
-
-    def setup(self, stage: str) -> None:
-        """Refuse to write answers with a model in shards.
-
-        Ranks finish at different lengths, and would wait for each other's shards forever.
-        """
-        if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
-            raise ValueError(
-                f"{self.trainer.strategy.__class__.__name__} cannot write answers: their lengths "
-                "differ from rank to rank, and ranks with shards go in step. Set trainer.strategy "
-                "to auto or ddp, and --ckpt_path to a full checkpoint."
-            )
 
     def configure_model(self) -> None:
         """Load the base, freeze it and add RoAE; once."""
@@ -344,7 +337,7 @@ class RoSAModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Make the metric for the tasks at hand."""
-        self._start_accuracy()
+        self._accuracy = TaskAccuracy(self._task_names()).to(self.device)
         self._throughput.pause()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -368,80 +361,13 @@ class RoSAModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy`` and ``val/accuracy/<task>``."""
-        self._log_accuracy("val")
+        for name, value in cast(TaskAccuracy, self._accuracy).compute().items():
+            # Of all ranks already; said again, or Lightning warns.
+            self.log(f"val/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
 
     def on_validation_end(self) -> None:
         """Keep the time of validation out of the training throughput."""
         self._throughput.resume()
-
-    def on_test_start(self) -> None:
-        """Make the metric for the tasks at hand."""
-        self._start_accuracy()
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Write an answer to each prompt, greedily, and compare it with the reference."""
-        texts = self._write(batch)
-        correct = [
-            same_answer(task, extract_answer(task, text), reference)
-            for task, text, reference in zip(
-                self._tasks(batch), texts, batch["reference"], strict=True
-            )
-        ]
-        cast(TaskAccuracy, self._accuracy).update(batch["task"], torch.tensor(correct))
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/accuracy`` and ``test/accuracy/<task>``."""
-        self._log_accuracy("test")
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Write an answer to each prompt, greedily.
-
-        Returns:
-            A record for each: source, index, task, prompt and input (what is asked), response (the
-            text written) and answer (what the task's format finds in it, or None).
-        """
-        texts = self._write(batch)
-        names = ("source", "task", "prompt", "input")
-        answers = map(extract_answer, self._tasks(batch), texts)
-        columns = zip(
-            *(batch[name] for name in names), batch["index"].tolist(), texts, answers, strict=True
-        )
-        return [
-            {
-                "source": source,
-                "index": index,
-                "task": task,
-                "prompt": prompt,
-                "input": context,
-                "response": text,
-                "answer": answer,
-            }
-            for source, task, prompt, context, index, text, answer in columns
-        ]
-
-    def _tasks(self, batch: dict[str, Any]) -> list[Task | str]:
-        """The task of each record; the data module knows the user's own."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        tasks = getattr(datamodule, "tasks", TASKS)
-        return [tasks.get(name, name) for name in batch["task"]]
-
-    def _write(self, batch: dict[str, Any]) -> list[str]:
-        """Greedy answers, decoded by the tokenizer that the prompts were encoded with."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(datamodule, "text_tokenizer", None) or self.tokenizer
-        stop_ids = getattr(datamodule, "stop_ids", None)
-        return generate(self._built(), tokenizer, batch, self.max_new_tokens, stop_ids)
-
-    def _start_accuracy(self) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        tasks = getattr(datamodule, "task_names", ["all", *TASKS])
-        self._accuracy = TaskAccuracy(tasks).to(self.device)
-
-    def _log_accuracy(self, stage: str) -> None:
-        accuracy = cast(TaskAccuracy, self._accuracy).compute()
-        for name, value in accuracy.items():
-            # Of all ranks already; said again, or Lightning warns.
-            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
 
     # Checkpoints.
 

@@ -1,15 +1,23 @@
-"""What ``predict`` leaves behind: one JSON object a line."""
+"""What ``predict`` and ``test`` leave behind: answers, one JSON object a line, and results."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+
+from rosa_lightning.results import results_table, write_results, write_whole
+
+PREDICTIONS = "predictions.jsonl"
+RESULTS = "results.json"
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -24,11 +32,13 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.path = path
+        self._target = Path(PREDICTIONS)
         self._file: TextIO | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's part."""
-        part = self._part(trainer, trainer.global_rank)
+        self._target = _log_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path)
+        part = self._part(trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
         self._file = part.open("w", encoding="utf-8")
 
@@ -53,15 +63,14 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
-        target = self._target(trainer)
-        first = self._part(trainer, 0)
+        first = self._part(0)
         with first.open("a", encoding="utf-8") as joined:
             for rank in range(1, trainer.world_size):
-                part = self._part(trainer, rank)
+                part = self._part(rank)
                 joined.write(part.read_text(encoding="utf-8"))
                 part.unlink()
-        first.replace(target)
-        rank_zero_info(f"predictions: {target}")
+        first.replace(self._target)
+        rank_zero_info(f"predictions: {self._target}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -69,17 +78,178 @@ class PredictionWriter(BasePredictionWriter):
         """Leave nothing half-written."""
         if self._file is not None:
             self._close()
-            self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
+            self._part(trainer.global_rank).unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _target(self, trainer: Trainer) -> Path:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        return Path(self.path) if self.path is not None else folder / "predictions.jsonl"
+    def _part(self, rank: int) -> Path:
+        return self._target.with_name(f".{self._target.name}.rank{rank}")
 
-    def _part(self, trainer: Trainer, rank: int) -> Path:
-        target = self._target(trainer)
-        return target.with_name(f".{target.name}.rank{rank}")
+
+class ResultWriter(Callback):
+    """Writes what ``test`` finds: ``predictions.jsonl``, ``results.json`` and a table.
+
+    Answers are kept as they come, in ``predictions.part<n>.rank<r>.jsonl``. If the evaluation is
+    stopped, these stay, and the next run of the same evaluation (equal weights, settings and
+    prompts) goes on from them, in this folder or in one beside it, where loggers put each run into
+    a folder of its own. When all is answered they give way to the files above, which appear whole.
+
+    Args:
+        folder: Where to; by default the run's log folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+        self._target = Path()
+        self._part: TextIO | None = None
+        self._earlier: list[Path] = []
+        self._num_resumed = 0
+        self._number = 0
+        self._since = 0.0
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what an earlier run of this evaluation has answered, and open this rank's part."""
+        self._since = time.perf_counter()
+        evaluation: Any = pl_module.evaluated
+        folder = _log_folder(trainer) if self.folder is None else Path(self.folder)
+        self._target = folder
+        own = bool(trainer.loggers) and self.folder is None  # of this run alone
+        near = [folder, *_beside(folder)] if own else [folder]
+        parts = sorted(part for place in near for part in place.glob("predictions.part*.jsonl"))
+        self._earlier, evaluation.answered = _read_parts(parts, evaluation.digest)
+        self._num_resumed = len(evaluation.answered)
+        if self._earlier:
+            names = ", ".join(map(str, self._earlier))
+            rank_zero_info(f"going on with {self._num_resumed} answers of {names}")
+        elif parts:
+            rank_zero_info(
+                f"{parts[-1]} is of an evaluation with other weights or settings; this one begins "
+                "anew."
+            )
+        taken = [int(part.name.split(".")[1].removeprefix("part")) for part in parts]
+        # Rank 0 says it for all, before any part is there.
+        self._number = trainer.strategy.broadcast(max(taken, default=-1) + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._part = self._path(trainer.global_rank).open("w", encoding="utf-8")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's answers."""
+        assert self._part is not None
+        digest = pl_module.evaluated.digest  # type: ignore[union-attr]
+        lines = [_line({"evaluation": digest, **item}) for item in outputs["items"]]
+        self._part.write("".join(lines))
+        self._part.flush()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the parts, write the results and show them."""
+        assert self._part is not None
+        self._part.close()
+        trainer.strategy.barrier("answers written")
+        if not trainer.is_global_zero:
+            return
+        seconds = time.perf_counter() - self._since
+        own = [self._path(rank) for rank in range(trainer.world_size)]
+        module: Any = pl_module
+        _, answered = _read_parts(own, module.evaluated.digest)
+        items = _in_order(answered.values(), module.evaluated.config.protocols, trainer)
+        for item in items:
+            del item["evaluation"], item["key"]
+        write_whole(self._target / PREDICTIONS, "".join(map(_line, items)))
+        leaked, reason = _leaked(trainer)
+        about = module.about_evaluation() | {
+            "wall_time_s": round(seconds, 3),
+            "resumed_answers": self._num_resumed,
+            "world_size": trainer.world_size,
+        }
+        write_results(self._target / RESULTS, module.evaluated.scores, leaked, **about)
+        for part in {*own, *self._earlier}:
+            part.unlink(missing_ok=True)
+        notes = [*reason, f"{self._target / RESULTS}, {PREDICTIONS}: {seconds:.1f} s"]
+        console = Console()
+        console.width = max(console.width, 100)  # a file, say, is as wide as it must be
+        console.print(results_table(about["model"], module.evaluated.scores, leaked, notes))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Close this rank's part, which stays to go on from."""
+        if self._part is not None:
+            self._part.close()
+
+    def _path(self, rank: int) -> Path:
+        return self._target / f"predictions.part{self._number}.rank{rank}.jsonl"
+
+
+def _log_folder(trainer: Trainer) -> Path:
+    """Where a run's files go. All ranks must ask at once: rank 0 tells the others."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _beside(folder: Path) -> Iterator[Path]:
+    """Other folders in the same place."""
+    return (place for place in folder.parent.glob("*/") if place != folder)
+
+
+def _line(item: dict[str, Any]) -> str:
+    return json.dumps(item, ensure_ascii=False) + "\n"
+
+
+def _read_parts(parts: Iterable[Path], digest: str) -> tuple[list[Path], dict[str, dict[str, Any]]]:
+    """The parts that belong to an evaluation, and their answers by key.
+
+    A last line that was cut off is passed over.
+    """
+    found: list[Path] = []
+    answered: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        with part.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(ValueError, KeyError, TypeError):
+                    item = json.loads(line)
+                    if item["evaluation"] != digest:
+                        break
+                    answered[item["key"]] = item
+                    if part not in found:
+                        found.append(part)
+    return found, answered
+
+
+def _in_order(
+    items: Iterable[dict[str, Any]], protocols: Sequence[str], trainer: Trainer
+) -> list[dict[str, Any]]:
+    """Items as one process would have met them, protocol by protocol."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    labels = [source.label for source in getattr(datamodule, "test_sources", [])]
+    place = {label: number for number, label in enumerate(labels)}
+
+    def position(item: dict[str, Any]) -> tuple[int, int, int]:
+        source = place.get(item["source"], len(place))
+        return protocols.index(item["protocol"]), source, item["index"] or 0
+
+    return sorted(items, key=position)
+
+
+def _leaked(trainer: Trainer) -> tuple[dict[str, int] | None, list[str]]:
+    """How many test records of each task stand in the training data, or why that is not known."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(datamodule, "leaked_records"):
+        return None, []
+    try:
+        records = datamodule.leaked_records()
+    except (OSError, ValueError) as error:
+        return None, [" ".join(str(error).split())]
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[record.task] = counts.get(record.task, 0) + 1
+    return counts, []

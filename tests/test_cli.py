@@ -103,7 +103,10 @@ def test_validate_test_and_predict_take_the_checkpoint(settings, tmp_path):
     (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))
     for command in ("validate", "test", "predict"):
         assert run(command, settings, "--ckpt_path", checkpoint) == 0
-    (predictions,) = Path().rglob("predictions.jsonl")
+    (results,) = Path().rglob("results.json")
+    assert json.loads(results.read_text())["results"][0]["n"] == 5
+    files = [path for path in Path().rglob("predictions.jsonl") if path.parent != results.parent]
+    (predictions,) = files
     records = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert [record["prompt"] for record in records] == [f"Say {n}." for n in range(5)]
     assert not list(Path().rglob("*.rank0"))
@@ -323,6 +326,99 @@ def test_sources_on_the_command_line_replace_those_of_the_file(settings, tmp_pat
 def test_a_command_without_sources_names_the_setting(settings, command, capsys):
     line = refused(capsys, command, settings)
     assert f"nothing to {command}: data.{command}_sources" in line
+
+
+def lora(base_folder: Path, folder: Path, **options) -> Path:
+    """A LoRA that PEFT has made, on projections of all kinds, and changing what the base writes."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(**{"r": 3, "target_modules": targets, **options}))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.4)
+    model.save_pretrained(folder)
+    return folder
+
+
+def answers_of(version: int) -> list[str]:
+    lines = Path(f"lightning_logs/version_{version}/predictions.jsonl").read_text().splitlines()
+    return [json.loads(line)["response"] for line in lines]
+
+
+def model_of(version: int) -> str:
+    return json.loads(Path(f"lightning_logs/version_{version}/results.json").read_text())["model"]
+
+
+def test_one_configuration_tests_the_base_and_a_lora_of_peft(
+    settings, base_folder, tmp_path, capsys
+):
+    """Against PEFT's own generation. The configuration's RoAE is another adapter's, and says so."""
+    from peft import PeftModel
+
+    from rosa_lightning.tasks import Record, prompt
+
+    source = write_records(tmp_path / "t.json", 5)
+    settings["data"]["test_sources"] = [{"path": str(source), "task": "gsm8k"}]
+    settings["model"] |= {"max_new_tokens": 6, "roae": {"rank": 4, "low_freq_ratio": 0.25}}
+    folder = lora(base_folder, tmp_path / "lora")
+    assert run("test", settings) == 0
+    assert run("test", settings, "--model.adapter", str(folder)) == 0
+    assert model_of(0) == f"{base_folder}, without an adapter"
+    assert model_of(1) == f"{base_folder} + {folder}"
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    for version in (0, 1):
+        model = PeftModel.from_pretrained(base, folder) if version else base
+        written = []
+        for number in range(5):
+            text = prompt(Record(f"Say {number}.", "", "", None, "gsm8k", "t", 1))
+            ids = byte_tokenizer()(text, return_tensors="pt").input_ids
+            out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=257)
+            written.append(byte_tokenizer().decode(out[0, ids.shape[1] :], True))
+        assert answers_of(version) == written
+    assert answers_of(0) != answers_of(1)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_lora_that_roae_cannot_hold_is_one_line(settings, base_folder, tmp_path, capsys):
+    settings["data"]["test_sources"] = "demo"
+    folder = str(lora(base_folder, tmp_path / "head", target_modules=["lm_head"]))
+    line = refused(capsys, "test", settings, "--model.adapter", folder)
+    assert "RoAE holds plain LoRA on projections alone" in line
+    folder = str(lora(base_folder, tmp_path / "dora", use_dora=True))
+    line = refused(capsys, "test", settings, "--model.adapter", folder)
+    assert "is no plain LoRA: adapter_config.json sets use_dora" in line
+
+
+def test_exercises_that_cannot_be_answered_are_named_before_the_base_is_loaded(
+    settings, tmp_path, capsys, monkeypatch
+):
+    def no_base(*_, **__):
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr("rosa_lightning.module.load_base", no_base)
+    records = [{"instruction": "Is it?", "answer": "true"}] * 2
+    records.append({"instruction": "Is it " + "so " * 200 + "?", "answer": "true"})
+    Path("boolq.json").write_text(json.dumps(records))
+    settings["data"] |= {"test_sources": [{"path": "boolq.json"}], "max_length": 4000}
+    line = refused(capsys, "test", settings)
+    assert "task boolq: record 3 of source boolq has a prompt of" in line
+    assert "Set data.max_length below 512" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.evaluation.num_beams", "0"], "num_beams=0 is not a whole number of at least 1"),
+        (["--model.evaluation.protocols", "[]"], "protocols=[]"),
+        (["--model.evaluation.protocols", "[guess]"], "guess"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_line(settings, arguments, message, capsys):
+    assert message in refused(capsys, "test", settings, *arguments)
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line(settings, capsys):

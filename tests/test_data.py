@@ -733,3 +733,16 @@ def test_real_mixture_is_within_two_points_of_its_weights(real_data):
     prompts: set[str] = {normalised_prompt(e.record) for e in validated}
     train: list[Record] = [e.record for source in module._train or [] for e in source]
     assert not prompts & {normalised_prompt(record) for record in train}
+
+
+def test_test_prompts_come_longest_first_and_each_once_whatever_the_number_of_ranks():
+    from rosa_lightning.mixture import LongestFirst
+
+    lengths = [3, 9, 4, 9, 1, 7, 2]
+    assert list(LongestFirst(lengths)) == [1, 3, 5, 2, 0, 6, 4]
+    for world in (2, 3, 8):
+        shares = [list(LongestFirst(lengths, world, rank)) for rank in range(world)]
+        assert sorted(place for share in shares for place in share) == list(range(7))
+        assert [len(LongestFirst(lengths, world, rank)) for rank in range(world)] == [
+            len(share) for share in shares
+        ]

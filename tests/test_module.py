@@ -302,7 +302,7 @@ def test_predict_returns_a_record_for_each_prompt(base_folder, tmp_path):
 
 def test_generated_answers_are_scored_by_their_tasks(base_folder, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "rosa_lightning.module.generate", lambda *_: ["the answer is 3", "it is false"] * 2
+        "rosa_lightning.evaluate.generate", lambda *_, **__: ["the answer is 3", "it is false"] * 2
     )
     built = module(base_folder)
     built.configure_model()
@@ -318,9 +318,17 @@ def test_generated_answers_are_scored_by_their_tasks(base_folder, sources, tmp_p
     ]
     datamodule.test_dataloader = lambda: DataLoader(rows, batch_size=None)
     result = run.test(built, datamodule, verbose=False)[0]
-    assert result == pytest.approx(
-        {"test/accuracy": 0.5, "test/accuracy/gsm8k": 0.5, "test/accuracy/boolq": 0.5}
-    )
+    wanted = {
+        "test/accuracy": 0.5,
+        "test/accuracy/gsm8k": 0.5,
+        "test/accuracy/boolq": 0.5,
+        "test/macro_accuracy/arithmetic": 0.5,
+        "test/macro_accuracy/commonsense": 0.5,
+        "test/format_failures": 0.0,
+        "test/format_failures/gsm8k": 0.0,
+        "test/format_failures/boolq": 0.0,
+    }
+    assert result == pytest.approx(wanted)
 
 
 def test_gradient_checkpointing_keeps_the_gradients_and_spares_the_frozen_layers(

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import json
+import logging
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
-from lightning.pytorch import LightningModule, Trainer
+import yaml
+from conftest import save_base, write_records
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from rosa_lightning.predictions import PredictionWriter
+from rosa_lightning import EvaluationConfig, ReasoningDataModule, RoAEConfig, RoSAModule
+from rosa_lightning.predictions import PredictionWriter, ResultWriter
 
 
 class Echo(LightningModule):
@@ -52,3 +61,252 @@ def test_a_run_that_fails_leaves_the_older_file_and_nothing_half_written(tmp_pat
         predict(tmp_path, PredictionWriter(), fail_at=1)
     assert (tmp_path / "predictions.jsonl").read_text() == "older\n"
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+BOTH = EvaluationConfig(protocols=("generate", "likelihood"))
+
+
+class Stop(Callback):
+    """Stops an evaluation after some batches."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == self.after:
+            raise RuntimeError("stopped")
+
+
+def test_data(folder: Path, **options) -> ReasoningDataModule:
+    """Seven numbers and eleven labels, three of which stand in the training data."""
+    training = [
+        {"instruction": f"say  {number}!", "output": "yes", "answer": "true"}
+        for number in (3, 5, 9)
+    ]
+    (folder / "train.json").write_text(json.dumps(training))
+    numbers = write_records(folder / "gsm8k.json", 7)
+    labels = write_records(folder / "boolq.json", 11, "the correct answer is true", "true")
+    return ReasoningDataModule(
+        sources=[{"path": str(folder / "train.json"), "task": "boolq"}],
+        test_sources=[{"path": str(labels)}, {"path": str(numbers)}],
+        **{"batch_size": 4, "max_length": 300, **options},
+    )
+
+
+test_data.__test__ = False
+
+
+def evaluate(base: Path, folder: Path, *callbacks, data=None, module=None, logger=None, **options):
+    built = module or RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=BOTH)
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=logger or False,
+        enable_progress_bar=False,
+        callbacks=[*callbacks, ResultWriter()],
+        **options,
+    )
+    return trainer.test(built, data or test_data(folder), verbose=False)[0]
+
+
+def read(folder: Path) -> tuple[list[dict], dict]:
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], json.loads((folder / "results.json").read_text())
+
+
+def plain(results: dict) -> dict:
+    """Results without what differs from run to run."""
+    return {k: v for k, v in results.items() if k not in ("wall_time_s", "resumed_answers")}
+
+
+def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
+    base_folder, tmp_path, capsys
+):
+    logged = evaluate(base_folder, tmp_path)
+    items, results = read(tmp_path)
+    assert [(item["protocol"], item["source"], item["index"]) for item in items] == [
+        *(("generate", "boolq", number) for number in range(1, 12)),
+        *(("generate", "gsm8k", number) for number in range(1, 8)),
+        *(("likelihood", "boolq", number) for number in range(1, 12)),
+    ]
+    rows = {(row["protocol"], row["task"]): row for row in results["results"]}
+    for (protocol, task), row in rows.items():
+        own = [i for i in items if (i["protocol"], i["task"]) == (protocol, task)]
+        right = [item["correct"] for item in own]
+        assert row["n"] == len(own)
+        assert row["accuracy"] == sum(right) / len(right)
+        assert row["leaked"] == (3 if task == "boolq" else 2)
+        prefix = "" if protocol == "generate" else "likelihood/"
+        assert logged[f"test/{prefix}accuracy/{task}"] == pytest.approx(row["accuracy"])
+    failed = [item["answer"] is None for item in items if item["protocol"] == "generate"]
+    assert logged["test/format_failures"] == pytest.approx(sum(failed) / len(failed))
+    assert rows["likelihood", "boolq"]["format_failure_rate"] is None
+    assert results["model"] == f"{base_folder}, without an adapter"
+    assert results["template"] == "alpaca"
+    assert "boolq*" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_training_data_that_cannot_be_read_leave_the_leaks_unknown(base_folder, tmp_path, capsys):
+    data = test_data(tmp_path)
+    (tmp_path / "train.json").unlink()
+    evaluate(base_folder, tmp_path, data=data)
+    assert {row["leaked"] for row in read(tmp_path)[1]["results"]} == {None}
+    assert "train.json does not exist" in " ".join(capsys.readouterr().out.split())
+
+
+def count_batches(monkeypatch) -> list[int]:
+    from rosa_lightning import evaluate as home
+
+    calls, generate = [], home.generate
+
+    def counted(model, tokenizer, batch, *arguments, **options):
+        calls.append(len(batch["task"]))
+        return generate(model, tokenizer, batch, *arguments, **options)
+
+    monkeypatch.setattr(home, "generate", counted)
+    return calls
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
+    base_folder, tmp_path, monkeypatch, caplog
+):
+    """Twice stopped, the second time with a line cut in two."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for folder in (straight, stopped):
+        folder.mkdir()
+    evaluate(base_folder, straight)
+    calls = count_batches(monkeypatch)
+    for after in (2, 4):
+        with pytest.raises(RuntimeError, match="stopped"):
+            evaluate(base_folder, stopped, Stop(after))
+    assert calls == [4, 4, 4, 4]
+    assert not (stopped / "predictions.jsonl").exists()
+    part = stopped / "predictions.part1.rank0.jsonl"
+    part.write_text(part.read_text()[:-40])
+    with caplog.at_level(logging.INFO):
+        evaluate(base_folder, stopped)
+    assert calls == [4, 4, 4, 4, 4, 2]
+    assert "going on with" in caplog.text
+    assert read(stopped)[0] == read(straight)[0]
+    assert plain(read(stopped)[1]) == plain(read(straight)[1])
+    assert not list(stopped.glob("*part*"))
+
+
+def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(
+    base_folder, tmp_path, monkeypatch
+):
+    data = test_data(tmp_path)
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(3), data=data, logger=TensorBoardLogger(tmp_path))
+    calls = count_batches(monkeypatch)
+    evaluate(base_folder, tmp_path, data=test_data(tmp_path), logger=TensorBoardLogger(tmp_path))
+    assert calls == [4, 2]
+    assert (tmp_path / "lightning_logs/version_1/results.json").exists()
+    assert not list(tmp_path.rglob("*part*"))
+
+
+def adapted(base: Path) -> RoSAModule:
+    built = RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=BOTH)
+    built.configure_model()
+    for name, parameter in built.named_parameters():
+        if name.endswith("roae_B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return built
+
+
+def other_rules(base: Path) -> RoSAModule:
+    config = EvaluationConfig(protocols=BOTH.protocols, rules="paper")
+    return RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=config)
+
+
+@pytest.mark.parametrize("make", [adapted, other_rules])
+def test_answers_of_another_evaluation_are_not_taken_over(
+    make, base_folder, tmp_path, monkeypatch, caplog
+):
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(3))
+    calls = count_batches(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        evaluate(base_folder, tmp_path, module=make(base_folder))
+    assert sum(calls) == 18
+    assert "is of an evaluation with other weights or settings; this one begins anew" in caplog.text
+    assert read(tmp_path)[1]["resumed_answers"] == 0
+    assert (tmp_path / "predictions.part0.rank0.jsonl").exists()
+
+
+def test_other_prompts_are_answered_anew(base_folder, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(3))
+    data = test_data(tmp_path)
+    changed = json.loads((tmp_path / "boolq.json").read_text())
+    changed[5]["instruction"] = "Ask 5."
+    (tmp_path / "boolq.json").write_text(json.dumps(changed))
+    calls = count_batches(monkeypatch)
+    evaluate(base_folder, tmp_path, data=data)
+    assert calls == [4, 4, 2]  # the batch with the changed one, and the two that were missing
+    assert read(tmp_path)[0][5]["prompt"] == "Ask 5."
+
+
+def of_two_ranks(folder: Path) -> dict:
+    ranks_folder = folder / "ranks"
+    ranks_folder.mkdir(exist_ok=True)
+    while not (folder / "data").exists():
+        time.sleep(0.05)
+    strategy = ranks.ddp(find_unused_parameters=False)
+    data = test_data(folder / "data")
+    return evaluate(folder / "base", ranks_folder, data=data, strategy=strategy, devices=2)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does_in_a_set_that_does_not_divide(tmp_path):
+    (tmp_path / "data").mkdir()
+    save_base(tmp_path / "base")
+    test_data(tmp_path / "data")
+    one = evaluate(tmp_path / "base", tmp_path, data=test_data(tmp_path / "data", batch_size=3))
+    two = ranks.launch("test_predictions:of_two_ranks", tmp_path)
+    assert two == [one, one]
+    items, results = read(tmp_path / "ranks")
+    assert items == read(tmp_path)[0]
+    assert results["results"] == read(tmp_path)[1]["results"]
+    assert not list((tmp_path / "ranks").glob("*part*"))
+
+
+@pytest.mark.slow
+def test_a_killed_command_that_is_run_again_answers_what_is_missing(base_folder, tmp_path):
+    test_data(tmp_path)
+    settings = {
+        "model": {
+            "base": str(base_folder),
+            "max_new_tokens": 40,
+            "roae": {"rank": 2},
+            "evaluation": {"protocols": ["generate", "likelihood"]},
+        },
+        "data": {
+            "test_sources": [
+                {"path": str(tmp_path / f"{name}.json")} for name in ("boolq", "gsm8k")
+            ],
+            "batch_size": 1,
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "rosa_lightning", "test", "--config", str(tmp_path / "c.yaml")]
+    for name in ("killed", "straight"):
+        (tmp_path / name).mkdir()
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while sum(len(p.read_bytes()) for p in (tmp_path / "killed").rglob("*.part*")) < 2000:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.rglob("results.json"))
+    for name in ("killed", "straight"):
+        subprocess.run(command, cwd=tmp_path / name, check=True, capture_output=True)
+    (killed,) = (tmp_path / "killed").rglob("results.json")
+    (straight,) = (tmp_path / "straight").rglob("results.json")
+    assert read(killed.parent)[1]["resumed_answers"] > 0
+    assert read(killed.parent)[0] == read(straight.parent)[0]
+    assert plain(read(killed.parent)[1]) == plain(read(straight.parent)[1])

@@ -1,0 +1,171 @@
+"""What `RoSAModule` does in ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+
+from rosa_lightning.base import BaseIdentity, Dtype, context_length
+from rosa_lightning.evaluate import (
+    Evaluation,
+    EvaluationConfig,
+    check_exercises,
+    generate,
+    weights_digest,
+)
+from rosa_lightning.quantization import Quantization
+from rosa_lightning.sharding import is_sharded
+from rosa_lightning.tasks import TASKS, extract_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Answering(LightningModule):
+    """The hooks of ``test`` and ``predict``, and what they need of the module."""
+
+    base: str
+    adapter: str | None
+    revision: str | None
+    dtype_of_base: Dtype
+    quantization: Quantization | None
+    attn_implementation: str | None
+    trust_remote_code: bool
+    max_new_tokens: int
+    evaluation: EvaluationConfig
+    identity: BaseIdentity | None
+    evaluated: Evaluation | None = None
+    """The last test, with its scores."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        raise NotImplementedError
+
+    def _built(self) -> PreTrainedModel:
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before a model is loaded, what cannot be answered.
+
+        With a model in shards nothing can: ranks finish at different lengths, and would wait for
+        each other's shards forever.
+        """
+        if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
+            raise ValueError(
+                f"{self.trainer.strategy.__class__.__name__} cannot write answers: their lengths "
+                "differ from rank to rank, and ranks with shards go in step. Set trainer.strategy "
+                "to auto or ddp, and --ckpt_path to a full checkpoint."
+            )
+        if stage == "test":
+            self._check_exercises()
+
+    def _check_exercises(self) -> None:
+        examples = getattr(getattr(self.trainer, "datamodule", None), "test_examples", [])
+        exercises = ((example.record, len(example.prompt)) for example in examples)
+        context = context_length(
+            self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        for task in check_exercises(exercises, self.evaluation, context):
+            rank_zero_info(f"likelihood leaves out {task}: it has no candidates to choose from.")
+
+    def on_test_start(self) -> None:
+        """Get ready to answer and to count, under each protocol."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        weights = self.state_dict() if self._is_adapted() else {}
+        self.evaluated = Evaluation(
+            self._built(),
+            self._text_tokenizer(),
+            self.evaluation,
+            self.max_new_tokens,
+            tasks=self._task_names(),
+            known_tasks=getattr(datamodule, "tasks", TASKS),
+            template=getattr(datamodule, "template", None),
+            stop_ids=getattr(datamodule, "stop_ids", ()),
+            made_with={
+                "base": cast(BaseIdentity, self.identity).samples,
+                "adapter": weights_digest(weights),
+                "roae": self.hparams["roae"] if weights else None,
+                "loading": [self.dtype_of_base, self.quantization, self.attn_implementation],
+                "precision": self.trainer.precision,
+            },
+        )
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Answer each prompt under each protocol.
+
+        Returns:
+            Under ``items``, what `Evaluation.step` does.
+        """
+        return {"items": cast(Evaluation, self.evaluated).step(batch)}
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/accuracy``, ``test/accuracy/<task>`` and what else `Evaluation` counts."""
+        for name, value in cast(Evaluation, self.evaluated).compute().items():
+            # Of all ranks already; said again, or Lightning warns.
+            self.log(f"test/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
+
+    def about_evaluation(self) -> dict[str, Any]:
+        """What was evaluated and how, as plain values, for ``results.json``."""
+        added = self._is_adapted()
+        origin = self.trainer.ckpt_path or self.adapter or "an adapter trained in this process"
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return {
+            "model": f"{self.base} + {origin}" if added else f"{self.base}, without an adapter",
+            "base": self.base,
+            "revision": cast(BaseIdentity, self.identity).revision,
+            "roae": self.hparams["roae"] if added else None,
+            "template": getattr(datamodule, "template", None),
+            **asdict(self.evaluation),
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": self.dtype_of_base,
+            "quantization": self.quantization,
+            "precision": self.trainer.precision,
+        }
+
+    def _is_adapted(self) -> bool:
+        """Whether RoAE adds anything; where every B is zero, the outputs are the base's own."""
+        state = self.state_dict()
+        return any(bool(state[name].any()) for name in state if name.endswith("roae_B"))
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Write an answer to each prompt, greedily.
+
+        Returns:
+            A record for each: source, index, task, prompt and input (what is asked), response (the
+            text written) and answer (what the task's format finds in it, or None).
+        """
+        texts = self._write(batch)
+        names = ("source", "task", "prompt", "input")
+        known = getattr(getattr(self.trainer, "datamodule", None), "tasks", TASKS)
+        columns = zip(*(batch[name] for name in names), batch["index"].tolist(), texts, strict=True)
+        return [
+            {
+                "source": source,
+                "index": index,
+                "task": task,
+                "prompt": prompt,
+                "input": context,
+                "response": text,
+                "answer": extract_answer(known.get(task, task), text),
+            }
+            for source, task, prompt, context, index, text in columns
+        ]
+
+    def _write(self, batch: dict[str, Any]) -> list[str]:
+        stop_ids = getattr(getattr(self.trainer, "datamodule", None), "stop_ids", ())
+        return generate(
+            self._built(), self._text_tokenizer(), batch, self.max_new_tokens, stop_ids=stop_ids
+        )
+
+    def _text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the prompts were encoded with."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return getattr(datamodule, "text_tokenizer", None) or self.tokenizer
+
+    def _task_names(self) -> list[str]:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return getattr(datamodule, "task_names", None) or ["all", *TASKS]
