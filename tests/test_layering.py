@@ -30,7 +30,7 @@ FLOORS = {
     "rules": 0.6,
     "gradients": 0,
     "moments": 0,
-    "preconditions": 0,
+    "preconditions": 0.1,
     "tasks": 0,
     "capture": 0.3,
     "replay": 0.4,
