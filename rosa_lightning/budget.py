@@ -53,7 +53,8 @@ def steps_share(
 
     Raises:
         ValueError: Selecting, the full_steps and training the cheapest layer alone cost as much as
-            the budget, so that nothing would be left for the others.
+            the budget, so that nothing would be left for the others, in a run of this length or
+            of any.
     """
     if math.isinf(total_steps):
         full, between = 1.0, interval - 1.0
@@ -62,7 +63,19 @@ def steps_share(
         between = selected - math.ceil(selected / interval)
         full = total_steps - between
     cheapest = min(costs)
-    least = (full + between * cheapest) / (full + between)
+    # What full steps may make up of a run in which the others cost the least.
+    full_share = (budget - cheapest) / (1 - cheapest) if cheapest < 1 else 0.0
+    least = (full + between * cheapest) / (full + between) if full + between else 1.0
+    gain = interval * full_share - 1  # of a whole interval, in full steps
+    if budget <= least and not math.isinf(total_steps) and gain > _ROUNDING:
+        selections = math.floor(full_steps * (1 - full_share) / gain + _ROUNDING) + 1
+        needed = math.floor((full_steps + selections) / full_share + _ROUNDING) + 1
+        raise ValueError(
+            f"backward_budget={budget} cannot be kept in a run of {total_steps} optimizer steps, "
+            f"{full:.0f} of which score or train all layers; it needs at least {needed}. Train for "
+            "longer, set less warmup_steps and final_steps_all or, for a trial such as "
+            "fast_dev_run, backward_budget to 1."
+        )
     if budget <= least:
         raise ValueError(
             f"backward_budget={budget} leaves nothing to share: scoring, steps that train all "

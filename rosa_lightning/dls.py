@@ -6,16 +6,22 @@ repeated layers of a LightningModule.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from rosa_lightning.gradients import global_gradients, num_elements
+from rosa_lightning.gradients import (
+    drop_grad,
+    freeze,
+    global_gradients,
+    num_elements,
+    require_grad,
+)
 from rosa_lightning.layers import Layer, find_layers
 from rosa_lightning.length import planned_steps
 from rosa_lightning.moments import (
@@ -26,12 +32,15 @@ from rosa_lightning.moments import (
     reset_moments,
 )
 from rosa_lightning.preconditions import (
-    check_checkpointing,
+    check_module,
     check_optimizers,
+    check_reached,
+    check_resumed,
+    check_sole_owner,
     check_strategy,
     check_wrapped,
 )
-from rosa_lightning.rules import SelectionRules
+from rosa_lightning.rules import SelectionRules, check_choice, check_type, layer_indices
 from rosa_lightning.scores import Normalization, layer_scores
 from rosa_lightning.selection import Policy
 from rosa_lightning.selector import Selector
@@ -51,9 +60,10 @@ class DynamicLayerSelection(Callback):
     (`FSDPStrategy`, `ModelParallelStrategy`): scores are of the global batch, before clipping and
     free of the loss scale, and all ranks take the choice of the first.
 
-    The optimizer must hold the parameters of all layers from the start. Compile layers one by one
-    (`layer.compile()`): a model compiled as a whole is compiled again for every new selection, and
-    runs uncompiled once torch's recompile limit (8) is reached.
+    The optimizer must hold the parameters of all layers from the start. What requires a gradient
+    then is selected among; what another callback unfreezes later trains at every step. Compile
+    layers one by one (`layer.compile()`): a model compiled as a whole is compiled again for every
+    new selection, and runs uncompiled once torch's recompile limit (8) is reached.
     """
 
     # Of one fit; empty outside it.
@@ -116,7 +126,8 @@ class DynamicLayerSelection(Callback):
                 back until then (one device and DDP).
             warmup_steps: Optimizer steps at the start in which all layers train.
             final_steps_all: Optimizer steps at the end of the run in which all layers train.
-            layers: Dotted path of the ModuleList of layers; by default the only outermost one.
+            layers: Dotted path of the ModuleList of layers, or a pattern that one path matches; by
+                default the only outermost one. Two callbacks may select among two lists.
             norms: Pattern such as "*layernorm" on module names inside a layer, several separated
                 by commas: the norms that score it. By default its direct children.
             trainable: Pattern such as "*lora*" on parameter names inside a layer, several
@@ -138,17 +149,24 @@ class DynamicLayerSelection(Callback):
             backward_budget=backward_budget,
             warmup_steps=warmup_steps,
             final_steps_all=final_steps_all,
-            always_active=tuple(always_active or ()),
-            fixed_layers=tuple(fixed_layers or ()),
+            always_active=layer_indices("always_active", always_active),
+            fixed_layers=layer_indices("fixed_layers", fixed_layers),
             seed=seed,
         )
-        if moments not in get_args(Moments):
-            known = ", ".join(get_args(Moments))
-            raise ValueError(f"moments={moments!r} is unknown. Set one of {known}.")
+        check_choice("moments", moments, get_args(Moments))
+        for name, path in (("layers", layers), ("norms", norms), ("trainable", trainable)):
+            if path is not None:
+                check_type(name, path, str, "a dotted path or pattern, as text")
         self.moments = moments
         self.layers = layers
         self.norms = norms
         self.trainable = trainable
+
+    @property
+    def state_key(self) -> str:
+        """Its own for each list of layers, so that a trainer may hold one callback for each."""
+        own = self.layers is not None
+        return self._generate_state_key(layers=self.layers) if own else super().state_key
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -205,14 +223,11 @@ class DynamicLayerSelection(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and remember what trains."""
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{type(pl_module).__name__} optimizes manually; DynamicLayerSelection needs "
-                "automatic_optimization=True: one optimizer, and training_step returns the loss."
-            )
+        check_module(pl_module)
         check_wrapped(trainer.strategy.model or pl_module)
-        check_checkpointing(pl_module)
         self._layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
+        self.rules.fit(self._layers)
+        check_sole_owner(self._layers, [c._layers for c in _selections(trainer) if c is not self])
         self._names = tuple(layer.name for layer in self._layers)
         self._positions = tuple(layer.index for layer in self._layers)
         self._num_blocks = self._layers[0].index + self._layers[0].num_above + 1
@@ -240,7 +255,8 @@ class DynamicLayerSelection(Callback):
         self._scoring = self._warned = False
         self._steps = trainer.global_step
         if state is not None:
-            self._resume(self._selector, state)
+            check_resumed(state["layers"], self._names)
+            self._selector.load_state_dict(state)
         self._freeze_inactive(self._selector)
 
     def on_train_batch_start(
@@ -257,16 +273,23 @@ class DynamicLayerSelection(Callback):
             self._scoring = True
             for layer in self._layers:
                 # Norms outside the optimizer are zeroed by nobody else.
-                _drop_grad(layer.norms)
+                drop_grad(layer.norms)
         if self._scoring:
             for layer in self._layers:
-                _require_grad([*layer.candidates.values(), *layer.norms], True)
+                require_grad([*layer.candidates.values(), *layer.norms], True)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Refuse a loss that the active layers have no part in, before autograd does."""
+        if len(self.active) < self.num_layers:
+            check_reached(loss, self.active)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the last micro-batch of a scoring step, select."""
         if self._scoring:
             # Between micro-batches too, where a checkpoint may be saved.
-            _require_grad(self._probes, False)
+            require_grad(self._probes, False)
             if not trainer.fit_loop._should_accumulate():
                 self._select(trainer)
 
@@ -353,12 +376,12 @@ class DynamicLayerSelection(Callback):
         self._freeze_inactive(selector)
 
     def _freeze_inactive(self, selector: Selector) -> None:
-        _freeze(self._probes)
+        freeze(self._probes)
         for index, layer in enumerate(self._layers):
             if index in selector.active:
-                _require_grad(layer.candidates.values(), True)
+                require_grad(layer.candidates.values(), True)
             else:
-                _freeze(layer.candidates.values())
+                freeze(layer.candidates.values())
 
     def _restore(self) -> None:
         for parameter, required_grad in self._found:
@@ -368,45 +391,20 @@ class DynamicLayerSelection(Callback):
         self._layers, self._found, self._probes = (), (), ()
         self._scoring = False
 
-    def _resume(self, selector: Selector, state: dict[str, Any]) -> None:
-        if list(state["layers"]) != list(self._names):
-            saved, own = state["layers"], self._names
-            raise ValueError(
-                f"The checkpoint selects among {len(saved)} layers, {saved[0]} to {saved[-1]}; "
-                f"this model has {len(own)}, {own[0]} to {own[-1]}. Resume with the model and "
-                "layers= that wrote it."
-            )
-        selector.load_state_dict(state)
-
     def _log(self, selector: Selector, trainer: Trainer) -> None:
+        # The first callback's tags are those of the dashboard and the report.
+        first = _selections(trainer)[0] is self
+        start = "dls/" if first else f"dls/{self._names[0].rpartition('.')[0]}/"
+        metrics = selector.metrics(self._positions, trainer.global_step)
         # Through the loggers: self.log would keep only every log_every_n_steps-th step.
-        width = max(2, len(str(self._positions[-1])))
-        metrics: dict[str, float] = {
-            "dls/lowest_active": min(self.active),
-            "dls/num_active": len(self.active),
-            "dls/backward_share": selector.backward_share(trainer.global_step + 1),
-        }
-        for position, score in zip(self._positions, self.scores or (), strict=True):
-            metrics[f"dls/score/{position:0{width}d}"] = score
-            metrics[f"dls/active/{position:0{width}d}"] = float(position in self.active)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            tagged = {f"{start}{name}": value for name, value in metrics.items()}
+            logger.log_metrics(tagged, step=trainer.global_step)
 
 
-def _require_grad(parameters: Iterable[nn.Parameter], required: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(required)
-
-
-def _freeze(parameters: Iterable[nn.Parameter]) -> None:
-    # None, not zero: AdamW still moves a weight whose gradient is zero.
-    _drop_grad(parameters)
-    _require_grad(parameters, False)
-
-
-def _drop_grad(parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
+def _selections(trainer: Trainer) -> list[DynamicLayerSelection]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, DynamicLayerSelection)]
 
 
 def _wrapped(trainer: Trainer) -> tuple[nn.Module, torch.device]:

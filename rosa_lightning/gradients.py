@@ -1,10 +1,10 @@
-"""Gradients of the global batch, under every way of sharding.
+"""Gradients: of the global batch, under every way of sharding, and none for what is frozen.
 
 Pure torch. A gradient can be a plain tensor (one process, DDP), a `DTensor` (FSDP2), or this
 rank's flat piece of it (FSDP1, which shows None where a rank holds no piece).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -91,3 +91,23 @@ def num_elements(
         dist.all_reduce(sums, group=units[0].process_group)
         counts = sums.tolist()
     return counts
+
+
+def require_grad(parameters: Iterable[nn.Parameter], required: bool) -> None:
+    """Let all of them take gradients, or none."""
+    for parameter in parameters:
+        parameter.requires_grad_(required)
+
+
+def drop_grad(parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the gradients that are there."""
+    for parameter in parameters:
+        # None, not zero: AdamW still moves a weight whose gradient is zero.
+        parameter.grad = None
+
+
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the gradients that are there and take no more."""
+    for parameter in parameters:
+        drop_grad([parameter])
+        parameter.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 
 EVENTS = "events.out.tfevents.*"
 METRICS = "metrics.csv"
+KNOWN = re.compile(r"(?:(.+?)-)??(?:train|val|test|dls|roae|throughput|memory)/")
+"""A tag that this package logs, and the prefix that Lightning's loggers join to it."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,11 @@ class Series:
 def read_run(folder: str | Path) -> dict[str, Series]:
     """The scalars that a run's folder holds, by tag, in alphabetical order.
 
-    Where a step was logged twice, as after a resume in the same folder, the later value counts.
+    Where a step was logged twice, as after a resume in the same folder, the later value counts. A
+    prefix that the logger put before all tags is left out.
 
     Raises:
-        ValueError: There is no such folder, or no scalar in it.
+        ValueError: There is no such folder, or no scalar in it that can be read.
     """
     run = Path(folder)
     if not run.is_dir():
@@ -37,13 +41,22 @@ def read_run(folder: str | Path) -> dict[str, Series]:
         found |= _read_csv(run / METRICS)
     if any(run.glob(EVENTS)):
         found |= _read_events(run)
+    found = _without_prefix(found)
     found.pop("hp_metric", None)  # a placeholder of Lightning's
     if not any(found.values()):
         raise ValueError(
-            f"run={folder} holds no logged number, neither in TensorBoard's event files nor in "
-            f"{METRICS}. Give a folder that a logger has written{_nearest(run)}."
+            f"run={folder} holds no logged number that can be read, neither in TensorBoard's event "
+            f"files nor in {METRICS}. Give a folder that a logger has written{_nearest(run)}."
         )
     return {tag: _series(found[tag]) for tag in sorted(found) if found[tag]}
+
+
+def _without_prefix(found: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """The tags as they were logged, without what a logger was told to put before all of them."""
+    prefixes = {match[1] for tag in found if (match := KNOWN.match(tag))}
+    # Several, or none before some tags: then hyphens are the project's own.
+    prefix = prefixes.pop() if len(prefixes) == 1 else None
+    return found if prefix is None else {t.removeprefix(f"{prefix}-"): found[t] for t in found}
 
 
 def _series(logged: Mapping[int, float]) -> Series:
@@ -76,7 +89,7 @@ def _read_csv(path: Path) -> dict[str, dict[int, float]]:
 
 def _nearest(run: Path) -> str:
     """A hint at the newest run further down, if there is one."""
-    files = [path for pattern in (EVENTS, METRICS) for path in run.rglob(pattern)]
+    files = [path for pattern in (EVENTS, METRICS) for path in run.glob(f"*/**/{pattern}")]
     if not files:
         return ""
     return f", such as {max(files, key=lambda path: path.stat().st_mtime).parent}"

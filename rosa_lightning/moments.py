@@ -4,11 +4,14 @@ Pure torch. Moments of a frozen parameter stay as they were, and point where its
 then; zeroed, they start over, with the bias correction of a first step.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Adagrad, Optimizer
 
 Moments = Literal["keep", "reset", "free"]
@@ -36,7 +39,10 @@ _FRESH = {
 def check_moments(
     moments: Moments, optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]
 ) -> None:
-    """Check that the state of these parameters, as far as there is any yet, can be forgotten.
+    """Check that the state of these parameters can be forgotten.
+
+    Before a parameter's first step, by what an optimizer of the same class and settings makes for
+    a stand-in; where that cannot be built, only by the state that is there.
 
     Raises:
         ValueError: Names the optimizer, and the entry of its state that stands against it.
@@ -46,14 +52,42 @@ def check_moments(
             "moments='free' does not work with Adagrad, which makes its state once and for all. "
             "Set moments='keep'."
         )
-    for optimizer, state in _states(optimizers, parameters if moments == "reset" else ()):
-        unknown = [key for key in state if key not in _FRESH]
+    if moments != "reset":
+        return
+    for optimizer in optimizers:
+        keys = [key for _, state in _states([optimizer], parameters) for key in state]
+        unknown = [key for key in keys or _coming_keys(optimizer, parameters) if key not in _FRESH]
         if unknown:
             raise ValueError(
                 f"moments='reset' does not know how {unknown[0]!r} begins, which "
                 f"{type(optimizer).__name__} remembers. Set moments='keep' or, if it makes its "
                 "state at a parameter's first step, moments='free'."
             )
+
+
+def _coming_keys(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[str]:
+    """What a new optimizer of this class and settings remembers of small stand-ins."""
+    known = inspect.signature(type(optimizer)).parameters
+    keys: list[str] = []
+    for group in optimizer.param_groups:
+        # State may depend on the axes (Adafactor, Muon), not on how a step is computed.
+        held = set(group["params"])
+        axes = {parameter.ndim for parameter in parameters if parameter in held}
+        settings: dict[str, Any] = {
+            name: float(value) if isinstance(value, Tensor) else value
+            for name, value in group.items()
+            if name in known and name not in ("params", "fused", "foreach", "capturable")
+        }
+        for ndim in axes:
+            stand_in = nn.Parameter(torch.zeros([2] * ndim))
+            stand_in.grad = torch.zeros_like(stand_in)
+            # Other people's optimizers may refuse anything of this, each in its own way. What they
+            # compile is not worth it here.
+            with suppress(Exception), torch.compiler.set_stance("force_eager"):
+                twin = type(optimizer)([stand_in], **settings)
+                twin.step()
+                keys.extend(twin.state[stand_in])
+    return keys
 
 
 def reset_moments(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> None:
@@ -118,6 +152,15 @@ def _states(
 def _restart(state: dict[str, Any], keys: Iterable[str]) -> None:
     for key in keys:
         if isinstance(state[key], Tensor):
-            state[key].fill_(_FRESH[key])
+            _fill(state[key], _FRESH[key])
         elif state[key] is not None:
             state[key] = _FRESH[key]
+
+
+def _fill(entry: Tensor, value: float) -> None:
+    try:
+        entry.fill_(value)
+    except NotImplementedError:
+        # Entries of 8 bits, which can be copied into, as any that a step writes.
+        local = entry.to_local() if isinstance(entry, DTensor) else entry
+        local.copy_(torch.full(local.shape, value, dtype=local.dtype, device=local.device))

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -13,8 +14,10 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from rosa_lightning.layers import Layer
 
 
 def check_strategy(strategy: object, frees_state: bool = False) -> None:
@@ -70,6 +73,20 @@ def check_wrapped(model: nn.Module) -> None:
             "FSDP with use_orig_params=False joins the parameters of many layers into one. Leave "
             "use_orig_params out of trainer.strategy; True is Lightning's default."
         )
+
+
+def check_module(module: LightningModule) -> None:
+    """Refuse manual optimization, and what `check_checkpointing` refuses.
+
+    Raises:
+        ValueError: Names the module.
+    """
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually; DynamicLayerSelection needs "
+            "automatic_optimization=True: one optimizer, and training_step returns the loss."
+        )
+    check_checkpointing(module)
 
 
 def check_checkpointing(model: nn.Module) -> None:
@@ -139,4 +156,55 @@ def check_optimizers(
         raise ValueError(
             f"The optimizer lacks {', '.join(missing[:3])}{more}. Build it over all parameters "
             "that require a gradient before fit, so that every layer can be selected."
+        )
+
+
+def check_sole_owner(layers: Sequence[Layer], others: Sequence[Sequence[Layer]]) -> None:
+    """Check that no other callback freezes and scores what this one does.
+
+    Raises:
+        ValueError: Names a layer that two callbacks select.
+    """
+    taken = {parameter for found in others for layer in found for parameter in _touched(layer)}
+    for layer in layers:
+        if not taken.isdisjoint(_touched(layer)):
+            raise ValueError(
+                f"Two DynamicLayerSelection callbacks select layer {layer.name!r}. Keep one of "
+                "them, or set their layers= to different lists."
+            )
+
+
+def _touched(layer: Layer) -> set[nn.Parameter]:
+    return {*layer.norms, *layer.candidates.values()}
+
+
+def check_reached(loss: Tensor, active: Sequence[int]) -> None:
+    """Check that something that trains took part in a loss.
+
+    Args:
+        loss: Of a step in which some layers are frozen.
+        active: Positions of the layers that train.
+
+    Raises:
+        ValueError: Names the layers.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            f"The active layers {list(active)} took no part in this loss, and nothing else "
+            "trains, so there is no gradient. Set always_active (or fixed_layers) to layers that "
+            "every forward pass runs through, or raise num_active."
+        )
+
+
+def check_resumed(saved: Sequence[str], own: Sequence[str]) -> None:
+    """Check that a checkpoint selects among the layers of this model.
+
+    Raises:
+        ValueError: Names the layers of both.
+    """
+    if list(saved) != list(own):
+        raise ValueError(
+            f"The checkpoint selects among {len(saved)} layers, {saved[0]} to {saved[-1]}; "
+            f"this model has {len(own)}, {own[0]} to {own[-1]}. Resume with the model and "
+            "layers= that wrote it."
         )

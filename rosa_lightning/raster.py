@@ -71,7 +71,8 @@ def draw_raster(
 
 
 def colours(active_SL: NDArray[np.bool_], scores_SL: NDArray[np.float64]) -> Colours:
-    """Red, green and blue of each cell, 0 to 255, shape (S, L, 3)."""
+    """Red, green and blue of each cell, 0 to 255, shape (S, L, 3); what is no score is light."""
+    scores_SL = np.nan_to_num(scores_SL, posinf=0.0)
     highest = scores_SL.max(1, keepdims=True)
     share_SL1 = (scores_SL / np.where(highest > 0, highest, 1))[..., None]
     active, idle = (light + share_SL1 * (dark - light) for light, dark in (ACTIVE, IDLE))

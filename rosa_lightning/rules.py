@@ -6,6 +6,7 @@ Pure torch, no trainer.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from torch import Generator, Tensor
@@ -41,8 +42,12 @@ class SelectionRules:
 
     def __post_init__(self) -> None:
         resolve_num_active(self.num_active)
-        _choice("policy", self.policy, get_args(Policy))
-        _choice("score_normalization", self.score_normalization, get_args(Normalization))
+        for name in ("interval", "warmup_steps", "final_steps_all", "seed"):
+            check_type(name, getattr(self, name), Integral, "a whole number")
+        for name in ("temperature", "score_share", "score_smoothing", "backward_budget"):
+            check_type(name, getattr(self, name), Real, "a number")
+        check_choice("policy", self.policy, get_args(Policy))
+        check_choice("score_normalization", self.score_normalization, get_args(Normalization))
         for name, holds, advice in (
             ("interval", self.interval >= 1, "is below 1. Set the optimizer steps to wait"),
             ("warmup_steps", self.warmup_steps >= 0, "is below 0. Set 0 to select at once"),
@@ -90,6 +95,22 @@ class SelectionRules:
         """Whether selecting depends on how many steps the run will have."""
         return self.final_steps_all > 0 or self.backward_budget < 1
 
+    def fit(self, layers: Sequence[Layer]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """What the settings mean for these layers: num_active, always_active and fixed_layers.
+
+        Raises:
+            ValueError: A setting that this model cannot have.
+        """
+        positions = [layer.index for layer in layers]
+        count = resolve_num_active(self.num_active, len(layers))
+        always = resolve_indices("always_active", self.always_active, positions)
+        if len(always) > count and self.policy in ("top_k", "sample", "random"):
+            raise ValueError(
+                f"always_active={list(self.always_active)} holds more layers than num_active="
+                f"{self.num_active} lets train ({count}). Raise num_active or shorten it."
+            )
+        return count, always, resolve_indices("fixed_layers", self.fixed_layers, positions)
+
     def selector(
         self,
         layers: Sequence[Layer],
@@ -113,19 +134,12 @@ class SelectionRules:
                 f"final_steps_all={self.final_steps_all} needs to know where the run ends. Set "
                 "trainer.max_steps, or trainer.max_epochs with a data set that has a length."
             )
-        positions = [layer.index for layer in layers]
-        count = resolve_num_active(self.num_active, len(layers))
-        always = resolve_indices("always_active", self.always_active, positions)
-        if len(always) > count and self.policy in ("top_k", "sample", "random"):
-            raise ValueError(
-                f"always_active={list(self.always_active)} holds more layers than num_active="
-                f"{self.num_active} lets train ({count}). Raise num_active or shorten it."
-            )
+        count, always, fixed = self.fit(layers)
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "score_share": self.score_share,
             "always_active": always,
-            "fixed_layers": resolve_indices("fixed_layers", self.fixed_layers, positions),
+            "fixed_layers": fixed,
         }
 
         def choose(scores: Tensor, floor: int, generator: Generator) -> tuple[int, ...]:
@@ -157,6 +171,34 @@ class SelectionRules:
         return BackwardBudget(share, costs, always, by_score=reads_scores)
 
 
-def _choice(name: str, given: str, known: Sequence[str]) -> None:
+def layer_indices(name: str, given: Sequence[int] | None) -> tuple[int, ...]:
+    """A setting that lists layers; None means none.
+
+    Raises:
+        ValueError: It is no list of whole numbers.
+    """
+    if given is not None:
+        check_type(name, given, list | tuple, "a list of layers")
+    for index in given or ():
+        check_type(name, index, Integral, "whole numbers")
+    return tuple(given or ())
+
+
+def check_type(name: str, given: object, wanted: Any, what: str) -> None:
+    """Refuse a setting of another type, which may have come from a file or a command line.
+
+    Raises:
+        ValueError: Names the setting.
+    """
+    if isinstance(given, bool) or not isinstance(given, wanted):
+        raise ValueError(f"{name}={given!r} is a {type(given).__name__}. Set {what}.")
+
+
+def check_choice(name: str, given: str, known: Sequence[str]) -> None:
+    """Refuse a name that is none of those known.
+
+    Raises:
+        ValueError: Names the setting and what is known.
+    """
     if given not in known:
         raise ValueError(f"{name}={given!r} is unknown. Set one of {', '.join(known)}.")

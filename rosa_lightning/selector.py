@@ -132,6 +132,25 @@ class Selector:
         since = (step - self._counted_steps) * self._costs[min(self.active)]
         return (self._spent + since) / max(1, step - self._first_step)
 
+    def metrics(self, positions: Sequence[int], step: int) -> dict[str, float]:
+        """What to log of the choice that this step has made, by name.
+
+        Args:
+            positions: Numbers of the layers, ascending.
+            step: The optimizer step, counted from 0.
+        """
+        active = {positions[index] for index in self.active}
+        metrics: dict[str, float] = {
+            "lowest_active": min(active),
+            "num_active": len(active),
+            "backward_share": self.backward_share(step + 1),
+        }
+        width = max(2, len(str(positions[-1])))
+        for position, score in zip(positions, self.scores or (), strict=True):
+            metrics[f"score/{position:0{width}d}"] = score
+            metrics[f"active/{position:0{width}d}"] = float(position in active)
+        return metrics
+
     def _take(self, scores: Tensor, floor: int) -> tuple[int, ...]:
         return self._choose(scores, floor, self._generator)
 

@@ -1,10 +1,11 @@
 import math
+import re
 from itertools import pairwise
 from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rosa_lightning.budget import BackwardBudget, layer_costs, steps_share
@@ -92,7 +93,7 @@ def test_what_is_left_for_the_steps_between_selections_adds_up(
     between = max(0, steps - full - selecting)
     least = (steps - between + between * costs[-1]) / steps
     if budget <= least:
-        with pytest.raises(ValueError, match=r"backward_budget=.*leaves nothing to share"):
+        with pytest.raises(ValueError, match=r"backward_budget=.*(leaves nothing|cannot be kept)"):
             steps_share(budget, interval, costs, steps, full)
     else:
         share = steps_share(budget, interval, costs, steps, full)
@@ -116,6 +117,25 @@ def test_a_budget_that_leaves_nothing_is_refused_with_the_least(budget, interval
 
 
 # --- the mean cost --------------------------------------------------------------------------
+
+
+@given(set_ups(), st.integers(0, 20))
+def test_a_run_too_short_for_the_budget_is_told_how_long_it_must_be(set_up, full_steps):
+    num_layers, budget, interval, _ = set_up
+    budget = min(budget + 1e-6, 0.999)  # off what rounding decides
+
+    def affordable(steps):
+        try:
+            steps_share(budget, interval, costs_of(num_layers), steps, full_steps)
+        except ValueError as error:
+            return re.search(r"needs at least (\d+)\.", str(error))[1]
+        return None
+
+    if (needed := affordable(full_steps + 1)) is not None:
+        steps = int(needed)
+        assume(steps < 2000)
+        assert affordable(steps) is None
+        assert all(affordable(less) == needed for less in range(full_steps, steps))
 
 
 @given(set_ups(always=True), st.data())

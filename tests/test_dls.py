@@ -596,10 +596,17 @@ def test_selections_that_fail_are_paid_for():
 
 
 def test_a_budget_that_leaves_nothing_is_refused_before_training():
-    for options in ({"interval": 1}, {"always_active": [0]}, {"warmup_steps": 30}):
+    for options, message in (
+        ({"interval": 1}, "leaves nothing"),
+        ({"always_active": [0]}, "leaves nothing"),
+        ({"warmup_steps": 30}, "cannot be kept in a run of 40 optimizer steps.*at least 83"),
+    ):
         dls = DynamicLayerSelection(**({"interval": 5, "backward_budget": 0.6} | options))
-        with pytest.raises(ValueError, match=r"backward_budget=0\.6 leaves nothing"):
+        with pytest.raises(ValueError, match=rf"backward_budget=0\.6 {message}"):
             record(Toy(), dls, batches(40))
+    dls = DynamicLayerSelection(backward_budget=0.6)
+    with pytest.raises(ValueError, match=r"in a run of 1 optimizer steps.*fast_dev_run"):
+        record(Toy(), dls, batches(40), fast_dev_run=True)
 
 
 # --- time ---------------------------------------------------------------------------------------
@@ -1027,6 +1034,19 @@ def test_a_checkpoint_of_other_layers_is_refused_by_name(tmp_path):
             {"policy": "fixed", "fixed_layers": [1], "backward_budget": 0.5},
             "backward_budget=0.5 has nothing to share",
         ),
+        ({"interval": 2.5}, r"interval=2\.5 is a float. Set a whole number"),
+        ({"interval": True}, "interval=True is a bool"),
+        ({"interval": "a"}, "interval='a' is a str"),
+        ({"warmup_steps": 0.5}, r"warmup_steps=0\.5 is a float"),
+        ({"final_steps_all": 1.5}, r"final_steps_all=1\.5 is a float"),
+        ({"seed": "x"}, "seed='x' is a str"),
+        ({"temperature": "x"}, "temperature='x' is a str. Set a number"),
+        ({"backward_budget": None}, "backward_budget=None is a NoneType"),
+        ({"always_active": 3}, "always_active=3 is a int. Set a list of layers"),
+        ({"always_active": ["a"]}, "always_active='a' is a str. Set whole numbers"),
+        ({"policy": "fixed", "fixed_layers": [True]}, "fixed_layers=True is a bool"),
+        ({"layers": 3}, "layers=3 is a int"),
+        ({"norms": ["*ln"]}, r"norms=\['\*ln'\] is a list"),
         ({"policy": "fixed"}, "needs fixed_layers"),
         ({"fixed_layers": [1]}, "needs fixed_layers"),
     ],
@@ -1100,6 +1120,103 @@ def test_wrong_set_ups_are_refused_before_training(build, options, message):
     with pytest.raises(ValueError, match=message) as error:
         record(module, DynamicLayerSelection(**options), batches(2))
     assert "\n" not in str(error.value)
+    assert flags(module) == before
+
+
+class Validated(Toy):
+    def validation_step(self, batch, batch_idx):
+        pytest.fail("validated before the settings were checked")
+
+
+@pytest.mark.parametrize("options", [{"num_active": 6}, {"layers": "layer"}])
+def test_what_the_model_cannot_have_is_refused_before_the_first_validation(options):
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[DynamicLayerSelection(**options)],
+    )
+    with pytest.raises(ValueError, match=r"num_active=6|layers='layer'"):
+        trainer.fit(Validated(), Batches(batches(2)), Batches(batches(1)))
+
+
+class SkipsLayer(Toy):
+    """Layer 1 takes part in no forward, and nothing but layers trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.requires_grad_(False)
+
+    def loss(self, batch):
+        x = batch
+        for layer in (self.layers[0], *self.layers[2:]):
+            x = layer(x)
+        return self.head(x).square().mean()
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_active_layers_that_no_forward_runs_through_are_named(interval):
+    module = SkipsLayer()
+    before = flags(module)
+    dls = DynamicLayerSelection(policy="fixed", fixed_layers=[1], interval=interval)
+    if interval == 1:  # every step scores, with the gradients of all layers
+        record(module, dls, batches(3))
+    else:
+        with pytest.raises(ValueError, match=r"active layers \[1\] took no part.*fixed_layers"):
+            record(module, dls, batches(3))
+    assert flags(module) == before
+
+
+class TwoTowers(Toy):
+    """Two lists of layers in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.ModuleList([Block() for _ in range(3)])
+        for block in self.tower:
+            block.norm.requires_grad_(False)
+
+    def loss(self, batch):
+        x = batch
+        for layer in self.tower:
+            x = layer(x)
+        return super().loss(x)
+
+
+def both():
+    return [
+        DynamicLayerSelection(layers="layers", num_active=2, interval=2, policy="sample", seed=3),
+        DynamicLayerSelection(layers="tow*", num_active=1, interval=3, policy="sample", seed=4),
+    ]
+
+
+def test_two_lists_of_layers_are_selected_from_by_a_callback_each(tmp_path):
+    data, selections, run = batches(9), both(), Recorder()
+    straight = TwoTowers()
+    fit(straight, data, *selections, run, Saves(tmp_path), logger=CSVLogger(tmp_path, "log", "0"))
+    for name, count in (("layers", 2), ("tower", 1)):
+        blocks = range(len(getattr(straight, name)))
+        for grads in run.grads:
+            assert sum(grads[f"{name}.{i}.up.weight"] is not None for i in blocks) == count
+    logged = (tmp_path / "log" / "0" / "metrics.csv").read_text()
+    assert "dls/score/04" in logged
+    assert "dls/tower/score/02" in logged
+
+    resumed, again = TwoTowers(), both()
+    fit(resumed, data, *again, ckpt_path=tmp_path / "4.ckpt")
+    assert [dls.active for dls in again] == [dls.active for dls in selections]
+    for name, parameter in straight.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name))
+
+
+def test_two_callbacks_for_one_list_are_refused():
+    module = TwoTowers()
+    before = flags(module)
+    with pytest.raises(ValueError, match=r"Two DynamicLayerSelection callbacks.*'layers\.0'"):
+        fit(module, batches(2), both()[0], DynamicLayerSelection(layers="l*s"))
     assert flags(module) == before
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from rosa_lightning.history import Series, read_run
@@ -62,6 +62,22 @@ def test_lightnings_placeholder_is_no_number_of_the_run(tmp_path):
     assert list(read_run(tmp_path)) == ["loss"]
 
 
+@pytest.mark.parametrize("logger", [TensorBoardLogger, CSVLogger])
+def test_a_prefix_of_the_logger_is_left_out(tmp_path, logger):
+    logger = logger(tmp_path, name="", version="run", prefix="my-px")
+    logger.log_metrics({"train/loss": 2.5, "dls/score/00": 1.0, "epoch": 0}, step=3)
+    logger.save()
+    assert set(read_run(tmp_path / "run")) == {"train/loss", "dls/score/00", "epoch"}
+
+
+@pytest.mark.parametrize(
+    "tags", [{"f-one", "f-two"}, {"train/loss-val/a"}, {"a-train/loss", "b-train/loss"}]
+)
+def test_hyphens_of_other_projects_stay(tmp_path, tags):
+    write(tmp_path, {tag: {0: 1.0} for tag in tags})
+    assert set(read_run(tmp_path)) == tags
+
+
 @pytest.mark.parametrize("name", ["missing", "file"])
 def test_what_is_no_folder_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("")
@@ -71,6 +87,9 @@ def test_what_is_no_folder_is_refused(tmp_path, name):
 
 def test_a_folder_without_numbers_is_refused_and_a_run_below_it_named(tmp_path):
     with pytest.raises(ValueError, match="holds no logged number") as error:
+        read_run(tmp_path)
+    (tmp_path / "events.out.tfevents.1.host").write_bytes(b"no events")
+    with pytest.raises(ValueError, match="holds no logged number that can be read") as error:
         read_run(tmp_path)
     assert "such as" not in str(error.value)
     for age, name in ((200, "version_0"), (100, "version_1")):

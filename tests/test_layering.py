@@ -31,7 +31,7 @@ FLOORS = {
     "rules": 0.6,
     "gradients": 0,
     "moments": 0,
-    "preconditions": 0,
+    "preconditions": 0.1,
     "answers": 0,
     "hub_rows": 0,
     "benchmarks": 0.2,

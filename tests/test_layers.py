@@ -1,5 +1,7 @@
+import peft
 import pytest
 import torch
+from conftest import build
 from torch import nn
 
 from rosa_lightning.layers import find_layers
@@ -83,6 +85,34 @@ def test_a_model_without_layers_is_told_so():
         find_layers(nn.Linear(2, 2))
 
 
+def test_lists_that_are_passed_over_are_named_with_the_reason():
+    root = nn.ModuleDict({"frozen": Model(2).requires_grad_(False), "one": Model(1)})
+    root["mixed"] = nn.ModuleList([Block(), nn.Linear(4, 4)])
+    root["chain"] = nn.Sequential(nn.Linear(4, 4))
+    for layer in (*root["one"].layers, root["mixed"][0]):
+        layer.attention.adapters = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="found 0") as error:
+        find_layers(root)
+    for told in (
+        "frozen.layers (nothing in it trains)",
+        "one.layers (one block alone)",
+        "mixed (of different classes: Block, Linear)",
+        "chain (a Sequential)",
+    ):
+        assert told in str(error.value)
+
+
+def test_a_pattern_names_the_one_list_whose_path_it_matches():
+    root = nn.ModuleDict({"encoder": Model(3), "decoder": Model(5)})
+    assert len(find_layers(root, "dec*.layers")) == 5
+    with pytest.raises(
+        ValueError, match=r"'\*.layers' matches 2 lists.*encoder.layers, decoder.layers"
+    ):
+        find_layers(root, "*.layers")
+    with pytest.raises(ValueError, match=r"'vision\.\*' matches nothing"):
+        find_layers(root, "vision.*")
+
+
 def test_a_path_that_matches_nothing_names_the_nearest():
     root = nn.ModuleDict({"encoder": Model(), "decoder": Model()})
     with pytest.raises(ValueError, match=r"'encoder.layer' matches nothing.*encoder.layers"):
@@ -124,6 +154,36 @@ def test_layers_that_share_a_parameter_are_refused():
     root.layers[2].attention = root.layers[0].attention
     with pytest.raises(ValueError, match=r"'layers.2.attention.*also belongs to layer 'layers.0'"):
         find_layers(root)
+
+
+def test_layers_that_share_a_frozen_norm_are_refused():
+    root = Model()
+    root.layers[0].input_layernorm.requires_grad_(False)
+    root.layers[2].input_layernorm = root.layers[0].input_layernorm
+    with pytest.raises(ValueError, match=r"scores layer 'layers.2'.*layer 'layers.0'.*norms="):
+        find_layers(root)
+    assert len(find_layers(root, norms="post*")) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("pattern", [None, "*layernorm", "*layernorm*"])
+@pytest.mark.parametrize("wrapped", [[], ["input_layernorm"], ["*"], "tuned"])
+def test_norms_that_peft_trains_score_with_the_weights_that_take_gradients(wrapped, pattern):
+    base = build("llama")
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if wrapped == "tuned":
+        config = peft.LNTuningConfig(target_modules=names)
+    else:
+        kept = names if wrapped == ["*"] else wrapped
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=kept)
+    model = peft.get_peft_model(base, config)
+    layers = find_layers(model, norms=pattern)
+    for layer in layers:
+        for norm in layer.norms:
+            norm.requires_grad_(True)
+    model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
+    assert [len(layer.norms) for layer in layers] == [2, 2]
+    assert all(norm.grad is not None for layer in layers for norm in layer.norms)
 
 
 def test_layers_wrapped_by_the_compiler_are_seen_through():

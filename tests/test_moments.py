@@ -2,6 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torchao.optim
 from torch import nn, optim
 
 from rosa_lightning.moments import (
@@ -98,6 +99,69 @@ def test_freed_moments_hold_no_memory():
     saved = optimizer.state_dict()
     assert list(saved["state"]) == [1]
     OPTIMIZERS["adamw"](weights()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamWFp8"])
+@torch.compiler.set_stance("force_eager")
+def test_moments_of_eight_bits_are_reset_in_place(name):
+    source = torch.Generator().manual_seed(0)
+    # Smaller weights than this have moments of 32 bits.
+    weight = nn.Parameter(torch.randn(64, 64, generator=source))
+    optimizer = getattr(torchao.optim, name)([weight], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.randn(64, 64, generator=source)
+        optimizer.step()
+    new = nn.Parameter(weight.detach().clone())
+    entry = optimizer.state[weight]["exp_avg"]
+    check_moments("reset", [optimizer], [weight])
+    reset_moments([optimizer], [weight])
+    assert optimizer.state[weight]["exp_avg"] is entry
+    fresh = getattr(torchao.optim, name)([new], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.randn(64, 64, generator=source)
+        new.grad = weight.grad.clone()
+        optimizer.step()
+        fresh.step()
+        torch.testing.assert_close(weight, new, rtol=0, atol=0)
+
+
+class Noting(optim.AdamW):
+    """An optimizer of somebody else, with an entry of its own."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["noted"] = 1
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda p: optim.Rprop(p, lr=torch.tensor(0.1), capturable=True), "prev"),
+        (optim.ASGD, "eta"),
+        (Noting, "noted"),
+    ],
+)
+def test_a_state_that_comes_with_the_first_step_is_refused_before_it(make, key):
+    parameters = weights()
+    optimizer = make(parameters)
+    with pytest.raises(ValueError, match=f"'{key}'.*Set moments='keep'"):
+        check_moments("reset", [optimizer], parameters)
+    assert not optimizer.state
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_an_optimizer_that_cannot_be_built_again_is_judged_by_the_state_it_has():
+    class Particular(optim.Rprop):
+        def __init__(self, parameters, secret):
+            super().__init__(parameters)
+
+    parameters = weights()
+    optimizer = Particular(parameters, 1)
+    check_moments("reset", [optimizer], parameters)
+    step(optimizer, parameters, 0)
+    with pytest.raises(ValueError, match="'prev'"):
+        check_moments("reset", [optimizer], parameters)
 
 
 def test_parameters_without_state_are_passed_over_and_get_none():

@@ -40,6 +40,12 @@ def test_scores_that_are_all_zero_are_drawn():
     assert np.isfinite(colours(np.array([[True, False]]), np.zeros((1, 2)))).all()
 
 
+def test_what_is_no_score_is_drawn_like_zero_and_hides_no_other():
+    active = np.array([[True, True, False, False]])
+    drawn = colours(active, np.array([[2.0, np.nan, 1.0, np.inf]]))
+    assert (drawn == colours(active, np.array([[2.0, 0.0, 1.0, 0.0]]))).all()
+
+
 def test_many_selections_share_columns_by_their_average():
     """Active in every second selection: each column is as blue as any other, half-way to grey."""
     active = (np.arange(2560) % 2 == 0)[:, None] & np.ones((1, 2), bool)
