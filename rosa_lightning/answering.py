@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rosa_lightning.base import BaseIdentity, Dtype, context_length
 from rosa_lightning.evaluate import (
@@ -72,6 +73,15 @@ class Answering(LightningModule):
         for task in check_exercises(exercises, self.evaluation, context):
             rank_zero_info(f"likelihood leaves out {task}: it has no candidates to choose from.")
 
+        lengths = [len(example.prompt) for example in examples]
+        short = sum(length + self.max_new_tokens > (context or math.inf) for length in lengths)
+        if short and "generate" in self.evaluation.protocols:
+            rank_zero_warn(
+                f"{short} of {len(lengths)} test prompts leave fewer than max_new_tokens="
+                f"{self.max_new_tokens} of the {context} tokens that model.base reads. Lower "
+                "model.max_new_tokens, or data.max_length to cut them."
+            )
+
     def on_test_start(self) -> None:
         """Get ready to answer and to count, under each protocol."""
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -121,6 +131,8 @@ class Answering(LightningModule):
             "template": getattr(datamodule, "template", None),
             **asdict(self.evaluation),
             "max_new_tokens": self.max_new_tokens,
+            "max_length": getattr(datamodule, "max_length", None),
+            "cut_prompts": getattr(datamodule, "cut_prompts", None),
             "dtype": self.dtype_of_base,
             "quantization": self.quantization,
             "precision": self.trainer.precision,

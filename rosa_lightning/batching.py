@@ -58,6 +58,8 @@ class OverlongCount:
     """Of these, records whose response lost its end."""
     sampled: bool = False
     """Whether only a sample was looked at."""
+    first: int | None = None
+    """Number of the first record that was too long."""
 
     def add(self, other: "OverlongCount") -> None:
         """Counts another part of the same source in."""
@@ -65,6 +67,15 @@ class OverlongCount:
         self.too_long += other.too_long
         self.responses_cut += other.responses_cut
         self.sampled |= other.sampled
+        self.first = other.first if self.first is None else self.first
+
+    def prompts_message(self, source: str, max_length: int) -> str:
+        """The warning to give where prompts to answer were cut."""
+        return (
+            f"source {source}: {self.too_long} of {self.total} prompts, record {self.first} first, "
+            f"are longer than data.max_length={max_length} tokens and lost their beginning; raise "
+            "it."
+        )
 
     def message(self, source: str, max_length: int, overlong: Overlong) -> str:
         """The warning to give when there are any."""
@@ -121,6 +132,7 @@ class Encoder:
         for record, body, reply, answer in self._tokenized(records):
             if len(self._prefix) + len(body) + len(reply) > self.max_length:
                 count.too_long += 1
+                count.first = record.index if count.first is None else count.first
                 if self.overlong == "drop" and self.with_response:
                     continue
                 whole = len(reply)

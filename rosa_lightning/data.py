@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +21,14 @@ from rosa_lightning.batching import (
     TrainCollator,
     encode_all,
 )
-from rosa_lightning.leakage import Leakage, decontaminate, leaked, leaked_benchmarks, question_keys
+from rosa_lightning.leakage import (
+    Leakage,
+    leaked,
+    leaked_benchmarks,
+    question_digest,
+    question_keys,
+    split_leaked,
+)
 from rosa_lightning.mixture import (
     LongestFirst,
     MixtureSampler,
@@ -34,6 +42,7 @@ from rosa_lightning.own_tasks import with_own_tasks
 from rosa_lightning.sources import (
     Purpose,
     Source,
+    as_source,
     load_records,
     source_list,
     weighted_sources,
@@ -86,8 +95,8 @@ class ReasoningDataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        sources: Literal["demo"] | list[SourceLike] = "demo",
-        test_sources: Literal["demo"] | list[SourceLike] | None = None,
+        sources: Literal["demo"] | list[str | SourceLike] = "demo",
+        test_sources: Literal["demo"] | list[str | SourceLike] | None = None,
         predict_sources: list[str | SourceLike] | None = None,
         tasks: list[dict[str, Any]] | None = None,
         tokenizer: str | Any | None = None,
@@ -113,10 +122,11 @@ class ReasoningDataModule(LightningDataModule):
         _check_one_of("template", template, get_args(Template))
         _check_one_of("overlong", overlong, get_args(Overlong))
         _check_one_of("stop", stop, get_args(Stop))
-        if temperature is not None and not temperature > 0:
+        is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+        if temperature is not None and not (is_number and temperature > 0):
             raise ValueError(
-                f"temperature={temperature} is not above 0. Set data.temperature; 1 mixes by "
-                "size, 3 draws the shares together, null leaves them to the weights."
+                f"temperature={temperature!r} is no number above 0. Set data.temperature; 1 mixes "
+                "by size, 3 draws the shares together, null leaves them to the weights."
             )
         if not 0 <= val_fraction < 1:
             raise ValueError(
@@ -138,6 +148,10 @@ class ReasoningDataModule(LightningDataModule):
         self._seen = [0] * len(self.sources)  # on this rank, since the start or the resumption
         self._seen_before = [0] * len(self.sources)  # on all ranks, as a checkpoint says
         self._logged_step = 0
+        self._trained_on: dict[str, Any] | None = None
+        self._left_out: list[str] = []
+        self.cut_prompts: dict[str, int] = {}
+        """Prompts of each test and predict source that lost their beginning."""
         self._train: list[Sequence[Example]] | None = None  # a sequence a source
         self._val: list[Sequence[Example]] = []
         self._prompts: dict[str, list[Example]] = {}
@@ -160,18 +174,26 @@ class ReasoningDataModule(LightningDataModule):
         """The prompts of the test sources in their order; there after `setup("test")`."""
         return self._prompts.get("test", [])
 
-    def leaked_records(self) -> list[Record]:
-        """The test records whose question stands in the training sources, which are read for it.
+    def leaked_records(self) -> tuple[list[Record], list[str]]:
+        """The test records whose question was trained on, and the sources looked through for them.
 
-        Raises OSError or ValueError for training sources that cannot be read.
+        These are the sources of the training, as the checkpoint remembers them, but for questions
+        that were left out of it; without a checkpoint those of `sources`. Raises OSError or
+        ValueError for sources that cannot be read.
         """
+        known = self._trained_on or {}
+        sources = [as_source(fields, self.tasks) for fields in known.get("sources", self.sources)]
+        seed = known.get("seed", self.seed)
+        left_out = frozenset(known.get("left_out", ()))
         train = (
             record
-            for source in self.sources
-            for record in load_records(source, "audit", self.tasks, self.seed)
+            for source in sources
+            for record in load_records(source, "audit", self.tasks, seed)
         )
         test = [example.record for example in self.test_examples]
-        return [test[position] for position in leaked(train, test).exact]
+        found = [test[position] for position in leaked(train, test).exact]
+        places = [source.place for source in sources]
+        return [record for record in found if question_digest(record) not in left_out], places
 
     # Reading.
 
@@ -223,7 +245,9 @@ class ReasoningDataModule(LightningDataModule):
         examples: list[Example] = []
         for source in sources:
             encoded, count = encoder(load_records(source, purpose, self.tasks, self.seed))
-            self._report_overlong(source.label, count, "cut")
+            self.cut_prompts[source.label] = count.too_long
+            if count.too_long:
+                rank_zero_warn(count.prompts_message(source.label, self.max_length))
             examples += encoded
         return examples
 
@@ -247,6 +271,14 @@ class ReasoningDataModule(LightningDataModule):
             sources.append(examples)
             val.append(held_examples)
         self._train, self._val = sources, val
+        self._trained_on = {
+            "sources": [
+                asdict(replace(source, path=source.path and str(Path(source.path).resolve())))
+                for source in self.sources
+            ],
+            "seed": self.seed,
+            "left_out": self._left_out,
+        }
         self._report_mixture()
 
     def _decontaminated(self, records: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
@@ -254,7 +286,9 @@ class ReasoningDataModule(LightningDataModule):
         if not self.decontaminate or not self.test_sources:
             return list(records)
         tested = self._test_questions()
-        kept = [decontaminate(source, tested) for source in records]
+        parts = [split_leaked(source, tested) for source in records]
+        self._left_out = sorted({question_digest(r) for _, dropped in parts for r in dropped})
+        kept = [part for part, _ in parts]
         for name, before, after in zip(self.source_names, records, kept, strict=True):
             if not len(after):
                 raise ValueError(
@@ -483,10 +517,15 @@ class ReasoningDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained on, and the settings that the order depends on."""
-        return {"seen": self.examples_seen(), "order": self._order_settings()}
+        return {
+            "seen": self.examples_seen(),
+            "order": self._order_settings(),
+            "trained_on": self._trained_on,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting; warns if the order is not the one that the checkpoint was in."""
+        self._trained_on = state_dict.get("trained_on")
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         self._seen_before = [state_dict["seen"].get(name, 0) for name in self.source_names]

@@ -204,7 +204,9 @@ class Evaluation:
         # Papers read all that was written, the next exercise included.
         strict = config.rules == "strict" and template is not None
         self.stop = NEXT_EXERCISE.get(str(template), ()) if strict else ()
-        settings = [config.num_beams, config.rules, config.length_normalized, max_new_tokens]
+        asked = {name: known_tasks[name] for name in tasks if name in known_tasks}
+        kinds = {name: [task.format, task.labels, task.response] for name, task in asked.items()}
+        settings = [kinds, config.num_beams, config.rules, config.length_normalized, max_new_tokens]
         self.digest = _digest([settings, template, made_with])
         """Of all that decides the answer to a prompt; equal for equal evaluations."""
         self.answered: Mapping[str, dict[str, Any]] = {}
@@ -394,7 +396,7 @@ def check_exercises(
         if context is not None and length >= context:
             raise ValueError(
                 f"{where} has a prompt of {length} tokens, and model.base reads {context} at most, "
-                f"its answer included. Set data.max_length below {context} to cut the prompt's "
+                f"answers included. Set data.max_length below {context} to cut the prompt's "
                 "beginning, or take the record out."
             )
         if "likelihood" in config.protocols:

@@ -20,6 +20,7 @@ The threshold comes from reading pairs of the LLM-Adapters files (the first 60 %
   test sets WinoGrande stands out, 314 of 760: it was written in pairs that differ by a few words.
 """
 
+import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -69,13 +70,26 @@ def question_keys(records: Iterable[Record]) -> frozenset[str]:
     return frozenset(map(question_key, records))
 
 
+def question_digest(record: Record) -> str:
+    """What a record asks, as 16 characters: what a checkpoint remembers of a question."""
+    return hashlib.blake2b(question_key(record).encode(), digest_size=8).hexdigest()
+
+
 def decontaminate(records: Sequence[Record], test_questions: Collection[str]) -> Sequence[Record]:
     """The records whose question is none of `test_questions`, which `question_keys` gives.
 
     Near matches stay: a question in like words may be another one, so that is for people to judge.
     """
-    kept = (question_key(record) not in test_questions for record in records)
-    return select(records, np.fromiter(kept, dtype=np.bool_, count=len(records)))
+    return split_leaked(records, test_questions)[0]
+
+
+def split_leaked(
+    records: Sequence[Record], test_questions: Collection[str]
+) -> tuple[Sequence[Record], Sequence[Record]]:
+    """The records that `decontaminate` keeps, and those that it leaves out."""
+    found = (question_key(record) in test_questions for record in records)
+    is_leaked = np.fromiter(found, dtype=np.bool_, count=len(records))
+    return select(records, ~is_leaked), select(records, is_leaked)
 
 
 def leaked(train: Iterable[Record], test: Sequence[Record]) -> Leakage:

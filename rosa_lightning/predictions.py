@@ -107,6 +107,7 @@ class ResultWriter(Callback):
         self._part: TextIO | None = None
         self._earlier: list[Path] = []
         self._num_resumed = 0
+        self._earlier_seconds = 0.0
         self._number = 0
         self._since = 0.0
 
@@ -121,6 +122,7 @@ class ResultWriter(Callback):
         parts = sorted(part for place in near for part in place.glob("predictions.part*.jsonl"))
         self._earlier, evaluation.answered = _read_parts(parts, evaluation.digest)
         self._num_resumed = len(evaluation.answered)
+        self._earlier_seconds = _seconds(evaluation.answered.values())
         if self._earlier:
             names = ", ".join(map(str, self._earlier))
             rank_zero_info(f"going on with {self._num_resumed} answers of {names}")
@@ -147,7 +149,8 @@ class ResultWriter(Callback):
         """Keep a batch's answers."""
         assert self._part is not None
         digest = pl_module.evaluated.digest  # type: ignore[union-attr]
-        lines = [_line({"evaluation": digest, **item}) for item in outputs["items"]]
+        made = {"evaluation": digest, "elapsed_s": self._elapsed()}
+        lines = [_line(made | item) for item in outputs["items"]]
         self._part.write("".join(lines))
         self._part.flush()
 
@@ -158,16 +161,17 @@ class ResultWriter(Callback):
         trainer.strategy.barrier("answers written")
         if not trainer.is_global_zero:
             return
-        seconds = time.perf_counter() - self._since
+        seconds = self._elapsed()
         own = [self._path(rank) for rank in range(trainer.world_size)]
         module: Any = pl_module
         _, answered = _read_parts(own, module.evaluated.digest)
         items = _in_order(answered.values(), module.evaluated.config.protocols, trainer)
         for item in items:
-            del item["evaluation"], item["key"]
+            del item["evaluation"], item["elapsed_s"], item["key"]
         write_whole(self._target / PREDICTIONS, "".join(map(_line, items)))
-        leaked, reason = _leaked(trainer)
+        leaked, places, reason = _leaked(trainer)
         about = module.about_evaluation() | {
+            "leaked_from": places,
             "wall_time_s": round(seconds, 3),
             "resumed_answers": self._num_resumed,
             "world_size": trainer.world_size,
@@ -186,6 +190,10 @@ class ResultWriter(Callback):
         """Close this rank's part, which stays to go on from."""
         if self._part is not None:
             self._part.close()
+
+    def _elapsed(self) -> float:
+        """Seconds that this evaluation took so far, earlier runs of it included."""
+        return self._earlier_seconds + time.perf_counter() - self._since
 
     def _path(self, rank: int) -> Path:
         return self._target / f"predictions.part{self._number}.rank{rank}.jsonl"
@@ -225,6 +233,11 @@ def _read_parts(parts: Iterable[Path], digest: str) -> tuple[list[Path], dict[st
     return found, answered
 
 
+def _seconds(answered: Iterable[dict[str, Any]]) -> float:
+    """How long earlier runs took, those before them included, up to their last answers."""
+    return max((float(item.get("elapsed_s", 0)) for item in answered), default=0.0)
+
+
 def _in_order(
     items: Iterable[dict[str, Any]], protocols: Sequence[str], trainer: Trainer
 ) -> list[dict[str, Any]]:
@@ -240,16 +253,16 @@ def _in_order(
     return sorted(items, key=position)
 
 
-def _leaked(trainer: Trainer) -> tuple[dict[str, int] | None, list[str]]:
-    """How many test records of each task stand in the training data, or why that is not known."""
+def _leaked(trainer: Trainer) -> tuple[dict[str, int] | None, list[str] | None, list[str]]:
+    """How many test records of each task were trained on, from where, or why that is not known."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     if not hasattr(datamodule, "leaked_records"):
-        return None, []
+        return None, None, []
     try:
-        records = datamodule.leaked_records()
+        records, places = datamodule.leaked_records()
     except (OSError, ValueError) as error:
-        return None, [" ".join(str(error).split())]
+        return None, None, [" ".join(str(error).split())]
     counts: dict[str, int] = {}
     for record in records:
         counts[record.task] = counts.get(record.task, 0) + 1
-    return counts, []
+    return counts, places, [f"Leaked: questions that stand in {', '.join(places)}."]

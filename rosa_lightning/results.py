@@ -187,8 +187,8 @@ def _leak_note(leaked: Mapping[str, int] | None) -> str:
     if leaked is None:
         return "Leaked: unknown, for the training data could not be read."
     return (
-        "* Questions of this benchmark stand in data.sources: a model trained on these may have "
-        "seen the answers."
+        "* Questions of this benchmark stand in the training data: a model trained on these may "
+        "have seen the answers."
     )
 
 

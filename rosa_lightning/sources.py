@@ -245,7 +245,7 @@ def load_records(
 
 def _streams(source: Source, purpose: Purpose, size: int) -> bool:
     """Whether records stay on disk; `size` is that of the data in bytes."""
-    if purpose != "train":
+    if purpose not in ("train", "audit"):
         return False
     return size >= _STREAM_FROM if source.stream is None else source.stream
 

@@ -108,9 +108,9 @@ def fit(data_module, ckpt_path=None, **options):
         ({"val_fraction": 1.0}, ValueError, r"val_fraction=1.0 is outside \[0, 1\)"),
         ({"template": "chatml"}, ValueError, "template='chatml' is none of alpaca, chat, plain"),
         ({"stop": "never"}, ValueError, "stop='never' is none of total, first_exhausted, over"),
-        ({"temperature": 0}, ValueError, "temperature=0 is not above 0"),
-        ({"temperature": -1.0}, ValueError, "temperature=-1.0 is not above 0"),
-        ({"temperature": float("nan")}, ValueError, "temperature=nan is not above 0"),
+        ({"temperature": 0}, ValueError, "temperature=0 is no number above 0"),
+        ({"temperature": -1.0}, ValueError, "temperature=-1.0 is no number above 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature=nan is no number above 0"),
         (
             {"temperature": 2, "sources": [{"path": "a.json", "weight": 1}]},
             ValueError,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from rosa_lightning.evaluate import (
     generate,
     weights_digest,
 )
-from rosa_lightning.tasks import Record
+from rosa_lightning.tasks import TASKS, Record
 
 
 @pytest.fixture
@@ -180,10 +182,11 @@ def test_tasks_without_candidates_are_left_out_of_likelihood_and_alone_refused()
         check_exercises([(number, 9)], only, 100)
 
 
-def evaluation(base, **options) -> Evaluation:
+def evaluation(base, known_tasks=TASKS, **options) -> Evaluation:
     model, tokenizer = base
     config = EvaluationConfig(protocols=("likelihood",), **options)
-    return Evaluation(model.eval(), tokenizer, config, 4, tasks=["boolq", "gsm8k"])
+    tasks = ["boolq", "gsm8k"]
+    return Evaluation(model.eval(), tokenizer, config, 4, tasks=tasks, known_tasks=known_tasks)
 
 
 def exercise(tokenizer, choices: list[tuple[str, ...]], tasks: list[str]) -> dict:
@@ -227,6 +230,8 @@ def test_an_answer_is_taken_over_only_if_all_that_it_depends_on_is_equal(base):
     again = evaluation(base)
     assert again.digest == first.digest
     assert evaluation(base, length_normalized=True).digest != first.digest
+    own = {"boolq": replace(TASKS["boolq"], labels=("yes", "no"))}
+    assert evaluation(base, known_tasks=TASKS | own).digest != first.digest
     again.answered = {item["key"]: {**item, "answer": "taken over"} for item in items}
     assert [item["answer"] for item in again.step(batch)] == ["taken over"] * 2
     other = exercise(tokenizer, [("true", "false"), ("false", "true")], ["boolq"] * 2)

@@ -116,7 +116,12 @@ def read(folder: Path) -> tuple[list[dict], dict]:
 
 def plain(results: dict) -> dict:
     """Results without what differs from run to run."""
-    return {k: v for k, v in results.items() if k not in ("wall_time_s", "resumed_answers")}
+    passing = ("wall_time_s", "resumed_answers", "leaked_from")
+    return {key: value for key, value in results.items() if key not in passing}
+        k: v
+        for k, v in results.items()
+        if k not in ("wall_time_s", "resumed_answers", "leaked_from")
+    }
 
 
 def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
@@ -143,8 +148,47 @@ def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
     assert rows["likelihood", "boolq"]["format_failure_rate"] is None
     assert results["model"] == f"{base_folder}, without an adapter"
     assert results["template"] == "alpaca"
+    assert results["leaked_from"] == [str(tmp_path / "train.json")]
+    assert results["cut_prompts"] == {"boolq": 0, "gsm8k": 0}
     assert "boolq*" in capsys.readouterr().out
     assert not list(tmp_path.glob("*part*"))
+
+
+@pytest.mark.parametrize("decontaminate", [True, False])
+def test_leaks_are_those_of_the_training_whatever_the_configuration_says_now(
+    decontaminate, base_folder, tmp_path, capsys
+):
+    data = test_data(tmp_path, decontaminate=decontaminate)
+    more = [{"instruction": f"{n}?", "output": "no", "answer": "false"} for n in range(9)]
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps(json.loads(train.read_text()) + more))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    module = RoSAModule(str(base_folder), RoAEConfig(rank=2), max_new_tokens=2)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    other = [{"instruction": "Of no benchmark.", "output": "no", "answer": "false"}]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    tests = [{"path": str(tmp_path / "boolq.json")}, {"path": str(tmp_path / "gsm8k.json")}]
+    now = ReasoningDataModule(
+        sources=[str(tmp_path / "other.json")], test_sources=tests, batch_size=4, max_length=300
+    )
+    tester = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[ResultWriter()]
+    )
+    tester.test(module, now, ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    _, results = read(tmp_path)
+    leaked = {row["task"]: row["leaked"] for row in results["results"]}
+    assert leaked == ({"boolq": 0, "gsm8k": 0} if decontaminate else {"boolq": 3, "gsm8k": 2})
+    assert results["leaked_from"] == [str(train)]
+    assert ("boolq*" in capsys.readouterr().out) is not decontaminate
 
 
 def test_training_data_that_cannot_be_read_leave_the_leaks_unknown(base_folder, tmp_path, capsys):
