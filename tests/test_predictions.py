@@ -118,10 +118,6 @@ def plain(results: dict) -> dict:
     """Results without what differs from run to run."""
     passing = ("wall_time_s", "resumed_answers", "leaked_from")
     return {key: value for key, value in results.items() if key not in passing}
-        k: v
-        for k, v in results.items()
-        if k not in ("wall_time_s", "resumed_answers", "leaked_from")
-    }
 
 
 def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(

@@ -105,9 +105,18 @@ def compare_generate(model, tokenizer, examples: list[Example], options) -> None
     together, *others = (one() for one in ways.values())
     assert all(texts == together for texts in others)
     compare(ways, len(examples), options.rounds)
+    def endless_transformers(part: list[Example]) -> list[list[int]]:
+        given = inputs(part)
+        ids = model.generate(
+            **given, min_new_tokens=128, max_new_tokens=128, do_sample=False, eos_token_id=-1
+        )
+        return ids[:, given["input_ids"].shape[1] :].tolist()
+
     ways = {
         f"128 tokens each, batch {size}": way(endless, size),
         "128 tokens each, batch 1": way(endless, 1),
+        f"128 tokens each, transformers' generate, batch {size}": way(endless_transformers, size),
+        "128 tokens each, transformers' generate, batch 1": way(endless_transformers, 1),
     }
     compare(ways, len(examples), options.rounds)
 
