@@ -6,8 +6,8 @@ LLM-Adapters' `evaluate.py` and `commonsense_evaluate.py`, with their errors, fo
 compare with the field's.
 
 Numbers may have a sign, thousands separators, decimals, an exponent, a currency or percent sign, a
-unit; they may be fractions (3/4, 1 1/2, \frac{3}{4}) and stand after `####` or in `\boxed{}`. A
-percent sign is a unit: 50 % is 50, as the benchmarks' gold answers have it.
+unit; they may be fractions (3/4, 1 1/2, 1 and 1/2, \frac{3}{4}, \frac34) and stand after `####` or
+in `\boxed{}`. A percent sign is a unit: 50 % is 50, as the benchmarks' gold answers have it.
 """
 
 import re
@@ -23,35 +23,49 @@ NUMBER_TOLERANCE = 1e-3
 
 # --- what a number looks like ---------------------------------------------------------------
 
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+# Thousands: 1,234, and LaTeX's 1{,}234 and 1\,234.
+_INTEGER = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
 # "$118 000": only after a currency sign, or two numbers side by side would be one.
 _SPACED = r"(?<=[$€£])\d{1,3}(?: \d{3})+(?!\d)"
-_LATEX = rf"\\[dt]?frac\s*\{{\s*-?{_INTEGER}\s*\}}\s*\{{\s*{_INTEGER}\s*\}}"
+# TeX takes a digit without braces for a whole argument: \frac12 is 1/2.
+_ABOVE, _BELOW = (rf"(?:\{{\s*{sign}{_INTEGER}\s*\}}|\d)" for sign in ("-?", ""))
+_LATEX = rf"\\[dt]?frac\s*{_ABOVE}\s*{_BELOW}"
 # Not within a date (3/4/2020), and not before decimals.
 _SLASHED = rf"(?<!/){_INTEGER}/{_INTEGER}(?![\d/]|[.,]\d)"
-_FRACTION = rf"(?:{_INTEGER}\s*)?{_LATEX}|(?:{_INTEGER}[ \u00a0]+)?{_SLASHED}"
-# A sign counts only where no operand stands before it: in "17-9" the minus is an operator.
-_SIGN = r"(?:(?<![\w)\]}%.])[-+\u2212])?"
+_AND = r"(?:and[ \u00a0]+)?"
+_FRACTION = rf"(?:{_INTEGER}\s*{_AND})?{_LATEX}|(?:{_INTEGER}[ \u00a0]+{_AND})?{_SLASHED}"
+# A minus sign is also written as an en dash. A sign counts only where no operand stands before it:
+# in "17-9" the minus is an operator.
+_SIGNS = r"[-+\u2212\u2013]"
+_SIGN = rf"(?:(?<![\w)\]}}%.]){_SIGNS})?"
 _CURRENCY = r"\\?[$€£]\s?"
-_BEFORE = rf"(?:{_SIGN}(?:{_CURRENCY})?|{_CURRENCY}[-+\u2212])(?<!\w)"
+_BEFORE = rf"(?:{_SIGN}(?:{_CURRENCY})?|{_CURRENCY}{_SIGNS})(?<!\w)"
 _NUMBER = rf"{_BEFORE}(?:{_FRACTION}|{_SPACED}|{_DECIMAL})"
 
 # --- where an answer is stated --------------------------------------------------------------
 
-_STATED = r"\b(?:answer|option|choice)\s*(?:is|are|was|would be|equals|=|:)|####|\\boxed\s*\{"
+_SAYS = r"\s*(?:is|are|was|would be|equals|=|:)|####|\\boxed\s*\{"
+_STATED = rf"\b(?:answer|option|choice){_SAYS}"
+# "One option is 3 packs" states no number.
+_NUMBER_STATED = rf"\banswer{_SAYS}"
 # Possessive, as working may begin with the same characters: no backtracking on long blanks.
 _MARKUP = r"(?:\\text\s*\{|\\(?![dt]?frac)|[\s*:_({\[])*+"
 _HEDGE = r"(?:(?:about|approximately|around|exactly|only|roughly|still)\s+)?"
-_WORKING = r"(?:[a-zA-Z]\s*=\s*)?(?:[\d\s.,+*/()$\u2212-]*=\s*)?"
-"""The left side of "the answer is 58 + 94 = 152", or of "x = 5"."""
+_TERMS = (
+    r"(?:[\d+*/()${}^%\u00d7\u00f7\u00b7\u2212\u2013-]|[^\S\n]|[.,](?=\d)|[xX](?=\s*+[\d($\\])|of\b"
+    r"|\\(?:times|cdot|div|[dt]?frac|[,$%]))*+"
+)
+# Possessive for the same reason. A full stop or line break ends the working: "5. 2 + 2 = 4" says 5.
+_WORKING = rf"(?:[a-zA-Z]\s*+=\s*+)?(?:{_TERMS}=\s*+)*"
+"""What stands before the last "=" of "the answer is 20% of 50 = 2 * 5 = 10", or of "x = 5"."""
 
 
 @cache
 def _patterns(form: AnswerFormat, labels: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
     """Patterns whose group 1 is an answer: where one is stated, then where one only stands."""
     if form == "number":
-        stated = rf"(?i:{_STATED}){_MARKUP}(?i:{_HEDGE}){_WORKING}({_NUMBER})"
+        stated = rf"(?i:{_NUMBER_STATED}){_MARKUP}(?i:{_HEDGE}){_WORKING}({_NUMBER})"
         return re.compile(stated), re.compile(f"({_NUMBER})")
     # Longest first, or "yes" would be found in "yes and no".
     names = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
@@ -111,8 +125,9 @@ def _paper(form: AnswerFormat, labels: tuple[str, ...], text: str) -> str | None
 
 def _plain_number(written: str) -> str:
     """A match of `_NUMBER` in digits alone: -1200, 2.50, 3/4, 1 1/2."""
-    plain = re.sub(r"\\?[,$€£+]", "", written.replace("\u2212", "-"))
-    plain = re.sub(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2", plain)
+    plain = re.sub(r"\{,\}|\\?[,$€£+]|and", "", re.sub("[\u2212\u2013]", "-", written))
+    above, below = r"(?:\{\s*(-?\d+)\s*\}|(\d))", r"(?:\{\s*(\d+)\s*\}|(\d))"
+    plain = re.sub(rf"\\[dt]?frac\s*{above}\s*{below}", r" \1\2/\3\4", plain)
     plain = " ".join(plain.split()).replace("- ", "-")
     return plain if "/" in plain else plain.replace(" ", "")
 

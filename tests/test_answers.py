@@ -145,11 +145,86 @@ def test_the_number_that_is_stated(text, answer):
     assert extract("number", (), text) == answer
 
 
-def test_long_blanks_and_digits_do_not_hang_the_search():
-    for filler in (" ", "(", "*", "9", "1,", "- ", "\\"):
-        for text in ("The answer is " + filler * 20_000, filler * 20_000):
-            find("number", (), text)
-            find("letter", LETTERS, text)
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{1{,}234}", "1234"),
+        (r"The answer is \$1{,}200", "1200"),
+        (r"\boxed{12\,345}", "12345"),
+        (r"\boxed{1{,}234{,}567.5} after 3 steps", "1234567.5"),
+        (r"So 5. \boxed{\frac12}", "1/2"),
+        (r"So 5. \boxed{-\dfrac1{20}}", "-1/20"),
+        (r"So 5. \boxed{1\frac{3}4}", "1 3/4"),
+    ],
+)
+def test_numbers_as_latex_writes_them(text, answer):
+    assert extract("number", (), text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 2 \u00d7 3 = 6", "6"),
+        ("The answer is 2 x 3 = 6", "6"),
+        ("The answer is 2x3=6", "6"),
+        (r"The answer is 2 \times 3 = 6", "6"),
+        ("The answer is 6 ÷ 3 = 2", "2"),
+        (r"The answer is 6 \div 3 = 2", "2"),
+        ("The answer is 2 * 3 = 6", "6"),
+        ("The answer is 3 \u2013 5 = \u20132", "-2"),
+        (r"The answer is \frac{1}{2} \cdot 4 = 2", "2"),
+        ("The answer is 20% of 50 = 10", "10"),
+        ("The answer is $3 x 4 = $12.", "12"),
+        ("The answer is 1 + 1 + 1 = 2 + 1 = 3.", "3"),
+        # Working that only follows an answer is not that answer's.
+        ("The answer is 5. 2 \u00d7 3 = 6", "5"),
+        ("The answer is 5, 2 \u00d7 3 = 6", "5"),
+        ("#### 5\n2 \u00d7 3 = 6", "5"),
+        ("The answer is 5 = five", "5"),
+    ],
+)
+def test_the_result_of_a_working_is_the_answer(text, answer):
+    assert extract("number", (), text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 3 and 1/2", "3 1/2"),
+        (r"The answer is 3 and \frac12", "3 1/2"),
+        ("The answer is 3 and 2 others", "3"),
+        ("The answer is \u20137", "-7"),
+        ("The answer is \u2013$7", "-7"),
+        ("on pages 3\u20137", "7"),
+        ("One option is 3 packs at $4 each. In total he pays 12 dollars.", "12"),
+        ("A choice: 3 packs. He pays 12 dollars.", "12"),
+    ],
+)
+def test_the_number_that_is_meant(text, answer):
+    assert extract("number", (), text) == answer
+
+
+def test_mixed_numbers_and_en_dashes_compare_as_what_they_are():
+    assert number("3 and 1/2") == Fraction(7, 2)
+    assert number("\u20133 and 1/2") == Fraction(-7, 2)
+    assert number(r"\frac12") == Fraction(1, 2)
+    assert number("1{,}234") == 1234
+
+
+@pytest.mark.parametrize(
+    "filler",
+    [
+        *(" ", "\n", "(", "*", "\\", "{", "}", "=", ".", "$", "\u2013", "- ", "= ", "x ", "of "),
+        *("9", "9 ", "9=", "{9}", "1/", "1,", "1{,}", "111,", "111{,}", "111\\,", "1 and "),
+        *("\\frac", "\\frac1", "\\frac{", "\\text{", "\\boxed{", "####", "answer is ", "x = "),
+    ],
+)
+def test_long_runs_of_anything_do_not_hang_the_search(filler):
+    """Quadratic time would take minutes here."""
+    run = filler * (100_000 // len(filler))
+    for text in (run, "The answer is " + run, f"The answer is 9 {run}", f"9{run}", "x = " + run):
+        find("number", (), text)
+        find("letter", LETTERS, text)
 
 
 def test_degenerate_numbers_equal_nothing_and_raise_nothing():

@@ -13,6 +13,7 @@ from rosa_lightning.tasks import (
     candidates,
     extract_answer,
     find_task,
+    needs_end,
     prompt,
     reference,
     same_answer,
@@ -198,6 +199,63 @@ def test_a_prompt_that_offers_an_answer_twice_has_no_candidates():
         candidates(asked("Which?\n\nAnswer format: answer1/answer2/answer2"))
 
 
+@pytest.mark.parametrize(
+    ("choices", "letter"),
+    [
+        ("(A) 5 (A) 6", "A"),
+        ("(A) 5 (A) 6 (B) 7 (C) 8", "A"),
+        ("(A) 5 (A) 6 (C) 7 (D) 8 (E) 9", "A"),
+        ("(A) 5 (B) 6 (C) 7 (D) 8 (A) 9", "A"),
+        ("(A) 5 (B) 6 (C) 7 (D) 8 (D) 9", "D"),
+    ],
+)
+def test_choices_that_use_a_letter_twice_are_refused(choices, letter):
+    with pytest.raises(ValueError, match=f"offers '{letter}' twice"):
+        candidates(asked(f"What? Answer Choices: {choices}", "aqua"))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        "(A) 5 (B) 6 (C) both (A) and (B) (D) neither (A) nor (B) (E) none",
+        "(A) 5 (B) 6 (C) 7 (D) 8 (E) both (A) and (C) but not (B) or (D)",
+        "(A) Both (B) and (C) hold (B) 5 (C) 6 (D) 7 (E) 8",
+        "(A) 5 (B) rule (A) holds (C) 7 (D) as (A) says (E) 8",
+        "(A) 5 (B) (A) and more (C) 7 (D) 2 x (A) (E) more than (D) is",
+    ],
+)
+def test_a_letter_in_the_text_of_a_choice_is_no_second_choice(choices):
+    asks = asked(f"Town (A) or (A) ? Answer Choices: {choices}", "aqua")
+    assert candidates(asks) == tuple(f"The answer is ({x})." for x in "ABCDE")
+
+
+def test_letters_outside_a_list_of_choices_may_occur_twice():
+    assert len(candidates(asked("From (A) to (B) and (A) again?", "aqua"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (("good", "good enough"), True),
+        (("good enough", "bad", "good"), True),
+        (("option1", "option12", "option2"), True),
+        (("good", "goad"), False),
+        (("true", "false"), False),
+        (("enough", "good enough"), False),  # an ending
+        (("good", "good"), False),  # the same
+        ((), False),
+    ],
+)
+def test_an_end_is_needed_where_one_text_begins_another(texts, wanted):
+    assert needs_end(texts) is wanted
+
+
+@given(st.lists(st.text("ab", max_size=4)))
+def test_an_end_is_needed_as_comparing_all_pairs_says(texts):
+    pairs = [one != other and other.startswith(one) for one in texts for other in texts]
+    assert needs_end(texts) is any(pairs)
+
+
 def test_a_single_letter_in_a_question_is_no_list_of_choices():
     assert len(candidates(asked("Town (A) is far. What? ", "aqua"))) == 5
 
@@ -264,6 +322,14 @@ class TestOnRealData:
             offered = candidates(asked(row["instruction"], task))
             assert offered.count(row["output"]) == 1
             assert len(offered) == row["instruction"].rpartition("format:")[2].count("/") + 1
+
+    @pytest.mark.parametrize("file", ["test/aqua.json", "train/math_data.json"])
+    def test_every_list_of_choices_offers_five_letters(self, real_data, file):
+        rows = json.loads((real_data / file).read_text("utf-8"))
+        asks = [row["instruction"] for row in rows if "Answer Choices:" in row["instruction"]]
+        assert len(asks) > 150
+        for instruction in asks:
+            assert len(candidates(asked(instruction, "aqua"))) == 5
 
     @pytest.mark.parametrize("task", ["mawps", "gsm8k", "multiarith", "aqua"])
     def test_gold_answers_fit_the_format(self, rows, task):
