@@ -43,6 +43,7 @@ from rosa_lightning.sources import (
     Purpose,
     Source,
     as_source,
+    demo_source,
     load_records,
     source_list,
     weighted_sources,
@@ -192,7 +193,8 @@ class ReasoningDataModule(LightningDataModule):
         )
         test = [example.record for example in self.test_examples]
         found = [test[position] for position in leaked(train, test).exact]
-        places = [source.place for source in sources]
+        demo = demo_source("train")
+        places = ["demo" if s.path == demo.path else s.place for s in sources]
         return [record for record in found if question_digest(record) not in left_out], places
 
     # Reading.

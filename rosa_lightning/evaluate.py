@@ -26,6 +26,7 @@ from rosa_lightning.tasks import (
     Task,
     candidates,
     extract_answer,
+    needs_end,
     reference,
     same_answer,
     task_of,
@@ -278,6 +279,12 @@ class Evaluation:
         masks, prompts = batch["attention_mask"].bool(), batch["input_ids"]
         choices = [batch["candidates"][row] for row in rows]
         ids = [[self._ids(text) for text in own] for own in choices]
+        # Of two candidates of which one begins the other, the shorter would always win.
+        end = [cast("int", self.tokenizer.eos_token_id)]
+        ids = [
+            [[*one, *end] for one in own] if needs_end(texts) else own
+            for own, texts in zip(ids, choices, strict=True)
+        ]
         pad = self.tokenizer.pad_token_id
         scores = log_likelihoods(
             self.model,

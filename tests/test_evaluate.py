@@ -222,6 +222,20 @@ def test_the_likeliest_candidate_is_taken_per_token_if_asked_for(base, normalize
     assert (items[0]["answer"] == "false") or normalized
 
 
+@torch.no_grad()
+def test_a_candidate_that_goes_on_from_another_is_scored_to_its_end(base):
+    model, tokenizer = base
+    texts = ("it is good", "it is good enough")
+    batch = exercise(tokenizer, [texts], ["boolq"])
+    (item,) = evaluation(base).step(batch)
+    ids = batch["input_ids"][0][batch["attention_mask"][0].bool()]
+    for text, score in zip(texts, item["scores"], strict=True):
+        own = torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id])
+        logits = model(torch.cat([ids, own])[None]).logits[0].log_softmax(-1)
+        wanted = logits[len(ids) - 1 : -1].gather(1, own[:, None]).sum()
+        assert score == pytest.approx(float(wanted), abs=1e-3)
+
+
 def test_an_answer_is_taken_over_only_if_all_that_it_depends_on_is_equal(base):
     _, tokenizer = base
     batch = exercise(tokenizer, [("true", "false")] * 2, ["boolq"] * 2)

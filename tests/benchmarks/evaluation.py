@@ -105,6 +105,7 @@ def compare_generate(model, tokenizer, examples: list[Example], options) -> None
     together, *others = (one() for one in ways.values())
     assert all(texts == together for texts in others)
     compare(ways, len(examples), options.rounds)
+
     def endless_transformers(part: list[Example]) -> list[list[int]]:
         given = inputs(part)
         ids = model.generate(
