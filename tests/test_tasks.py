@@ -230,7 +230,7 @@ def test_a_letter_in_the_text_of_a_choice_is_no_second_choice(choices):
 
 
 def test_letters_outside_a_list_of_choices_may_occur_twice():
-    assert len(candidates(asked("From (A) to (B) and (A) again?", "aqua"))) == 2
+    assert len(candidates(asked("From (A) to (B) , then (A) again?", "aqua"))) == 2
 
 
 @pytest.mark.parametrize(
