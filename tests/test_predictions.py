@@ -77,7 +77,7 @@ class Stop(Callback):
             raise RuntimeError("stopped")
 
 
-def test_data(folder: Path, **options) -> ReasoningDataModule:
+def exercises(folder: Path, num_labels: int = 11, **options) -> ReasoningDataModule:
     """Seven numbers and eleven labels, three of which stand in the training data."""
     training = [
         {"instruction": f"say  {number}!", "output": "yes", "answer": "true"}
@@ -85,15 +85,12 @@ def test_data(folder: Path, **options) -> ReasoningDataModule:
     ]
     (folder / "train.json").write_text(json.dumps(training))
     numbers = write_records(folder / "gsm8k.json", 7)
-    labels = write_records(folder / "boolq.json", 11, "the correct answer is true", "true")
+    labels = write_records(folder / "boolq.json", num_labels, "the correct answer is true", "true")
     return ReasoningDataModule(
         sources=[{"path": str(folder / "train.json"), "task": "boolq"}],
         test_sources=[{"path": str(labels)}, {"path": str(numbers)}],
         **{"batch_size": 4, "max_length": 300, **options},
     )
-
-
-test_data.__test__ = False
 
 
 def evaluate(base: Path, folder: Path, *callbacks, data=None, module=None, logger=None, **options):
@@ -106,7 +103,7 @@ def evaluate(base: Path, folder: Path, *callbacks, data=None, module=None, logge
         callbacks=[*callbacks, ResultWriter()],
         **options,
     )
-    return trainer.test(built, data or test_data(folder), verbose=False)[0]
+    return trainer.test(built, data or exercises(folder), verbose=False)[0]
 
 
 def read(folder: Path) -> tuple[list[dict], dict]:
@@ -154,7 +151,7 @@ def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
 def test_leaks_are_those_of_the_training_whatever_the_configuration_says_now(
     decontaminate, base_folder, tmp_path, capsys
 ):
-    data = test_data(tmp_path, decontaminate=decontaminate)
+    data = exercises(tmp_path, decontaminate=decontaminate)
     more = [{"instruction": f"{n}?", "output": "no", "answer": "false"} for n in range(9)]
     train = tmp_path / "train.json"
     train.write_text(json.dumps(json.loads(train.read_text()) + more))
@@ -188,7 +185,7 @@ def test_leaks_are_those_of_the_training_whatever_the_configuration_says_now(
 
 
 def test_training_data_that_cannot_be_read_leave_the_leaks_unknown(base_folder, tmp_path, capsys):
-    data = test_data(tmp_path)
+    data = exercises(tmp_path)
     (tmp_path / "train.json").unlink()
     evaluate(base_folder, tmp_path, data=data)
     assert {row["leaked"] for row in read(tmp_path)[1]["results"]} == {None}
@@ -236,11 +233,11 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
 def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(
     base_folder, tmp_path, monkeypatch
 ):
-    data = test_data(tmp_path)
+    data = exercises(tmp_path)
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate(base_folder, tmp_path, Stop(3), data=data, logger=TensorBoardLogger(tmp_path))
     calls = count_batches(monkeypatch)
-    evaluate(base_folder, tmp_path, data=test_data(tmp_path), logger=TensorBoardLogger(tmp_path))
+    evaluate(base_folder, tmp_path, data=exercises(tmp_path), logger=TensorBoardLogger(tmp_path))
     assert calls == [4, 2]
     assert (tmp_path / "lightning_logs/version_1/results.json").exists()
     assert not list(tmp_path.rglob("*part*"))
@@ -278,7 +275,7 @@ def test_answers_of_another_evaluation_are_not_taken_over(
 def test_other_prompts_are_answered_anew(base_folder, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate(base_folder, tmp_path, Stop(3))
-    data = test_data(tmp_path)
+    data = exercises(tmp_path)
     changed = json.loads((tmp_path / "boolq.json").read_text())
     changed[5]["instruction"] = "Ask 5."
     (tmp_path / "boolq.json").write_text(json.dumps(changed))
@@ -294,7 +291,7 @@ def of_two_ranks(folder: Path) -> dict:
     while not (folder / "data").exists():
         time.sleep(0.05)
     strategy = ranks.ddp(find_unused_parameters=False)
-    data = test_data(folder / "data")
+    data = exercises(folder / "data", num_labels=12)
     return evaluate(folder / "base", ranks_folder, data=data, strategy=strategy, devices=2)
 
 
@@ -302,19 +299,24 @@ def of_two_ranks(folder: Path) -> dict:
 def test_two_processes_find_what_one_does_in_a_set_that_does_not_divide(tmp_path):
     (tmp_path / "data").mkdir()
     save_base(tmp_path / "base")
-    test_data(tmp_path / "data")
-    one = evaluate(tmp_path / "base", tmp_path, data=test_data(tmp_path / "data", batch_size=3))
+    data = exercises(tmp_path / "data", num_labels=12, batch_size=3)
+    one = evaluate(tmp_path / "base", tmp_path, data=data)
     two = ranks.launch("test_predictions:of_two_ranks", tmp_path)
     assert two == [one, one]
     items, results = read(tmp_path / "ranks")
-    assert items == read(tmp_path)[0]
+    expected = read(tmp_path)[0]
+    assert len(expected) == 19 + 12
+    for item, other in zip(items, expected, strict=True):
+        # Sums of other batches are rounded otherwise.
+        assert item.pop("scores", []) == pytest.approx(other.pop("scores", []), abs=1e-3)
+        assert item == other
     assert results["results"] == read(tmp_path)[1]["results"]
     assert not list((tmp_path / "ranks").glob("*part*"))
 
 
 @pytest.mark.slow
 def test_a_killed_command_that_is_run_again_answers_what_is_missing(base_folder, tmp_path):
-    test_data(tmp_path)
+    exercises(tmp_path)
     settings = {
         "model": {
             "base": str(base_folder),
