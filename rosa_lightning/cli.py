@@ -163,9 +163,8 @@ class RoSACLI(LightningCLI):
         if SHOWN.get(command) != ():
             known = remembered_settings(ckpt_path, config[command].model)
             self._subcommand_parsers[command].set_defaults(known)
-        if command == "test":
-            self._subcommand_parsers[command].set_defaults({"verbose": False})  # ours is shown
-        self.config = parser.parse_args(list(self.given))
+        learnt = bool(known) or quiet != self.given
+        self.config = parser.parse_args(self.given) if learnt else config
         if ckpt_path is not None and self.config[command].model.adapter is not None:
             self.config[command].model.adapter = None
             rank_zero_info("model.adapter is left out, as ckpt_path holds an adapter.")
@@ -210,7 +209,10 @@ class RoSACLI(LightningCLI):
         Each full parser reads the docstrings of the whole trainer, which takes 0.4 s.
         """
         if subcommand in self.wanted:
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            if subcommand == "test":
+                parser.set_defaults({"verbose": False})  # our own table is shown
+            return parser
         self._subcommand_method_arguments[subcommand] = []
         return self.init_parser(**kwargs)
 

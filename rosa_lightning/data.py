@@ -22,9 +22,7 @@ from rosa_lightning.batching import (
     encode_all,
 )
 from rosa_lightning.leakage import (
-    Leakage,
     leaked,
-    leaked_benchmarks,
     question_digest,
     question_keys,
     split_leaked,
@@ -149,7 +147,7 @@ class ReasoningDataModule(LightningDataModule):
         self._seen = [0] * len(self.sources)  # on this rank, since the start or the resumption
         self._seen_before = [0] * len(self.sources)  # on all ranks, as a checkpoint says
         self._logged_step = 0
-        self._trained_on: dict[str, Any] | None = None
+        self._trained_on: list[dict[str, Any]] = []  # a training each, resumed ones too
         self._left_out: list[str] = []
         self.cut_prompts: dict[str, int] = {}
         """Prompts of each test and predict source that lost their beginning."""
@@ -182,20 +180,32 @@ class ReasoningDataModule(LightningDataModule):
         that were left out of it; without a checkpoint those of `sources`. Raises OSError or
         ValueError for sources that cannot be read.
         """
-        known = self._trained_on or {}
-        sources = [as_source(fields, self.tasks) for fields in known.get("sources", self.sources)]
-        seed = known.get("seed", self.seed)
-        left_out = frozenset(known.get("left_out", ()))
-        train = (
-            record
-            for source in sources
-            for record in load_records(source, "audit", self.tasks, seed)
-        )
+        found, places = set[int](), dict[str, None]()
         test = [example.record for example in self.test_examples]
-        found = [test[position] for position in leaked(train, test).exact]
-        demo = demo_source("train")
-        places = ["demo" if s.path == demo.path else s.place for s in sources]
-        return [record for record in found if question_digest(record) not in left_out], places
+        for training in self._trained_on or [self._training()]:
+            sources = [as_source(fields, self.tasks) for fields in training["sources"]]
+            train = (
+                record
+                for source in sources
+                for record in load_records(source, "audit", self.tasks, training["seed"])
+            )
+            left_out = frozenset(training["left_out"])
+            exact = leaked(train, test).exact
+            found |= {place for place in exact if question_digest(test[place]) not in left_out}
+            demo = demo_source("train").path
+            places |= {"demo" if s.path == demo else s.place: None for s in sources}
+        return [test[place] for place in sorted(found)], list(places)
+
+    def _training(self) -> dict[str, Any]:
+        """What this data module trains on, for a checkpoint to remember."""
+        return {
+            "sources": [
+                asdict(replace(source, path=source.path and str(Path(source.path).resolve())))
+                for source in self.sources
+            ],
+            "seed": self.seed,
+            "left_out": self._left_out,
+        }
 
     # Reading.
 
@@ -273,14 +283,7 @@ class ReasoningDataModule(LightningDataModule):
             sources.append(examples)
             val.append(held_examples)
         self._train, self._val = sources, val
-        self._trained_on = {
-            "sources": [
-                asdict(replace(source, path=source.path and str(Path(source.path).resolve())))
-                for source in self.sources
-            ],
-            "seed": self.seed,
-            "left_out": self._left_out,
-        }
+        self._trained_on = [self._training()]
         self._report_mixture()
 
     def _decontaminated(self, records: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
@@ -323,24 +326,6 @@ class ReasoningDataModule(LightningDataModule):
             # A rank that did not reach the hub would train on other records than the rest.
             found = self.trainer.strategy.broadcast(found)
         return found
-
-    def leakage(self) -> dict[str, Leakage]:
-        """For each test source, which of its questions stand in the training sources.
-
-        The sources are taken as they are, so this is what `decontaminate` leaves out, or what was
-        trained on where that is false. Positions count the records of all training sources in a
-        row. Reads both kinds of sources; raises OSError or ValueError where they cannot be read.
-        """
-        train = (
-            record
-            for source in self.sources
-            for record in load_records(source, "audit", self.tasks, self.seed)
-        )
-        tests = [
-            load_records(source, "audit", self.tasks, self.seed) for source in self.test_sources
-        ]
-        names = [source.label for source in self.test_sources]
-        return dict(zip(names, leaked_benchmarks(train, tests), strict=True))
 
     def _encoder(self, with_response: bool = True) -> Encoder:
         return Encoder(
@@ -527,9 +512,12 @@ class ReasoningDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting; warns if the order is not the one that the checkpoint was in."""
-        self._trained_on = state_dict.get("trained_on")
+        # Checkpoints of earlier versions do not know it.
+        before = state_dict.get("trained_on", [])
         if self.trainer is not None and self.trainer.state.fn != "fit":
+            self._trained_on = before
             return
+        self._trained_on = [*before, *(one for one in self._trained_on if one not in before)]
         self._seen_before = [state_dict["seen"].get(name, 0) for name in self.source_names]
         self._seen = [0] * len(self.sources)
         now, then = self._order_settings(), state_dict["order"]

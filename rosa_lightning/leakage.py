@@ -75,18 +75,13 @@ def question_digest(record: Record) -> str:
     return hashlib.blake2b(question_key(record).encode(), digest_size=8).hexdigest()
 
 
-def decontaminate(records: Sequence[Record], test_questions: Collection[str]) -> Sequence[Record]:
-    """The records whose question is none of `test_questions`, which `question_keys` gives.
-
-    Near matches stay: a question in like words may be another one, so that is for people to judge.
-    """
-    return split_leaked(records, test_questions)[0]
-
-
 def split_leaked(
     records: Sequence[Record], test_questions: Collection[str]
 ) -> tuple[Sequence[Record], Sequence[Record]]:
-    """The records that `decontaminate` keeps, and those that it leaves out."""
+    """The records whose question is none of `test_questions` (`question_keys`), and the others.
+
+    Near matches stay: a question in like words may be another one, so that is for people to judge.
+    """
     found = (question_key(record) in test_questions for record in records)
     is_leaked = np.fromiter(found, dtype=np.bool_, count=len(records))
     return select(records, ~is_leaked), select(records, is_leaked)

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
-from rosa_lightning.results import results_table, write_results, write_whole
+from rosa_lightning.folder import write_file
+from rosa_lightning.results import results_table, write_results
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
@@ -168,7 +169,7 @@ class ResultWriter(Callback):
         items = _in_order(answered.values(), module.evaluated.config.protocols, trainer)
         for item in items:
             del item["evaluation"], item["elapsed_s"], item["key"]
-        write_whole(self._target / PREDICTIONS, "".join(map(_line, items)))
+        write_file(self._target / PREDICTIONS, "".join(map(_line, items)).encode())
         leaked, places, reason = _leaked(trainer)
         about = module.about_evaluation() | {
             "leaked_from": places,

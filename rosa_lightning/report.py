@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable
-from contextlib import suppress
 from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from rosa_lightning.charts import Picture, Run, draw_charts
+from rosa_lightning.folder import write_file
 from rosa_lightning.history import read_run
 
 Format = Literal["html", "png"]
@@ -102,19 +102,6 @@ def _check_output(target: Path, format: Format) -> None:
         raise ValueError(f"output={target} is a folder. Name a file, such as {target}/report.html.")
     if format == "png" and target.exists() and not target.is_dir():
         raise ValueError(f"output={target} is a file; png writes several. Name a folder.")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
 
 
 def _page(folder: Path, run: Run, pictures: Iterable[Picture]) -> str:

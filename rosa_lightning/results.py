@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from rosa_lightning.folder import write_file
 from rosa_lightning.tasks import TASKS
 
 _PACKAGES = ("rosa-lightning", "torch", "transformers", "lightning", "torchmetrics")
@@ -111,14 +111,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    beside = path.with_name(f".{path.name}.new")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
 def write_results(
     path: Path,
     scores: Sequence[Score],
@@ -143,7 +135,7 @@ def write_results(
         "results": rows,
         "averages": [asdict(average) for average in averages(scores)],
     }
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def results_table(

@@ -283,11 +283,33 @@ def test_a_source_of_test_questions_alone_is_refused(folder):
 
 
 @pytest.mark.parametrize("decontaminate", [True, False])
-def test_leakage_is_that_of_the_sources_as_they_are(folder, decontaminate):
-    found = leaky(folder, decontaminate=decontaminate).leakage()
-    assert list(found) == ["leaky"]
-    assert found["leaky"].exact == {0: (3,), 1: (4,), 2: (5,), 3: (37 + 7,)}
-    assert data(folder).leakage() == {}
+def test_leaked_questions_are_those_that_were_trained_on(folder, decontaminate):
+    module = leaky(folder, decontaminate=decontaminate)
+    module.setup("test")
+    records, places = module.leaked_records()  # nothing was left out of a training yet
+    assert [record.index for record in records] == [1, 2, 3, 4]
+    assert places == [source.path for source in module.sources]
+    module.setup("fit")
+    left = [record.index for record in module.leaked_records()[0]]
+    assert left == ([] if decontaminate else [1, 2, 3, 4])
+
+
+def test_a_run_that_goes_on_with_other_data_was_trained_on_both(folder):
+    first = leaky(folder, decontaminate=False)
+    first.setup("fit")
+    other = folder / "other.jsonl"
+    other.write_text(json.dumps({"instruction": "z 1", "output": "1"}) + "\n")
+    second = leaky(folder, decontaminate=False, sources=[str(other)], val_fraction=0)
+    for stage in ("fit", "test"):
+        second.setup(stage)
+    with pytest.warns(UserWarning, match="data differ from the checkpoint's"):
+        second.load_state_dict(first.state_dict())
+    records, places = second.leaked_records()
+    assert [record.index for record in records] == [1, 2, 3, 4, 5]
+    assert places[-1] == str(other)
+    with pytest.warns(UserWarning, match="data differ from the checkpoint's"):
+        second.load_state_dict(first.state_dict())
+    assert len(second.state_dict()["trained_on"]) == 2
 
 
 def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(folder, monkeypatch):

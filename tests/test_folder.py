@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rosa_lightning.folder import new_folder
+from rosa_lightning.folder import new_folder, write_file
 
 
 def test_a_folder_appears_when_all_is_written(tmp_path):
@@ -56,3 +56,18 @@ def test_files_have_the_permissions_of_any_other(tmp_path):
     for path in (made, made / "in"):
         assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert (made / "in" / "a.txt").stat().st_mode == (tmp_path / "usual.txt").stat().st_mode
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_older_one_alone(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "r.json"
+    write_file(path, b"older")
+
+    def full(self, content):
+        self.touch()
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_file(path, b"newer")
+    assert path.read_bytes() == b"older"
+    assert [file.name for file in path.parent.iterdir()] == ["r.json"]

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rosa_lightning.leakage import (
-    decontaminate,
     leaked,
     leaked_benchmarks,
     normalise,
     question_key,
     question_keys,
+    split_leaked,
 )
 from rosa_lightning.tasks import Record
 
@@ -147,9 +147,10 @@ def test_training_data_may_be_a_stream_and_every_repetition_counts():
 
 def test_decontaminated_records_hold_no_test_question_and_keep_their_order():
     records = [ask(text, index=n) for n, text in enumerate(("a b", "c", "A: B", "d e", "c"))]
-    kept = decontaminate(records, question_keys([ask("a b")]))
+    kept, dropped = split_leaked(records, question_keys([ask("a b")]))
     assert [record.index for record in kept] == [1, 3, 4]
-    assert decontaminate(kept, question_keys([ask("a b")])) == kept
+    assert [record.index for record in dropped] == [0, 2]
+    assert split_leaked(kept, question_keys([ask("a b")])) == (kept, [])
     assert not leaked(kept, [ask("a b")]).exact
 
 

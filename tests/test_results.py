@@ -14,7 +14,6 @@ from rosa_lightning.results import (
     scores_of,
     versions,
     write_results,
-    write_whole,
 )
 
 
@@ -114,11 +113,3 @@ def test_the_results_file_says_what_was_measured_and_with_what(tmp_path):
     assert row["accuracy"] == 0.5
     assert row["interval"] == pytest.approx(wilson_interval(5, 10))
     assert len(content["averages"]) == 5
-
-
-def test_a_file_that_cannot_be_finished_leaves_the_older_one(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text("older")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "\ud800")
-    assert path.read_text() == "older"
