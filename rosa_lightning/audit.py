@@ -3,14 +3,15 @@
 Pure functions of records; `audit_tables` prints what they give.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from rosa_lightning.batching import encode
-from rosa_lightning.leakage import Leakage, leaked_benchmarks, question_key
-from rosa_lightning.tasks import NUMBER_TOLERANCE, Record, reference, same_answer
+from rosa_lightning.leakage import Leakage, leaked_benchmarks, question_digest
+from rosa_lightning.tasks import NUMBER_TOLERANCE, Record, Task, reference, same_answer, task_of
 from rosa_lightning.templates import Template
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
@@ -142,12 +143,12 @@ def audit_records(
         max_length: Most tokens of a record.
         decontaminate: Whether training leaves leaked questions out; for the report alone.
     """
-    everything = [record for records in sources.values() for record in records]
-    names = [name for name, records in sources.items() for _ in records]
-    leaks = leaked_benchmarks(everything, list(tests.values()))
+    # Gone through, never held: they may be more than memory has room for.
+    leaks = leaked_benchmarks(chain.from_iterable(sources.values()), list(tests.values()))
     leaked = {place for leak in leaks for places in leak.exact.values() for place in places}
-    repeated, elsewhere, conflicting = _compare(everything, names)
-    empty = {place for place, record in enumerate(everything) if not record.output.strip()}
+    notes = [_noted(name, record) for name, records in sources.items() for record in records]
+    repeated, elsewhere, conflicting = _compare(notes)
+    empty = {place for place, note in enumerate(notes) if note.is_empty}
 
     audits, start = [], 0
     for name, records in sources.items():
@@ -155,7 +156,7 @@ def audit_records(
         found = _lengths_in_words(records) if lengths is None else tuple(lengths(records))
         too_long = None if lengths is None else sum(length > max_length for length in found)
         groups = [
-            tuple(everything[place].index for place in span if place in group)
+            tuple(notes[place].index for place in span if place in group)
             for group in (repeated, elsewhere, conflicting, empty, leaked)
         ]
         audits.append(
@@ -174,7 +175,7 @@ def audit_records(
     return Audit(
         sources=tuple(audits),
         benchmarks=tuple(
-            _benchmark(name, tests[name], leak, everything, names)
+            _benchmark(name, tests[name], leak, notes)
             for name, leak in zip(tests, leaks, strict=True)
         ),
         unit="words" if lengths is None else "tokens",
@@ -199,32 +200,56 @@ def _lengths_in_words(records: Sequence[Record]) -> tuple[int, ...]:
     )
 
 
-def _compare(records: Sequence[Record], names: Sequence[str]) -> tuple[set[int], ...]:
+class _Note(NamedTuple):
+    """What is kept of a training record."""
+
+    source: str
+    index: int
+    question: str
+    """A digest: equal for equal questions."""
+    task: Task
+    answer: str | None
+    is_empty: bool
+    """Whether there is nothing to train on."""
+
+
+def _noted(source: str, record: Record) -> _Note:
+    return _Note(
+        source=source,
+        index=record.index,
+        question=question_digest(record),
+        task=task_of(record),
+        answer=reference(record),
+        is_empty=not record.output.strip(),
+    )
+
+
+def _compare(notes: Sequence[_Note]) -> tuple[set[int], ...]:
     """Positions of records asked before in their source, in other sources, answered otherwise."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
-    for place, record in enumerate(records):
-        groups[question_key(record)].append(place)
+    for place, note in enumerate(notes):
+        groups[note.question].append(place)
     repeated, elsewhere, conflicting = set[int](), set[int](), set[int]()
     for places in groups.values():
         if len(places) == 1:
             continue
-        by_source = Counter(names[place] for place in places)
+        by_source = {notes[place].source for place in places}
         if len(by_source) > 1:
             elsewhere.update(places)
         seen = set[str]()
         for place in places:
-            if names[place] in seen:
+            if notes[place].source in seen:
                 repeated.add(place)
-            seen.add(names[place])
-        answered = [place for place in places if reference(records[place]) is not None]
-        if any(not _agree(records[answered[0]], records[place]) for place in answered[1:]):
+            seen.add(notes[place].source)
+        answered = [place for place in places if notes[place].answer is not None]
+        if any(not _agree(notes[answered[0]], notes[place]) for place in answered[1:]):
             conflicting.update(answered)
     return repeated, elsewhere, conflicting
 
 
-def _agree(first: Record, second: Record) -> bool:
+def _agree(first: _Note, second: _Note) -> bool:
     """Whether two records have the same answer by the rules of either's task, or as numbers."""
-    one, other = reference(first), reference(second)
+    one, other = first.answer, second.answer
     if any(same_answer(task, one, other) for task in (first.task, second.task)):
         return True
     try:
@@ -237,12 +262,11 @@ def _benchmark(
     name: str,
     test: Sequence[Record],
     leak: Leakage,
-    train: Sequence[Record],
-    names: Sequence[str],
+    train: Sequence[_Note],
 ) -> BenchmarkAudit:
     exact, near = (
         tuple(
-            Match(record=test[number].index, source=names[at], source_record=train[at].index)
+            Match(record=test[number].index, source=train[at].source, source_record=train[at].index)
             for number, places in found.items()
             for at in places
         )

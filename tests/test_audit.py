@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import weakref
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from conftest import byte_tokenizer
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from rosa_lightning.audit import Audit, Match, audit_records, token_lengths
 from rosa_lightning.leakage import normalise
+from rosa_lightning.own_tasks import with_own_tasks
 from rosa_lightning.sources import Source, load_records
 from rosa_lightning.tasks import Record, prompt
 
@@ -142,3 +145,53 @@ def test_the_figures_of_math_data(real_data):
     assert (len(found.duplicates), len(found.empty)) == (80, 3)
     with pytest.raises(ValueError, match="record 176: field 'output' is empty"):
         load_records(source, "train")
+
+
+class Passing(Sequence):
+    """Records made anew each time they are asked for, that counts how many live at once."""
+
+    alive, most = 0, 0
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(self.count))]
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        made = Held(f"question {index % 7}", "", "4", "4", "gsm8k", "", index + 1)
+        Passing.alive += 1
+        Passing.most = max(Passing.most, Passing.alive)
+        weakref.finalize(made, Passing.gone)
+        return made
+
+    @staticmethod
+    def gone() -> None:
+        Passing.alive -= 1
+
+
+class Held(Record):
+    """A record that can be watched."""
+
+    __slots__ = ("__weakref__",)
+
+
+def test_records_are_gone_through_and_not_held():
+    found = audit({"a": Passing(500)}, {"t": numbered("question 3")})
+    assert len(found.sources[0].duplicates) == 493
+    assert found.benchmarks[0].num_exact == 1
+    assert Passing.most < 10
+
+
+def test_a_question_that_comes_twice_in_a_task_of_ones_own_is_judged_by_that_task():
+    task = with_own_tasks([{"name": "mood", "format": "label", "labels": ["good", "bad"]}])["mood"]
+    rows = [("one", "good"), ("one", "Good"), ("two", "good"), ("two", "bad")]
+    records = [
+        Record(asked, "", gold, gold, "mood", "", number, task)
+        for number, (asked, gold) in enumerate(rows, 1)
+    ]
+    assert audit({"a": records}).sources[0].conflicting == (3, 4)
