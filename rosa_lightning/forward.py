@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from rosa_lightning.head import logits_at, states_at, why_not_narrowed
 from rosa_lightning.prefix import (
     WORTH_SHARING,
-    forward_arguments,
     rows_behind,
     why_not_in_training,
     why_not_shared,
     window,
 )
+from rosa_lightning.reading import forward_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

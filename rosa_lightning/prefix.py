@@ -9,19 +9,17 @@ Axes: B rows, T tokens, P tokens of the common beginning.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from rosa_lightning.head import close
 from rosa_lightning.modes import in_mode
-from rosa_lightning.reading import new_cache
+from rosa_lightning.reading import cache_argument, forward_arguments, new_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,13 +63,14 @@ def rows_behind(model: PreTrainedModel, batch: dict[str, Any], num_shared: int) 
         What the model's forward takes for the columns from P on.
     """
     ids_BT, positions_BT = batch["input_ids"], batch["position_ids"]
-    longest = positions_BT[:, -1].argmax()[None]
+    places_P = torch.arange(num_shared, device=ids_BT.device)
+    first = ids_BT.shape[1] - 1 - positions_BT[0, -1]  # where the first row begins
     cache = DynamicCache()
     cache.layers = [PrefixLayer() for _ in new_layers(model)]  # type: ignore[no-untyped-call]
     name = cache_argument(model)
     start = {
-        "input_ids": ids_BT.index_select(0, longest)[:, :num_shared],
-        "position_ids": torch.arange(num_shared, device=ids_BT.device)[None],
+        "input_ids": ids_BT[:1].index_select(1, places_P + first),
+        "position_ids": places_P[None],
     }
     keep_one = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
     model(**start, **{name: cache}, use_cache=True, **keep_one)
@@ -89,19 +88,6 @@ def new_layers(model: PreTrainedModel) -> list[Any]:
     """The layers of a cache for a model, none where it keeps more than keys and values."""
     cache = new_cache(model)
     return [] if cache is None else list(cache.layers)
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """What a model's forward calls its cache; empty where it takes none."""
-    names = ("past_key_values", "cache")  # later `transformers` call it cache
-    return next((name for name in names if name in forward_arguments(model)), "")
-
-
-def forward_arguments(model: nn.Module) -> set[str]:
-    """The names of what a model's forward takes."""
-    # FSDP1 stands around a model and takes anything.
-    inner = model.module if isinstance(model, FullyShardedDataParallel) else model
-    return set(inspect.signature(inner.forward).parameters)
 
 
 # --- what speaks against it -----------------------------------------------------------------
@@ -137,7 +123,7 @@ def window(model: PreTrainedModel) -> int | None:
     widths: list[Any] = [layer.sliding_window for layer in layers]
     config = model.config.get_text_config(decoder=True)
     widths += [getattr(config, name, None) for name in _WINDOWS]
-    return min((width for width in widths if isinstance(width, int)), default=None)
+    return min((width for width in widths if isinstance(width, int) and width > 0), default=None)
 
 
 def why_not_shared(model: PreTrainedModel, ids_T: Tensor, *, gradients: bool) -> str:
@@ -151,10 +137,12 @@ def why_not_shared(model: PreTrainedModel, ids_T: Tensor, *, gradients: bool) ->
     kind = type(model).__name__
     if not cache_argument(model):
         return f"{kind} takes no cache"
+    if "position_ids" not in forward_arguments(model):
+        return f"{kind} counts positions by columns, padding included"
     if not new_layers(model):
-        return f"{kind} keeps more than keys and values, or turns tokens by the length of a text"
+        return f"{kind} keeps more than keys and values, or rotates by the length of a text"
     with in_mode(model, False), torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        ids = ids_T.clone()
+        ids = ids_T[-17:].clone()
         start, first, second = ids[:8], ids[8:14], ids[14:17]
         wanted = [_single(model, torch.cat([start, rest]), len(rest)) for rest in (first, second)]
         try:
@@ -197,4 +185,4 @@ def _same_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> bool:
         loss = F.log_softmax(logits.float(), -1)[:, 0].sum()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         both.append(torch.cat([g.flatten() for g in gradients if g is not None]))
-    return both[0].shape == both[1].shape and close(*both)
+    return both[0].shape == both[1].shape and close(*(one.to(wanted.dtype) for one in both))
