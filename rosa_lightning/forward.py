@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a token without loss."""
 
+_SHARDED = "shards of a model are gathered for one pass through it at a time"
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -145,7 +147,7 @@ class Forward:
 
     def _can_narrow(self, batch: dict[str, Any]) -> bool:
         if "head" not in self._findings:
-            reason = why_not_narrowed(self.model, batch["input_ids"])
+            reason = _SHARDED if self.sharded else why_not_narrowed(self.model, batch["input_ids"])
             torch.clear_autocast_cache()  # of weights cast without a graph
             self._note("head", reason, "logits are computed at the last columns of all rows")
         return not self._findings["head"]
@@ -179,11 +181,14 @@ class Forward:
 
     def _find_out(self, mode: str, batch: dict[str, Any]) -> None:
         """Whether this model can share a beginning in a mode, said if it cannot."""
-        reason = why_not_in_training(self.model) if mode == "training" else ""
+        training = mode == "training"
+        reason = _SHARDED if self.sharded else ""
+        if not reason and training:
+            reason = why_not_in_training(self.model)
         if not reason:
             longest = batch["position_ids"][:, -1].argmax()
             ids_T = batch["input_ids"][longest]
-            reason = why_not_shared(self.model, ids_T, gradients=not self.sharded)
+            reason = why_not_shared(self.model, ids_T, gradients=training)
             torch.clear_autocast_cache()
             self._window = window(self.model)
         self._note(mode, reason, f"in {mode} what all rows begin with is computed for each")

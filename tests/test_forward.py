@@ -180,8 +180,7 @@ def test_behind_a_shared_beginning_loss_and_gradients_are_those_of_single_rows(f
     check(model, batch, loss_chunk=5)
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask", "ignore:.*flex_attention")
-@pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_every_kernel_goes_on_from_a_shared_beginning(kernel, said):
     model = adapted(build("llama", attn_implementation=kernel))
     check(model, batch_of())
@@ -231,6 +230,16 @@ def test_the_switch_and_batches_not_worth_it_compute_whole_rows(said):
         assert widths.decoder[-1] == tuple(batch["input_ids"].shape)
         check(model, batch, share_prefix=switch)
     assert not said
+
+
+def test_a_model_in_shards_is_run_once_over_whole_rows(said):
+    model = adapted(build("llama"))
+    run, widths, batch = Forward(model), Widths(model), batch_of()
+    run.sharded = True
+    assert_close(run.loss(batch), single_rows(model, batch), rtol=1e-6, atol=1e-6)
+    assert widths.decoder[0] == (3, 34)
+    assert len(said) == 2
+    assert all("shards" in line for line in said)
 
 
 def unsafe(model, batch) -> Tensor:
@@ -373,7 +382,8 @@ def test_every_adapted_model_gives_the_loss_of_single_rows(name, said):
 def trained(folder, batches, **options) -> tuple[list[float], list[Tensor]]:
     """Losses over fixed batches, and the adapters at the end."""
     torch.manual_seed(0)
-    optimizer = partial(torch.optim.AdamW, lr=1e-2, eps=1e-4)
+    # At a rate of 1e-2 and an eps of 1e-4 rounding alone grows to 0.05 within 100 steps.
+    optimizer = partial(torch.optim.AdamW, lr=3e-3, eps=1e-3)
     module = RoSAModule(str(folder), RoAEConfig(rank=4), optimizer=optimizer, **options)
     module.configure_model()
     for weight in module.model.model.layers[:1].parameters():
