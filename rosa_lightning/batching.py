@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rosa_lightning.reading import common_start
 from rosa_lightning.streamed import Streamed
 from rosa_lightning.tasks import Record, answer_start, candidates, reference, task_of
 from rosa_lightning.templates import (
@@ -270,7 +271,8 @@ class TrainCollator:
 
         Labels are aligned with the input ids, IGNORED off the response; the answer mask marks
         the tokens of the final answer with EOS. `num_label_positions` is the number of last
-        columns outside which no row has a label.
+        columns outside which no row has a label. `num_shared` tokens stand at the beginning of
+        every row and predict no label.
         """
         rows = [example.prompt + example.response for example in examples]
         inputs = _inputs(rows, self.pad_id)
@@ -281,6 +283,7 @@ class TrainCollator:
             start = width - len(example.response)
             labels_BT[row, start:] = inputs["input_ids"][row, start:]
             answer_mask_BT[row, start + example.answer :] = True
+        before = min(len(example.prompt) for example in examples) - 1
         records = [example.record for example in examples]
         source = [self.source_names.index(record.source) for record in records]
         return {
@@ -288,6 +291,7 @@ class TrainCollator:
             "labels": labels_BT,
             "answer_mask": answer_mask_BT,
             "num_label_positions": max(len(example.response) for example in examples),
+            "num_shared": min(len(common_start(rows)), before),
             "source": torch.tensor(source),
             "task": [record.task for record in records],
             "index": torch.tensor([record.index for record in records]),

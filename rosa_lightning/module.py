@@ -1,18 +1,13 @@
-"""`RoSAModule`: a frozen RoPE language model with RoAE, as a LightningModule.
-
-Axes: B batch, T tokens, K last positions that are needed, V vocabulary.
-"""
+"""`RoSAModule`: a frozen RoPE language model with RoAE, as a LightningModule."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -34,6 +29,7 @@ from rosa_lightning.base import (
 )
 from rosa_lightning.checkpoint import pack, unpack
 from rosa_lightning.evaluate import EvaluationConfig
+from rosa_lightning.forward import Forward
 from rosa_lightning.metrics import TaskAccuracy
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
 from rosa_lightning.rng import set_rng_state
@@ -90,6 +86,10 @@ class RoSAModule(Answering):
             default what `transformers` chooses.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping
             them: less memory, more time.
+        share_prefix: Compute once what all rows of a batch begin with, an instruction template
+            say, where loss and gradients stay as they are; where they would not, that is said.
+        loss_chunk: Response tokens of a batch whose logits are held at once; all by default. For
+            long responses: less memory, a little more time.
         max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
         evaluation: How ``test`` finds and reads answers.
@@ -108,6 +108,8 @@ class RoSAModule(Answering):
         quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        share_prefix: bool = True,
+        loss_chunk: int | None = None,
         max_new_tokens: int = 256,
         trust_remote_code: bool = False,
         evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
@@ -119,6 +121,11 @@ class RoSAModule(Answering):
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} is below 1. Set model.max_new_tokens; 256 is the "
                 "default."
+            )
+        if loss_chunk is not None and loss_chunk < 1:
+            raise ValueError(
+                f"loss_chunk={loss_chunk} is below 1. Set model.loss_chunk to a number of response "
+                "tokens, 1024 say, or leave it out to hold the logits of all."
             )
         if isinstance(roae, Mapping):  # as saved in a checkpoint
             roae = RoAEConfig(**roae)
@@ -137,6 +144,8 @@ class RoSAModule(Answering):
         self.quantization = quantization
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.share_prefix = share_prefix
+        self.loss_chunk = loss_chunk
         self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
         self.evaluation = evaluation
@@ -147,7 +156,7 @@ class RoSAModule(Answering):
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._accuracy: TaskAccuracy | None = None
-        self._head_can_keep = False
+        self._forward: Forward | None = None
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
         self._throughput = Throughput()
@@ -183,9 +192,11 @@ class RoSAModule(Answering):
         model, self.identity, self.report = load_once(self._adapted_base, strategy)
         self.roae = self.report.config  # an adapter brings its own
         self._remember_roae()
-        self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", spread(model.train(), strategy))
+        self._forward = Forward(
+            self.model, share_prefix=self.share_prefix, loss_chunk=self.loss_chunk
+        )
         leave_packed_out(self)
         rank_zero_info(str(self.report))
 
@@ -247,32 +258,12 @@ class RoSAModule(Answering):
             self.configure_model()
         return cast("PreTrainedModel", self.model)
 
-    def _logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits that predict labels, those labels, and which belong to the answer.
-
-        Batches are right-aligned, so that the head is needed at the last positions only.
-
-        Returns:
-            logits (B, K, V), labels (B, K), answer mask (B, K).
-        """
-        keep = batch["num_label_positions"]
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        model = self._built()
-        if self._head_can_keep:
-            inputs["logits_to_keep"] = keep + 1
-        logits = model(**inputs, use_cache=False).logits
-        return (
-            logits[:, -keep - 1 : -1],
-            batch["labels"][:, -keep:],
-            batch["answer_mask"][:, -keep:],
-        )
-
     # Training.
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the response, averaged over the batch's response tokens, in nats."""
-        logits, labels, _ = self._logits(batch)
-        return cross_entropy(logits, labels)
+        self._built()
+        return cast(Forward, self._forward).loss(batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss, logged as ``train/loss`` beside the step's learning rate."""
@@ -346,18 +337,17 @@ class RoSAModule(Answering):
         The reference text before each token is given. For a response that is the answer alone
         this is the exact match of greedy generation.
         """
-        logits, labels, is_answer = self._logits(batch)
-        supervised = int((labels != -100).sum())
+        self._built()
+        scored = cast(Forward, self._forward).score(batch)
         self.log(
             "val/loss",
-            cross_entropy(logits, labels),
+            scored.loss,
             prog_bar=True,
             on_epoch=True,
             sync_dist=True,
-            batch_size=supervised,
+            batch_size=scored.count,
         )
-        correct = ((logits.argmax(-1) == labels) | ~is_answer).all(-1)
-        cast(TaskAccuracy, self._accuracy).update(batch["task"], correct)
+        cast(TaskAccuracy, self._accuracy).update(batch["task"], scored.correct)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy`` and ``val/accuracy/<task>``."""
@@ -411,8 +401,3 @@ class RoSAModule(Answering):
         check_adapter_keys(self, state_dict)
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
-
-
-def cross_entropy(logits_BKV: Tensor, labels_BK: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the positions whose label is not -100, in float32."""
-    return F.cross_entropy(logits_BKV.flatten(0, 1).float(), labels_BK.flatten())

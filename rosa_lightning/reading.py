@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ class Read:
             input_ids=ids_BT,
             attention_mask=self.mask,
             position_ids=places,
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_argument(model): self.cache},
         )
         logits: Tensor = output.logits.float()
         return logits
@@ -93,7 +95,7 @@ def read(
         start = ()
     options: dict[str, Any] = {"use_cache": bool(start or go_on) and cache is not None}
     if options["use_cache"]:
-        options["past_key_values"] = cache
+        options[cache_argument(model)] = cache
     if start:
         assert cache is not None
         _forward(model, torch.tensor([start], device=device), 1, options)
@@ -109,14 +111,14 @@ def read(
     output = _forward(model, ids_BT.to(device), keep, options)
     return Read(
         logits=output.logits[:, -keep:].float(),
-        cache=cache if output.get("past_key_values") is cache else None,
+        cache=cache if output.get(cache_argument(model)) is cache else None,
         mask=options["attention_mask"],
         lengths=options["attention_mask"].sum(1),
     )
 
 
 def _forward(model: PreTrainedModel, ids_BT: Tensor, keep: int, options: dict[str, Any]) -> Any:
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in forward_arguments(model):
         options = {**options, "logits_to_keep": keep}
     return model(input_ids=ids_BT, **options)
 
@@ -148,6 +150,24 @@ def new_cache(model: PreTrainedModel) -> DynamicCache | None:
         for layer in cache.layers
     ]
     return cache if cache.layers else None
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward calls its cache; empty where it takes none."""
+    names = ("past_key_values", "cache")  # later `transformers` call it cache
+    return next((name for name in names if name in forward_arguments(model)), "")
+
+
+def forward_arguments(model: nn.Module) -> frozenset[str]:
+    """The names of what a model's forward takes."""
+    # FSDP1 stands around a model and takes anything.
+    inner = model.module if isinstance(model, FullyShardedDataParallel) else model
+    return _arguments(type(inner))  # type: ignore[arg-type]  # which takes a class for unhashable
+
+
+@cache
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _rope_types(settings: Any) -> Iterator[str]:

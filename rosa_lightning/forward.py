@@ -1,0 +1,205 @@
+"""A batch to its loss, in the cheapest way that is exactly equal to computing all of it.
+
+The head is run where a token is predicted that carries loss, and nowhere else. What all rows
+begin with is computed once. Where a model or a setting does not allow it, that is said once, and
+the whole is computed.
+
+Axes: B rows, T tokens, N supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from rosa_lightning.head import logits_at, states_at, why_not_narrowed
+from rosa_lightning.prefix import (
+    WORTH_SHARING,
+    rows_behind,
+    why_not_in_training,
+    why_not_shared,
+    window,
+)
+from rosa_lightning.reading import forward_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100
+"""Label of a token without loss."""
+
+_SHARDED = "shards of a model are gathered for one pass through it at a time"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model makes of a batch."""
+
+    loss: Tensor
+    """Mean cross-entropy over the supervised positions, in nats."""
+    count: int
+    """Supervised positions."""
+    correct: Tensor
+    """Whether a row's answer is what the model writes by itself, bool, shape (B,)."""
+
+
+class Forward:
+    """Runs batches through a model.
+
+    Args:
+        model: An adapted causal language model.
+        share_prefix: Compute once what all rows of a batch begin with, where that is equal.
+        loss_chunk: Supervised positions whose logits are held at once; None for all.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, share_prefix: bool = True, loss_chunk: int | None = None
+    ) -> None:
+        self.model = model
+        self.share_prefix = share_prefix
+        self.loss_chunk = loss_chunk
+        self.sharded = any(
+            isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()
+        )
+        self._findings: dict[str, str] = {}
+        """Why something cannot be done, by what; empty where it can."""
+        self._window: int | None = None
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Mean cross-entropy of a batch over its supervised positions, in nats.
+
+        Args:
+            batch: As `TrainCollator` makes it.
+        """
+        return self._read(batch, predict=False)[0]
+
+    def score(self, batch: dict[str, Any]) -> Scored:
+        """The loss, and which answers the model would write by itself.
+
+        Args:
+            batch: As `TrainCollator` makes it.
+        """
+        loss, predicted_N, rows_N, columns_N = self._read(batch, predict=True)
+        labels_N = batch["labels"][rows_N, columns_N]
+        missed_N = (predicted_N != labels_N) & batch["answer_mask"][rows_N, columns_N]
+        correct_B = torch.ones(len(batch["labels"]), dtype=torch.bool, device=loss.device)
+        correct_B[rows_N[missed_N]] = False
+        return Scored(loss, len(labels_N), correct_B)
+
+    def _read(self, batch: dict[str, Any], predict: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, tokens predicted (N,) if wanted, and where the labels stand: rows and columns."""
+        rows_N, columns_N = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+        labels_N = batch["labels"][rows_N, columns_N + 1]
+        narrow = self._can_narrow(batch)
+        inputs, num_shared = self._inputs(batch)
+        width = inputs["input_ids"].shape[1]
+        columns = columns_N - num_shared
+        if not narrow:
+            logits_NV = self._right_end(inputs, batch, rows_N, columns)
+        elif self.loss_chunk is None or len(labels_N) <= self.loss_chunk:
+            logits_NV = logits_at(self.model, inputs, rows_N * width + columns)
+        else:
+            sums, predicted = self._in_chunks(inputs, rows_N * width + columns, labels_N, predict)
+            return sums / len(labels_N), predicted, rows_N, columns_N + 1
+        loss = cross_entropy_sum(logits_NV, labels_N) / len(labels_N)
+        predicted = logits_NV.argmax(-1) if predict else labels_N
+        return loss, predicted, rows_N, columns_N + 1
+
+    # The head.
+
+    def _in_chunks(
+        self, inputs: dict[str, Any], places_N: Tensor, labels_N: Tensor, predict: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of losses and the predicted tokens, the logits of one chunk held at a time."""
+        states_ND, head = states_at(self.model, inputs, places_N)
+
+        def one(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logits = head(states)
+            predicted = logits.argmax(-1) if predict else labels
+            return cross_entropy_sum(logits, labels), predicted
+
+        size = self.loss_chunk or len(labels_N)
+        parts = [
+            checkpoint(one, states, labels, use_reentrant=False, preserve_rng_state=False)
+            for states, labels in zip(
+                torch.split(states_ND, size), torch.split(labels_N, size), strict=True
+            )
+        ]
+        losses, predicted = zip(*parts, strict=True)
+        return torch.stack(losses).sum(), torch.cat(predicted)
+
+    def _right_end(
+        self, inputs: dict[str, Any], batch: dict[str, Any], rows_N: Tensor, columns_N: Tensor
+    ) -> Tensor:
+        """Logits (N, V) of a model that can give those of the last columns only, or all."""
+        width = inputs["input_ids"].shape[1]
+        if "logits_to_keep" in forward_arguments(self.model):
+            inputs = {**inputs, "logits_to_keep": batch["num_label_positions"] + 1}
+        logits_BKV: Tensor = self.model(**inputs).logits
+        return logits_BKV[rows_N, columns_N - (width - logits_BKV.shape[1])]
+
+    def _can_narrow(self, batch: dict[str, Any]) -> bool:
+        if "head" not in self._findings:
+            reason = _SHARDED if self.sharded else why_not_narrowed(self.model, batch["input_ids"])
+            torch.clear_autocast_cache()  # of weights cast without a graph
+            self._note("head", reason, "logits are computed at the last columns of all rows")
+        return not self._findings["head"]
+
+    # The beginning.
+
+    def _inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """What the model's forward takes, and how many columns are left out of it."""
+        num_shared = batch.get("num_shared", 0)
+        worth = num_shared >= WORTH_SHARING and len(batch["labels"]) > 1
+        if self.share_prefix and worth and self._can_share(batch):
+            return rows_behind(self.model, batch, num_shared), num_shared
+        names = ("input_ids", "attention_mask", "position_ids")
+        return {**{name: batch[name] for name in names}, "use_cache": False}, 0
+
+    def _can_share(self, batch: dict[str, Any]) -> bool:
+        mode = "training" if self.model.training else "evaluation"
+        if mode not in self._findings:
+            self._find_out(mode, batch)
+        if self._findings[mode]:
+            return False
+        width = batch["input_ids"].shape[1]
+        if self._window is not None and width > self._window:
+            self._note(
+                "window",
+                f"a window of {self._window} tokens is shorter than a batch of {width} columns",
+                "what rows of such batches begin with is computed for each",
+            )
+            return False
+        return True
+
+    def _find_out(self, mode: str, batch: dict[str, Any]) -> None:
+        """Whether this model can share a beginning in a mode, said if it cannot."""
+        training = mode == "training"
+        reason = _SHARDED if self.sharded else ""
+        if not reason and training:
+            reason = why_not_in_training(self.model)
+        if not reason:
+            longest = batch["position_ids"][:, -1].argmax()
+            ids_T = batch["input_ids"][longest]
+            reason = why_not_shared(self.model, ids_T, gradients=training)
+            torch.clear_autocast_cache()
+            self._window = window(self.model)
+        self._note(mode, reason, f"in {mode} what all rows begin with is computed for each")
+
+    def _note(self, what: str, reason: str, instead: str) -> None:
+        if reason and what not in self._findings:
+            rank_zero_info(f"{instead}: {reason}.")
+        self._findings.setdefault(what, reason)
+
+
+def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Summed cross-entropy in nats, in float32 or better."""
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    return F.cross_entropy(logits_NV.to(dtype), labels_N, reduction="sum")
