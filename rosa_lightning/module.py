@@ -35,6 +35,13 @@ from rosa_lightning.base import (
 from rosa_lightning.checkpoint import pack, unpack
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.metrics import TaskAccuracy
+from rosa_lightning.packing import (
+    all_of_each_row,
+    check_can_pack,
+    is_packed_batch,
+    num_rows,
+    packed_logits,
+)
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
@@ -148,6 +155,7 @@ class RoSAModule(Answering):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._accuracy: TaskAccuracy | None = None
         self._head_can_keep = False
+        self._can_pack = False
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
         self._throughput = Throughput()
@@ -250,11 +258,16 @@ class RoSAModule(Answering):
     def _logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits that predict labels, those labels, and which belong to the answer.
 
-        Batches are right-aligned, so that the head is needed at the last positions only.
+        Padded batches are right-aligned, so that the head is needed at the last positions only.
 
         Returns:
-            logits (B, K, V), labels (B, K), answer mask (B, K).
+            logits (B, K, V), labels (B, K), answer mask (B, K). Of a packed batch they are one row.
         """
+        if is_packed_batch(batch):
+            if not self._can_pack:
+                check_can_pack(self._built(), f"model.base {self.base}")
+                self._can_pack = True
+            return packed_logits(self._built(), batch, self._head_can_keep)
         keep = batch["num_label_positions"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
         model = self._built()
@@ -277,7 +290,7 @@ class RoSAModule(Answering):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss, logged as ``train/loss`` beside the step's learning rate."""
         loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=num_rows(batch))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
@@ -296,7 +309,7 @@ class RoSAModule(Answering):
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Log how many tokens, padding left out, and examples a second all devices train on."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        tokens, examples = batch["attention_mask"].sum(), len(batch["labels"])
+        tokens, examples = batch["attention_mask"].sum(), num_rows(batch)
         rates = self._throughput.add(every, tokens=tokens, examples=examples)
         for counted, rate in rates.items():
             self.log(f"throughput/{counted}_per_s", rate * self.trainer.world_size)
@@ -356,7 +369,9 @@ class RoSAModule(Answering):
             sync_dist=True,
             batch_size=supervised,
         )
-        correct = ((logits.argmax(-1) == labels) | ~is_answer).all(-1)
+        is_right = (logits.argmax(-1) == labels) | ~is_answer
+        packed = is_packed_batch(batch)
+        correct = all_of_each_row(is_right[0], batch) if packed else is_right.all(-1)
         cast(TaskAccuracy, self._accuracy).update(batch["task"], correct)
 
     def on_validation_epoch_end(self) -> None:
