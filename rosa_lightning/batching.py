@@ -46,6 +46,11 @@ class Example:
     answer: int
     """Index in `response` of the final answer's first token; 0 if the end states no answer."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
 
 @dataclass(slots=True)
 class OverlongCount:
@@ -257,6 +262,16 @@ def _inputs(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     }
 
 
+def origins(examples: Sequence[Example], source_names: Sequence[str]) -> dict[str, Any]:
+    """Where rows come from: `source`, which indexes the names, and `index` (B,); `task`."""
+    records = [example.record for example in examples]
+    return {
+        "source": torch.tensor([source_names.index(record.source) for record in records]),
+        "task": [record.task for record in records],
+        "index": torch.tensor([record.index for record in records]),
+    }
+
+
 @dataclass(frozen=True)
 class TrainCollator:
     """Batches to train and validate on."""
@@ -284,17 +299,13 @@ class TrainCollator:
             labels_BT[row, start:] = inputs["input_ids"][row, start:]
             answer_mask_BT[row, start + example.answer :] = True
         before = min(len(example.prompt) for example in examples) - 1
-        records = [example.record for example in examples]
-        source = [self.source_names.index(record.source) for record in records]
         return {
             **inputs,
             "labels": labels_BT,
             "answer_mask": answer_mask_BT,
             "num_label_positions": max(len(example.response) for example in examples),
             "num_shared": min(len(common_start(rows)), before),
-            "source": torch.tensor(source),
-            "task": [record.task for record in records],
-            "index": torch.tensor([record.index for record in records]),
+            **origins(examples, self.source_names),
         }
 
 

@@ -61,7 +61,12 @@ TOOLS: dict[str, Callable[..., None]] = {
 }
 """The commands that the trainer does not run. They read the same configuration."""
 _OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
-_OF_A_STEP = ("model.attn_implementation", "model.gradient_checkpointing", "data.batch_size")
+_OF_A_STEP = (
+    "model.attn_implementation",
+    "model.gradient_checkpointing",
+    "data.batch_size",
+    "data.tokens_per_batch",
+)
 SHOWN: dict[str, tuple[str, ...]] = {
     "export": tuple(f"model.{name}" for name in _OF_A_BASE),
     "inspect": (

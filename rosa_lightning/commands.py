@@ -151,7 +151,7 @@ def inspect(
         activations: PNG to draw: mean L2 norm of the rotated Q and K states per head dimension and
             layer; beside it, a folder of its name for TensorBoard. Neither may exist. It takes the
             weights, and texts of data.sources.
-        num_batches: Batches of data.batch_size texts that the drawing is the mean of.
+        num_batches: Batches of training texts that the drawing is the mean of.
         all_models: Instead, try every causal language model of transformers, built small.
     """
     console = Console()
@@ -161,7 +161,8 @@ def inspect(
     module, data = setting.module, setting.data
     _check_base(module)
     length = data.max_length - 1 if response_length is None else response_length
-    check_batch(data.batch_size, data.max_length, length)
+    rows = data.longest_rows
+    check_batch(rows, data.max_length, length)
     if activations is not None:
         _check_picture(Path(activations), num_batches)
     precision = str(setting.trainer.get("precision"))
@@ -173,14 +174,12 @@ def inspect(
     if activations is not None:
         drawn = _draw_activations(setting, ckpt_path, Path(activations), num_batches)
     console.print(tables)
-    console.print(
-        f"Batch of {data.batch_size} x {data.max_length} tokens, {length} of them responses"
-    )
+    console.print(f"Batch of {rows} x {data.max_length} tokens, {length} of them responses")
     selection = [c for c in _callbacks(setting) if isinstance(c, DynamicLayerSelection)]
     estimates = compare_memory(
         model,
         num_active=selection[0].rules.num_active if selection else 0.5,
-        batch_size=data.batch_size,
+        batch_size=rows,
         length=data.max_length,
         response_length=length,
         optimizer=module.make_optimizer,
@@ -298,6 +297,8 @@ def _draw_activations(setting: Setting, ckpt_path: str | None, png: Path, num_ba
     data = setting.data
     if data.tokenizer is None:
         data.tokenizer = setting.module.tokenizer
+    if data.batching == "packed":  # the figure is of padded rows
+        data.batching = "length"
     data.setup("fit")
     norms = rotated_norms(model, islice(data.train_dataloader(), num_batches))
     title = f"{setting.module.base}: mean L2 norm per layer and head dimension"

@@ -21,22 +21,17 @@ from rosa_lightning.batching import (
     TrainCollator,
     encode_all,
 )
+from rosa_lightning.grouping import Batching, Grouping, token_lengths
 from rosa_lightning.leakage import (
     leaked,
     question_digest,
     question_keys,
     split_leaked,
 )
-from rosa_lightning.mixture import (
-    LongestFirst,
-    MixtureSampler,
-    ResumableLoader,
-    Stop,
-    epoch_length,
-    hold_out,
-    shares_by_size,
-)
+from rosa_lightning.loading import Batched, LongestFirst, MixtureSampler, ResumableLoader
+from rosa_lightning.mixture import Stop, epoch_length, hold_out, shares_by_size
 from rosa_lightning.own_tasks import with_own_tasks
+from rosa_lightning.packing import PackedCollator
 from rosa_lightning.sources import (
     Purpose,
     Source,
@@ -75,6 +70,12 @@ class ReasoningDataModule(LightningDataModule):
         tokenizer: Hub id or folder of the tokenizer, or tiny. By default the model's own. From
             Python also a tokenizer object.
         batch_size: Records a batch, on each device.
+        tokens_per_batch: Most tokens of a training batch, padding counted, on each device, in
+            place of batch_size; batches of short records then have more of them. Validation, test
+            and predict keep to batch_size.
+        batching: Records of a training batch: length puts those of like length together, so that
+            little is padded; random takes them as they follow one another; packed lays them end
+            to end, without padding, where the model allows it.
         max_length: Longest record, in tokens, prompt and response together.
         template: Text around the instruction: alpaca, as LLM-Adapters has it; chat, the
             tokenizer's own; or plain.
@@ -100,6 +101,8 @@ class ReasoningDataModule(LightningDataModule):
         tasks: list[dict[str, Any]] | None = None,
         tokenizer: str | Any | None = None,
         batch_size: int = 16,
+        tokens_per_batch: int | None = None,
+        batching: Batching = "length",
         max_length: int = 512,
         template: Template = "alpaca",
         overlong: Overlong = "cut",
@@ -118,6 +121,7 @@ class ReasoningDataModule(LightningDataModule):
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("max_length", max_length, 8)
         _check_at_least("num_workers", num_workers, 0)
+        _check_one_of("batching", batching, get_args(Batching))
         _check_one_of("template", template, get_args(Template))
         _check_one_of("overlong", overlong, get_args(Overlong))
         _check_one_of("stop", stop, get_args(Stop))
@@ -126,6 +130,12 @@ class ReasoningDataModule(LightningDataModule):
             raise ValueError(
                 f"temperature={temperature!r} is no number above 0. Set data.temperature; 1 mixes "
                 "by size, 3 draws the shares together, null leaves them to the weights."
+            )
+        if tokens_per_batch is not None and tokens_per_batch < max_length:
+            raise ValueError(
+                f"tokens_per_batch={tokens_per_batch} is below max_length={max_length}, so some "
+                "record may fit into no batch. Raise data.tokens_per_batch, or lower "
+                "data.max_length."
             )
         if not 0 <= val_fraction < 1:
             raise ValueError(
@@ -140,6 +150,7 @@ class ReasoningDataModule(LightningDataModule):
         self.predict_sources = source_list("predict_sources", predict_sources, "test", self.tasks)
         self.tokenizer = tokenizer
         self.batch_size, self.max_length = batch_size, max_length
+        self.tokens_per_batch, self.batching = tokens_per_batch, batching
         self.template, self.overlong = template, overlong
         self.temperature, self.stop = temperature, stop
         self.val_fraction, self.decontaminate = val_fraction, decontaminate
@@ -152,9 +163,17 @@ class ReasoningDataModule(LightningDataModule):
         self.cut_prompts: dict[str, int] = {}
         """Prompts of each test and predict source that lost their beginning."""
         self._train: list[Sequence[Example]] | None = None  # a sequence a source
+        self._grouping = Grouping(batching, batch_size, tokens_per_batch)  # setup adds lengths
         self._val: list[Sequence[Example]] = []
         self._prompts: dict[str, list[Example]] = {}
         self._tokenizer: Any = None
+
+    @property
+    def longest_rows(self) -> int:
+        """Records of max_length tokens that a training batch may have."""
+        return (
+            self.tokens_per_batch // self.max_length if self.tokens_per_batch else self.batch_size
+        )
 
     @property
     def source_names(self) -> list[str]:
@@ -283,6 +302,9 @@ class ReasoningDataModule(LightningDataModule):
             sources.append(examples)
             val.append(held_examples)
         self._train, self._val = sources, val
+        if self.batching != "random" or self.tokens_per_batch:
+            lengths = token_lengths(sources, exact=self.tokens_per_batch is not None)
+            self._grouping = replace(self._grouping, lengths=lengths)
         self._trained_on = [self._training()]
         self._report_mixture()
 
@@ -373,22 +395,28 @@ class ReasoningDataModule(LightningDataModule):
 
     # Loaders.
 
-    def train_dataloader(self) -> ResumableLoader:
-        """The mixture, this rank's part, from where the trainer stands."""
+    def train_dataloader(self) -> ResumableLoader | DataLoader[Example]:
+        """The mixture, this rank's part, from where the trainer stands.
+
+        Trainer(overfit_batches=...) gets the first records, batch_size at a time.
+        """
         assert self._train is not None, "setup('fit') comes first"
+        if getattr(self.trainer, "overfit_batches", 0):
+            return self._in_order(ConcatDataset(self._train), self._collator())  # type: ignore[arg-type]
         ranks = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         sampler = MixtureSampler(
             self._sizes(),
             self._weights(),
             self.source_names,
             self.seed,
+            self._grouping,
             stop=self.stop,
             **ranks,
         )
         loader = ResumableLoader(
-            ConcatDataset(self._train),  # type: ignore[arg-type]
-            sampler=sampler,
-            collate_fn=TrainCollator(tuple(self.source_names), self._pad_id()),
+            Batched(self._train),  # type: ignore[arg-type]
+            sampler,
+            collate_fn=self._collator(),
             **self._loader_options(),
         )
         if self.trainer is not None:
@@ -402,10 +430,9 @@ class ReasoningDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
         """The held-out records of all sources; an empty list where there are none."""
-        collator = TrainCollator(tuple(self.source_names), self._pad_id())
         if not any(map(len, self._val)):
             return []
-        return self._in_order(ConcatDataset(self._val), collator)  # type: ignore[arg-type]
+        return self._in_order(ConcatDataset(self._val), self._collator())  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Example]:
         """The prompts of the test sources, each once however many ranks, the longest first."""
@@ -425,13 +452,19 @@ class ReasoningDataModule(LightningDataModule):
             examples,
             shuffle=False,
             sampler=sampler,
+            batch_size=self.batch_size,
             collate_fn=collator,
             **self._loader_options(),
         )
 
+    def _collator(self) -> TrainCollator | PackedCollator:
+        names = tuple(self.source_names)
+        if self.batching == "packed":
+            return PackedCollator(names)
+        return TrainCollator(names, self._pad_id())
+
     def _loader_options(self) -> dict[str, Any]:
         return {
-            "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
             # Without its own generator a loader draws from the global one at each pass, and a
@@ -520,8 +553,8 @@ class ReasoningDataModule(LightningDataModule):
         self._trained_on = [*before, *(one for one in self._trained_on if one not in before)]
         self._seen_before = [state_dict["seen"].get(name, 0) for name in self.source_names]
         self._seen = [0] * len(self.sources)
-        now, then = self._order_settings(), state_dict["order"]
         # Checkpoints of earlier versions do not know every key.
+        now, then = self._order_settings(), {"batching": "random", **state_dict["order"]}
         changed = [key for key in now if now[key] != then.get(key, now[key])]
         if changed:
             was = ", ".join(f"{key} was {then.get(key)} and is {now[key]}" for key in changed)
@@ -538,7 +571,10 @@ class ReasoningDataModule(LightningDataModule):
             "temperature": self.temperature,
             "stop": self.stop,
             "batch_size": self.batch_size,
+            "tokens_per_batch": self.tokens_per_batch,
+            "batching": self.batching,
             "seed": self.seed,
+            "lengths": self._grouping.digest(),
         }
 
     # Reports.

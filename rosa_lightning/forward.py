@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from rosa_lightning.batching import IGNORED
 from rosa_lightning.head import logits_at, states_at, why_not_narrowed
+from rosa_lightning.packing import check_can_pack, is_packed_batch, num_rows, row_of
 from rosa_lightning.prefix import (
     WORTH_SHARING,
     rows_behind,
@@ -32,8 +34,7 @@ from rosa_lightning.reading import forward_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED = -100
-"""Label of a token without loss."""
+_PACKED = ("input_ids", "position_ids")
 
 _SHARDED = "shards of a model are gathered for one pass through it at a time"
 
@@ -76,7 +77,10 @@ class Forward:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
 
         Args:
-            batch: As `TrainCollator` makes it.
+            batch: As `TrainCollator` or `PackedCollator` makes it.
+
+        Raises:
+            ValueError: The batch is packed, and the model mixes packed rows.
         """
         return self._read(batch, predict=False)[0]
 
@@ -84,12 +88,14 @@ class Forward:
         """The loss, and which answers the model would write by itself.
 
         Args:
-            batch: As `TrainCollator` makes it.
+            batch: As for `loss`.
         """
         loss, predicted_N, rows_N, columns_N = self._read(batch, predict=True)
         labels_N = batch["labels"][rows_N, columns_N]
         missed_N = (predicted_N != labels_N) & batch["answer_mask"][rows_N, columns_N]
-        correct_B = torch.ones(len(batch["labels"]), dtype=torch.bool, device=loss.device)
+        if is_packed_batch(batch):
+            rows_N = row_of(batch, columns_N)
+        correct_B = torch.ones(num_rows(batch), dtype=torch.bool, device=loss.device)
         correct_B[rows_N[missed_N]] = False
         return Scored(loss, len(labels_N), correct_B)
 
@@ -138,11 +144,15 @@ class Forward:
     def _right_end(
         self, inputs: dict[str, Any], batch: dict[str, Any], rows_N: Tensor, columns_N: Tensor
     ) -> Tensor:
-        """Logits (N, V) of a model that can give those of the last columns only, or all."""
+        """Logits (N, V), through what a model's forward itself can leave out, if anything."""
         width = inputs["input_ids"].shape[1]
+        packed = is_packed_batch(batch)
         if "logits_to_keep" in forward_arguments(self.model):
-            inputs = {**inputs, "logits_to_keep": batch["num_label_positions"] + 1}
+            keep = columns_N if packed else batch["num_label_positions"] + 1
+            inputs = {**inputs, "logits_to_keep": keep}
         logits_BKV: Tensor = self.model(**inputs).logits
+        if packed:
+            return logits_BKV[0] if "logits_to_keep" in inputs else logits_BKV[0, columns_N]
         return logits_BKV[rows_N, columns_N - (width - logits_BKV.shape[1])]
 
     def _can_narrow(self, batch: dict[str, Any]) -> bool:
@@ -156,6 +166,11 @@ class Forward:
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """What the model's forward takes, and how many columns are left out of it."""
+        if is_packed_batch(batch):
+            if "packed" not in self._findings:
+                check_can_pack(self.model, type(self.model).__name__)
+                self._note("packed", "", "")
+            return {**{name: batch[name] for name in _PACKED}, "use_cache": False}, 0
         num_shared = batch.get("num_shared", 0)
         worth = num_shared >= WORTH_SHARING and len(batch["labels"]) > 1
         if self.share_prefix and worth and self._can_share(batch):

@@ -1,4 +1,4 @@
-"""Which records train, and in which order: the held-out split, the mixture, the resumable loader.
+"""Which records train, and in which order: the held-out split and the mixture.
 
 Everything is a function of the records, the weights and a seed; no global generator is read.
 """
@@ -6,14 +6,13 @@ Everything is a function of the records, the weights and a seed; no global gener
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
 
 from rosa_lightning.streamed import select
 from rosa_lightning.tasks import Record
@@ -22,7 +21,6 @@ Stop = Literal["total", "first_exhausted", "oversample"]
 """Where an epoch ends: after as many records as there are in all, when the first source has given
 as many as it has, or when every source has."""
 
-_NUMBERS_AT_A_TIME = 4096
 _LONGEST_EPOCH = 2**31
 
 # --- held-out split -------------------------------------------------------------------------
@@ -154,7 +152,8 @@ def epoch_length(
     return rounds * ranks
 
 
-def _generator(*parts: int | str) -> torch.Generator:
+def generator_for(*parts: int | str) -> torch.Generator:
+    """A generator whose seed these parts decide."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -165,7 +164,7 @@ def _within_source(size: int, start: int, count: int, seed: int, name: str) -> T
         return torch.empty(0, dtype=torch.int64)
     first, last = start // size, (start + count - 1) // size
     rounds = [
-        torch.randperm(size, generator=_generator(seed, "records", name, number))
+        torch.randperm(size, generator=generator_for(seed, "records", name, number))
         for number in range(first, last + 1)
     ]
     joined = rounds[0] if len(rounds) == 1 else torch.cat(rounds)
@@ -186,7 +185,7 @@ def epoch_order(
     times, positions = [], []
     offset = 0
     for size, count, name in zip(sizes, counts, names, strict=True):
-        generator = _generator(seed, "times", name, epoch)
+        generator = generator_for(seed, "times", name, epoch)
         jitter = torch.rand(count, generator=generator, dtype=torch.float64)
         # In place: with millions of records each temporary copy counts.
         times.append(jitter.add_(torch.arange(count)).div_(max(count, 1)))
@@ -196,119 +195,3 @@ def epoch_order(
         return positions[0]
     turns = torch.argsort(torch.cat(times), stable=True)
     return torch.cat(positions)[turns]
-
-
-class LongestFirst(DistributedSampler[int]):
-    """This rank's share of prompts, the longest first: batches hold prompts of like length.
-
-    So little is padded, and what does not fit into memory shows at once. No prompt is repeated to
-    give ranks equal numbers, as that one would count twice. Lightning puts a sampler of its own,
-    which repeats, around any but a `DistributedSampler`, which this is.
-    """
-
-    def __init__(self, lengths: Sequence[int], num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(
-            range(len(lengths)),  # type: ignore[arg-type]
-            num_replicas=num_replicas,
-            rank=rank,
-            shuffle=False,
-        )
-        order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-        self._mine = order[rank::num_replicas]
-
-    def __iter__(self) -> Iterator[int]:
-        """Positions of this rank's prompts."""
-        return iter(self._mine)
-
-    def __len__(self) -> int:
-        """How many prompts this rank has."""
-        return len(self._mine)
-
-
-class MixtureSampler(DistributedSampler[int]):
-    """This rank's share of `epoch_order`: every `num_replicas`-th record, from `rank` on.
-
-    An epoch has `epoch_length` records, a multiple of the ranks, so that all ranks have the same
-    number of batches. Lightning puts a sampler of its own around any sampler but a
-    `DistributedSampler`, which this is.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        weights: Sequence[float],
-        names: Sequence[str],
-        seed: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        stop: Stop = "total",
-    ) -> None:
-        super().__init__(
-            range(sum(sizes)),  # type: ignore[arg-type]
-            num_replicas=num_replicas,
-            rank=rank,
-            shuffle=False,
-            seed=seed,
-        )
-        self.sizes, self.names = tuple(sizes), tuple(names)
-        self.total_size = epoch_length(sizes, weights, stop, num_replicas)
-        self.num_samples = self.total_size // num_replicas
-        self.counts = epoch_counts(weights, self.total_size)
-        self._start = 0
-
-    def seek(self, epoch: int, start: int) -> None:
-        """The next pass begins at this rank's record `start` of `epoch`."""
-        self.epoch, self._start = epoch, start
-
-    def set_epoch(self, epoch: int) -> None:
-        """Does nothing: when resuming, Lightning calls it after the iterator was made."""
-
-    def __iter__(self) -> Iterator[int]:
-        """Positions in the sources laid end to end."""
-        order = epoch_order(self.sizes, self.counts, self.names, self.seed, self.epoch)
-        mine = order[self.rank :: self.num_replicas][self._start :]
-        for start in range(0, len(mine), _NUMBERS_AT_A_TIME):
-            # A few at a time: as Python numbers they take four times the memory.
-            yield from mine[start : start + _NUMBERS_AT_A_TIME].tolist()
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` over a `MixtureSampler` that saves its place and goes on from there.
-
-    A pass has `len(loader)` batches. It begins where the last one ended, so that passes which
-    the trainer cuts short (`limit_train_batches`) still go through all records.
-    """
-
-    _epoch = 0
-    _batch = 0
-
-    def seek(self, batch: int) -> None:
-        """The next pass begins at this batch, counted from the beginning of the training."""
-        self._epoch, self._batch = divmod(batch, len(self))
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Batches; those that workers have prepared ahead do not count as seen."""
-        if not isinstance(self.sampler, MixtureSampler):
-            # Trainer(overfit_batches=...) has put in a sequential sampler.
-            yield from super().__iter__()
-            return
-        remaining = len(self)
-        while remaining:
-            self._epoch += self._batch // len(self)
-            self._batch %= len(self)
-            self.sampler.seek(self._epoch, self._batch * (self.batch_size or 1))
-            for batch in super().__iter__():
-                # Counted before it is handed out: a checkpoint saved after its step has it done.
-                self._batch += 1
-                remaining -= 1
-                yield batch
-                if not remaining:
-                    break
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out."""
-        return {"epoch": self._epoch, "batch": self._batch}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a saved place."""
-        self._epoch, self._batch = state_dict["epoch"], state_dict["batch"]

@@ -31,6 +31,7 @@ from rosa_lightning.checkpoint import pack, unpack
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.forward import Forward
 from rosa_lightning.metrics import TaskAccuracy
+from rosa_lightning.packing import num_rows
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
@@ -268,7 +269,7 @@ class RoSAModule(Answering):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss, logged as ``train/loss`` beside the step's learning rate."""
         loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=num_rows(batch))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
@@ -287,7 +288,7 @@ class RoSAModule(Answering):
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Log how many tokens, padding left out, and examples a second all devices train on."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        tokens, examples = batch["attention_mask"].sum(), len(batch["labels"])
+        tokens, examples = batch["attention_mask"].sum(), num_rows(batch)
         rates = self._throughput.add(every, tokens=tokens, examples=examples)
         for counted, rate in rates.items():
             self.log(f"throughput/{counted}_per_s", rate * self.trainer.world_size)

@@ -6,7 +6,7 @@ are those of records in memory, which a stream with a shuffle buffer could not g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar, overload
@@ -133,6 +133,11 @@ class Streamed(Sequence[T], Generic[T]):
         for position, row in zip(self._positions, rows, strict=True):
             yield self._convert(row, int(position) + 1)
 
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each line, or characters of each row's values, in one pass over the file."""
+        rows = self._rows.read(self._positions)
+        return np.fromiter(map(_size, rows), np.int64, len(self))
+
     def select(self, indices: NDArray[Any]) -> Streamed[T]:
         """The items at these indices, or where a mask is true."""
         return Streamed(self._rows, self._convert, self._positions[indices])
@@ -140,6 +145,10 @@ class Streamed(Sequence[T], Generic[T]):
     def map(self, function: Callable[[T], S]) -> Streamed[S]:
         """What `function` makes of each item when it is asked for."""
         return Streamed(self._rows, partial(_composed, self._convert, function), self._positions)
+
+
+def _size(row: bytes | Mapping[str, Any]) -> int:
+    return len(row) if isinstance(row, bytes) else sum(len(str(value)) for value in row.values())
 
 
 def _composed(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
 from rosa_lightning.batching import (
@@ -18,7 +19,9 @@ from rosa_lightning.batching import (
     encode,
     prompt_prefix,
 )
-from rosa_lightning.mixture import MixtureSampler, ResumableLoader, epoch_counts, epoch_order
+from rosa_lightning.grouping import Grouping
+from rosa_lightning.loading import Batched, MixtureSampler, ResumableLoader
+from rosa_lightning.mixture import epoch_counts, epoch_order
 from rosa_lightning.tasks import Record, prompt
 
 
@@ -311,8 +314,9 @@ def test_sources_take_turns_differently_in_each_epoch():
     assert turns[0].tolist() != turns[1].tolist()
 
 
-def sampler(num_replicas=1, rank=0, sizes=(20, 13), weights=(0.5, 0.5)):
-    return MixtureSampler(sizes, weights, names_of(sizes), 0, num_replicas, rank)
+def sampler(num_replicas=1, rank=0, sizes=(20, 13), weights=(0.5, 0.5), batch_size=4):
+    grouping = Grouping("random", batch_size)
+    return MixtureSampler(sizes, weights, names_of(sizes), 0, grouping, num_replicas, rank)
 
 
 @pytest.mark.parametrize("num_replicas", [2, 3, 4])
@@ -321,8 +325,9 @@ def test_ranks_together_follow_the_mixture_with_equally_many_records(num_replica
     for epoch in (0, 1):
         for one in ranks:
             one.seek(epoch, 0)
-        shares = [list(one) for one in ranks]
-        assert {len(share) for share in shares} == {len(one) for one in ranks}
+        batches = [list(one) for one in ranks]
+        assert {len(share) for share in batches} == {len(one) for one in ranks}
+        shares = [[position for batch in share for position in batch] for share in batches]
         joint = [position for turn in zip(*shares, strict=True) for position in turn]
         whole = -(-33 // num_replicas) * num_replicas
         counts = epoch_counts([0.5, 0.5], whole)
@@ -330,11 +335,10 @@ def test_ranks_together_follow_the_mixture_with_equally_many_records(num_replica
         assert joint == order.tolist()
 
 
-def loader(batch_size=4, **options):
+def loader(**options):
     return ResumableLoader(
-        list(range(33)),  # type: ignore[arg-type]
-        sampler=sampler(),
-        batch_size=batch_size,
+        Batched([range(33)]),  # type: ignore[list-item]
+        sampler(),
         generator=torch.Generator(),
         collate_fn=list,
         **options,
@@ -382,9 +386,9 @@ def test_passes_cut_short_go_on_where_they_were_cut():
     assert found[5:10] == expected[6:11]
 
 
-def test_loader_with_a_sampler_of_the_trainer_reads_it_as_it_is():
-    one = ResumableLoader(list(range(5)), batch_size=2, collate_fn=list)  # type: ignore[arg-type]
-    assert list(one) == list(one) == [[0, 1], [2, 3], [4]]
+def test_loader_takes_no_other_sampler():
+    with pytest.raises(TypeError, match="takes a MixtureSampler, not a SequentialSampler"):
+        ResumableLoader([1, 2], SequentialSampler([1, 2]))  # type: ignore[arg-type]
 
 
 def test_no_global_random_generator_is_read():

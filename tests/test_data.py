@@ -488,7 +488,7 @@ def on_disk(folder, names="abc", suffix="jsonl"):
 
 @pytest.mark.parametrize("settings", [{}, {"num_workers": 2}, {"seed": 4}, {"overlong": "drop"}])
 def test_records_on_disk_are_those_in_memory_in_the_same_order(folder, settings):
-    settings = {"max_length": 22, "template": "plain", **settings}
+    settings = {"max_length": 22, "template": "plain", "batching": "random", **settings}
     memory, _ = fit(data(folder, **settings), max_epochs=2)
     disk, _ = fit(data(folder, **settings, sources=on_disk(folder)), max_epochs=2)
     assert disk.seen == memory.seen
@@ -497,7 +497,7 @@ def test_records_on_disk_are_those_in_memory_in_the_same_order(folder, settings)
 
 def test_batches_of_records_on_disk_are_those_of_records_in_memory(folder):
     def batches(**settings):
-        module = data(folder, tokenizer=TOKENIZER, **settings)
+        module = data(folder, tokenizer=TOKENIZER, batching="random", **settings)
         module.setup("fit")
         return [*module.train_dataloader(), *module.val_dataloader()]
 
@@ -516,8 +516,8 @@ def test_parquet_on_disk_is_parquet_in_memory(folder, tmp_path, monkeypatch):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
     given = on_disk(folder, suffix="parquet")
-    memory, _ = fit(data(folder), max_epochs=1)
-    disk, _ = fit(data(folder, sources=given), max_epochs=1)
+    memory, _ = fit(data(folder, batching="random"), max_epochs=1)
+    disk, _ = fit(data(folder, batching="random", sources=given), max_epochs=1)
     assert disk.seen == memory.seen
 
 
@@ -689,14 +689,23 @@ def test_overfit_batches_repeat_the_same_records(folder):
     assert module.seen[:3] == module.seen[3:]
 
 
+MODES = {
+    "random": {"batching": "random"},
+    "length": {},
+    "packed": {"batching": "packed"},
+    "tokens": {"tokens_per_batch": 300, "max_length": 256},
+    "packed tokens": {"batching": "packed", "tokens_per_batch": 300, "max_length": 256},
+}
+
 RANK = """
 import json, sys
 sys.path[:0] = {paths!r}
-from test_data import Path, data, fit, torch
-folder = Path({folder!r})
-module, trainer = fit(data(folder), strategy="ddp", devices=2, max_epochs=2)
-result = {{"seen": module.seen, "trained_on": trainer.datamodule.examples_seen()}}
-(folder / f"rank{{trainer.global_rank}}.json").write_text(json.dumps(result))
+from test_data import MODES, Path, data, fit, torch
+folder, results = Path({folder!r}), {{}}
+for mode, settings in MODES.items():
+    module, trainer = fit(data(folder, **settings), strategy="ddp", devices=2, max_epochs=2)
+    results[mode] = {{"seen": module.seen, "trained_on": trainer.datamodule.examples_seen()}}
+(folder / f"rank{{trainer.global_rank}}.json").write_text(json.dumps(results))
 torch.distributed.destroy_process_group()
 """
 
@@ -721,13 +730,23 @@ def test_two_processes_share_the_mixture(folder):
     ]
     assert [process.wait(120) for process in processes] == [0, 0]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    streams = [[tuple(pair) for batch in rank["seen"] for pair in batch] for rank in ranks]
-    joint = [pair for turn in zip(*streams, strict=True) for pair in turn]
-    alone, _ = fit(data(folder), max_epochs=2)
-    assert joint == [pair for batch in alone.seen for pair in batch]
-    counted = Counter(source for source, _ in joint)
-    expected = {"a": counted[0], "b": counted[1], "c": counted[2]}
-    assert ranks[0]["trained_on"] == ranks[1]["trained_on"] == expected
+    for mode, settings in MODES.items():
+        streams = [
+            [[tuple(pair) for pair in batch] for batch in rank[mode]["seen"]] for rank in ranks
+        ]
+        assert [len(batch) for batch in streams[0]] == [len(batch) for batch in streams[1]]
+        turns = (zip(*batches, strict=True) for batches in zip(*streams, strict=True))
+        joint = [pair for batches in turns for turn in batches for pair in turn]
+        counted = Counter(source for source, _ in joint)
+        expected = {"a": counted[0], "b": counted[1], "c": counted[2]}
+        assert [rank[mode]["trained_on"] for rank in ranks] == [expected] * 2
+        alone = [
+            pair for batch in fit(data(folder, **settings), max_epochs=2)[0].seen for pair in batch
+        ]
+        if mode == "random":
+            assert joint == alone
+        if "tokens" not in mode:  # two epochs of tokens need not end where two passes do
+            assert Counter(joint) == Counter(alone)
 
 
 def test_lightning_leaves_the_training_loader_as_it_is_under_ddp(folder):
@@ -758,7 +777,7 @@ def test_real_mixture_is_within_two_points_of_its_weights(real_data):
 
 
 def test_test_prompts_come_longest_first_and_each_once_whatever_the_number_of_ranks():
-    from rosa_lightning.mixture import LongestFirst
+    from rosa_lightning.loading import LongestFirst
 
     lengths = [3, 9, 4, 9, 1, 7, 2]
     assert list(LongestFirst(lengths)) == [1, 3, 5, 2, 0, 6, 4]

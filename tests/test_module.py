@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_base
+import transformers
+from conftest import SMALL, byte_tokenizer, save_base
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.testing import assert_close
@@ -225,6 +226,45 @@ def test_loaders_without_a_data_module_are_validated_on(base_folder, sources, tm
     datamodule.setup("validate")
     metrics = trainer(tmp_path).validate(built, datamodule.val_dataloader(), verbose=False)[0]
     assert {"val/loss", "val/accuracy", "val/accuracy/boolq"} <= set(metrics)
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, a_trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(a_trainer.callback_metrics["train/loss"].item())
+
+
+def trained(base_folder, sources, tmp_path, batching):
+    losses, built = Losses(), randomise(module(base_folder))
+    run = trainer(tmp_path, max_steps=30, callbacks=[losses])
+    run.fit(built, data(sources, batching=batching))
+    return losses.losses, run.callback_metrics
+
+
+def test_packed_rows_train_and_validate_as_padded_rows_do(base_folder, sources, tmp_path):
+    torch.manual_seed(1)
+    padded, expected = trained(base_folder, sources, tmp_path, "random")
+    torch.manual_seed(1)
+    packed, found = trained(base_folder, sources, tmp_path, "packed")
+    assert packed == pytest.approx(padded, abs=1e-4)
+    for name in ("val/loss", "val/accuracy", "val/accuracy/boolq", "val/accuracy/gsm8k"):
+        assert found[name].item() == pytest.approx(expected[name].item(), abs=1e-4)
+    assert found["throughput/examples_per_s"] > 1
+
+
+def test_base_that_cannot_be_packed_is_refused_before_it_trains(sources, tmp_path):
+    conv = transformers.Lfm2Config(
+        **{**SMALL, "vocab_size": 258, "max_position_embeddings": 512},
+        layer_types=["conv", "full_attention"],
+    )
+    transformers.AutoModelForCausalLM.from_config(conv).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    built = module(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"base .* mixes packed rows.* Set data\.batching: len"):
+        trainer(tmp_path).fit(built, data(sources, batching="packed"))
+    trainer(tmp_path).fit(built, data(sources))
 
 
 def test_throughput_is_logged_where_epochs_are_shorter_than_the_log_interval(
