@@ -156,7 +156,7 @@ def audit_records(
         found = _lengths_in_words(records) if lengths is None else tuple(lengths(records))
         too_long = None if lengths is None else sum(length > max_length for length in found)
         groups = [
-            tuple(notes[place].index for place in span if place in group)
+            tuple(notes[place].number for place in span if place in group)
             for group in (repeated, elsewhere, conflicting, empty, leaked)
         ]
         audits.append(
@@ -204,7 +204,7 @@ class _Note(NamedTuple):
     """What is kept of a training record."""
 
     source: str
-    index: int
+    number: int
     question: str
     """A digest: equal for equal questions."""
     task: Task
@@ -216,7 +216,7 @@ class _Note(NamedTuple):
 def _noted(source: str, record: Record) -> _Note:
     return _Note(
         source=source,
-        index=record.index,
+        number=record.index,
         question=question_digest(record),
         task=task_of(record),
         answer=reference(record),
@@ -266,7 +266,7 @@ def _benchmark(
 ) -> BenchmarkAudit:
     exact, near = (
         tuple(
-            Match(record=test[number].index, source=train[at].source, source_record=train[at].index)
+            Match(record=test[number].index, source=train[at].source, source_record=train[at].number)
             for number, places in found.items()
             for at in places
         )

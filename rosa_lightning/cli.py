@@ -364,7 +364,11 @@ def main(args: Sequence[str] | None = None) -> int:
             parser_kwargs={"prog": "python -m rosa_lightning", "description": DESCRIPTION},
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [PredictionWriter(), ResultWriter()]},
+            trainer_defaults={
+                "callbacks": [PredictionWriter(), ResultWriter()],
+                # The module's validation needs no rehearsal before every training.
+                "num_sanity_val_steps": 0,
+            },
             given=sys.argv[1:] if args is None else args,
             args=None if args is None else list(args),
         )

@@ -19,7 +19,6 @@ from rosa_lightning.batching import (
     OverlongCount,
     PromptCollator,
     TrainCollator,
-    encode_all,
 )
 from rosa_lightning.grouping import Batching, Grouping, token_lengths
 from rosa_lightning.leakage import (
@@ -44,6 +43,7 @@ from rosa_lightning.sources import (
 from rosa_lightning.streamed import Streamed
 from rosa_lightning.tasks import Record
 from rosa_lightning.templates import Template, check_template, stop_ids
+from rosa_lightning.token_cache import cache_folder, encode_cached
 
 SourceLike = dict[str, Any] | Source
 """A source or its fields. The dictionary stands first, so that jsonargparse leaves fields as they
@@ -89,6 +89,9 @@ class ReasoningDataModule(LightningDataModule):
         stop: Where an epoch ends: total, after as many records as there are; first_exhausted,
             when the first source has given as many as it has; oversample, when every one has.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
+        cache_dir: Folder that keeps tokenised training data, so that the next run need not tokenise
+            them again; auto is rosa_lightning in the user's cache folder (XDG_CACHE_HOME), null
+            keeps nothing.
         seed: Decides the order, what is held out and what max_examples leaves out.
     """
 
@@ -111,6 +114,7 @@ class ReasoningDataModule(LightningDataModule):
         temperature: float | None = None,
         stop: Stop = "total",
         num_workers: int = 0,
+        cache_dir: str | None = "auto",
         seed: int = 0,
     ) -> None:
         """Checks the settings; files are read in `setup`.
@@ -154,7 +158,7 @@ class ReasoningDataModule(LightningDataModule):
         self.template, self.overlong = template, overlong
         self.temperature, self.stop = temperature, stop
         self.val_fraction, self.decontaminate = val_fraction, decontaminate
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.cache_dir, self.seed = num_workers, cache_dir, seed
         self._seen = [0] * len(self.sources)  # on this rank, since the start or the resumption
         self._seen_before = [0] * len(self.sources)  # on all ranks, as a checkpoint says
         self._logged_step = 0
@@ -287,11 +291,11 @@ class ReasoningDataModule(LightningDataModule):
             [load_records(source, "train", self.tasks, self.seed) for source in self.sources]
         )
         train, held = hold_out(records, self.val_fraction, self.seed)
-        encoder = self._encoder()
+        encoder, cache = self._encoder(), cache_folder(self.cache_dir)
         sources, val = [], []
         for name, to_train, to_hold in zip(self.source_names, train, held, strict=True):
-            examples, count = encode_all(to_train, encoder)
-            held_examples, held_count = encode_all(to_hold, encoder)
+            examples, count = encode_cached(to_train, encoder, cache)
+            held_examples, held_count = encode_cached(to_hold, encoder, cache)
             count.add(held_count)
             if not len(examples):
                 raise ValueError(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 
 @contextmanager
@@ -41,12 +44,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
+def write_file(path: Path, *content: bytes | array[Any]) -> None:
+    """Write a file that is never seen half-written, whoever else writes it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            file.writelines(content)
         beside.replace(path)
     except BaseException:
         with suppress(OSError):

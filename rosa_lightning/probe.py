@@ -208,12 +208,13 @@ def _geometry(
     """Name the projections, and say of each kind of state why it cannot be adapted, if so."""
     sources: dict[str, Source] = {}
     notes: dict[str, str] = {}
+    places = _places(call)
     for kind, rows_HD in maps.items():
         dims = [d for d in range(rows_HD.shape[1]) if kind == "v" or d in table.rotated_dims]
         others = torch.cat([rows.flatten() for other, rows in maps.items() if other != kind])
         wanted_HD = rows_HD[:, dims]
         shared = torch.isin(wanted_HD[wanted_HD != NO_ROW], others).any()
-        paths = {_row_at(call, row)[0] for row in set(wanted_HD.flatten().tolist()) - {NO_ROW}}
+        paths = {places[row][0] for row in set(wanted_HD.flatten().tolist()) - {NO_ROW}}
         if (wanted_HD == NO_ROW).any() or not paths:
             notes[kind] = "its states are not outputs of a projection of this layer"
         elif len(paths) > 1:
@@ -221,7 +222,7 @@ def _geometry(
         elif shared:
             notes[kind] = "its rows are those of other states too"
         else:
-            sources[kind] = _source(call, paths.pop(), rows_HD)
+            sources[kind] = _source(places, paths.pop(), rows_HD)
     for kind in sorted({"q", "k"} & set(sources)):
         norm, layout, reason = _find_norm(maps[kind], states.norm_inputs, codes_NTR)
         sources[kind] = replace(sources[kind], norm=norm, norm_layout=layout)
@@ -229,20 +230,18 @@ def _geometry(
     return AttentionGeometry(call.path, table, sources, notes, call.output)
 
 
-def _row_at(call: AttentionCall, index: int) -> tuple[str, int]:
-    """The projection and its output row that stand at an index of the R rows."""
-    for path, output in call.projections.items():
-        if index < output.shape[-1]:
-            return path, index
-        index -= output.shape[-1]
-    raise AssertionError(index)
+def _places(call: AttentionCall) -> list[tuple[str, int]]:
+    """The projection and its output row that stand at each of the R rows."""
+    # All at once: asking a tensor for its shape takes long where a model is made under a mode.
+    widths = [(path, output.shape[-1]) for path, output in call.projections.items()]
+    return [(path, row) for path, width in widths for row in range(width)]
 
 
-def _source(call: AttentionCall, path: str, rows_HD: Tensor) -> Source:
+def _source(places: list[tuple[str, int]], path: str, rows_HD: Tensor) -> Source:
     """The rows of one projection, a head that is repeated for several others given once."""
 
     def row_in_path(index: int) -> int:
-        other, row = _row_at(call, index) if index != NO_ROW else ("", NO_ROW)
+        other, row = places[index] if index != NO_ROW else ("", NO_ROW)
         return row if other == path else NO_ROW
 
     heads = [tuple(map(row_in_path, rows)) for rows in rows_HD.tolist()]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,3 +201,30 @@ def test_a_local_base_is_known_by_its_whole_path(base_folder, monkeypatch):
     assert base_name(load_base(base_folder.name)) == str(base_folder)
     assert whole_name("tiny") == "tiny"
     assert whole_name("owner/model") == "owner/model"
+
+
+PEAK = """
+import resource, sys
+from rosa_lightning.base import load_base
+def resident(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+load_base("tiny")  # imports what a load needs
+before = resident("VmRSS")
+model = load_base(sys.argv[1], dtype=sys.argv[2])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+print(peak, sum(weight.nbytes for weight in model.parameters()) / 2**20)
+"""
+
+
+@pytest.mark.slow  # a process of its own, as a peak is of a whole process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_base_is_loaded_without_a_second_copy_of_its_weights(tmp_path, dtype):
+    model = build("llama", torch.bfloat16, hidden_size=512, vocab_size=64000, num_hidden_layers=8)
+    model.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", PEAK, str(tmp_path), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, weights = map(float, done.stdout.split()[-2:])
+    assert weights > 100
+    assert peak < 1.2 * weights

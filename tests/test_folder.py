@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -62,12 +63,27 @@ def test_a_file_that_cannot_be_finished_leaves_the_older_one_alone(tmp_path, mon
     path = tmp_path / "deep" / "r.json"
     write_file(path, b"older")
 
-    def full(self, content):
-        self.touch()
+    def full(self, target):
         raise OSError("no space left")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("pathlib.Path.replace", full)
     with pytest.raises(OSError, match="no space left"):
         write_file(path, b"newer")
     assert path.read_bytes() == b"older"
     assert [file.name for file in path.parent.iterdir()] == ["r.json"]
+
+
+def test_two_who_write_one_file_at_once_do_not_mix(tmp_path, monkeypatch):
+    path, replace = tmp_path / "r.json", Path.replace
+    others = iter([b"the other's, which is longer"])
+
+    def meanwhile(self, target):
+        for content in others:
+            write_file(path, content)
+            assert path.read_bytes() == content
+        return replace(self, target)
+
+    monkeypatch.setattr("pathlib.Path.replace", meanwhile)
+    write_file(path, b"mine, ", b"in parts")
+    assert path.read_bytes() == b"mine, in parts"
+    assert os.listdir(tmp_path) == ["r.json"]

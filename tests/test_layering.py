@@ -54,6 +54,7 @@ FLOORS = {
     "packed": 2.5,
     "sources": 2,
     "batching": 2,
+    "token_cache": 2.2,
     "mixture": 2,
     "grouping": 2.2,
     "loading": 2.4,

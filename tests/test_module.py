@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import SMALL, byte_tokenizer, save_base
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from rosa_lightning import ReasoningDataModule, RoAEConfig, RoSAModule
@@ -120,6 +122,50 @@ def test_adapters_train_in_float32_and_the_base_keeps_its_dtype(
     moments = run.optimizers[0].state.values()
     assert {state["exp_avg"].dtype for state in moments} == {torch.float32}
     assert any(not torch.equal(before[key], value) for key, value in built.named_parameters())
+
+
+class Casts(TorchDispatchMode):
+    """Follows the copies that are made of a base's weights in another dtype."""
+
+    def __init__(self, built: RoSAModule) -> None:
+        super().__init__()
+        weights = (p for name, p in built.named_parameters() if not is_adapter_key(name))
+        self.weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.copies: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        is_copy = func is torch.ops.aten._to_copy.default
+        if is_copy and args[0].untyped_storage().data_ptr() in self.weights:
+            self.copies.append(weakref.ref(out))
+        return out
+
+    def alive(self) -> int:
+        return sum(copy() is not None for copy in self.copies)
+
+
+@pytest.mark.filterwarnings("ignore:You passed .*16-mixed")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_no_copy_of_a_bfloat16_base_is_made_in_training(precision, base_folder, sources, tmp_path):
+    built = module(base_folder, dtype="bfloat16")
+    built.configure_model()
+    with Casts(built) as casts:
+        trainer(tmp_path, precision=precision).fit(built, data(sources))
+    assert len(casts.copies) == 0
+
+
+def test_autocast_keeps_copies_of_what_trains_and_none_of_the_frozen_base(base_folder, batch):
+    built = module(base_folder, dtype="float32")
+    built.configure_model()
+    with Casts(built) as casts, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        built.loss(batch)
+        assert len(casts.copies) > 8  # each product needs one
+        assert casts.alive() == 0
+        # Where weights do require gradients, they are kept until autocast ends.
+        built.model.requires_grad_(True)
+        with torch.enable_grad():
+            built.loss(batch)
+        assert casts.alive() > 8
 
 
 def test_16_mixed_trains_with_a_loss_scale(base_folder, sources, tmp_path):

@@ -78,10 +78,12 @@ CASES = [
     ("family", "changes", "kernel"),
     [(*case, kernel) for case in CASES for kernel in KERNELS if (case[0], kernel) != NO_SUCH],
 )
-def test_packed_rows_have_the_loss_and_gradients_of_padded_rows(family, changes, kernel):
+def test_packed_rows_have_the_loss_and_gradients_of_padded_rows(
+    monkeypatch, family, changes, kernel
+):
     model = adapted(family, attn_implementation=kernel, **changes)
-    if "original_max_position_embeddings" not in changes:
-        check_can_pack(model, "it")
+    if "original_max_position_embeddings" in changes:  # the check's rows are longer than that
+        monkeypatch.setattr(forward, "check_can_pack", lambda *_: None)
     rows = examples()
     expected = padded_loss(model, TrainCollator(("a",), pad_id=0)(rows))
     loss = Forward(model).loss(PackedCollator(("a",))(rows))

@@ -1,0 +1,198 @@
+"""Wall time from the command to the end of the first step, beside HF Trainer with PEFT LoRA.
+
+    python tests/benchmarks/start_up.py boolq.json [--rounds 5] [--base FOLDER] [--batch-size 16]
+
+Each figure is of a fresh process, from its start to the end of its first optimizer step; `--help`
+to its end. The ways take turns, round by round. The base is by default a Llama of 12 layers, 512
+wide, with 32,000 tokens, in float32, and random weights, or the one given. Both sides find their
+tokenised data on disk: ours in its cache, the baseline's saved by `datasets`. The baseline trains
+LoRA with r=16 on q, k, v, up and down. Needs the extra `test`, and accelerate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CONFIG = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 10
+  log_every_n_steps: 10
+  logger:
+    class_path: lightning.pytorch.loggers.TensorBoardLogger
+    init_args: {{save_dir: {folder}}}
+  callbacks:
+    - class_path: rosa_lightning.DynamicLayerSelection
+    - class_path: rosa_lightning.RunMonitor
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{monitor: val/loss, save_last: true}}
+    - class_path: first_step.StopAfterFirstStep
+model: {{base: {base}}}
+data:
+  sources: [{{path: {records}}}]
+  batch_size: {batch_size}
+  cache_dir: {folder}/cache
+"""
+
+
+def baseline(base: str, data: str, batch_size: int) -> None:
+    """The script that a user would write, up to the end of the first step."""
+    from datasets import load_from_disk
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            os._exit(0)
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=batch_size,
+            max_steps=10,
+            report_to="none",
+            use_cpu=True,
+        )
+        Trainer(
+            model=model,
+            args=settings,
+            train_dataset=load_from_disk(data),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            callbacks=[Stop()],
+        ).train()
+
+
+def save_base(folder: Path) -> Path:
+    """A Llama with random weights and the tokenizer of the embedded base."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    from rosa_lightning import tiny
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny.folder()).save_pretrained(folder)
+    return folder
+
+
+def save_tokenised(records: Path, base: Path, folder: Path) -> Path:
+    """The records in token ids, as the baseline takes them."""
+    from datasets import Dataset
+
+    from rosa_lightning.base import load_tokenizer
+    from rosa_lightning.batching import encode
+    from rosa_lightning.sources import Source, load_records
+
+    examples, _ = encode(load_records(Source(path=str(records))), load_tokenizer(str(base)))
+    rows = [
+        {
+            "input_ids": [*example.prompt, *example.response],
+            "attention_mask": [1] * (len(example.prompt) + len(example.response)),
+            "labels": [-100] * len(example.prompt) + list(example.response),
+        }
+        for example in examples
+    ]
+    Dataset.from_list(rows).save_to_disk(folder)
+    return folder
+
+
+def seconds(command: list[str]) -> float:
+    """Wall time of a process, which must succeed."""
+    paths = [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    since = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    took = time.perf_counter() - since
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)  # its tokenised data
+    options = parser.parse_args()
+    if options.baseline:
+        baseline(str(options.base), str(options.baseline), options.batch_size)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = options.base or save_base(folder / "base")
+        data = save_tokenised(options.records, base, folder / "tokenised")
+        config = folder / "config.yaml"
+        config.write_text(
+            CONFIG.format(
+                folder=folder,
+                base=base,
+                records=options.records.resolve(),
+                batch_size=options.batch_size,
+            )
+        )
+        size = ["--base", str(base), "--batch-size", str(options.batch_size)]
+        ways = {
+            "LoRA, HF Trainer": [__file__, str(options.records), "--baseline", str(data), *size],
+            "fit": ["-m", "rosa_lightning", "fit", "--config", str(config)],
+            "--help": ["-m", "rosa_lightning", "--help"],
+            "import torch": ["-c", "import torch"],
+            "import lightning.pytorch": ["-c", "import lightning.pytorch"],
+        }
+        compare(ways, options.rounds)
+
+
+def compare(ways: dict[str, list[str]], rounds: int) -> None:
+    """Print the median seconds of each way, and its ratio to the first, with the ratios' range."""
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, command in ways.items():
+            since = seconds(command)
+            if number:  # the first round fills the caches, the disk's too
+                took[name].append(since)
+    first = next(iter(took.values()))
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    for name, values in took.items():
+        ratios = sorted(a / b for a, b in zip(values, first, strict=True))
+        print(
+            f"{name:26} {statistics.median(values):6.2f} s   "
+            f"{statistics.median(ratios):5.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
