@@ -33,6 +33,7 @@ from rosa_lightning.base import (
     whole_name,
 )
 from rosa_lightning.checkpoint import pack, unpack
+from rosa_lightning.compiled import compile_layers
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.metrics import TaskAccuracy
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
@@ -90,6 +91,7 @@ class RoSAModule(Answering):
             default what `transformers` chooses.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping
             them: less memory, more time.
+        compile: Compile the decoder layers, one by one, for training on one device or under DDP.
         max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
         evaluation: How ``test`` finds and reads answers.
@@ -108,6 +110,7 @@ class RoSAModule(Answering):
         quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         max_new_tokens: int = 256,
         trust_remote_code: bool = False,
         evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
@@ -137,6 +140,7 @@ class RoSAModule(Answering):
         self.quantization = quantization
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.compiles = compile
         self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
         self.evaluation = evaluation
@@ -184,6 +188,8 @@ class RoSAModule(Answering):
         self.roae = self.report.config  # an adapter brings its own
         self._remember_roae()
         self._head_can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if self.compiles:
+            compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", spread(model.train(), strategy))
         leave_packed_out(self)
