@@ -20,8 +20,6 @@ NUM_GRAPHS = 64
 """Graphs that layers of all kinds may need in all. Gradients make 6 of each kind of layer, masks
 and precisions twice as many; torch's own limit is 8, beyond which it runs code uncompiled."""
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-
 
 def compile_layers(
     model: nn.Module, strategy: Strategy | None = None, backend: str = "inductor"
@@ -57,6 +55,9 @@ def compile_layers(
 
 def _call(layer: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a layer, compiled in training and without a cache."""
-    cached = any(kwargs.get(name) is not None for name in _CACHES)
+    from transformers import Cache
+
+    # By its class: releases differ in what they call it.
+    cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
     run = layer._call_impl if cached or not layer.training else compiled
     return run(*args, **kwargs)

@@ -130,7 +130,7 @@ def quick(monkeypatch):
     return counter
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_run_resumes_and_ends_like_one_that_is_not(
     quick, base_folder, sources, tmp_path, checkpointing
 ):
