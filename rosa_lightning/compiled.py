@@ -44,7 +44,7 @@ def compile_layers(
             "in the midst of a layer. Set model.compile to false, or trainer.strategy to "
             "ddp_find_unused_parameters_true."
         )
-    config: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, NUM_GRAPHS)
     for path in decoder_layers(model):
         layer = model.get_submodule(path)

@@ -81,13 +81,13 @@ def step(model: nn.Module, ids_BT: torch.Tensor, from_input: bool = False) -> No
 def measure(
     models: dict[str, nn.Module], ids_BT: torch.Tensor, rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; two rounds warm up."""
+    """Seconds of each variant in each round; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(rounds + 2):
+    for number in range(rounds + 1):
         for name, model in models.items():
             start = clock()
             step(model, ids_BT, from_input=name == "floor")
-            if number >= 2:
+            if number:
                 seconds[name].append(clock() - start)
     return seconds
 
