@@ -28,6 +28,7 @@ from rosa_lightning.base import (
     whole_name,
 )
 from rosa_lightning.checkpoint import pack, unpack
+from rosa_lightning.compiled import compile_layers
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.forward import Forward
 from rosa_lightning.metrics import TaskAccuracy
@@ -91,6 +92,7 @@ class RoSAModule(Answering):
             say, where loss and gradients stay as they are; where they would not, that is said.
         loss_chunk: Response tokens of a batch whose logits are held at once; all by default. For
             long responses: less memory, a little more time.
+        compile: Compile the decoder layers, one by one, for training on one device or under DDP.
         max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
         evaluation: How ``test`` finds and reads answers.
@@ -111,6 +113,7 @@ class RoSAModule(Answering):
         gradient_checkpointing: bool = False,
         share_prefix: bool = True,
         loss_chunk: int | None = None,
+        compile: bool = False,
         max_new_tokens: int = 256,
         trust_remote_code: bool = False,
         evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
@@ -147,6 +150,7 @@ class RoSAModule(Answering):
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prefix = share_prefix
         self.loss_chunk = loss_chunk
+        self.compiles = compile
         self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
         self.evaluation = evaluation
@@ -193,6 +197,8 @@ class RoSAModule(Answering):
         model, self.identity, self.report = load_once(self._adapted_base, strategy)
         self.roae = self.report.config  # an adapter brings its own
         self._remember_roae()
+        if self.compiles:
+            compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", spread(model.train(), strategy))
         self._forward = Forward(

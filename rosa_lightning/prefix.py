@@ -97,6 +97,8 @@ def why_not_in_training(model: PreTrainedModel) -> str:
     """Why the beginning cannot be shared in training mode; empty if it can."""
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "with gradient checkpointing decoder layers drop their keys and values"
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return "compiled layers would run uncompiled behind keys and values"
     if found := next(_random_parts(model), ""):
         return f"{found} would fall on all rows alike"
     return ""

@@ -77,8 +77,21 @@ def by_head(x: Tensor, num_heads: int) -> Tensor:
 
 def add_to_rows(z: Tensor, low: Tensor, blocks: Blocks) -> Tensor:
     """Add ``low`` in place to some of the rows of ``z``, ordered by block, and return ``z``."""
+    if not (torch.is_grad_enabled() and (z.requires_grad or low.requires_grad)):
+        # Without a backward pass the compiler would look into the function, and break off.
+        return _add(z, low, blocks)
     out: Tensor = AddToRows.apply(z, low, blocks)  # type: ignore[no-untyped-call]
     return out
+
+
+def _add(z: Tensor, low: Tensor, blocks: Blocks) -> Tensor:
+    z_blocks, low_blocks = blocks.view(z), by_head(low, blocks.count)
+    column = 0
+    for start, stop in blocks.runs:
+        width = stop - start
+        z_blocks[..., start:stop].add_(low_blocks[..., column : column + width])
+        column += width
+    return z
 
 
 class AddToRows(torch.autograd.Function):
@@ -96,13 +109,7 @@ class AddToRows(torch.autograd.Function):
         """Write these rows, and no others."""
         ctx.mark_dirty(z)
         ctx.blocks = blocks
-        z_blocks, low_blocks = blocks.view(z), by_head(low, blocks.count)
-        column = 0
-        for start, stop in blocks.runs:
-            width = stop - start
-            z_blocks[..., start:stop].add_(low_blocks[..., column : column + width])
-            column += width
-        return z
+        return _add(z, low, blocks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -183,7 +183,7 @@ def _send(
 
 def _units(model: nn.Module) -> Iterator[str]:
     """Paths of the units inside the model, inner ones first."""
-    for path in _blocks(model):
+    for path in decoder_layers(model):
         block = model.get_submodule(path)
         adapters = [
             (f"{path}.{n}", m) for n, m in block.named_modules() if isinstance(m, RoAELinear)
@@ -195,7 +195,7 @@ def _units(model: nn.Module) -> Iterator[str]:
         yield path
 
 
-def _blocks(model: nn.Module) -> Iterator[str]:
+def decoder_layers(model: nn.Module) -> Iterator[str]:
     """Paths of the decoder layers: the members of each outermost list that holds an adapter."""
     lists: list[str] = []
     for name, module in model.named_modules():

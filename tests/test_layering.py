@@ -69,6 +69,7 @@ FLOORS = {
     "metrics": 3,
     "checkpoint": 3,
     "sharding": 3,
+    "compiled": 3.5,
     "sweep": 3,
     "memory": 3,
     "activations": 3,

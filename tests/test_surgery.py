@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import weakref
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from conftest import FAMILIES, SMALL, build
 from torch import nn
 from torch.testing import assert_close
 
+from rosa_lightning.base import enable_checkpointing
 from rosa_lightning.roae import RoAEConfig, RoAELinear
 from rosa_lightning.small import build_small
 from rosa_lightning.surgery import (
@@ -495,3 +497,93 @@ def test_a_layer_that_takes_its_keys_from_another_has_a_term_on_its_queries_alon
     assert [note.partition(": ")[0] for note in report.notes] == [
         f"model.layers.{i}.self_attn" for i in (2, 3)
     ]
+
+
+# --- what a step keeps and runs through -----------------------------------------------------------
+
+
+def graph_leaves(loss) -> set[torch.Tensor]:
+    """The parameters that the backward of a loss reaches."""
+    found, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found |= {node.variable} if hasattr(node, "variable") else set()
+        waiting += [next_node for next_node, _ in node.next_functions]
+    return found
+
+
+class Saved:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def kept_by_layer(model, **inputs) -> tuple[list[int], torch.Tensor]:
+    """Bytes of activations that each layer keeps for the backward pass, and a loss."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    # Alive while autograd holds them: a checkpoint saves the input of a frozen layer for a moment.
+    held = [weakref.WeakSet() for _ in model.model.layers]
+    inside: list[int] = []
+
+    def pack(tensor):
+        saved = Saved(tensor)
+        if inside and tensor.untyped_storage().data_ptr() not in weights:
+            held[inside[-1]].add(saved)
+        return saved
+
+    handles = []
+    for index, layer in enumerate(model.model.layers):
+        enter = layer.register_forward_pre_hook(lambda *_, index=index: inside.append(index))
+        handles += [enter, layer.register_forward_hook(lambda *_: inside.clear())]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        loss = model(**inputs, use_cache=False).logits.square().mean()
+    for handle in handles:
+        handle.remove()
+    storages = [{saved.tensor.untyped_storage() for saved in layer} for layer in held]
+    sizes = [{storage.data_ptr(): storage.nbytes() for storage in layer} for layer in storages]
+    return [sum(layer.values()) for layer in sizes], loss
+
+
+def adapters_of(layers) -> set[torch.Tensor]:
+    return {p for name, p in layers.named_parameters() if is_adapter_key(name)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_below_the_lowest_active_layer_is_kept_or_run_again(ids_BT, checkpointing):
+    model = build("llama", num_hidden_layers=4).train()
+    inject_roae(model, RoAEConfig(rank=4))
+    if checkpointing:
+        enable_checkpointing(model)
+    layers = model.model.layers
+    layers[:2].requires_grad_(False)
+    runs, outputs = [0] * 4, []
+    for index, layer in enumerate(layers):
+
+        def count(module, args, index=index):
+            runs[index] += 1
+
+        layer.mlp.register_forward_pre_hook(count)
+        layer.register_forward_hook(lambda *found: outputs.append(found[-1]))
+    kept, loss = kept_by_layer(model, input_ids=ids_BT)
+    assert kept[:2] == [0, 0]
+    assert min(kept[2:]) > 0
+    assert [output.requires_grad for output in outputs] == [False, False, True, True]
+    assert graph_leaves(loss) == adapters_of(layers[2:])
+    loss.backward()
+    assert runs == ([1, 1, 2, 2] if checkpointing else [1, 1, 1, 1])
+
+
+def test_a_frozen_term_keeps_nothing_and_one_that_trains_its_input_once(ids_BT):
+    rank, tokens, width = 4, ids_BT.numel(), 64
+    model = build("llama", num_hidden_layers=3).requires_grad_(False)
+    floor, _ = kept_by_layer(
+        model, inputs_embeds=model.model.embed_tokens(ids_BT).requires_grad_(True)
+    )
+    inject_roae(model, RoAEConfig(rank=rank))
+    model.model.layers[1].requires_grad_(False)
+    kept, _ = kept_by_layer(model, input_ids=ids_BT)
+    assert kept[1] == floor[1]
+    # Q and K keep the same tensor, and a thin product each.
+    assert kept[2] == floor[2] + 4 * tokens * (width + 2 * rank)
