@@ -227,16 +227,6 @@ def test_loaders_without_a_data_module_are_validated_on(base_folder, sources, tm
     assert {"val/loss", "val/accuracy", "val/accuracy/boolq"} <= set(metrics)
 
 
-def test_throughput_is_logged_where_epochs_are_shorter_than_the_log_interval(
-    base_folder, sources, tmp_path
-):
-    run = trainer(tmp_path, max_epochs=2, max_steps=-1, log_every_n_steps=20, limit_val_batches=0)
-    run.fit(module(base_folder), data(sources, batch_size=5))
-    assert run.num_training_batches < 20
-    assert run.callback_metrics["throughput/tokens_per_s"] > 0
-    trainer(tmp_path, log_every_n_steps=0).fit(module(base_folder), data(sources))
-
-
 def test_a_checkpoint_without_an_adapter_is_refused(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
     del saved["rosa"]
@@ -278,8 +268,6 @@ def test_metrics_are_logged_under_their_names(base_folder, sources, tmp_path):
     assert set(run.callback_metrics) >= {
         "train/loss",
         "train/lr",
-        "throughput/tokens_per_s",
-        "throughput/examples_per_s",
         "val/loss",
         "val/accuracy",
         "val/accuracy/boolq",
