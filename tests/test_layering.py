@@ -85,6 +85,8 @@ FLOORS = {
     "monitor": 4,
     "answering": 3.6,
     "predictions": 3.5,
+    "bench": 4.5,
+    "bench_tables": 4.6,
     "report": 4.5,
     "commands": 4.7,
     "cli": 5,
