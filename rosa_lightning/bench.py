@@ -118,7 +118,7 @@ def run_bench(
     """
     for name, value in (("steps", steps), ("rounds", rounds)):
         if value < 1:
-            raise ValueError(f"{name}={value} is below 1. Set {name}; the default is for a minute.")
+            raise ValueError(f"{name}={value} is below 1. Set {name} to 1 or more.")
     lora = plain_lora(module)
     with _quiet():
         turns = Turns(lora, frozen_floor(_alike(module)), steps, rounds)
