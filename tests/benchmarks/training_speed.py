@@ -272,7 +272,7 @@ def work(kind: Callable[[Job, Turns], None], job: Job, pipe: Connection) -> None
     turns = Turns(pipe)
     try:
         kind(job, turns)
-    except StopError:
+    except (StopError, EOFError):  # told to, or the parent is gone
         pass
     except BaseException:
         pipe.send({"error": traceback.format_exc()})
@@ -451,14 +451,16 @@ def main() -> None:
     parser.add_argument("--floor-batches", type=int)
     parser.add_argument("--sizes", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--size-steps", type=int)
-    parser.add_argument("--small", action="store_true", help="a tiny model: tries the script out")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny models, on the CPU: tries the script out"
+    )
     parser.add_argument("--only", choices=["training", "floor", "size"], nargs="*")
     options = parser.parse_args()
     logging_off()
     if options.device == "cuda":
         from training_speed_gpu import compare_on_gpu
 
-        compare_on_gpu(options)
+        compare_on_gpu(options, "cpu" if options.small else "cuda")
         return
     if options.data is None:
         parser.error("DATA, the folder of the four files, is missing")
