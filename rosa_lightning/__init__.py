@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rosa_lightning.predictions import ResultWriter
     from rosa_lightning.roae import RoAEConfig, RoAELinear
     from rosa_lightning.surgery import RoAEReport, inject_roae, merge_roae
+    from rosa_lightning.throughput import ThroughputMonitor
 
 __all__ = [
     "DynamicLayerSelection",
@@ -29,6 +30,7 @@ __all__ = [
     "RoAEReport",
     "RoSAModule",
     "RunMonitor",
+    "ThroughputMonitor",
     "export_adapter",
     "inject_roae",
     "load_adapter",
@@ -47,6 +49,7 @@ _HOMES = {
     "RoAEReport": "surgery",
     "RoSAModule": "module",
     "RunMonitor": "monitor",
+    "ThroughputMonitor": "throughput",
     "export_adapter": "export",
     "inject_roae": "surgery",
     "load_adapter": "adapter",

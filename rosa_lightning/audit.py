@@ -266,7 +266,9 @@ def _benchmark(
 ) -> BenchmarkAudit:
     exact, near = (
         tuple(
-            Match(record=test[number].index, source=train[at].source, source_record=train[at].number)
+            Match(
+                record=test[number].index, source=train[at].source, source_record=train[at].number
+            )
             for number, places in found.items()
             for at in places
         )

@@ -100,8 +100,16 @@ SAVED = Chart(
     share=True,
 )
 COST = (
-    Chart("tokens", "Tokens trained on", "per second", "throughput/tokens_per_s", from_zero=True),
     Chart("examples", "Examples", "per second", "throughput/examples_per_s", from_zero=True),
+    Chart(
+        "tokens",
+        "Tokens trained on",
+        "per second",
+        "throughput/((?:supervised_)?tokens)_per_s",
+        from_zero=True,
+    ),
+    Chart("padding", "Padding", "share of the batches", "throughput/padding_share", share=True),
+    Chart("mfu", "Model FLOPs utilisation", "share of the peak", "throughput/mfu", share=True),
     Chart("memory", "Peak memory", "MiB", "memory/peak_mib", from_zero=True),
 )
 

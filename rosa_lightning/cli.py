@@ -30,7 +30,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from rosa_lightning.adapter import adapter_settings
-from rosa_lightning.commands import NO_BASE, Setting, audit, export, inspect, report
+from rosa_lightning.commands import NO_BASE, Setting, audit, bench, export, inspect, report
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.module import RoSAModule
@@ -50,6 +50,7 @@ COMMANDS = {
     "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
     "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
     "audit": "Look at the training data: lengths, duplicates, leaked test questions.",
+    "bench": "Measure a training beside PEFT LoRA and the frozen base.",
     "report": "Write what a run has logged as one HTML page, or as pictures.",
 }
 """What each command does, for ``--help``."""
@@ -57,6 +58,7 @@ TOOLS: dict[str, Callable[..., None]] = {
     "export": export,
     "inspect": inspect,
     "audit": audit,
+    "bench": bench,
     "report": report,
 }
 """The commands that the trainer does not run. They read the same configuration."""
@@ -78,6 +80,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
         *("data.sources", "data.test_sources", "data.tokenizer", "data.template"),
         *("data.max_length", "data.decontaminate"),
     ),
+    "bench": ("model.", "data.", "optimizer", "lr_scheduler", "trainer."),
     "report": (),
 }
 """The keys of a training that mean something to such a command, or how they begin."""

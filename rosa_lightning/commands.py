@@ -1,4 +1,4 @@
-"""The commands that are no training: ``audit``, ``export``, ``inspect`` and ``report``."""
+"""The commands that are no training: ``audit``, ``bench``, ``export``, ``inspect``, ``report``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from rosa_lightning.base import (
     load_skeleton,
     load_tokenizer,
 )
+from rosa_lightning.bench import run_bench
+from rosa_lightning.bench_tables import bench_tables
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.export import Format, check_options, export_adapter
@@ -217,6 +219,22 @@ def audit(setting: Setting, *, ckpt_path: str | None = None, output: str | None 
     if output is not None:
         write_file(Path(output), json.dumps(found.to_dict(), indent=1).encode())
         sys.stdout.write(f"\n{output}\n")
+
+
+def bench(
+    setting: Setting, *, ckpt_path: str | None = None, steps: int = 8, rounds: int = 5
+) -> None:
+    """Measure a training as configured, beside PEFT LoRA in the plain way and the frozen base.
+
+    Args:
+        setting: All that a training needs; it runs on one device, and keeps nothing.
+        ckpt_path: Checkpoint whose settings are the defaults of ``model``.
+        steps: Batches of each turn.
+        rounds: Turns of each of the three.
+    """
+    _check_base(setting.module)
+    found = run_bench(setting.module, setting.data, setting.trainer, steps=steps, rounds=rounds)
+    Console().print(bench_tables(found))
 
 
 def report(

@@ -44,7 +44,6 @@ from rosa_lightning.surgery import (
     inject_roae,
     is_adapter_key,
 )
-from rosa_lightning.throughput import Throughput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -164,7 +163,6 @@ class RoSAModule(Answering):
         self._forward: Forward | None = None
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
-        self._throughput = Throughput()
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
 
@@ -283,21 +281,12 @@ class RoSAModule(Answering):
         """Forget generator states that were loaded for another purpose than going on."""
         if self.trainer.ckpt_path is None:
             self._rng_to_restore = None
-        self._throughput = Throughput()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the generators as late as possible: starting up may draw from them."""
         if self._rng_to_restore is not None:
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
-
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log how many tokens, padding left out, and examples a second all devices train on."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        tokens, examples = batch["attention_mask"].sum(), num_rows(batch)
-        rates = self._throughput.add(every, tokens=tokens, examples=examples)
-        for counted, rate in rates.items():
-            self.log(f"throughput/{counted}_per_s", rate * self.trainer.world_size)
 
     def configure_gradient_clipping(
         self,
@@ -336,7 +325,6 @@ class RoSAModule(Answering):
     def on_validation_start(self) -> None:
         """Make the metric for the tasks at hand."""
         self._accuracy = TaskAccuracy(self._task_names()).to(self.device)
-        self._throughput.pause()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, and whether every token of the answer is the model's first choice.
@@ -361,10 +349,6 @@ class RoSAModule(Answering):
         for name, value in cast(TaskAccuracy, self._accuracy).compute().items():
             # Of all ranks already; said again, or Lightning warns.
             self.log(f"val/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
-
-    def on_validation_end(self) -> None:
-        """Keep the time of validation out of the training throughput."""
-        self._throughput.resume()
 
     # Checkpoints.
 

@@ -1,4 +1,4 @@
-"""What people see of a run: the layers that train, how far the adapters have moved, and the cost.
+"""What people see of a run: the layers that train, and how far the adapters have moved.
 
 The callback reads the selection from `DynamicLayerSelection`, wherever that stands among the
 callbacks, and the adapters from the model. It shows what it finds, and needs neither.
@@ -7,18 +7,17 @@ callbacks, and the adapters from the model. It shows what it finds, and needs ne
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from rosa_lightning.norms import Update, find_updates, update_norms
 from rosa_lightning.raster import draw_raster
+from rosa_lightning.throughput import ThroughputMonitor
 
 RASTER = "dls/raster"
 """Tag of the picture."""
@@ -44,9 +43,8 @@ class RunMonitor(Callback):
     lowest active layer's number by the number of layers; and ``dls/selection_count/<layer>``, how
     often each was selected so far in this run. Every ``trainer.log_every_n_steps`` optimizer steps:
     ``roae/update_norm/<layer>/<target>``, the Frobenius norm of what RoAE adds to a projection's
-    weight, ``roae/relative_update/...``, that norm by the norm of the frozen rows it is added to,
-    and ``memory/peak_mib``, the process's peak memory so far: PyTorch's on a CUDA device, else all
-    of the process's.
+    weight, and ``roae/relative_update/...``, that norm by the norm of the frozen rows it is added
+    to. What a run costs is `ThroughputMonitor`'s to show.
 
     TensorBoard also gets a picture of the active layers over the steps, ``dls/raster``, and a
     layout of its custom scalars page. The picture begins where this fit began.
@@ -89,8 +87,11 @@ class RunMonitor(Callback):
         except ValueError as error:
             rank_zero_info(f"RoAE update norms are not shown: {error}.")
         targets = list(dict.fromkeys(update.target for update in self._updates))
+        measures = any(isinstance(c, ThroughputMonitor) for c in callbacks)
         for logger in _tensorboards(trainer):
-            layout = dashboard(self._selection is not None, targets, logger._prefix)
+            layout = dashboard(
+                self._selection is not None, targets, logger._prefix, measures=measures
+            )
             logger.experiment.add_custom_scalars(layout)
 
     def on_train_batch_start(
@@ -117,7 +118,7 @@ class RunMonitor(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Steps, not batches: under accumulation most batches end no step.
         if every and trainer.global_step // every != self._step // every:
-            self._log(trainer, self._measure(pl_module))
+            self._log(trainer, self._measure())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the whole fit."""
@@ -144,11 +145,8 @@ class RunMonitor(Callback):
             **{f"dls/selection_count/{_number(n, self._layers)}": count for n, count in counts},
         }
 
-    def _measure(self, pl_module: LightningModule) -> dict[str, float]:
+    def _measure(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        peak = peak_mib(pl_module.device)
-        if peak is not None:
-            metrics["memory/peak_mib"] = peak
         layers = [update.layer for update in self._updates]
         norms = update_norms(self._updates) if self._updates else []
         for update, norm in zip(self._updates, norms, strict=True):
@@ -177,7 +175,7 @@ class RunMonitor(Callback):
 
 
 def dashboard(
-    selects: bool, targets: Sequence[str], prefix: str = ""
+    selects: bool, targets: Sequence[str], prefix: str = "", *, measures: bool = True
 ) -> dict[str, dict[str, list[Any]]]:
     """The layout of TensorBoard's custom scalars: categories, their charts, and the tags of each.
 
@@ -187,6 +185,7 @@ def dashboard(
         selects: Whether layers are selected.
         targets: The projections that carry RoAE.
         prefix: What the logger puts before every tag.
+        measures: Whether `ThroughputMonitor` runs beside.
     """
     layers = {
         "score of each layer": [r"dls/score/\d+"],
@@ -205,15 +204,16 @@ def dashboard(
         what = "update by weight" if name == "relative_update" else "update norm"
         adapters |= {f"{what}, {target}": [rf"roae/{name}/\d+/{target}"] for target in targets}
     cost = {
-        "tokens per second": ["throughput/tokens_per_s"],
         "examples per second": ["throughput/examples_per_s"],
+        "tokens per second": ["throughput/(supervised_)?tokens_per_s"],
+        "padding, share of the batches": ["throughput/padding_share"],
         "peak memory, MiB": ["memory/peak_mib"],
     }
     charts = {
         "Training": training if targets else {},
         "Layers": layers if selects else {},
         "RoAE": adapters,
-        "Cost": cost if targets else {"peak memory, MiB": cost["peak memory, MiB"]},
+        "Cost": cost if measures else {},
     }
     start = re.escape(f"{prefix}-") if prefix else ""
     return {
@@ -223,21 +223,6 @@ def dashboard(
         for category, held in charts.items()
         if held
     }
-
-
-def peak_mib(device: torch.device) -> float | None:
-    """Peak memory so far, MiB: PyTorch's on a CUDA device, else resident memory of the process.
-
-    None where the system does not tell (Windows).
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB
 
 
 def _choice(selection: Selection) -> tuple[int, tuple[int, ...]]:

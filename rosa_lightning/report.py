@@ -25,8 +25,7 @@ HEADLINES = (
     "dls/backward_saved",
     "dls/backward_share",
     "data/share/",
-    "throughput/tokens_per_s",
-    "throughput/examples_per_s",
+    "throughput/",
     "memory/peak_mib",
 )
 """Tags, or their beginnings, whose numbers stand at the top of the page."""

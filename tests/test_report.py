@@ -17,6 +17,7 @@ from rosa_lightning import (
     RoAEConfig,
     RoSAModule,
     RunMonitor,
+    ThroughputMonitor,
     report,
 )
 from rosa_lightning.report import write_report
@@ -33,8 +34,9 @@ CHARTS = {
     "relative_update_k",
     "update_norm_q",
     "update_norm_k",
-    "tokens",
     "examples",
+    "tokens",
+    "padding",
     "memory",
 }
 
@@ -49,7 +51,11 @@ def runs(base_folder, sources, tmp_path_factory) -> dict[str, Path]:
             TensorBoardLogger(folder, name="", version="board"),
             CSVLogger(folder, name="", version="csv"),
         ],
-        callbacks=[DynamicLayerSelection(num_active=2, interval=2), RunMonitor()],
+        callbacks=[
+            DynamicLayerSelection(num_active=2, interval=2),
+            RunMonitor(),
+            ThroughputMonitor(),
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
