@@ -7,9 +7,10 @@
 DATA is a folder with boolq.json, openbookqa.json, arc_easy.json and arc_challenge.json. A 12-layer,
 512-wide Llama with random weights and a tokenizer of 32k entries, made of the records, are written
 into a temporary folder. Every contender trains on the same records in a process of its own, which
-does some steps when it is its turn, so that whatever else the machine does meets all of them. A
-round is one epoch: each contender has then seen every record once. Ratios are taken in each round;
-the table has their median, and in brackets the lowest and the highest.
+does some steps when it is its turn, so that whatever else the machine does meets all of them. The
+records are drawn from all files alike, so that these are mixed by size. The first turn of each is
+not counted. A round has as many steps as an epoch. Ratios are taken in each round; the table has
+their median, and in brackets the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ FLOOR = "frozen floor by RoAE"
 # --- the base and the records ---------------------------------------------------------------
 
 
-def make_records(data: Path, folder: Path, per_file: int) -> list[str]:
-    """Some records of each file, as files of their own."""
+def make_records(data: Path, folder: Path, count: int) -> list[str]:
+    """Records drawn from all files, as files of their own."""
+    pairs = [(n, r) for n in NAMES for r in json.loads((data / f"{n}.json").read_text())]
+    drawn = random.Random(0).sample(pairs, count)
     paths = []
     for name in NAMES:
-        records = json.loads((data / f"{name}.json").read_text())
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(random.Random(0).sample(records, per_file)))
+        path.write_text(json.dumps([record for owner, record in drawn if owner == name]))
         paths.append(str(path))
     return paths
 
@@ -318,6 +320,9 @@ class Contender:
 
 def interleave(contenders: dict[str, Contender], steps: int, rounds: int, turn: int) -> None:
     """Seconds of each round of each contender, a turn of some steps after another."""
+    for contender in contenders.values():  # the first steps try things out and allocate
+        contender.run(turn)
+        contender.lowest.clear()
     for number in range(rounds):
         for contender in contenders.values():
             contender.seconds.append(0.0)
@@ -456,13 +461,13 @@ def main() -> None:
         parser.error("DATA, the folder of the four files, is missing")
     for name, value in zip(
         ("records", "rounds", "floor_batches", "size_steps"),
-        (128, 2, 6, 8) if options.short else (256, 4, 16, 16),
+        (128, 2, 6, 8) if options.short else (256, 3, 16, 16),
         strict=True,
     ):
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.records % (len(NAMES) * options.batch_size):
-        parser.error("--records is no multiple of four batches, so that rounds would differ")
+    if options.records % options.batch_size:
+        parser.error("--records is no multiple of a batch, so that rounds would differ")
     on_cpu(options)
 
 
@@ -476,7 +481,7 @@ def on_cpu(options: argparse.Namespace) -> None:
         folder = Path(name)
         base = folder / "base"
         make_base(base, options.data, SMALL if options.small else SHAPE)
-        paths = make_records(options.data, folder, options.records // len(NAMES))
+        paths = make_records(options.data, folder, options.records)
         if "training" in wanted:
             compare_trainings(options, str(base), paths)
         if "floor" in wanted:
