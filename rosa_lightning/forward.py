@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning.batching import IGNORED
-from rosa_lightning.head import logits_at, states_at, why_not_narrowed
+from rosa_lightning.head import last_block, logits_at, states_at, why_not_narrowed
 from rosa_lightning.packing import check_can_pack, is_packed_batch, num_rows, row_of
 from rosa_lightning.prefix import (
     WORTH_SHARING,
@@ -72,6 +72,7 @@ class Forward:
         self._findings: dict[str, str] = {}
         """Why something cannot be done, by what; empty where it can."""
         self._window: int | None = None
+        self._block: nn.Module | None = None
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
@@ -110,7 +111,7 @@ class Forward:
         if not narrow:
             logits_NV = self._right_end(inputs, batch, rows_N, columns)
         elif self.loss_chunk is None or len(labels_N) <= self.loss_chunk:
-            logits_NV = logits_at(self.model, inputs, rows_N * width + columns)
+            logits_NV = logits_at(self.model, inputs, rows_N * width + columns, self._block)
         else:
             sums, predicted = self._in_chunks(inputs, rows_N * width + columns, labels_N, predict)
             return sums / len(labels_N), predicted, rows_N, columns_N + 1
@@ -124,7 +125,7 @@ class Forward:
         self, inputs: dict[str, Any], places_N: Tensor, labels_N: Tensor, predict: bool
     ) -> tuple[Tensor, Tensor]:
         """Sum of losses and the predicted tokens, the logits of one chunk held at a time."""
-        states_ND, head = states_at(self.model, inputs, places_N)
+        states_ND, head = states_at(self.model, inputs, places_N, self._block)
 
         def one(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = head(states)
@@ -158,6 +159,8 @@ class Forward:
     def _can_narrow(self, batch: dict[str, Any]) -> bool:
         if "head" not in self._findings:
             reason = _SHARDED if self.sharded else why_not_narrowed(self.model, batch["input_ids"])
+            if not reason:
+                self._block = last_block(self.model, batch["input_ids"])
             torch.clear_autocast_cache()  # of weights cast without a graph
             self._note("head", reason, "logits are computed at the last columns of all rows")
         return not self._findings["head"]

@@ -1,7 +1,8 @@
 """A model's head on chosen positions alone, through the model's own forward.
 
 What stands between the decoder and the logits (the head, soft-capping, scaling) is left to the
-model. The decoder's answer is narrowed on its way there.
+model. The decoder's answer is narrowed on its way there. So is what the last layer's feed-forward
+block is given: behind it no token looks at another.
 
 Axes: B rows, T tokens, N chosen positions, D features, V vocabulary.
 """
@@ -25,24 +26,34 @@ _SAMPLE = 8
 """Tokens of a row that the narrowed head is compared on."""
 
 
-def logits_at(model: PreTrainedModel, inputs: dict[str, Any], places_N: Tensor) -> Tensor:
+def logits_at(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    places_N: Tensor,
+    block: nn.Module | None = None,
+) -> Tensor:
     """Logits at some positions.
 
     Args:
         model: The causal language model; `why_not_narrowed` finds nothing against it.
         inputs: What its forward takes.
-        places_N: Indices into the flattened (B, T) of the inputs.
+        places_N: Indices into the flattened (B, T) of the inputs, each once.
+        block: What `last_block` found, to be run at these positions alone.
 
     Returns:
         Logits, shape (N, V), in the model's own dtype.
     """
-    with _changed(decoder_of(model), lambda output: _at(output, places_N)):
+    narrowed = _changed(decoder_of(model), lambda output: _at(output, places_N))
+    with narrowed, _narrowed(block, places_N):
         logits: Tensor = model(**inputs).logits
     return logits[0]
 
 
 def states_at(
-    model: PreTrainedModel, inputs: dict[str, Any], places_N: Tensor
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    places_N: Tensor,
+    block: nn.Module | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What the head is given at some positions, and the head.
 
@@ -50,6 +61,7 @@ def states_at(
         model: As for `logits_at`.
         inputs: As for `logits_at`.
         places_N: As for `logits_at`.
+        block: As for `logits_at`.
 
     Returns:
         States, shape (N, D), and a function of some of them, (n, D), to logits, (n, V). It calls
@@ -61,7 +73,7 @@ def states_at(
         answers.append(_at(output, places_N))
         return _with_states(answers[0], answers[0].last_hidden_state[:, :1])
 
-    with _changed(decoder_of(model), one_position):
+    with _changed(decoder_of(model), one_position), _narrowed(block, places_N):
         model(**inputs)
     answer = answers[0]
 
@@ -98,6 +110,43 @@ def why_not_narrowed(model: PreTrainedModel, ids_BT: Tensor) -> str:
         if one.shape != whole_NV.shape or not close(one, whole_NV):
             return f"the head of {type(model).__name__} answers otherwise where it is given fewer"
     return ""
+
+
+@torch.no_grad()
+def last_block(model: PreTrainedModel, ids_BT: Tensor) -> nn.Module | None:
+    """The last layer's feed-forward block, if it may be run at the needed positions alone.
+
+    It may where that is seen to change no logits there. It may not where a layer is run again for
+    the backward pass, whole, or compiled.
+
+    Args:
+        model: As for `logits_at`.
+        ids_BT: Token ids to try it on.
+    """
+    if any(
+        getattr(module, "gradient_checkpointing", False) or module._compiled_call_impl is not None
+        for module in model.modules()
+    ):
+        return None
+    stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList)]
+    if not stacks or not len(stacks[-1]):
+        return None
+    sizes = {
+        part: sum(weight.numel() for weight in part.parameters())
+        for part in stacks[-1][-1].children()
+        if not any(hasattr(module, "roae_A") for module in part.modules())
+    }
+    block = max(sizes, key=lambda part: sizes[part], default=None)
+    ids = ids_BT[:2, -_SAMPLE:]
+    inputs = {"input_ids": ids, "use_cache": False}
+    places_N = torch.arange(1, ids.numel(), 2, device=ids.device)
+    with in_mode(model, False):
+        whole_NV = logits_at(model, inputs, places_N)
+        try:
+            found_NV = logits_at(model, inputs, places_N, block)
+        except Exception:  # it takes or gives more than one tensor, or looks at other tokens
+            return None
+    return block if close(found_NV, whole_NV) else None
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -142,6 +191,32 @@ def _changed(decoder: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _narrowed(block: nn.Module | None, places_N: Tensor) -> Iterator[None]:
+    """Let a block that takes each token for itself run at some, and answer zero elsewhere."""
+    if block is None:
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (states_BTD,) = args
+        shape[:] = [states_BTD.shape]
+        return (states_BTD.flatten(0, 1).index_select(0, places_N)[None],)
+
+    def after(_: nn.Module, args: Any, output_1ND: Tensor) -> Tensor:
+        batch, tokens = shape[0][:2]
+        zeros = output_1ND.new_zeros(batch * tokens, output_1ND.shape[-1])
+        return zeros.index_copy(0, places_N, output_1ND[0]).view(batch, tokens, -1)
+
+    handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -126,6 +126,27 @@ def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, ch
     assert max(widths.head) == min(12, chunk or 12)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "neox"])
+def test_behind_the_last_attention_only_supervised_positions_are_computed(family):
+    model, batch, counts = adapted(build(family)), batch_of(), []
+    layers = (model.base_model.layers[0].mlp, model.base_model.layers[-1].mlp)
+    run = Forward(model)
+    run.loss(batch)
+    for mlp in layers:
+        mlp.register_forward_hook(lambda _mlp, args, _out: counts.append(args[0].shape[1]))
+    run.loss(batch)
+    # The beginning, then the rows.
+    assert counts == [20, 20, 14, 12]
+
+
+def test_a_last_block_that_looks_at_other_tokens_is_computed_whole(monkeypatch):
+    model, batch = adapted(build("llama")), batch_of()
+    mlp = model.base_model.layers[-1].mlp
+    own = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda states: own(states + states.roll(1, dims=1)))
+    check(model, batch, share_prefix=False)
+
+
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_answers_are_scored_as_the_whole_head_scores_them(chunk):
     model = adapted(build("llama")).eval()
