@@ -180,7 +180,7 @@ def _together(model: PreTrainedModel, start: Tensor, first: Tensor, second: Tens
 
 def _same_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> bool:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not (wanted.requires_grad and found.requires_grad):
+    if not (parameters and wanted.requires_grad and found.requires_grad):
         return wanted.requires_grad == found.requires_grad
     both = []
     for logits in (found, wanted):

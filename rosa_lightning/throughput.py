@@ -103,8 +103,8 @@ class ThroughputMonitor(Callback):
         except ValueError:  # of another shape: nothing to say of layers
             return
         self._blocks = list(pl_module.get_submodule(path).children())
-        peak = peak_flops(trainer, self._blocks)
         sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        peak = peak_flops(trainer, self._blocks)
         model = next((m for m in pl_module.modules() if hasattr(m, "get_output_embeddings")), None)
         if peak is None or model is None:
             return
@@ -252,7 +252,8 @@ def _short(value: float) -> str:
 def peak_flops(trainer: Trainer, blocks: list[nn.Module]) -> float | None:
     """Operations a second that a device can do in the type that layers compute in, if known."""
     precision = str(trainer.precision)
-    dtype = next(p.dtype for block in blocks for p in block.parameters() if p.ndim > 1)
+    weights = (p for block in blocks for p in block.parameters() if p.is_floating_point())
+    dtype = next((weight.dtype for weight in weights), torch.float32)
     if precision.startswith(("bf16", "16")):
         dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
     with warnings.catch_warnings():
