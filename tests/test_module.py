@@ -415,7 +415,9 @@ def test_gradient_checkpointing_keeps_the_gradients_and_spares_the_frozen_layers
     gradients, entered = [], []
     for checkpointing in (False, True):
         torch.manual_seed(3)
-        built = randomise(module(base_folder, gradient_checkpointing=checkpointing))
+        built = randomise(
+            module(base_folder, gradient_checkpointing=checkpointing, share_prefix=False)
+        )
         layers = built.model.model.layers
         for parameter in layers[:2].parameters():
             parameter.requires_grad_(False)
