@@ -47,4 +47,4 @@ def flops_per_token(blocks: Sequence[nn.Module]) -> int:
 def head_flops(model: nn.Module) -> int:
     """Operations in the frozen output head, forward and backward, for each supervised token."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return 4 * int(head.weight.numel())
+    return 0 if head is None else 4 * int(head.weight.numel())

@@ -172,6 +172,7 @@ class Forward:
         if is_packed_batch(batch):
             if "packed" not in self._findings:
                 check_can_pack(self.model, type(self.model).__name__)
+                torch.clear_autocast_cache()  # of weights cast without a graph
                 self._note("packed", "", "")
             return {**{name: batch[name] for name in _PACKED}, "use_cache": False}, 0
         num_shared = batch.get("num_shared", 0)

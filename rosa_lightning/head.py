@@ -134,11 +134,15 @@ def last_block(model: PreTrainedModel, ids_BT: Tensor) -> nn.Module | None:
     sizes = {
         part: sum(weight.numel() for weight in part.parameters())
         for part in stacks[-1][-1].children()
-        if not any(hasattr(module, "roae_A") for module in part.modules())
+        if any(weight.ndim > 1 for weight in part.parameters())  # no norm: attention may follow it
+        and not any(hasattr(module, "roae_A") for module in part.modules())
     }
     block = max(sizes, key=lambda part: sizes[part], default=None)
+    if block is None:
+        return None
     ids = ids_BT[:2, -_SAMPLE:]
-    inputs = {"input_ids": ids, "use_cache": False}
+    # With a mask, as batches have one: some mixtures of experts count by it.
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     places_N = torch.arange(1, ids.numel(), 2, device=ids.device)
     with in_mode(model, False):
         whole_NV = logits_at(model, inputs, places_N)

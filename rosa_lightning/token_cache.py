@@ -99,8 +99,10 @@ def cache_folder(setting: str | None) -> Path | None:
     if setting is None:
         return None
     if setting != "auto":
-        return Path(setting).expanduser()
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(os.path.expanduser(setting))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):  # a user without a home, in a container say
+        return None
     return Path(caches) / "rosa_lightning"
 
 
@@ -147,6 +149,7 @@ def _digest(records: Sequence[Record], encoder: Encoder) -> str:
         *(ENCODING, tokenizers.__version__, transformers.__version__, type(tokenizer).__name__),
         *(encoder.template, encoder.max_length, encoder.overlong, encoder.with_response),
         *(encoder._prefix, encoder._ending.text, encoder._ending.stop),
+        getattr(tokenizer, "split_special_tokens", False),
         # What a template makes of a record, which may change with the day.
         prompt_text(first, encoder.template, tokenizer),
         response_text(first, encoder.template),

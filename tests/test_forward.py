@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from rosa_lightning import RoAEConfig, RoSAModule, forward, inject_roae
 from rosa_lightning.forward import Forward
+from rosa_lightning.head import last_block
 from rosa_lightning.prefix import rows_behind
 from rosa_lightning.small import build_small, causal_models
 
@@ -137,6 +138,12 @@ def test_behind_the_last_attention_only_supervised_positions_are_computed(family
     run.loss(batch)
     # The beginning, then the rows.
     assert counts == [20, 20, 14, 12]
+
+
+def test_with_terms_on_all_projections_no_other_part_passes_for_the_last_block(said):
+    model = adapted(build("llama"), targets=("q", "k", "v", "o", "gate", "up", "down"))
+    model = model.to(torch.bfloat16)  # the comparison of logits is coarse there
+    assert last_block(model, batch_of()["input_ids"]) is None
 
 
 def test_a_last_block_that_looks_at_other_tokens_is_computed_whole(monkeypatch):
