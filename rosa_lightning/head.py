@@ -113,31 +113,17 @@ def why_not_narrowed(model: PreTrainedModel, ids_BT: Tensor) -> str:
 
 
 @torch.no_grad()
-def last_block(model: PreTrainedModel, ids_BT: Tensor) -> nn.Module | None:
+def last_block(model: PreTrainedModel, ids_BT: Tensor, *, compare: bool = True) -> nn.Module | None:
     """The last layer's feed-forward block, if it may be run at the needed positions alone.
 
-    It may where that is seen to change no logits there. It may not where a layer is run again for
-    the backward pass, whole, or compiled.
+    It may where that is seen to change no logits there.
 
     Args:
         model: As for `logits_at`.
         ids_BT: Token ids to try it on.
+        compare: Whether to look at the logits. Of tensors without numbers, only the shapes can be.
     """
-    if any(
-        getattr(module, "gradient_checkpointing", False) or module._compiled_call_impl is not None
-        for module in model.modules()
-    ):
-        return None
-    stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList)]
-    if not stacks or not len(stacks[-1]):
-        return None
-    sizes = {
-        part: sum(weight.numel() for weight in part.parameters())
-        for part in stacks[-1][-1].children()
-        if any(weight.ndim > 1 for weight in part.parameters())  # no norm: attention may follow it
-        and not any(hasattr(module, "roae_A") for module in part.modules())
-    }
-    block = max(sizes, key=lambda part: sizes[part], default=None)
+    block = _candidate(model)
     if block is None:
         return None
     ids = ids_BT[:2, -_SAMPLE:]
@@ -145,12 +131,12 @@ def last_block(model: PreTrainedModel, ids_BT: Tensor) -> nn.Module | None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     places_N = torch.arange(1, ids.numel(), 2, device=ids.device)
     with in_mode(model, False):
-        whole_NV = logits_at(model, inputs, places_N)
         try:
             found_NV = logits_at(model, inputs, places_N, block)
         except Exception:  # it takes or gives more than one tensor, or looks at other tokens
             return None
-    return block if close(found_NV, whole_NV) else None
+        same = not compare or close(found_NV, logits_at(model, inputs, places_N))
+    return block if same else None
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -169,6 +155,28 @@ def close(found: Tensor, wanted: Tensor) -> bool:
         bound = 0.1
     wanted, found = wanted.double(), found.double()
     return bool((found - wanted).norm() <= bound * wanted.norm())
+
+
+def _candidate(model: PreTrainedModel) -> nn.Module | None:
+    """What looks like the last layer's feed-forward block, None where it must run on all tokens.
+
+    So it must where a layer is run again for the backward pass, whole, or compiled.
+    """
+    if any(
+        getattr(module, "gradient_checkpointing", False) or module._compiled_call_impl is not None
+        for module in model.modules()
+    ):
+        return None
+    stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList)]
+    if not stacks or not len(stacks[-1]):
+        return None
+    sizes = {
+        part: sum(weight.numel() for weight in part.parameters())
+        for part in stacks[-1][-1].children()
+        if any(weight.ndim > 1 for weight in part.parameters())  # no norm: attention may follow it
+        and not any(hasattr(module, "roae_A") for module in part.modules())
+    }
+    return max(sizes, key=lambda part: sizes[part], default=None)
 
 
 def _line(error: Exception) -> str:

@@ -5,12 +5,12 @@ The adapted model itself runs forward and backward, and the optimizer steps, und
 counted. So whatever the architecture, the attention kernel, the data types and gradient
 checkpointing do to memory is in the figures; there are no formulas.
 
-Axes: B batch, T tokens, K last positions that predict the response, V vocabulary.
+Axes: B batch, T tokens, K last positions that predict the response, N of all rows together, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +22,12 @@ from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from rosa_lightning.fake import fake_tensors
+from rosa_lightning.head import decoder_of, last_block, logits_at
 from rosa_lightning.layers import find_layers
 from rosa_lightning.live import LiveBytes
 from rosa_lightning.modes import in_mode
 from rosa_lightning.packed import PackedLinear
+from rosa_lightning.reading import forward_arguments
 from rosa_lightning.selection import resolve_indices
 from rosa_lightning.standin import replaced_tensors
 from rosa_lightning.surgery import is_adapter_key, roae_report
@@ -91,6 +93,10 @@ def estimate_memory(
     scoring: bool = False,
 ) -> MemoryEstimate:
     """The memory of one training step of `RoSAModule`, once the optimizer has its state.
+
+    Of what the module leaves out, the head and the last feed-forward block are run on responses
+    alone here too. Rows are taken to begin with nothing in common, so that a step whose rows do
+    takes less.
 
     The figures are of tensors. An allocator takes more, by rounding and by fragments, and so does
     a device, for its libraries. The attention kernel is the one that a CPU would run.
@@ -209,7 +215,7 @@ class _Step:
     """One training step as `RoSAModule` and Lightning run it."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+        self, model: Any, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
     ) -> None:
         self.model = model
         self.adapters = [p for name, p in model.named_parameters() if is_adapter_key(name)]
@@ -222,6 +228,7 @@ class _Step:
                 adapter.grad = None
         state = [v for v in tree_leaves(dict(self.optimizer.state)) if isinstance(v, Tensor)]
         self.state = _num_bytes(state)
+        self.block: nn.Module | None = None
         self.activations = 0
         self.gradients = 0
         self.live = LiveBytes(
@@ -230,11 +237,13 @@ class _Step:
 
     def run(self, batch: dict[str, Any], autocast: torch.dtype | None) -> None:
         """Forward, backward, and a step of the optimizer."""
-        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        head: nn.Module = self.model.get_output_embeddings()
         for tensor in batch.values():
             if isinstance(tensor, Tensor):
                 self.live.add(tensor)
         before = self.live.now
+        if decoder_of(self.model) is not self.model:
+            self.block = last_block(self.model, batch["input_ids"], compare=False)
 
         def enter_head(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.live.at_head = True
@@ -258,14 +267,20 @@ class _Step:
             handle.remove()
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
-        """As `RoSAModule.loss`."""
+        """As `RoSAModule.loss`, every row with a response of the given length."""
         keep = batch["num_label_positions"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            inputs["logits_to_keep"] = keep + 1
-        logits_BKV = self.model(**inputs, use_cache=False).logits[:, -keep - 1 : -1]
+        inputs["use_cache"] = False
         labels_BK = batch["labels"][:, -keep:]
-        return F.cross_entropy(logits_BKV.flatten(0, 1).float(), labels_BK.flatten())
+        if decoder_of(self.model) is self.model:
+            if "logits_to_keep" in forward_arguments(self.model):
+                inputs["logits_to_keep"] = keep + 1
+            logits_NV = self.model(**inputs).logits[:, -keep - 1 : -1].flatten(0, 1)
+        else:
+            places_BT = torch.arange(batch["labels"].numel()).view_as(batch["labels"])
+            places_N = places_BT[:, -keep - 1 : -1].flatten()
+            logits_NV = logits_at(self.model, inputs, places_N, self.block)
+        return F.cross_entropy(logits_NV.float(), labels_BK.flatten())
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

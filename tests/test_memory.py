@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import utils
 
-from rosa_lightning import forward
 from rosa_lightning.base import enable_checkpointing, load_skeleton
+from rosa_lightning.forward import Forward
+from rosa_lightning.head import last_block, logits_at
 from rosa_lightning.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.packed import pack_on_paper
@@ -32,12 +33,6 @@ needs_bitsandbytes = pytest.mark.skipif(
     not (utils.is_bitsandbytes_available() and utils.is_accelerate_available()),
     reason="bitsandbytes or accelerate is not installed",
 )
-
-
-@pytest.fixture(autouse=True)
-def whole_layers(monkeypatch):
-    """What is estimated is a step that runs the last layer, too, at every position: the most."""
-    monkeypatch.setattr(forward, "last_block", lambda *_: None)
 
 
 def running_total(work: Callable[[], Any]) -> tuple[list[int], Any]:
@@ -85,7 +80,7 @@ def stored_beside(model: nn.Module):
 
 
 def measure(
-    module: RoSAModule,
+    module: RoSAModule | Forward,
     batch_size: int,
     length: int,
     response: int,
@@ -267,11 +262,15 @@ def test_other_architectures_keep_what_the_profiler_sees(family, kernel):
     estimate = estimate_memory(model, batch_size=4, length=100, response_length=10)
     batch = make_batch(4, 100, 10)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    run = partial(model.train(), **inputs, use_cache=False, logits_to_keep=11)
-    run().logits.sum().backward()
-    totals, output = running_total(run)
-    logits = output.logits.nbytes
-    del output
+    inputs["use_cache"] = False
+    places = torch.arange(400).view(4, 100)[:, -11:-1].flatten()
+    block = last_block(model.train(), batch["input_ids"])
+    assert block is not None
+    run = partial(logits_at, model, inputs, places, block)
+    run().sum().backward()
+    totals, logits_NV = running_total(run)
+    logits = logits_NV.nbytes
+    del logits_NV
     # A head that caps or scales its logits keeps some of them.
     assert estimate.activations == pytest.approx(totals[-1] - logits, abs=2 * logits, rel=0.03)
     assert estimate.activations > 20 * logits
@@ -311,19 +310,6 @@ def test_a_base_of_bitsandbytes_takes_what_it_takes_there(scheme, step, tmp_path
     check_quantized(str(save_base(tmp_path / "base", **shape)), scheme, step)
 
 
-class Bare:
-    """A model's loss, as that of `RoSAModule`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.train()
-
-    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        keep = batch["num_label_positions"]
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep + 1).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, -keep:].flatten())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("family", ["MixtralConfig", "Qwen2MoeConfig"])
@@ -333,7 +319,7 @@ def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
     shape = {"batch_size": 4, "length": 100, "response_length": 10}
     estimate = estimate_memory(model, **shape, autocast=autocast)
     assert not caplog.records
-    check(estimate, measure(Bare(model), 4, 100, 10, autocast=autocast))
+    check(estimate, measure(Forward(model.train()), 4, 100, 10, autocast=autocast))
 
 
 def test_double_precision_is_in_the_figures():
