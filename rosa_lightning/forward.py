@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _PACKED = ("input_ids", "position_ids")
 
-_SHARDED = "shards of a model are gathered for one pass through it at a time"
+_SHARDED = "the ranks that share a model in shards must all run it equally often"
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,10 @@ class Forward:
             if not reason:
                 self._block = last_block(self.model, batch["input_ids"])
             torch.clear_autocast_cache()  # of weights cast without a graph
-            self._note("head", reason, "logits are computed at the last columns of all rows")
+            instead = "logits are computed at the last columns of all rows"
+            if self.loss_chunk is not None:
+                instead += ", all at once in spite of model.loss_chunk"
+            self._note("head", reason, instead)
         return not self._findings["head"]
 
     # The beginning.
