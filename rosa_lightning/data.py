@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,13 +19,13 @@ from rosa_lightning.batching import (
     PromptCollator,
     TrainCollator,
 )
-from rosa_lightning.grouping import Batching, Grouping, token_lengths
-from rosa_lightning.leakage import (
-    leaked,
-    question_digest,
-    question_keys,
-    split_leaked,
+from rosa_lightning.decontamination import (
+    questions_of,
+    trained_questions,
+    training_of,
+    without_leaked,
 )
+from rosa_lightning.grouping import Batching, Grouping, token_lengths
 from rosa_lightning.loading import Batched, LongestFirst, MixtureSampler, ResumableLoader
 from rosa_lightning.mixture import Stop, epoch_length, hold_out, shares_by_size
 from rosa_lightning.own_tasks import with_own_tasks
@@ -34,13 +33,12 @@ from rosa_lightning.packing import PackedCollator
 from rosa_lightning.sources import (
     Purpose,
     Source,
-    as_source,
-    demo_source,
     load_records,
     source_list,
     weighted_sources,
 )
 from rosa_lightning.streamed import Streamed
+from rosa_lightning.tally import Tally
 from rosa_lightning.tasks import Record
 from rosa_lightning.templates import Template, check_template, stop_ids
 from rosa_lightning.token_cache import cache_folder, encode_cached
@@ -129,12 +127,7 @@ class ReasoningDataModule(LightningDataModule):
         _check_one_of("template", template, get_args(Template))
         _check_one_of("overlong", overlong, get_args(Overlong))
         _check_one_of("stop", stop, get_args(Stop))
-        is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-        if temperature is not None and not (is_number and temperature > 0):
-            raise ValueError(
-                f"temperature={temperature!r} is no number above 0. Set data.temperature; 1 mixes "
-                "by size, 3 draws the shares together, null leaves them to the weights."
-            )
+        _check_temperature(temperature)
         if tokens_per_batch is not None and tokens_per_batch < max_length:
             raise ValueError(
                 f"tokens_per_batch={tokens_per_batch} is below max_length={max_length}, so some "
@@ -159,8 +152,7 @@ class ReasoningDataModule(LightningDataModule):
         self.temperature, self.stop = temperature, stop
         self.val_fraction, self.decontaminate = val_fraction, decontaminate
         self.num_workers, self.cache_dir, self.seed = num_workers, cache_dir, seed
-        self._seen = [0] * len(self.sources)  # on this rank, since the start or the resumption
-        self._seen_before = [0] * len(self.sources)  # on all ranks, as a checkpoint says
+        self._tally = Tally(self.source_names)
         self._logged_step = 0
         self._trained_on: list[dict[str, Any]] = []  # a training each, resumed ones too
         self._left_out: list[str] = []
@@ -203,32 +195,11 @@ class ReasoningDataModule(LightningDataModule):
         that were left out of it; without a checkpoint those of `sources`. Raises OSError or
         ValueError for sources that cannot be read.
         """
-        found, places = set[int](), dict[str, None]()
-        test = [example.record for example in self.test_examples]
-        for training in self._trained_on or [self._training()]:
-            sources = [as_source(fields, self.tasks) for fields in training["sources"]]
-            train = (
-                record
-                for source in sources
-                for record in load_records(source, "audit", self.tasks, training["seed"])
-            )
-            left_out = frozenset(training["left_out"])
-            exact = leaked(train, test).exact
-            found |= {place for place in exact if question_digest(test[place]) not in left_out}
-            demo = demo_source("train").path
-            places |= {"demo" if s.path == demo else s.place: None for s in sources}
-        return [test[place] for place in sorted(found)], list(places)
+        trainings = self._trained_on or [self._training()]
+        return trained_questions(trainings, [e.record for e in self.test_examples], self.tasks)
 
     def _training(self) -> dict[str, Any]:
-        """What this data module trains on, for a checkpoint to remember."""
-        return {
-            "sources": [
-                asdict(replace(source, path=source.path and str(Path(source.path).resolve())))
-                for source in self.sources
-            ],
-            "seed": self.seed,
-            "left_out": self._left_out,
-        }
+        return training_of(self.sources, self.seed, self._left_out)
 
     # Reading.
 
@@ -316,42 +287,12 @@ class ReasoningDataModule(LightningDataModule):
         """Each source's records without those that are leaked test questions, if so set."""
         if not self.decontaminate or not self.test_sources:
             return list(records)
-        tested = self._test_questions()
-        parts = [split_leaked(source, tested) for source in records]
-        self._left_out = sorted({question_digest(r) for _, dropped in parts for r in dropped})
-        kept = [part for part, _ in parts]
-        for name, before, after in zip(self.source_names, records, kept, strict=True):
-            if not len(after):
-                raise ValueError(
-                    f"source {name}: the questions of all {len(before)} records stand in "
-                    "data.test_sources, so data.decontaminate leaves none. Take the source out of "
-                    "data.sources, or set data.decontaminate: false to train on test questions."
-                )
-            if len(after) < len(before):
-                rank_zero_info(
-                    f"{name}: {len(before) - len(after)} of {len(before)} records left out, as "
-                    "their questions stand in data.test_sources"
-                )
-        return kept
-
-    def _test_questions(self) -> frozenset[str]:
-        """What the test sources ask, but for those on the hub that cannot be reached."""
-        found: frozenset[str] = frozenset()
-        for source in self.test_sources:
-            try:
-                whole = replace(source, max_examples=None)
-                found |= question_keys(load_records(whole, "audit", self.tasks))
-            except OSError as error:
-                if not source.hub:
-                    raise
-                rank_zero_warn(
-                    f"The training data are not compared with test source {source.label}, and may "
-                    f"hold its questions: {error} Or set data.decontaminate: false."
-                )
+        tested = questions_of(self.test_sources, self.tasks)
         if self.trainer is not None and self.trainer.world_size > 1:
             # A rank that did not reach the hub would train on other records than the rest.
-            found = self.trainer.strategy.broadcast(found)
-        return found
+            tested = self.trainer.strategy.broadcast(tested)
+        kept, self._left_out = without_leaked(records, self.source_names, tested)
+        return kept
 
     def _encoder(self, with_response: bool = True) -> Encoder:
         return Encoder(
@@ -428,8 +369,8 @@ class ReasoningDataModule(LightningDataModule):
             position = self.trainer.fit_loop.total_batch_idx + 1
             loader.seek(position)
             if position == 0:  # another training, with the data of an earlier one
-                self._seen = [0] * len(self.sources)
-                self._seen_before, self._logged_step = list(self._seen), 0
+                self._tally.start()
+                self._logged_step = 0
         return loader
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
@@ -496,12 +437,7 @@ class ReasoningDataModule(LightningDataModule):
 
     def examples_seen(self) -> dict[str, int]:
         """Examples of each source trained on so far, on all ranks; every rank must call this."""
-        seen = torch.tensor(self._seen)
-        if self.trainer is not None and self.trainer.world_size > 1:
-            strategy = self.trainer.strategy
-            seen = strategy.reduce(seen.to(strategy.root_device), reduce_op="sum").cpu()
-        total = (seen + torch.tensor(self._seen_before)).tolist()
-        return dict(zip(self.source_names, total, strict=True))
+        return self._tally.examples(self.trainer)
 
     def shares(self) -> dict[str, float]:
         """Each source's part of the examples trained on so far; every rank must call this."""
@@ -513,8 +449,7 @@ class ReasoningDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is not None and trainer.training:
             self._log_shares()
-            counts = torch.bincount(batch["source"], minlength=len(self._seen)).tolist()
-            self._seen = [sum(pair) for pair in zip(self._seen, counts, strict=True)]
+            self._tally.add(batch["source"])
         return batch
 
     def _log_shares(self) -> None:
@@ -555,8 +490,7 @@ class ReasoningDataModule(LightningDataModule):
             self._trained_on = before
             return
         self._trained_on = [*before, *(one for one in self._trained_on if one not in before)]
-        self._seen_before = [state_dict["seen"].get(name, 0) for name in self.source_names]
-        self._seen = [0] * len(self.sources)
+        self._tally.start(state_dict["seen"])
         # Checkpoints of earlier versions do not know every key.
         now, then = self._order_settings(), {"batching": "random", **state_dict["order"]}
         changed = [key for key in now if now[key] != then.get(key, now[key])]
@@ -620,3 +554,12 @@ def _check_at_least(key: str, value: int, least: int) -> None:
 def _check_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{key}={value!r} is none of {', '.join(choices)}. Set data.{key}.")
+
+
+def _check_temperature(temperature: Any) -> None:
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if temperature is not None and not (is_number and temperature > 0):
+        raise ValueError(
+            f"temperature={temperature!r} is no number above 0. Set data.temperature; 1 mixes "
+            "by size, 3 draws the shares together, null leaves them to the weights."
+        )

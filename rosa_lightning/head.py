@@ -170,11 +170,16 @@ def _candidate(model: PreTrainedModel) -> nn.Module | None:
     stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList)]
     if not stacks or not len(stacks[-1]):
         return None
-    sizes = {
-        part: sum(weight.numel() for weight in part.parameters())
+    # Weights in few bits may be buffers.
+    weights = {
+        part: [*part.parameters(), *part.buffers()]
         for part in stacks[-1][-1].children()
-        if any(weight.ndim > 1 for weight in part.parameters())  # no norm: attention may follow it
-        and not any(hasattr(module, "roae_A") for module in part.modules())
+        if not any(hasattr(module, "roae_A") for module in part.modules())
+    }
+    sizes = {
+        part: sum(weight.numel() for weight in held)
+        for part, held in weights.items()
+        if any(weight.ndim > 1 for weight in held)  # no norm: attention may follow it
     }
     return max(sizes, key=lambda part: sizes[part], default=None)
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from rosa_lightning.fake import fake_tensors
+from rosa_lightning.forward import cross_entropy_sum
 from rosa_lightning.head import decoder_of, last_block, logits_at
 from rosa_lightning.layers import find_layers
 from rosa_lightning.live import LiveBytes
@@ -280,7 +280,8 @@ class _Step:
             places_BT = torch.arange(batch["labels"].numel()).view_as(batch["labels"])
             places_N = places_BT[:, -keep - 1 : -1].flatten()
             logits_NV = logits_at(self.model, inputs, places_N, self.block)
-        return F.cross_entropy(logits_NV.float(), labels_BK.flatten())
+        labels_N = labels_BK.flatten()
+        return cross_entropy_sum(logits_NV, labels_N) / len(labels_N)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -174,7 +174,7 @@ def test_what_is_allowed_is_spent_where_low_layers_ask_for_it(budget):
 
 
 @given(set_ups(), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_every_layer_with_a_score_trains_again_within_a_bound(set_up, data):
     num_layers, budget, interval, _ = set_up
     run = Run(num_layers, budget, interval)
@@ -206,7 +206,7 @@ def proportional(scores, count):
 
 
 @given(st.integers(2, 10), st.data(), st.integers(0, 2**32))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_layers_train_in_proportion_to_their_scores_where_the_budget_allows(layers, data, seed):
     scores = data.draw(st.lists(st.floats(0.05, 1), min_size=layers, max_size=layers))
     count = data.draw(st.integers(1, layers - 1))

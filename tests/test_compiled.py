@@ -65,7 +65,7 @@ def gradients(model: nn.Module, rows: int = 3, tokens: int = 11) -> dict[str, to
     return found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_graphs_are_met_within_three_selections_and_none_after(checkpointing):
     model = adapted(checkpointing=checkpointing, num_hidden_layers=6)
     counter = CompileCounterWithBackend("eager")
@@ -82,7 +82,16 @@ def test_all_graphs_are_met_within_three_selections_and_none_after(checkpointing
     assert seen[-1] <= 6
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere", "phi3", "neox"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gemma2", "cohere", "phi3", "neox")
+        ),
+    ],
+)
 def test_layers_of_a_family_compile_whole_and_give_the_same_gradients(family):
     model = adapted(family)
     wanted = gradients(model)
@@ -130,7 +139,8 @@ def quick(monkeypatch):
     return counter
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_run_resumes_and_ends_like_one_that_is_not(
     quick, base_folder, sources, tmp_path, checkpointing
 ):

@@ -321,7 +321,8 @@ def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(fol
             raise OSError("No network.")
         return load_records(source, purpose, tasks, seed)
 
-    monkeypatch.setattr("rosa_lightning.data.load_records", unreachable)
+    for reads in ("data", "decontamination"):
+        monkeypatch.setattr(f"rosa_lightning.{reads}.load_records", unreachable)
     module.prepare_data()
     with pytest.warns(UserWarning, match=r"not compared with test source b, .* No network\."):
         module.setup("fit")

@@ -898,7 +898,9 @@ REMEMBERING = {
 
 @pytest.mark.parametrize("changes", [{}, REMEMBERING, {"moments": "free"}, {"moments": "keep"}])
 @pytest.mark.parametrize("train_norms", [False, True])
-@pytest.mark.parametrize("step", [2, 4, 5, 6, 7, 11])
+@pytest.mark.parametrize(
+    "step", [2, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6, 7, 11))]
+)
 def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path, step, train_norms, changes):
     options = {"accumulate_grad_batches": 2, "max_epochs": 3}
     data = batches(7)

@@ -362,6 +362,7 @@ def on_fsdp1(folder) -> dict:
     return seen
 
 
+@pytest.mark.slow
 def test_under_fsdp1_training_equals_one_process_on_the_joint_batch(tmp_path):
     seen = ranks.launch("test_dls_distributed:on_fsdp1", tmp_path)
     assert_ranks_agree(seen)

@@ -79,7 +79,8 @@ def assert_same(first: dict, second: dict) -> None:
 
 # An epoch has 8 steps: 64 training records, 4 a batch, 2 batches a step.
 @pytest.mark.parametrize(
-    "stop", [pytest.param(6, id="mid-epoch"), pytest.param(11, id="second-epoch")]
+    "stop",
+    [pytest.param(6, id="mid-epoch", marks=pytest.mark.slow), pytest.param(11, id="second-epoch")],
 )
 def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_as_one_that_was_not(settings, stop):
     fit(settings, "straight")
@@ -89,6 +90,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_as_one_that_was_not
     assert_same(load(at_step("straight", STEPS)), load(at_step("resumed", STEPS)))
 
 
+@pytest.mark.slow
 def test_resuming_from_the_middle_of_a_straight_run_gives_its_end(settings):
     fit(settings, "straight")
     fit(settings, "resumed", "--ckpt_path", str(at_step("straight", 7)))

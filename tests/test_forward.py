@@ -455,6 +455,7 @@ def dense(layer, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight + whole, layer.bias)
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_train_alike_with_each_lever_on_and_off(base_folder, monkeypatch):
     batches = [batch_of(vocab=250) for _ in range(4)] * 25
     plain = {"share_prefix": False}

@@ -282,6 +282,7 @@ def test_gradients_are_the_same_with_checkpointing(folder, ids):
 
 
 # The compiler looks at the gradient of every input.
+@pytest.mark.slow
 @needs_torchao
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_layers_have_the_same_gradients(folder, ids):
@@ -476,7 +477,7 @@ def loss_of(built: RoSAModule, batches: DataLoader) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:You passed .*16-mixed")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 @pytest.mark.parametrize("scheme", SCHEMES[:3])
 def test_adapters_train_in_float32_and_the_base_stays(
@@ -625,6 +626,7 @@ def test_an_unknown_quantization_is_refused_in_one_line(tmp_path, monkeypatch, c
     assert "nf4" in line
 
 
+@pytest.mark.slow
 def test_libraries_that_nobody_asked_for_say_nothing(tmp_path):
     """In a process of its own: they speak when they are imported."""
     command = [sys.executable, "-m", "rosa_lightning", "fit", "--config", str(TINY)]

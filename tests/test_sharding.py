@@ -210,6 +210,7 @@ def reference(seen: list[dict], whole_rows: bool) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in module.named_parameters() if is_adapter_key(n)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_the_shipped_configurations_train_alike_under_every_strategy(tmp_path):
     seen = ranks.launch("test_sharding:on_every_strategy", tmp_path)

@@ -91,6 +91,7 @@ def test_no_problem_for_testing_is_one_for_training():
     assert not train & test
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_a_folder_that_loads_and_is_the_same_for_a_seed(tmp_path, capsys):
     for name in ("one", "two"):
         recipe.main(["--output", str(tmp_path / name), "--steps", "2"])
