@@ -71,8 +71,10 @@ def _patterns(form: AnswerFormat, labels: tuple[str, ...]) -> tuple[re.Pattern[s
     names = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
     if form == "letter":
         # A lone capital in running text is no answer ("A bag holds ..."), so one must be stated.
-        named = rf"(?i:{_STATED}){_MARKUP}(?i:(?:option|choice)\s*)?\(?({names})(?![A-Za-z0-9])"
-        return re.compile(named), re.compile(rf"\A\W*({names})\W*\Z")
+        # A small letter may be a word ("the answer is a bag"), unless it stands in parentheses.
+        either = rf"{names}|(?<=\()(?i:{names})(?=\))"
+        named = rf"(?i:{_STATED}){_MARKUP}(?i:(?:option|choice)\s*)?\(?({either})(?![A-Za-z0-9])"
+        return re.compile(named), re.compile(rf"\A\W*((?i:{names}))\W*\Z")
     label = rf"(?<!\w)({names})(?!\w)"
     return re.compile(rf"(?:{_STATED})\W*?{label}", re.I), re.compile(label, re.I)
 

@@ -204,6 +204,22 @@ def test_the_number_that_is_meant(text, answer):
     assert extract("number", (), text) == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is (b).", "B"),
+        ("Option A fails, so the correct answer is: (c) 12 km", "C"),
+        ("(d)", "D"),
+        ("b", "B"),
+        ("The answer is a bag.", None),
+        ("The answer is (a bag).", None),
+        ("Either (a) or (b) would do.", None),
+    ],
+)
+def test_small_letters_are_answers_in_parentheses_or_alone(text, answer):
+    assert extract("letter", LETTERS, text) == answer
+
+
 def test_mixed_numbers_and_en_dashes_compare_as_what_they_are():
     assert number("3 and 1/2") == Fraction(7, 2)
     assert number("\u20133 and 1/2") == Fraction(-7, 2)

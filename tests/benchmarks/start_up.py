@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from training_speed import LORA, SHAPE, encoded
+
 HERE = Path(__file__).parent
 CONFIG = """
 trainer:
@@ -64,8 +66,7 @@ def baseline(base: str, data: str, batch_size: int) -> None:
             os._exit(0)
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LORA, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
@@ -92,13 +93,7 @@ def save_base(folder: Path) -> Path:
     from rosa_lightning import tiny
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-    )
+    config = LlamaConfig(vocab_size=32_000, **SHAPE)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny.folder()).save_pretrained(folder)
     return folder
@@ -109,18 +104,8 @@ def save_tokenised(records: Path, base: Path, folder: Path) -> Path:
     from datasets import Dataset
 
     from rosa_lightning.base import load_tokenizer
-    from rosa_lightning.batching import encode
-    from rosa_lightning.sources import Source, load_records
 
-    examples, _ = encode(load_records(Source(path=str(records))), load_tokenizer(str(base)))
-    rows = [
-        {
-            "input_ids": [*example.prompt, *example.response],
-            "attention_mask": [1] * (len(example.prompt) + len(example.response)),
-            "labels": [-100] * len(example.prompt) + list(example.response),
-        }
-        for example in examples
-    ]
+    rows = encoded([str(records)], load_tokenizer(str(base)), max_length=512)
     Dataset.from_list(rows).save_to_disk(folder)
     return folder
 

@@ -209,13 +209,13 @@ def train_lora(job: Job, turns: Turns) -> None:
     ).train()
 
 
-def encoded(paths: list[str], tokenizer: Any) -> list[dict[str, list[int]]]:
+def encoded(paths: list[str], tokenizer: Any, max_length: int = 1024) -> list[dict[str, list[int]]]:
     """The records as `ReasoningDataModule` encodes them, prompts without loss."""
     from rosa_lightning.batching import IGNORED, encode
     from rosa_lightning.sources import Source, load_records
 
     records = [r for path in paths for r in load_records(Source(path=path), "train")]
-    examples, _ = encode(records, tokenizer, max_length=1024)
+    examples, _ = encode(records, tokenizer, max_length=max_length)
     return [
         {
             "input_ids": [*example.prompt, *example.response],
