@@ -49,12 +49,13 @@ _SAYS = r"\s*(?:is|are|was|would be|equals|=|:)|####|\\boxed\s*\{"
 _STATED = rf"\b(?:answer|option|choice){_SAYS}"
 # "One option is 3 packs" states no number.
 _NUMBER_STATED = rf"\banswer{_SAYS}"
-# Possessive, as working may begin with the same characters: no backtracking on long blanks.
-_MARKUP = r"(?:\\text\s*\{|\\(?![dt]?frac)|[\s*:_({\[])*+"
+# Atomic, as working may begin with the same characters: no backtracking on long blanks. (Not
+# `(...)*+`, which Python before 3.11.5 matches wrongly.)
+_MARKUP = r"(?>(?:\\text\s*\{|\\(?![dt]?frac)|[\s*:_({\[])*)"
 _HEDGE = r"(?:(?:about|approximately|around|exactly|only|roughly|still)\s+)?"
 _TERMS = (
-    r"(?:[\d+*/()${}^%\u00d7\u00f7\u00b7\u2212\u2013-]|[^\S\n]|[.,](?=\d)|[xX](?=\s*+[\d($\\])|of\b"
-    r"|\\(?:times|cdot|div|[dt]?frac|[,$%]))*+"
+    r"(?>(?:[\d+*/()${}^%\u00d7\u00f7\u00b7\u2212\u2013-]|[^\S\n]|[.,](?=\d)|[xX](?=\s*+[\d($\\])"
+    r"|of\b|\\(?:times|cdot|div|[dt]?frac|[,$%]))*)"
 )
 # Possessive for the same reason. A full stop or line break ends the working: "5. 2 + 2 = 4" says 5.
 _WORKING = rf"(?:[a-zA-Z]\s*+=\s*+)?(?:{_TERMS}=\s*+)*"
