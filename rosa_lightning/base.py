@@ -117,6 +117,7 @@ def load_base(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model.
 
@@ -129,6 +130,7 @@ def load_base(
         trust_remote_code: Run Python code that comes with the base.
         quantization: Quantise its linear layers while loading; None leaves them as they are. See
             `quantization_config`.
+        device: Where to quantise; by default the CPU.
 
     Raises:
         ValueError: It cannot be loaded, lacks weights, or is quantised already; says why in one
@@ -141,6 +143,8 @@ def load_base(
     settings: dict[str, Any] = {}
     if quantization is not None:  # None, given on, would undo a quantization of the base's own
         settings["quantization_config"] = _quantizer(base, quantization, dtype, source)
+        if device is not None and device.type != "cpu":
+            settings["device_map"] = {"": device}
     with _one_line_errors(base, "model", "model.base"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             _location(base),

@@ -38,6 +38,7 @@ from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.flops import lowest_active
 from rosa_lightning.layers import find_layers
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.packing import is_packed_batch
 from rosa_lightning.plan import possible_terms
 from rosa_lightning.probe import read_geometry
 from rosa_lightning.roae import RoAEConfig, Target
@@ -305,7 +306,7 @@ class Turns(Callback):
 
 def rows_of(batch: Batch) -> Iterator[Row]:
     """The records of a batch, padded or packed, without padding."""
-    if "row_lengths" in batch:
+    if is_packed_batch(batch):
         lengths = batch["row_lengths"].tolist()
         ids, labels = batch["input_ids"][0].split(lengths), batch["labels"][0].split(lengths)
         yield from zip(ids, labels, strict=True)

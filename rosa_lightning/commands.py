@@ -186,6 +186,7 @@ def inspect(
         response_length=length,
         optimizer=module.make_optimizer,
         autocast=_AUTOCAST.get(precision),
+        loss_chunk=module.loss_chunk,
     )
     console.print(memory_table(estimates))
     if drawn is not None:

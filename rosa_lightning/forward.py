@@ -23,13 +23,12 @@ from rosa_lightning.batching import IGNORED
 from rosa_lightning.head import last_block, logits_at, states_at, why_not_narrowed
 from rosa_lightning.packing import check_can_pack, is_packed_batch, num_rows, row_of
 from rosa_lightning.prefix import (
-    WORTH_SHARING,
     rows_behind,
     why_not_in_training,
     why_not_shared,
     window,
 )
-from rosa_lightning.reading import forward_arguments
+from rosa_lightning.reading import WORTH_SHARING, forward_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,10 +68,15 @@ class Forward:
         self.sharded = any(
             isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()
         )
+        self.forget()
+
+    def forget(self) -> None:
+        """Find out anew what can be done, as after a change of the model."""
         self._findings: dict[str, str] = {}
         """Why something cannot be done, by what; empty where it can."""
         self._window: int | None = None
-        self._block: nn.Module | None = None
+        self.block: nn.Module | None = None
+        """What is run at supervised positions alone, beside the head."""
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
@@ -81,7 +85,8 @@ class Forward:
             batch: As `TrainCollator` or `PackedCollator` makes it.
 
         Raises:
-            ValueError: The batch is packed, and the model mixes packed rows.
+            ValueError: No token of the batch carries loss, or it is packed, and the model mixes
+                packed rows.
         """
         return self._read(batch, predict=False)[0]
 
@@ -103,29 +108,48 @@ class Forward:
     def _read(self, batch: dict[str, Any], predict: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, tokens predicted (N,) if wanted, and where the labels stand: rows and columns."""
         rows_N, columns_N = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+        if not len(rows_N):
+            raise ValueError(
+                f"a batch of {num_rows(batch)} rows has no token that carries loss: all labels "
+                f"behind the first column are {IGNORED}. Give every row a response."
+            )
         labels_N = batch["labels"][rows_N, columns_N + 1]
         narrow = self._can_narrow(batch)
         inputs, num_shared = self._inputs(batch)
-        width = inputs["input_ids"].shape[1]
         columns = columns_N - num_shared
-        if not narrow:
-            logits_NV = self._right_end(inputs, batch, rows_N, columns)
-        elif self.loss_chunk is None or len(labels_N) <= self.loss_chunk:
-            logits_NV = logits_at(self.model, inputs, rows_N * width + columns, self._block)
+        if narrow:
+            places_N = rows_N * inputs["input_ids"].shape[1] + columns
+            total, predicted = self.total_at(inputs, places_N, labels_N, predict=predict)
         else:
-            sums, predicted = self._in_chunks(inputs, rows_N * width + columns, labels_N, predict)
-            return sums / len(labels_N), predicted, rows_N, columns_N + 1
-        loss = cross_entropy_sum(logits_NV, labels_N) / len(labels_N)
-        predicted = logits_NV.argmax(-1) if predict else labels_N
-        return loss, predicted, rows_N, columns_N + 1
+            logits_NV = self._right_end(inputs, batch, rows_N, columns)
+            total = cross_entropy_sum(logits_NV, labels_N)
+            predicted = logits_NV.argmax(-1) if predict else labels_N
+        return total / len(labels_N), predicted, rows_N, columns_N + 1
 
     # The head.
+
+    def total_at(
+        self, inputs: dict[str, Any], places_N: Tensor, labels_N: Tensor, *, predict: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the losses at some positions, and the tokens predicted there, if wanted.
+
+        Args:
+            inputs: What the model's forward takes; its head can be narrowed.
+            places_N: Indices into the flattened (B, T) of the inputs, each once.
+            labels_N: The tokens that follow.
+            predict: Whether to say which tokens are predicted; else the labels come back.
+        """
+        if self.loss_chunk is not None and len(labels_N) > self.loss_chunk:
+            return self._in_chunks(inputs, places_N, labels_N, predict)
+        logits_NV = logits_at(self.model, inputs, places_N, self.block)
+        predicted = logits_NV.argmax(-1) if predict else labels_N
+        return cross_entropy_sum(logits_NV, labels_N), predicted
 
     def _in_chunks(
         self, inputs: dict[str, Any], places_N: Tensor, labels_N: Tensor, predict: bool
     ) -> tuple[Tensor, Tensor]:
         """Sum of losses and the predicted tokens, the logits of one chunk held at a time."""
-        states_ND, head = states_at(self.model, inputs, places_N, self._block)
+        states_ND, head = states_at(self.model, inputs, places_N, self.block)
 
         def one(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = head(states)
@@ -160,7 +184,7 @@ class Forward:
         if "head" not in self._findings:
             reason = _SHARDED if self.sharded else why_not_narrowed(self.model, batch["input_ids"])
             if not reason:
-                self._block = last_block(self.model, batch["input_ids"])
+                self.block = last_block(self.model, batch["input_ids"])
             torch.clear_autocast_cache()  # of weights cast without a graph
             instead = "logits are computed at the last columns of all rows"
             if self.loss_chunk is not None:

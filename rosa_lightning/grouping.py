@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rosa_lightning.batching import Example
 from rosa_lightning.mixture import generator_for
 from rosa_lightning.streamed import Streamed
+from rosa_lightning.token_cache import TokenTable
 
 Batching = Literal["length", "random", "packed"]
 
@@ -177,6 +178,8 @@ def token_lengths(sources: Sequence[Sequence[Example]], exact: bool) -> NDArray[
 
 
 def _lengths(examples: Sequence[Example], exact: bool) -> NDArray[np.int32]:
+    if isinstance(examples, TokenTable):
+        return examples.lengths.astype(np.int32)
     if exact or not isinstance(examples, Streamed):
         return np.fromiter((example.num_tokens for example in examples), np.int32, len(examples))
     sizes = examples.sizes()

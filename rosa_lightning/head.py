@@ -148,11 +148,17 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return found
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two results differ by no more than rounding in the precision they were made in."""
+def close(found: Tensor, wanted: Tensor, half: float = 0.02) -> bool:
+    """Whether two results differ by no more than rounding in the precision they were made in.
+
+    Args:
+        found: Of the same shape as `wanted`.
+        wanted: What to compare with.
+        half: Bound on the relative difference where there are 16 bits.
+    """
     bound = 2e-4 if torch.get_float32_matmul_precision() == "highest" else 5e-3
     if torch.is_autocast_enabled(wanted.device.type) or wanted.element_size() < 4:
-        bound = 0.1
+        bound = half
     wanted, found = wanted.double(), found.double()
     return bool((found - wanted).norm() <= bound * wanted.norm())
 

@@ -21,8 +21,8 @@ from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from rosa_lightning.fake import fake_tensors
-from rosa_lightning.forward import cross_entropy_sum
-from rosa_lightning.head import decoder_of, last_block, logits_at
+from rosa_lightning.forward import Forward, cross_entropy_sum
+from rosa_lightning.head import decoder_of, last_block
 from rosa_lightning.layers import find_layers
 from rosa_lightning.live import LiveBytes
 from rosa_lightning.modes import in_mode
@@ -91,6 +91,7 @@ def estimate_memory(
     autocast: torch.dtype | None = None,
     active_layers: Collection[int] | None = None,
     scoring: bool = False,
+    loss_chunk: int | None = None,
 ) -> MemoryEstimate:
     """The memory of one training step of `RoSAModule`, once the optimizer has its state.
 
@@ -114,6 +115,7 @@ def estimate_memory(
             all if not given. The optimizer keeps the state of the others, too.
         scoring: A step in which `DynamicLayerSelection` selects: all layers take gradients, and
             so do the norm weights that score them.
+        loss_chunk: As `RoSAModule` takes it.
 
     Raises:
         ValueError: The model carries no RoAE, there are no such layers, the batch makes no sense,
@@ -134,7 +136,7 @@ def estimate_memory(
 
     try:
         with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
-            step = _Step(model, optimizer)
+            step = _Step(model, optimizer, loss_chunk)
             step.run(_batch(batch_size, length, response_length), autocast)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -215,9 +217,13 @@ class _Step:
     """One training step as `RoSAModule` and Lightning run it."""
 
     def __init__(
-        self, model: Any, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+        self,
+        model: Any,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        loss_chunk: int | None,
     ) -> None:
         self.model = model
+        self.forward = Forward(model, loss_chunk=loss_chunk)
         self.adapters = [p for name, p in model.named_parameters() if is_adapter_key(name)]
         for adapter in self.adapters:
             adapter.grad = torch.zeros_like(adapter)
@@ -228,7 +234,6 @@ class _Step:
                 adapter.grad = None
         state = [v for v in tree_leaves(dict(self.optimizer.state)) if isinstance(v, Tensor)]
         self.state = _num_bytes(state)
-        self.block: nn.Module | None = None
         self.activations = 0
         self.gradients = 0
         self.live = LiveBytes(
@@ -243,7 +248,7 @@ class _Step:
                 self.live.add(tensor)
         before = self.live.now
         if decoder_of(self.model) is not self.model:
-            self.block = last_block(self.model, batch["input_ids"], compare=False)
+            self.forward.block = last_block(self.model, batch["input_ids"], compare=False)
 
         def enter_head(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.live.at_head = True
@@ -271,17 +276,15 @@ class _Step:
         keep = batch["num_label_positions"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
         inputs["use_cache"] = False
-        labels_BK = batch["labels"][:, -keep:]
+        labels_N = batch["labels"][:, -keep:].flatten()
         if decoder_of(self.model) is self.model:
             if "logits_to_keep" in forward_arguments(self.model):
                 inputs["logits_to_keep"] = keep + 1
             logits_NV = self.model(**inputs).logits[:, -keep - 1 : -1].flatten(0, 1)
-        else:
-            places_BT = torch.arange(batch["labels"].numel()).view_as(batch["labels"])
-            places_N = places_BT[:, -keep - 1 : -1].flatten()
-            logits_NV = logits_at(self.model, inputs, places_N, self.block)
-        labels_N = labels_BK.flatten()
-        return cross_entropy_sum(logits_NV, labels_N) / len(labels_N)
+            return cross_entropy_sum(logits_NV, labels_N) / len(labels_N)
+        places_BT = torch.arange(batch["labels"].numel()).view_as(batch["labels"])
+        places_N = places_BT[:, -keep - 1 : -1].flatten()
+        return self.forward.total_at(inputs, places_N, labels_N)[0] / len(labels_N)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -189,10 +190,16 @@ class RoSAModule(Answering):
 
     def configure_model(self) -> None:
         """Load the base, freeze it and add RoAE; once."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            # Lightning calls this with the strategy's device as the default one, and moves the
+            # module there afterwards.
+            device = torch.get_default_device()
+            with torch.device("cpu"):
+                self._configure(device)
+
+    def _configure(self, device: torch.device) -> None:
         strategy = None if self._trainer is None else self.trainer.strategy
-        model, self.identity, self.report = load_once(self._adapted_base, strategy)
+        model, self.identity, self.report = load_once(partial(self._adapted_base, device), strategy)
         self.roae = self.report.config  # an adapter brings its own
         self._remember_roae()
         if self.compiles:
@@ -205,8 +212,11 @@ class RoSAModule(Answering):
         leave_packed_out(self)
         rank_zero_info(str(self.report))
 
-    def _adapted_base(self) -> tuple[PreTrainedModel, BaseIdentity, RoAEReport]:
-        model = load_base(self.base, quantization=self.quantization, **self.loading)
+    def _adapted_base(
+        self, device: torch.device
+    ) -> tuple[PreTrainedModel, BaseIdentity, RoAEReport]:
+        # Weights in few bits are packed by the device's own kernels.
+        model = load_base(self.base, quantization=self.quantization, device=device, **self.loading)
         identity = identify(model, self.base)
         report = self.adapt(model)
         if self.gradient_checkpointing:
@@ -276,6 +286,10 @@ class RoSAModule(Answering):
         self.log("train/loss", loss, prog_bar=True, batch_size=num_rows(batch))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def on_fit_start(self) -> None:
+        """Look at the model anew: it may have been changed since it was last run."""
+        cast(Forward, self._forward).forget()
 
     def on_train_start(self) -> None:
         """Forget generator states that were loaded for another purpose than going on."""

@@ -10,15 +10,15 @@ compute N x N scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rosa_lightning.batching import IGNORED, Example, origins
+from rosa_lightning.modes import in_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ def check_can_pack(model: PreTrainedModel, name: str) -> None:
     places = torch.where(tokens < first, tokens, tokens - first)
     tokens = tokens * 7 % (vocabulary - 3) + 3
     others = torch.cat([tokens[:first].flip(0), tokens[first:]])
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), in_mode(model, False):
         try:
             packed, elsewhere = (_logits(model, some, places)[first:] for some in (tokens, others))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -124,14 +124,3 @@ def _logits(model: PreTrainedModel, tokens_N: Tensor, places_N: Tensor) -> Tenso
     output = model(input_ids=tokens_N[None], position_ids=places_N[None], use_cache=False)
     logits: Tensor = output.logits[0]
     return logits
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Ids = Sequence[int]
 
-_WORTH_SHARING = 16
+WORTH_SHARING = 16
 """Tokens at the beginning of all rows from which on they are read apart."""
 
 
@@ -91,7 +91,7 @@ def read(
     start: Ids = ()
     if cache is not None and all(type(layer) is RoomyLayer for layer in cache.layers):
         start = common_start(rows)[: max(0, min(map(len, rows)) - keep)]
-    if len(start) < _WORTH_SHARING or len(rows) == 1:
+    if len(start) < WORTH_SHARING or len(rows) == 1:
         start = ()
     options: dict[str, Any] = {"use_cache": bool(start or go_on) and cache is not None}
     if options["use_cache"]:

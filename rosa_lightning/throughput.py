@@ -147,6 +147,12 @@ class ThroughputMonitor(Callback):
         """Let go of the model; the progress bar keeps what it shows."""
         self._blocks = []
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of all: after an exception there is no teardown."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of all, the progress bar included."""
         if self._bar is not None:

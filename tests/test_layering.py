@@ -57,7 +57,7 @@ FLOORS = {
     "batching": 2,
     "token_cache": 2.2,
     "mixture": 2,
-    "grouping": 2.2,
+    "grouping": 2.3,
     "loading": 2.4,
     "packing": 2.5,
     "charts": 2,

@@ -378,7 +378,6 @@ def compare_trainings(options: argparse.Namespace, base: str, paths: list[str]) 
         ]
         memory = f"{own.rss:.0f} ({own.rss / random_.rss:.2f})"
         print(f"| {name} | {rate:.2f} | {ratios[0]} | {ratios[1]} | {memory} |")
-    print(f"\nlowest active layer of {DLS}: {runs(contenders[DLS].lowest)}")
     for contender in contenders.values():
         contender.stop()
 
@@ -390,6 +389,22 @@ def runs(values: list[int]) -> str:
         if not told or told[-1][1] != value:
             told.append([step, value])
     return ", ".join(f"{value} from step {step}" for step, value in told)
+
+
+def selection_table(options: argparse.Namespace, base: str, paths: list[str]) -> None:
+    """The lowest active layer over several selections, in steps too small to be timed."""
+    job = Job(
+        name=DLS,
+        base=base,
+        paths=paths,
+        batch_size=4,
+        threads=options.threads,
+        options={"selection": {}},
+    )
+    contender = Contender(train_rosa, job)
+    contender.run(options.selection_steps)
+    contender.stop()
+    print(f"\nlowest active layer of {DLS}, batches of 4: {runs(contender.lowest)}")
 
 
 def floor_table(options: argparse.Namespace, base: str, paths: list[str]) -> None:
@@ -424,7 +439,10 @@ def size_table(options: argparse.Namespace, base: str, folder: Path) -> None:
             batch_size=options.batch_size,
             threads=options.threads,
         )
+        since = time.perf_counter()
         contenders[f"{count} records"] = Contender(train_rosa, job)
+        print(f"\nfrom the start of the process to the first batch, {count} records: ", end="")
+        print(f"{time.perf_counter() - since:.1f} s", flush=True)
     interleave(contenders, options.size_steps, options.rounds, options.size_steps // 4 or 1)
     first = next(iter(contenders.values())).seconds
     for name, contender in contenders.items():
@@ -446,10 +464,11 @@ def main() -> None:
     parser.add_argument("--floor-batches", type=int)
     parser.add_argument("--sizes", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--size-steps", type=int)
+    parser.add_argument("--selection-steps", type=int, help="of DLS, to see what it selects")
     parser.add_argument(
         "--small", action="store_true", help="tiny models, on the CPU: tries the script out"
     )
-    parser.add_argument("--only", choices=["training", "floor", "size"], nargs="*")
+    parser.add_argument("--only", choices=["training", "selection", "floor", "size"], nargs="*")
     options = parser.parse_args()
     logging_off()
     if options.device == "cuda":
@@ -460,8 +479,8 @@ def main() -> None:
     if options.data is None:
         parser.error("DATA, the folder of the four files, is missing")
     for name, value in zip(
-        ("records", "rounds", "floor_batches", "size_steps"),
-        (128, 2, 6, 8) if options.short else (256, 3, 16, 16),
+        ("records", "rounds", "floor_batches", "size_steps", "selection_steps"),
+        (128, 2, 6, 8, 101) if options.short else (256, 3, 16, 16, 301),
         strict=True,
     ):
         if getattr(options, name) is None:
@@ -476,7 +495,7 @@ def on_cpu(options: argparse.Namespace) -> None:
 
     print(f"{machine()}, {options.threads} threads a process")
     print(f"{options.records} records, batches of {options.batch_size}, {options.rounds} rounds")
-    wanted = options.only or ["training", "floor", "size"]
+    wanted = options.only or ["training", "selection", "floor", "size"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = folder / "base"
@@ -484,6 +503,8 @@ def on_cpu(options: argparse.Namespace) -> None:
         paths = make_records(options.data, folder, options.records)
         if "training" in wanted:
             compare_trainings(options, str(base), paths)
+        if "selection" in wanted:
+            selection_table(options, str(base), paths)
         if "floor" in wanted:
             floor_table(options, str(base), paths)
         if "size" in wanted:
