@@ -45,13 +45,16 @@ _NUMBER = rf"{_BEFORE}(?:{_FRACTION}|{_SPACED}|{_DECIMAL})"
 
 # --- where an answer is stated --------------------------------------------------------------
 
-_SAYS = r"\s*(?:is|are|was|would be|equals|=|:)|####|\\boxed\s*\{"
+_SAYS = r"\s*(?:is|are|was|(?:would|should|must|will) be|equals|=|:)|####|\\boxed\s*\{"
 _STATED = rf"\b(?:answer|option|choice){_SAYS}"
 # "One option is 3 packs" states no number.
 _NUMBER_STATED = rf"\banswer{_SAYS}"
 # Atomic, as working may begin with the same characters: no backtracking on long blanks. (Not
 # `(...)*+`, which Python before 3.11.5 matches wrongly.)
 _MARKUP = r"(?>(?:\\text\s*\{|\\(?![dt]?frac)|[\s*:_({\[])*)"
+_LETTER_MARKUP = (
+    r"(?>(?:\\(?:text|math)[a-z]{0,2}\s*\{|\\(?![a-zA-Z])|[\s*:_({\[$\"'\u201c\u2018])*)"
+)
 _HEDGE = r"(?:(?:about|approximately|around|exactly|only|roughly|still)\s+)?"
 _TERMS = (
     r"(?>(?:[\d+*/()${}^%\u00d7\u00f7\u00b7\u2212\u2013-]|[^\S\n]|[.,](?=\d)|[xX](?=\s*+[\d($\\])"
@@ -74,7 +77,9 @@ def _patterns(form: AnswerFormat, labels: tuple[str, ...]) -> tuple[re.Pattern[s
         # A lone capital in running text is no answer ("A bag holds ..."), so one must be stated.
         # A small letter may be a word ("the answer is a bag"), unless it stands in parentheses.
         either = rf"{names}|(?<=\()(?i:{names})(?=\))"
-        named = rf"(?i:{_STATED}){_MARKUP}(?i:(?:option|choice)\s*)?\(?({either})(?![A-Za-z0-9])"
+        named = (
+            rf"(?i:{_STATED}){_LETTER_MARKUP}(?i:(?:option|choice)\s*)?\(?({either})(?![A-Za-z0-9])"
+        )
         return re.compile(named), re.compile(rf"\A\W*((?i:{names}))\W*\Z")
     label = rf"(?<!\w)({names})(?!\w)"
     return re.compile(rf"(?:{_STATED})\W*?{label}", re.I), re.compile(label, re.I)

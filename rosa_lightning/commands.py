@@ -210,8 +210,8 @@ def audit(setting: Setting, *, ckpt_path: str | None = None, output: str | None 
     if data.tokenizer is not None:
         lengths = partial(token_lengths, tokenizer=data.text_tokenizer, template=data.template)
     found = audit_records(
-        {source.label: load_records(source, "audit", data.tasks) for source in data.sources},
-        {source.label: load_records(source, "audit", data.tasks) for source in data.test_sources},
+        {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.sources},
+        {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.test_sources},
         lengths,
         max_length=data.max_length,
         decontaminate=data.decontaminate,

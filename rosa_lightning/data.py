@@ -64,13 +64,15 @@ class ReasoningDataModule(LightningDataModule):
             holds one prompt a line.
         tasks: Tasks of your own, each a mapping: name; format (label, letter, number or text);
             labels, the answers that there are, for the first two; aliases, other names; response,
-            the wording of a response, with {answer} in it. Sources name them with task.
+            the wording of a response, with {answer} in it; prompt, what is asked, with the rows'
+            fields in braces, and answer, the field of the answer or of its label's number from 0.
+            Sources name them with task.
         tokenizer: Hub id or folder of the tokenizer, or tiny. By default the model's own. From
             Python also a tokenizer object.
         batch_size: Records a batch, on each device.
         tokens_per_batch: Most tokens of a training batch, padding counted, on each device, in
-            place of batch_size; batches of short records then have more of them. Validation, test
-            and predict keep to batch_size.
+            place of batch_size; batches of short records then have more of them, and each counts
+            for less. Validation, test and predict keep to batch_size.
         batching: Records of a training batch: length puts those of like length together, so that
             little is padded; random takes them as they follow one another; packed lays them end
             to end, without padding, where the model allows it.

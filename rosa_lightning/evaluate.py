@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 from rosa_lightning.greedy import write_greedily
 from rosa_lightning.likelihood import log_likelihoods
 from rosa_lightning.metrics import AccuracyInterval, FormatFailures, TaskAccuracy, TaskCount
-from rosa_lightning.results import Score, averages, scores_of
+from rosa_lightning.results import Score, averages, scores_of, versions
 from rosa_lightning.tasks import (
     TASKS,
     Record,
@@ -208,7 +208,7 @@ class Evaluation:
         asked = {name: known_tasks[name] for name in tasks if name in known_tasks}
         kinds = {name: [task.format, task.labels, task.response] for name, task in asked.items()}
         settings = [kinds, config.num_beams, config.rules, config.length_normalized, max_new_tokens]
-        self.digest = _digest([settings, template, made_with])
+        self.digest = _digest([settings, template, made_with, versions()])
         """Of all that decides the answer to a prompt; equal for equal evaluations."""
         self.answered: Mapping[str, dict[str, Any]] = {}
         """Answers of an earlier run of this evaluation, by ``key``."""

@@ -66,6 +66,8 @@ def social_i_qa(row: Mapping[str, Any]) -> Exercise:
 def hellaswag(row: Mapping[str, Any]) -> Exercise:
     """`activity_label`, `ctx`, `endings`, `label` ("0" to "3"; "" where hidden)."""
     endings = list(row["endings"])
+    if len(endings) < 2:
+        raise ValueError(f"'endings' has {len(endings)} texts")
     return Exercise(
         "Please choose the correct ending to complete the given sentence: "
         f"{row['activity_label']}: {row['ctx']}\n\n{_listed('Ending', endings)}\n\n"
@@ -98,6 +100,8 @@ def _keyed(question: str, row: Mapping[str, Any]) -> Exercise:
     labels, key = list(row["choices"]["label"]), row["answerKey"]
     if len(set(labels)) < len(labels):
         raise ValueError(f"'choices' has a label twice ({', '.join(labels)})")
+    if len(labels) < 2 or len(labels) != len(row["choices"]["text"]):
+        raise ValueError(f"'choices' has {len(row['choices']['text'])} texts, {len(labels)} labels")
     answer = f"answer{labels.index(key) + 1}" if key in labels else (key or None)
     return _question(question, list(row["choices"]["text"]), answer)
 
@@ -116,7 +120,8 @@ def aqua(row: Mapping[str, Any]) -> Exercise:
     options = ("(" + "(".join(row["options"])).replace("(", " (").replace(")", ") ")
     answer = row["correct"] or None
     question = f"{row['question'].strip()} Answer Choices:{options}"
-    solution = f"{row['rationale'].strip()}\nThe answer is ({answer})." if answer else None
+    worked = (row["rationale"] or "").strip()
+    solution = f"{worked}\nThe answer is ({answer})." if answer else None
     return Exercise(question, answer, solution)
 
 

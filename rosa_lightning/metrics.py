@@ -29,15 +29,23 @@ class TaskShare(Metric):
     full_state_update = False
     name = "share"
     """What the results are called: ``<name>`` for all records and ``<name>/<task>``."""
-    hits: Tensor
     total: Tensor
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
         zeros = torch.zeros(len(self.tasks), dtype=torch.long)
-        self.add_state("hits", zeros, dist_reduce_fx="sum")
+        # A collection makes one of metrics whose states have the same names and begin alike, though
+        # they count different things. So each kind has a name of its own.
+        self._hits = f"{self.name}_hits"
+        self.add_state(self._hits, zeros, dist_reduce_fx="sum")
         self.add_state("total", zeros.clone(), dist_reduce_fx="sum")
+
+    @property
+    def hits(self) -> Tensor:
+        """Of how many records of each task it is true."""
+        hits: Tensor = getattr(self, self._hits)
+        return hits
 
     def update(self, tasks: Sequence[str], hits: Tensor) -> None:
         """Count a batch.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -199,6 +200,12 @@ class RoSAModule(Answering):
 
     def _configure(self, device: torch.device) -> None:
         strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "RoSAModule does not run under DeepSpeedStrategy, which gathers weights for as "
+                "many passes on every rank, where batches may take more or fewer. Set "
+                "trainer.strategy to ddp, fsdp or ModelParallelStrategy."
+            )
         model, self.identity, self.report = load_once(partial(self._adapted_base, device), strategy)
         self.roae = self.report.config  # an adapter brings its own
         self._remember_roae()

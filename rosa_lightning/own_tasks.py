@@ -2,14 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from string import Formatter
 from typing import Any, get_args
 
 from rosa_lightning.answers import AnswerFormat, extract
 from rosa_lightning.benchmarks import TASKS, Task
+from rosa_lightning.hub_rows import Exercise
 from rosa_lightning.tasks import find_task, plain_name
 
-_KEYS = ("name", "format", "labels", "aliases", "response")
+_KEYS = ("name", "format", "labels", "aliases", "response", "prompt", "answer")
 
 
 def with_own_tasks(definitions: Sequence[Mapping[str, Any]] | None) -> dict[str, Task]:
@@ -17,7 +20,9 @@ def with_own_tasks(definitions: Sequence[Mapping[str, Any]] | None) -> dict[str,
 
     A definition is a mapping: `name`; `format`, one of label, letter, number, text; for the first
     two `labels`, the answers that there are; `aliases`, other names; `response`, the wording of a
-    response with `{answer}` in it, by default the benchmarks' own.
+    response with `{answer}` in it, by default the benchmarks' own; `prompt`, what is asked with the
+    rows' fields in braces, and `answer`, the field of the gold answer. Without a `prompt` rows have
+    the fields that `sources.py` knows.
 
     Raises TypeError or ValueError that names the key.
     """
@@ -59,7 +64,74 @@ def _own_task(definition: Any, where: str) -> Task:
     labels = _own_labels(definition, form, where)
     aliases = _texts(definition, "aliases", where)
     response = _own_response(definition, form, labels, where)
-    return Task(name=name, format=form, labels=labels, aliases=aliases, response=response)
+    fields, convert = _own_rows(definition, labels, where)
+    return Task(
+        name=name,
+        format=form,
+        labels=labels,
+        aliases=aliases,
+        response=response,
+        fields=fields,
+        convert=convert,
+    )
+
+
+def _own_rows(
+    definition: Mapping[str, Any], labels: tuple[str, ...], where: str
+) -> tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Exercise] | None]:
+    """The fields that the rows must have, the answer's last, and how to read them."""
+    prompt, answer = definition.get("prompt"), definition.get("answer")
+    if prompt is None:
+        if answer is not None:
+            raise ValueError(f"{where}.answer is given without a prompt. Give both, or neither.")
+        return (), None
+    answer = "answer" if answer is None else answer
+    try:
+        parts = list(Formatter().parse(prompt))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}.prompt is {prompt!r} ({error}); expected text with fields in braces, such as "
+            "'Is this review good or bad? {text}'."
+        ) from error
+    fields = [name for _, name, spec, how in parts if name is not None and not spec and not how]
+    braces = sum(name is not None for _, name, _, _ in parts)
+    if not fields or len(fields) < braces or not all(map(str.isidentifier, fields)):
+        raise ValueError(
+            f"{where}.prompt is {prompt!r}; expected names of fields alone in braces, one at "
+            "least, such as {text}. Write {{ and }} for braces themselves."
+        )
+    if not isinstance(answer, str) or not answer:
+        raise TypeError(f"{where}.answer is {answer!r}; expected the name of a field.")
+    names = tuple(dict.fromkeys(name for name in fields if name != answer))
+    read = partial(_own_exercise, prompt=prompt, fields=names, answer=answer, labels=labels)
+    if len(names) < len(set(fields)):
+        raise ValueError(f"{where}.prompt shows {{{answer}}}, the field of the answer.")
+    return (*names, answer), read
+
+
+def _own_exercise(
+    row: Mapping[str, Any],
+    *,
+    prompt: str,
+    fields: Sequence[str],
+    answer: str,
+    labels: Sequence[str],
+) -> Exercise:
+    """What a row asks, by the task's definition.
+
+    Raises ValueError for a number that counts no label.
+    """
+    asked = prompt.format_map({name: row[name] for name in fields})
+    gold = row.get(answer)
+    if gold is None or gold == "":
+        return Exercise(asked, None)
+    if isinstance(gold, bool):
+        return Exercise(asked, str(gold).lower())
+    if isinstance(gold, int) and labels and str(gold) not in labels:  # as `datasets` has classes
+        if not 0 <= gold < len(labels):
+            raise ValueError(f"{answer} is {gold}, and labels are counted 0 to {len(labels) - 1}")
+        return Exercise(asked, labels[gold])
+    return Exercise(asked, str(gold).strip())
 
 
 def _own_labels(definition: Mapping[str, Any], form: AnswerFormat, where: str) -> tuple[str, ...]:

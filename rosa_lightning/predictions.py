@@ -95,8 +95,9 @@ class ResultWriter(Callback):
 
     Answers are kept as they come, in ``predictions.part<n>.rank<r>.jsonl``. If the evaluation is
     stopped, these stay, and the next run of the same evaluation (equal weights, settings and
-    prompts) goes on from them, in this folder or in one beside it, where loggers put each run into
-    a folder of its own. When all is answered they give way to the files above, which appear whole.
+    prompts, releases) goes on from them, in this folder or in one beside it, where loggers put each
+    run into a folder of its own. Parts that another process is writing are left to it. When all is
+    answered they give way to the files above, which appear whole.
 
     Args:
         folder: Where to; by default the run's log folder.
@@ -120,7 +121,8 @@ class ResultWriter(Callback):
         self._target = folder
         own = bool(trainer.loggers) and self.folder is None  # of this run alone
         near = [folder, *_beside(folder)] if own else [folder]
-        parts = sorted(part for place in near for part in place.glob("predictions.part*.jsonl"))
+        found = sorted(part for place in near for part in place.glob("predictions.part*.jsonl"))
+        parts = [part for part in found if not _is_being_written(part)]
         self._earlier, evaluation.answered = _read_parts(parts, evaluation.digest)
         self._num_resumed = len(evaluation.answered)
         self._earlier_seconds = _seconds(evaluation.answered.values())
@@ -132,11 +134,12 @@ class ResultWriter(Callback):
                 f"{parts[-1]} is of an evaluation with other weights or settings; this one begins "
                 "anew."
             )
-        taken = [int(part.name.split(".")[1].removeprefix("part")) for part in parts]
+        taken = [int(part.name.split(".")[1].removeprefix("part")) for part in found]
         # Rank 0 says it for all, before any part is there.
         self._number = trainer.strategy.broadcast(max(taken, default=-1) + 1)
         folder.mkdir(parents=True, exist_ok=True)
         self._part = self._path(trainer.global_rank).open("w", encoding="utf-8")
+        _lock(self._part)
 
     def on_test_batch_end(
         self,
@@ -208,6 +211,28 @@ def _log_folder(trainer: Trainer) -> Path:
 def _beside(folder: Path) -> Iterator[Path]:
     """Other folders in the same place."""
     return (place for place in folder.parent.glob("*/") if place != folder)
+
+
+def _lock(file: TextIO) -> bool:
+    """Lock a file until it is closed; false if another process has.
+
+    True where there are no such locks: on Windows, and on some file systems.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
+
+
+def _is_being_written(part: Path) -> bool:
+    """Whether another process has locked a part."""
+    with part.open(encoding="utf-8") as file:
+        return not _lock(file)
 
 
 def _line(item: dict[str, Any]) -> str:

@@ -397,22 +397,25 @@ def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose)
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is {_kind(row)}; expected an object with fields: {_SCHEMAS}.")
     context = ""
-    if "instruction" in row:
+    asks_itself = task.convert is not None and task.name not in TASKS
+    needed = task.fields[:-1] if asks_itself and purpose == "predict" else task.fields
+    if "instruction" in row and not asks_itself:
         asked = _text(row, "instruction", where)
         context, output = _text(row, "input", where), _text(row, "output", where)
         answer = _answer(row, where)
-    elif task.convert is not None and all(field in row for field in task.fields):
+    elif task.convert is not None and all(field in row for field in needed):
         asked, output, answer = _converted(row, task, source, where, purpose)
-    elif "question" in row:
+    elif "question" in row and not asks_itself:
         asked = _text(row, "question", where)
         output, answer = _gsm8k_solution(row, where, purpose)
     else:
         found = ", ".join(str(key) for key in row) or "none"
-        hub = f", or {task.name}'s {', '.join(task.fields)}" if task.convert else ""
-        raise ValueError(f"{where} has the fields {found}; {_SCHEMAS}{hub}.")
-    own = None if task.name in TASKS else task
-    record = Record(asked, context, output, answer, task.name, source.label, number, own)
-    of_hub = "instruction" not in row
+        own = f"{task.name}'s {', '.join(needed)}" if task.convert else ""
+        wanted = f"expected {own}" if asks_itself else f"{_SCHEMAS}{own and f', or {own}'}"
+        raise ValueError(f"{where} has the fields {found}; {wanted}.")
+    kept = None if task.name in TASKS else task
+    record = Record(asked, context, output, answer, task.name, source.label, number, kept)
+    of_hub = asks_itself or "instruction" not in row
     _check_use(record, of_hub or "output" in row, where, purpose)
     # To train, a given response may be right in other words; one made of the answer may not.
     if purpose == "test" or (purpose == "train" and of_hub):
@@ -429,15 +432,15 @@ def _converted(
         instruction, answer, output = task.convert(row)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{where} is no row of {task.name} ({task.hub}): {error}. Expected its fields "
-            f"{', '.join(task.fields)}."
+            f"{where} is no row of {task.name} ({task.hub or 'of data.tasks'}): {error}. Expected "
+            f"its fields {', '.join(task.fields)}."
         ) from error
     if answer is None and purpose != "predict":
         given = f"split {source.split}" if source.hub else "file"
+        known = f"; {task.hub} has answers in its split {task.split}" if task.hub else ""
         raise ValueError(
             f"{where} (task {task.name}): {task.fields[-1]} is {row[task.fields[-1]]!r}, as in "
-            f"splits that hide the answers. Take another {given}; {task.hub} has answers in its "
-            f"split {task.split}."
+            f"splits that hide the answers. Take another {given}{known}."
         )
     if answer is not None and output is None:
         output = task.response.replace("{answer}", written(answer))

@@ -82,16 +82,16 @@ def stop_ids(tokenizer: Any, template: Template) -> list[int]:
 
 
 def check_template(tokenizer: Any, template: Template) -> None:
-    """Raises ValueError where the tokenizer cannot be used with the template."""
-    if template == "chat" and not getattr(tokenizer, "chat_template", None):
+    """Raises ValueError where the tokenizer has no such template, or one that cannot be used."""
+    ending(tokenizer, template)
+
+
+def _rendered(tokenizer: Any, turns: list[tuple[str, str]], **options: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "data.template is chat, but the tokenizer has no chat template. Set data.template: "
             "alpaca or plain, or data.tokenizer to that of a chat model."
         )
-
-
-def _rendered(tokenizer: Any, turns: list[tuple[str, str]], **options: Any) -> str:
-    check_template(tokenizer, "chat")
     try:
         text: str = tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in turns],

@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import docstring_parser
+import hypothesis
 import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+# How long an example takes says nothing on a machine that others use too.
+hypothesis.settings.register_profile("any-machine", deadline=None)
+hypothesis.settings.load_profile("any-machine")
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,

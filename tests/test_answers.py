@@ -130,6 +130,7 @@ def test_free_text_is_its_own_answer(text):
         ("The answer is not 19. We solve it: the answer is 10.", "10"),
         ("The answer is 4 + 16 + 20 = 40.", "40"),
         ("The answer is x = 5.", "5"),
+        ("The answer must be 5, not 6", "5"),
         ("The answer is approximately 3.14", "3.14"),
         ("The answer is $118 000.", "118000"),
         ("-$9", "-9"),
@@ -214,6 +215,13 @@ def test_the_number_that_is_meant(text, answer):
         ("The answer is a bag.", None),
         ("The answer is (a bag).", None),
         ("Either (a) or (b) would do.", None),
+        (r"The answer is $B$.", "B"),
+        (r"The answer is $\text{C}$", "C"),
+        (r"\boxed{\mathrm{D}}", "D"),
+        (r"\boxed{\textbf{(E)}}", "E"),
+        ('The answer is "B".', "B"),
+        ("The answer must be B, not C", "B"),
+        ("The correct option should be (d)", "D"),
     ],
 )
 def test_small_letters_are_answers_in_parentheses_or_alone(text, answer):

@@ -82,9 +82,11 @@ def collection() -> MetricCollection:
     return MetricCollection({kind.name: kind(["a", "b"]) for kind in kinds})
 
 
-def test_all_metrics_go_together_in_a_collection():
+@pytest.mark.parametrize("first", [True, False])
+def test_all_metrics_go_together_in_a_collection(first):
     metrics = collection()
-    for correct in (True, False, False):
+    # Where the first is wrong, accuracy and failures begin alike.
+    for correct in (first, not first, False):
         metrics.update(tasks=["b"], correct=torch.tensor([correct]), stated=torch.tensor([True]))
     values = metrics.compute()
     assert float(values["accuracy/b"]) == pytest.approx(1 / 3)

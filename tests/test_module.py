@@ -4,6 +4,7 @@ import math
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import transformers
 from conftest import SMALL, byte_tokenizer, save_base
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -438,3 +440,11 @@ def test_a_base_that_cannot_be_loaded_is_one_line(name):
     with pytest.raises(ValueError, match=r"of base '.*' could not be loaded.*model\.base") as error:
         RoSAModule(name, RoAEConfig()).configure_model()
     assert "\n" not in str(error.value)
+
+
+def test_deepspeed_is_refused_in_one_line(base_folder, monkeypatch):
+    module = RoSAModule(str(base_folder))
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    module._trainer = SimpleNamespace(strategy=strategy)
+    with pytest.raises(ValueError, match=r"under DeepSpeedStrategy, .* trainer\.strategy to ddp"):
+        module.configure_model()

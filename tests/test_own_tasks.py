@@ -142,3 +142,84 @@ def test_gold_answers_are_checked_against_own_labels(source):
     tasks = with_own_tasks([{**MOOD, "labels": ["bad", "worse"]}])
     with pytest.raises(ValueError, match=r"record 1 \(task mood\): the gold answer is 'good'"):
         load_records(Source(**source, task="mood"), "test", tasks)
+
+
+REVIEW = {
+    "name": "mood",
+    "format": "label",
+    "labels": ["bad", "good"],
+    "prompt": "Good or bad? {text} ({{by}} {author})",
+    "answer": "label",
+}
+
+
+def written_rows(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(path=str(path), task="mood")
+
+
+def test_rows_with_fields_of_their_own_are_asked_as_the_task_says(tmp_path):
+    tasks = with_own_tasks([REVIEW])
+    fine = {"text": "Fine.", "author": "Ann", "instruction": "not read"}
+    source = written_rows(
+        tmp_path, {**fine, "label": 1}, {**fine, "label": "bad"}, {**fine, "label": "0"}
+    )
+    *read, last = load_records(source, "audit", tasks)
+    assert [record.instruction for record in read] == ["Good or bad? Fine. ({by} Ann)"] * 2
+    assert [record.answer for record in read] == ["good", "bad"]
+    assert read[0].output == "the correct answer is good"
+    assert last.answer == "0"
+    with pytest.raises(ValueError, match=r"record 3 \(task mood\): the gold answer is '0'"):
+        load_records(source, "test", tasks)
+    asked = load_records(written_rows(tmp_path, fine), "predict", tasks)
+    assert asked[0].instruction.startswith("Good or bad? Fine.")
+
+
+def test_an_own_task_may_count_what_is_true_or_be_a_number(tmp_path):
+    sum_ = {"name": "mood", "format": "number", "prompt": "{a} + {b}", "answer": "sum"}
+    (record,) = load_records(
+        written_rows(tmp_path, {"a": 1, "b": 2, "sum": 3}), "test", with_own_tasks([sum_])
+    )
+    assert (record.instruction, record.answer) == ("1 + 2", "3")
+    true = {**REVIEW, "labels": ["true", "false"], "prompt": "{text}"}
+    (record,) = load_records(
+        written_rows(tmp_path, {"text": "x", "label": False}), "test", with_own_tasks([true])
+    )
+    assert record.answer == "false"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "x", "label": 1}, "has the fields text, label; expected mood's text, author"),
+        ({"question": "x", "answer": "#### 1"}, "expected mood's text, author, label"),
+        ({"text": "x", "author": "y", "label": 2}, "label is 2, and labels are counted 0 to 1"),
+        ({"text": "x", "author": "y", "label": None}, "label is None, as in splits that hide"),
+    ],
+)
+def test_rows_that_do_not_fit_an_own_prompt_are_named(tmp_path, row, words):
+    with pytest.raises(ValueError, match="record 1") as caught:
+        load_records(written_rows(tmp_path, row), "test", with_own_tasks([REVIEW]))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": None}, "answer is given without a prompt"),
+        ({"prompt": "Good?"}, "expected names of fields alone"),
+        ({"prompt": "{text.__class__}"}, "expected names of fields alone"),
+        ({"prompt": "{text!r}"}, "expected names of fields alone"),
+        ({"prompt": "{text:>9}"}, "expected names of fields alone"),
+        ({"prompt": "{}"}, "expected names of fields alone"),
+        ({"prompt": "{text"}, "expected text with fields in braces"),
+        ({"prompt": 3}, "expected text with fields in braces"),
+        ({"prompt": "{text} {label}"}, "shows {label}, the field of the answer"),
+        ({"answer": ["a"]}, "expected the name of a field"),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_refused(change, words):
+    with pytest.raises((TypeError, ValueError), match=r"data\.tasks\[0\]") as caught:
+        with_own_tasks([{**REVIEW, **change}])
+    assert words in str(caught.value)

@@ -230,6 +230,26 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     assert not list(stopped.glob("*part*"))
 
 
+def test_an_evaluation_leaves_the_answers_of_one_that_is_still_running_alone(base_folder, tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(2))
+    part = tmp_path / "predictions.part0.rank0.jsonl"
+    running = (
+        "import fcntl, sys\n"
+        "file = open(sys.argv[1])\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True)\n"
+        "input()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", running, str(part)], **pipes) as process:
+        assert process.stdout.readline() == "locked\n"
+        evaluate(base_folder, tmp_path)
+        process.communicate("\n")
+    assert part.exists()
+    assert read(tmp_path)[1]["resumed_answers"] == 0
+
+
 def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(
     base_folder, tmp_path, monkeypatch
 ):

@@ -160,6 +160,17 @@ def test_the_progress_bar_shows_figures_with_their_units(base_folder, sources, t
     assert "get_metrics" not in vars(shown)
 
 
+def test_after_an_exception_nothing_of_the_fit_is_held(base_folder, sources):
+    class Fails(Callback):
+        def on_train_batch_end(self, *_) -> None:
+            raise RuntimeError("no more")
+
+    shown, monitor = RichProgressBar(), ThroughputMonitor()
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(base_folder, sources, [monitor, shown, Fails()], enable_progress_bar=True)
+    assert "get_metrics" not in vars(shown)
+
+
 def test_without_an_interval_nothing_is_shown(base_folder, sources):
     monitor = ThroughputMonitor()
     fit(base_folder, sources, [monitor], log_every_n_steps=0)

@@ -1,4 +1,4 @@
-"""Compare ways of selecting layers on the demonstration of configs/tiny.yaml.
+"""Compare ways of selecting layers on the demonstration of configs/tiny.yaml, in random order.
 
 python tests/benchmarks/selection_policies.py policies
 python tests/benchmarks/selection_policies.py moments
@@ -88,7 +88,8 @@ def run(seed: int, lr: float = 3e-3, **options: object) -> tuple[list[float], fl
         enable_model_summary=False,
         callbacks=[watch, selection],
     )
-    trainer.fit(module, ReasoningDataModule(sources="demo", batch_size=16, val_fraction=0.05))
+    data = ReasoningDataModule(sources="demo", batch_size=16, batching="random", val_fraction=0.05)
+    trainer.fit(module, data)
     return watch.losses, selection.backward_share, watch.seconds
 
 
