@@ -151,7 +151,7 @@ def demo_source(split: Literal["train", "test"]) -> Source:
 def source_list(
     key: str, given: Any, demo: Literal["train", "test"], tasks: Mapping[str, Task] = TASKS
 ) -> list[Source]:
-    """The sources that a setting names; names must differ, as results go by them."""
+    """The sources that a setting names; names must differ, as counts go by them."""
     if given is None:
         return []
     if given == "demo":
