@@ -186,6 +186,5 @@ def _same_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> bool:
         loss = F.log_softmax(logits.float(), -1)[:, 0].sum()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         both.append(torch.cat([g.flatten() for g in gradients if g is not None]))
-    return both[0].shape == both[1].shape and close(
-        both[0].to(wanted.dtype), both[1].to(wanted.dtype), _HALF
-    )
+    shared, single = (one.to(wanted.dtype) for one in both)
+    return shared.shape == single.shape and close(shared, single, _HALF)

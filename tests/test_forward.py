@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from rosa_lightning import RoAEConfig, RoSAModule, forward, inject_roae
+from rosa_lightning.base import enable_checkpointing
 from rosa_lightning.forward import Forward
 from rosa_lightning.head import last_block
 from rosa_lightning.prefix import rows_behind
@@ -269,6 +270,25 @@ def test_a_model_in_shards_is_run_once_over_whole_rows(said):
     assert len(said) == 2
     assert all("shards" in line for line in said)
     assert "in spite of model.loss_chunk" in said[0]
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_batch_without_loss_is_refused_in_one_line(chunk):
+    batch = batch_of()
+    batch["labels"][:] = -100
+    with pytest.raises(ValueError, match=r"3 rows has no token that carries loss: .*response"):
+        Forward(adapted(build("llama")), loss_chunk=chunk).loss(batch)
+
+
+def test_a_model_that_was_changed_is_looked_at_anew(said):
+    model, batch = adapted(build("llama")), batch_of()
+    run = Forward(model)
+    run.loss(batch)
+    enable_checkpointing(model)
+    run.forget()
+    wanted = gradients(model, single_rows(model, batch))
+    assert_close(gradients(model, run.loss(batch)), wanted, rtol=1e-5, atol=1e-6)
+    assert any("checkpointing" in line for line in said)
 
 
 def unsafe(model, batch) -> Tensor:

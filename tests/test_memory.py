@@ -332,6 +332,17 @@ def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
     check(estimate, measure(Forward(model.train()), 4, 100, 10, autocast=autocast))
 
 
+def test_chunks_of_logits_are_in_the_figures():
+    module, estimate = both("float32", 8, 128, 60)
+    whole = estimate()
+    module._forward.loss_chunk = 48
+    chunked = estimate(loss_chunk=48)
+    measured = measure(module, 8, 128, 60)
+    assert chunked.peak == pytest.approx(measured["peak"], rel=0.1)
+    assert chunked.logits < 0.3 * whole.logits
+    assert chunked.peak < whole.peak
+
+
 def test_double_precision_is_in_the_figures():
     module, _ = both("float32", 8, 128, 16)
     skeleton = load_skeleton("tiny")

@@ -448,3 +448,11 @@ def test_deepspeed_is_refused_in_one_line(base_folder, monkeypatch):
     module._trainer = SimpleNamespace(strategy=strategy)
     with pytest.raises(ValueError, match=r"under DeepSpeedStrategy, .* trainer\.strategy to ddp"):
         module.configure_model()
+
+
+def test_a_default_device_of_the_trainer_s_does_not_reach_the_loading(base_folder):
+    """Lightning builds a module with its device as the default one."""
+    module = RoSAModule(str(base_folder))
+    with torch.device("meta"):
+        module.configure_model()
+    assert {tensor.device.type for tensor in module.model.state_dict().values()} == {"cpu"}
