@@ -1,7 +1,7 @@
 """How fast and how large a training is, beside PEFT LoRA under the trainer of transformers.
 
-    python tests/benchmarks/training_speed.py DATA              # some 20 minutes on 2 cores
-    python tests/benchmarks/training_speed.py DATA --short      # some 5 minutes
+    python tests/benchmarks/training_speed.py DATA              # some 45 minutes on 2 cores
+    python tests/benchmarks/training_speed.py DATA --short      # some 20 minutes
     python tests/benchmarks/training_speed.py --device cuda     # GPU shapes, tokens a second, MFU
 
 DATA is a folder with boolq.json, openbookqa.json, arc_easy.json and arc_challenge.json. A 12-layer,
@@ -10,7 +10,9 @@ into a temporary folder. Every contender trains on the same records in a process
 does some steps when it is its turn, so that whatever else the machine does meets all of them. The
 records are drawn from all files alike, so that these are mixed by size. The first turn of each is
 not counted. A round has as many steps as an epoch. Ratios are taken in each round; the table has
-their median, and in brackets the lowest and the highest.
+their median, and in brackets the lowest and the highest. `--only` chooses among trainings, what DLS
+selects, the cost of RoAE and of the number of records, and two scripts of their own: roae_cost.py,
+which has the cost of scoring, and start_up.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import multiprocessing as mp
 import os
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -44,6 +48,7 @@ RANDOM, GROUPED = "LoRA, HF Trainer, random order", "LoRA, HF Trainer, length gr
 UPPER, ALL, DLS = "RoSA, upper half", "RoSA, all layers", "RoSA, DLS defaults"
 PACKED = "RoSA, all layers, packed"
 FLOOR = "frozen floor by RoAE"
+SECTIONS = ["training", "selection", "floor", "size", "scoring", "start"]
 
 
 # --- the base and the records ---------------------------------------------------------------
@@ -468,7 +473,7 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="tiny models, on the CPU: tries the script out"
     )
-    parser.add_argument("--only", choices=["training", "selection", "floor", "size"], nargs="*")
+    parser.add_argument("--only", choices=SECTIONS, nargs="*")
     options = parser.parse_args()
     logging_off()
     if options.device == "cuda":
@@ -495,7 +500,7 @@ def on_cpu(options: argparse.Namespace) -> None:
 
     print(f"{machine()}, {options.threads} threads a process")
     print(f"{options.records} records, batches of {options.batch_size}, {options.rounds} rounds")
-    wanted = options.only or ["training", "selection", "floor", "size"]
+    wanted = options.only or SECTIONS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = folder / "base"
@@ -509,6 +514,18 @@ def on_cpu(options: argparse.Namespace) -> None:
             floor_table(options, str(base), paths)
         if "size" in wanted:
             size_table(options, str(base), folder)
+    rounds = ["--rounds", str(options.rounds)]
+    if "scoring" in wanted:
+        run_script("roae_cost.py", "--threads", str(options.threads), *rounds)
+    if "start" in wanted:
+        run_script("start_up.py", str(options.data / "boolq.json"), *rounds)
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Run one of the other benchmarks, and show what it prints."""
+    print(f"\n{name}", flush=True)
+    script = str(Path(__file__).with_name(name))
+    subprocess.run([sys.executable, script, *arguments], stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
