@@ -36,8 +36,15 @@ def compile_layers(
         backend: Of `torch.compile`.
 
     Raises:
-        ValueError: The strategy shards the model.
+        ValueError: The strategy shards the model, or layers are to be recomputed in the backward
+            pass, which Inductor (torch 2.13) refuses for attention.
     """
+    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    if checkpointed and backend == "inductor":
+        raise ValueError(
+            "model.compile=true does not go with model.gradient_checkpointing=true: the compiler "
+            "cannot recompute attention in the backward pass. Set one of them to false."
+        )
     if is_sharded(strategy):
         raise ValueError(
             f"model.compile=true does not go with {type(strategy).__name__}, which gathers weights "
