@@ -213,15 +213,19 @@ def _beside(folder: Path) -> Iterator[Path]:
     return (place for place in folder.parent.glob("*/") if place != folder)
 
 
-def _lock(file: TextIO) -> bool:
+def _lock(file: TextIO, *, shared: bool = False) -> bool:
     """Lock a file until it is closed; false if another process has.
 
     True where there are no such locks: on Windows, and on some file systems.
+
+    Args:
+        file: An open file.
+        shared: Let others share the lock, as ranks that look at the same file do.
     """
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):
@@ -232,7 +236,7 @@ def _lock(file: TextIO) -> bool:
 def _is_being_written(part: Path) -> bool:
     """Whether another process has locked a part."""
     with part.open(encoding="utf-8") as file:
-        return not _lock(file)
+        return not _lock(file, shared=True)
 
 
 def _line(item: dict[str, Any]) -> str:
