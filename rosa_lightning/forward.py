@@ -9,6 +9,7 @@ Axes: B rows, T tokens, N supervised positions, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from rosa_lightning.prefix import (
     window,
 )
 from rosa_lightning.reading import WORTH_SHARING, forward_arguments
+from rosa_lightning.recompute import recomputable, recomputed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,14 +59,22 @@ class Forward:
         model: An adapted causal language model.
         share_prefix: Compute once what all rows of a batch begin with, where that is equal.
         loss_chunk: Supervised positions whose logits are held at once; None for all.
+        recompute_activations: Make what activation functions and norms give again in the backward
+            pass instead of holding it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, share_prefix: bool = True, loss_chunk: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        share_prefix: bool = True,
+        loss_chunk: int | None = None,
+        recompute_activations: bool = True,
     ) -> None:
         self.model = model
         self.share_prefix = share_prefix
         self.loss_chunk = loss_chunk
+        self.recompute_activations = recompute_activations
         self.sharded = any(
             isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()
         )
@@ -77,6 +87,15 @@ class Forward:
         self._window: int | None = None
         self.block: nn.Module | None = None
         """What is run at supervised positions alone, beside the head."""
+        self._cheap: list[nn.Module] | None = None
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Within it, what is cheap to make again is not held for the backward pass."""
+        if not (self.recompute_activations and torch.is_grad_enabled()):
+            return nullcontext()
+        if self._cheap is None:
+            self._cheap = recomputable(self.model)
+        return recomputed(self._cheap)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
@@ -88,7 +107,8 @@ class Forward:
             ValueError: No token of the batch carries loss, or it is packed, and the model mixes
                 packed rows.
         """
-        return self._read(batch, predict=False)[0]
+        with self.recomputing():
+            return self._read(batch, predict=False)[0]
 
     def score(self, batch: dict[str, Any]) -> Scored:
         """The loss, and which answers the model would write by itself.

@@ -92,6 +92,7 @@ def estimate_memory(
     active_layers: Collection[int] | None = None,
     scoring: bool = False,
     loss_chunk: int | None = None,
+    recompute_activations: bool = True,
 ) -> MemoryEstimate:
     """The memory of one training step of `RoSAModule`, once the optimizer has its state.
 
@@ -116,6 +117,7 @@ def estimate_memory(
         scoring: A step in which `DynamicLayerSelection` selects: all layers take gradients, and
             so do the norm weights that score them.
         loss_chunk: As `RoSAModule` takes it.
+        recompute_activations: As `RoSAModule` takes it.
 
     Raises:
         ValueError: The model carries no RoAE, there are no such layers, the batch makes no sense,
@@ -136,7 +138,7 @@ def estimate_memory(
 
     try:
         with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
-            step = _Step(model, optimizer, loss_chunk)
+            step = _Step(model, optimizer, loss_chunk, recompute_activations)
             step.run(_batch(batch_size, length, response_length), autocast)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -221,9 +223,12 @@ class _Step:
         model: Any,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         loss_chunk: int | None,
+        recompute_activations: bool,
     ) -> None:
         self.model = model
-        self.forward = Forward(model, loss_chunk=loss_chunk)
+        self.forward = Forward(
+            model, loss_chunk=loss_chunk, recompute_activations=recompute_activations
+        )
         self.adapters = [p for name, p in model.named_parameters() if is_adapter_key(name)]
         for adapter in self.adapters:
             adapter.grad = torch.zeros_like(adapter)
@@ -260,7 +265,10 @@ class _Step:
         handle = head.register_forward_pre_hook(enter_head)
         try:
             with self.live:
-                with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                with (
+                    torch.autocast("cpu", autocast, enabled=autocast is not None),
+                    self.forward.recomputing(),
+                ):
                     loss = self._loss(batch)
                 self.activations = self.live.now - before - self.live.now_of_head
                 # Lightning drops the gradients of the step before after the forward pass.

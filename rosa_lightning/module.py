@@ -89,6 +89,9 @@ class RoSAModule(Answering):
             default what `transformers` chooses.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping
             them: less memory, more time.
+        recompute_activations: Compute again in the backward pass what activation functions and
+            norms give, which is cheap, and hold the rest; gradients stay bit for bit. Without
+            effect beside ``gradient_checkpointing`` and ``compile``, which see to it themselves.
         share_prefix: Compute once what all rows of a batch begin with, an instruction template
             say, where loss and gradients stay as they are; where they would not, that is said.
         loss_chunk: Response tokens of a batch whose logits are held at once; all by default. For
@@ -112,6 +115,7 @@ class RoSAModule(Answering):
         quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        recompute_activations: bool = True,
         share_prefix: bool = True,
         loss_chunk: int | None = None,
         compile: bool = False,
@@ -149,6 +153,7 @@ class RoSAModule(Answering):
         self.quantization = quantization
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.recompute_activations = recompute_activations
         self.share_prefix = share_prefix
         self.loss_chunk = loss_chunk
         self.compiles = compile
@@ -214,7 +219,10 @@ class RoSAModule(Answering):
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", spread(model.train(), strategy))
         self._forward = Forward(
-            self.model, share_prefix=self.share_prefix, loss_chunk=self.loss_chunk
+            self.model,
+            share_prefix=self.share_prefix,
+            loss_chunk=self.loss_chunk,
+            recompute_activations=self.recompute_activations,
         )
         leave_packed_out(self)
         rank_zero_info(str(self.report))

@@ -478,7 +478,7 @@ def dense(layer, x: Tensor) -> Tensor:
 @pytest.mark.slow
 def test_a_hundred_steps_train_alike_with_each_lever_on_and_off(base_folder, monkeypatch):
     batches = [batch_of(vocab=250) for _ in range(4)] * 25
-    plain = {"share_prefix": False}
+    plain = {"share_prefix": False, "recompute_activations": False}
     with monkeypatch.context() as patch:  # the head over all that is no padding
         patch.setattr(forward, "why_not_narrowed", lambda *_: "switched off")
         patch.setattr(forward, "forward_arguments", lambda _: frozenset())
@@ -487,6 +487,7 @@ def test_a_hundred_steps_train_alike_with_each_lever_on_and_off(base_folder, mon
     ways = {
         "the head": trained(base_folder, batches, **plain),
         "the head in chunks": trained(base_folder, batches, **plain, loss_chunk=1),
+        "activations made again": trained(base_folder, batches, share_prefix=False),
         "a shared beginning": trained(base_folder, batches),
         "shared, in chunks": trained(base_folder, batches, loss_chunk=5),
         "no early stop": trained(base_folder, batches, with_a_backward_to_the_embedding),

@@ -269,7 +269,11 @@ def test_other_architectures_keep_what_the_profiler_sees(family, kernel):
     places = torch.arange(400).view(4, 100)[:, -11:-1].flatten()
     block = last_block(model.train(), batch["input_ids"])
     assert block is not None
-    run = partial(logits_at, model, inputs, places, block)
+
+    def run() -> torch.Tensor:
+        with Forward(model).recomputing():
+            return logits_at(model, inputs, places, block)
+
     run().sum().backward()
     totals, logits_NV = running_total(run)
     logits = logits_NV.nbytes
