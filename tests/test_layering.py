@@ -83,6 +83,7 @@ FLOORS = {
     "likelihood": 3,
     "reading": 1,
     "head": 1,
+    "recompute": 0,
     "prefix": 2,
     "forward": 3,
     "greedy": 2,
