@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-from rosa_lightning.batching import encode
+from rosa_lightning.encoding import encode
 from rosa_lightning.leakage import Leakage, leaked_benchmarks, question_digest
 from rosa_lightning.tasks import NUMBER_TOLERANCE, Record, Task, reference, same_answer, task_of
 from rosa_lightning.templates import Template

@@ -38,9 +38,9 @@ from rosa_lightning.folder import write_file
 from rosa_lightning.memory import check_batch
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.packed import pack_on_paper
+from rosa_lightning.records import load_records
 from rosa_lightning.remembered import read_checkpoint
 from rosa_lightning.report import write_report
-from rosa_lightning.sources import load_records
 from rosa_lightning.summary import compare_memory, memory_table, summarize, summary_tables
 from rosa_lightning.sweep import sweep_models, sweep_tables
 

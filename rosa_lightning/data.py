@@ -11,32 +11,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import ConcatDataset, DataLoader
 
 from rosa_lightning.base import load_tokenizer
-from rosa_lightning.batching import (
-    Encoder,
-    Example,
-    Overlong,
-    OverlongCount,
-    PromptCollator,
-    TrainCollator,
-)
+from rosa_lightning.batching import PromptCollator, TrainCollator
 from rosa_lightning.decontamination import (
     questions_of,
     trained_questions,
     training_of,
     without_leaked,
 )
+from rosa_lightning.encoding import Encoder, Example, Overlong, OverlongCount
 from rosa_lightning.grouping import Batching, Grouping, token_lengths
 from rosa_lightning.loading import Batched, LongestFirst, MixtureSampler, ResumableLoader
 from rosa_lightning.mixture import Stop, epoch_length, hold_out, shares_by_size
 from rosa_lightning.own_tasks import with_own_tasks
 from rosa_lightning.packing import PackedCollator
-from rosa_lightning.sources import (
-    Purpose,
-    Source,
-    load_records,
-    source_list,
-    weighted_sources,
-)
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Purpose, Source, source_list, weighted_sources
 from rosa_lightning.streamed import Streamed
 from rosa_lightning.tally import Tally
 from rosa_lightning.tasks import Record

@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rosa_lightning.leakage import leaked, question_digest, question_keys, split_leaked
-from rosa_lightning.sources import Source, as_source, demo_source, load_records
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Source, as_source, demo_source
 from rosa_lightning.tasks import Record, Task
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rosa_lightning.batching import Example
+from rosa_lightning.encoding import Example
 from rosa_lightning.mixture import generator_for
 from rosa_lightning.streamed import Streamed
 from rosa_lightning.token_cache import TokenTable

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 
-from rosa_lightning.batching import Example
+from rosa_lightning.encoding import Example
 from rosa_lightning.grouping import Grouping
 from rosa_lightning.mixture import Stop, epoch_counts, epoch_length, epoch_order
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rosa_lightning.batching import IGNORED, Example, origins
+from rosa_lightning.batching import IGNORED, origins
+from rosa_lightning.encoding import Example
 from rosa_lightning.modes import in_mode
 
 if TYPE_CHECKING:

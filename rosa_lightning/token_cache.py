@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from rosa_lightning.batching import Encoder, Example, OverlongCount, encode_all
+from rosa_lightning.encoding import Encoder, Example, OverlongCount, encode_all
 from rosa_lightning.folder import write_file
 from rosa_lightning.streamed import Streamed
 from rosa_lightning.tasks import Record

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rosa_lightning.audit import Audit, Match, audit_records, token_lengths
 from rosa_lightning.leakage import normalise
 from rosa_lightning.own_tasks import with_own_tasks
-from rosa_lightning.sources import Source, load_records
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Source
 from rosa_lightning.tasks import Record, prompt
 
 

@@ -12,13 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
-from rosa_lightning.batching import (
-    IGNORED,
-    PromptCollator,
-    TrainCollator,
-    encode,
-    prompt_prefix,
-)
+from rosa_lightning.batching import IGNORED, PromptCollator, TrainCollator
+from rosa_lightning.encoding import encode, prompt_prefix
 from rosa_lightning.grouping import Grouping
 from rosa_lightning.loading import Batched, MixtureSampler, ResumableLoader
 from rosa_lightning.mixture import epoch_counts, epoch_order

@@ -19,7 +19,8 @@ from test_templates import CHATML, chat_tokenizer
 
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.mixture import normalised_prompt
-from rosa_lightning.sources import Source, load_records
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Source
 from rosa_lightning.tasks import TASKS, Record
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -532,7 +533,7 @@ def test_resumed_run_on_disk_sees_exactly_the_records_that_follow(folder):
 
 def test_large_files_stay_on_disk_unless_told_otherwise(folder, monkeypatch, caplog):
     size = (folder / "a.jsonl").stat().st_size
-    monkeypatch.setattr("rosa_lightning.sources._STREAM_FROM", size)
+    monkeypatch.setattr("rosa_lightning.source_rows._STREAM_FROM", size)
     given = [{"path": str(folder / f"{name}.jsonl")} for name in "abc"]
     given.append({"path": str(folder / "a.jsonl"), "name": "told", "stream": False})
     with caplog.at_level("INFO"):

@@ -9,7 +9,8 @@ import pytest
 
 from rosa_lightning.benchmarks import TASKS
 from rosa_lightning.hub_rows import written
-from rosa_lightning.sources import Source, load_records
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Source
 
 QUESTION = "Please choose the correct answer to the question: "
 ARC = {

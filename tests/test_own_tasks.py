@@ -7,7 +7,8 @@ import json
 import pytest
 
 from rosa_lightning.own_tasks import with_own_tasks
-from rosa_lightning.sources import Source, load_records, source_list
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Source, source_list
 from rosa_lightning.tasks import (
     TASKS,
     candidates,

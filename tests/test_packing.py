@@ -7,7 +7,8 @@ from conftest import FAMILIES, build
 from test_batching import byte_tokenizer
 
 from rosa_lightning import RoAEConfig, forward, inject_roae
-from rosa_lightning.batching import Example, TrainCollator, encode
+from rosa_lightning.batching import TrainCollator
+from rosa_lightning.encoding import Example, encode
 from rosa_lightning.forward import Forward
 from rosa_lightning.packing import PackedCollator, check_can_pack, is_packed_batch
 from rosa_lightning.tasks import Record

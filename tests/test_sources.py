@@ -9,12 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rosa_lightning.mixture import hold_out, normalised_prompt
-from rosa_lightning.sources import (
-    Source,
-    as_source,
-    demo_source,
-    load_records,
-)
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Source, as_source, demo_source
 from rosa_lightning.streamed import Streamed
 from rosa_lightning.tasks import TASKS, Record
 

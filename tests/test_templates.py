@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from test_batching import byte_tokenizer
 from tokenizers import AddedToken
 
-from rosa_lightning.batching import IGNORED, TrainCollator, encode
+from rosa_lightning.batching import IGNORED, TrainCollator
+from rosa_lightning.encoding import encode
 from rosa_lightning.tasks import Record, prompt
 from rosa_lightning.templates import Ending, chat_prefix, ending, prompt_text, stop_ids
 

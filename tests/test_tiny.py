@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from rosa_lightning import tiny
 from rosa_lightning.base import load_base, load_tokenizer
-from rosa_lightning.sources import demo_source, load_records
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import demo_source
 from rosa_lightning.tiny import problems, recipe
 
 

@@ -12,10 +12,11 @@ import pytest
 from conftest import byte_tokenizer
 
 from rosa_lightning import token_cache
-from rosa_lightning.batching import Encoder, encode_all
 from rosa_lightning.data import ReasoningDataModule
+from rosa_lightning.encoding import Encoder, encode_all
 from rosa_lightning.own_tasks import with_own_tasks
-from rosa_lightning.sources import Source, load_records
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Source
 from rosa_lightning.streamed import Lines, Streamed
 from rosa_lightning.tasks import Record
 from rosa_lightning.token_cache import cache_folder, encode_cached

@@ -23,11 +23,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosa_lightning.base import load_base, load_tokenizer
-from rosa_lightning.batching import Example, PromptCollator, encode
+from rosa_lightning.batching import PromptCollator
+from rosa_lightning.encoding import Example, encode
 from rosa_lightning.evaluate import generate
 from rosa_lightning.greedy import write_greedily
 from rosa_lightning.likelihood import in_full, log_likelihoods
-from rosa_lightning.sources import Source, load_records
+from rosa_lightning.records import load_records
+from rosa_lightning.sources import Source
 from rosa_lightning.tasks import candidates
 
 PAD = 0

@@ -216,8 +216,10 @@ def train_lora(job: Job, turns: Turns) -> None:
 
 def encoded(paths: list[str], tokenizer: Any, max_length: int = 1024) -> list[dict[str, list[int]]]:
     """The records as `ReasoningDataModule` encodes them, prompts without loss."""
-    from rosa_lightning.batching import IGNORED, encode
-    from rosa_lightning.sources import Source, load_records
+    from rosa_lightning.batching import IGNORED
+    from rosa_lightning.encoding import encode
+    from rosa_lightning.records import load_records
+    from rosa_lightning.sources import Source
 
     records = [r for path in paths for r in load_records(Source(path=path), "train")]
     examples, _ = encode(records, tokenizer, max_length=max_length)
