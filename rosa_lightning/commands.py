@@ -187,7 +187,7 @@ def inspect(
         optimizer=module.make_optimizer,
         autocast=_AUTOCAST.get(precision),
         loss_chunk=module.loss_chunk,
-        recompute_activations=module.recompute_activations,
+        recompute_activations=module.recompute_activations and not module.compiles,
     )
     console.print(memory_table(estimates))
     if drawn is not None:

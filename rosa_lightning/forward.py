@@ -59,8 +59,7 @@ class Forward:
         model: An adapted causal language model.
         share_prefix: Compute once what all rows of a batch begin with, where that is equal.
         loss_chunk: Supervised positions whose logits are held at once; None for all.
-        recompute_activations: Make what activation functions and norms give again in the backward
-            pass instead of holding it.
+        recompute_activations: Make again in the backward pass what is cheap, instead of holding it.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Forward:
             return nullcontext()
         if self._cheap is None:
             self._cheap = recomputable(self.model)
-        return recomputed(self._cheap)
+        return recomputed(self._cheap) if self._cheap else nullcontext()
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy of a batch over its supervised positions, in nats.

@@ -89,9 +89,10 @@ class RoSAModule(Answering):
             default what `transformers` chooses.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping
             them: less memory, more time.
-        recompute_activations: Compute again in the backward pass what activation functions and
-            norms give, which is cheap, and hold the rest; gradients stay bit for bit. Without
-            effect beside ``gradient_checkpointing`` and ``compile``, which see to it themselves.
+        recompute_activations: Compute again in the backward pass what activation functions give
+            and norms keep inside, which is cheap, and hold the rest; gradients stay bit for bit.
+            Without effect beside ``gradient_checkpointing`` and ``compile``, which see to it
+            themselves, and on norms in shards.
         share_prefix: Compute once what all rows of a batch begin with, an instruction template
             say, where loss and gradients stay as they are; where they would not, that is said.
         loss_chunk: Response tokens of a batch whose logits are held at once; all by default. For

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import FAMILIES, build
-from test_forward import adapted, batch_of
+from test_forward import adapted, batch_of, packed
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,8 +71,8 @@ def test_gradients_stay_to_the_bit_and_fewer_bytes_are_held(kind, dtype, autocas
     model = adapted(MODELS[kind]().to(dtype))
     rows = batch_of(0, ((60, 3), (64, 4), (50, 2)))
     share = check(with_norms(model) if scoring else model, rows, autocast=autocast)
-    # Without a gate there may be nothing to gain: 16 bits are copied before they are saved.
-    assert share < (1.001 if kind in UNGATED else 0.97)
+    # Without a gate, and with norms of one operation, there is nothing to gain.
+    assert share < (1.001 if kind in UNGATED else 0.98)
 
 
 def test_of_a_gated_block_two_thirds_are_held():
@@ -94,27 +95,25 @@ def test_of_a_gated_block_two_thirds_are_held():
     assert held([act]) == 2 * 100 * 64 * 4
 
 
-def test_of_a_norm_in_16_bits_the_float32_copy_is_not_held():
-    """A bfloat16 input of N numbers takes 2 N bytes, its copy 4 N, of which nothing is left."""
+def test_of_a_norm_in_16_bits_the_input_is_held_instead_of_its_copy():
+    """A bfloat16 input of N numbers takes 2 N bytes, its float32 copy 4 N."""
     model = build("llama").to(torch.bfloat16).requires_grad_(False)
     norm = model.model.norm
-    x = torch.randn(50, 4, norm.weight.shape[0]).bfloat16().requires_grad_()
+    leaf = torch.randn(50, 4, norm.weight.shape[0]).bfloat16().requires_grad_()
 
     def held(modules) -> int:
-        with LiveBytes([x, *model.parameters()]) as live:
+        with LiveBytes([leaf, *model.parameters()]) as live:
             before = live.now
             with recomputed(modules):
-                y = norm(x)
+                y = norm(leaf + 1)
             return live.now - before - y.nbytes
 
-    assert held([]) >= 2 * x.nbytes
-    assert held([norm]) < 0.1 * x.nbytes
+    assert held([]) == pytest.approx(2 * leaf.nbytes, rel=0.1)
+    assert held([norm]) == pytest.approx(leaf.nbytes, rel=0.1)
 
 
 @pytest.mark.parametrize("scoring", [False, True])
 def test_with_frozen_layers_and_packed_rows_too(scoring):
-    from test_forward import packed
-
     model = adapted(build("llama"))
     model.model.layers[0].requires_grad_(False)
     check(with_norms(model) if scoring else model, packed(batch_of()))
@@ -218,20 +217,78 @@ def test_an_output_changed_in_place_is_held_as_it_is():
     torch.testing.assert_close(factor.grad, F.silu(x.detach()) + 1)
 
 
-def test_an_input_changed_in_place_is_refused():
-    act, x = nn.SiLU(), torch.randn(5, requires_grad=True)
-    factor = torch.randn(5, requires_grad=True)
+def test_a_view_of_another_type_is_held_as_it_is():
+    act, x = nn.SiLU(), torch.randn(6, requires_grad=True)
+    factor = torch.randn(3, dtype=torch.complex64, requires_grad=True)
     with recomputed([act]):
-        given = x * 1
-        total = (act(given) * factor).sum()
-    given.detach().add_(1)
-    with pytest.raises(RuntimeError, match=r"SiLU was given was changed in place .* to false"):
+        (torch.view_as_complex(act(x).view(3, 2)) * factor).abs().sum().backward()
+    found, factor.grad = factor.grad, None
+    (torch.view_as_complex(act(x).view(3, 2)) * factor).abs().sum().backward()
+    torch.testing.assert_close(found, factor.grad)
+
+
+@pytest.mark.parametrize("what", ["given", "weight", "other"])
+def test_what_was_changed_in_place_is_refused(what):
+    """As autograd itself does it."""
+    act, norm = nn.SiLU(), build_small("MixtralConfig").model.norm
+    x = torch.randn(5, norm.weight.shape[0], requires_grad=True)
+    given, other = x * 1, x * 2
+    with recomputed([act, norm]):
+        total = (norm(act(given) * other)).sum()
+    changed = {"given": given, "weight": norm.weight, "other": other}[what]
+    with torch.no_grad():
+        changed.add_(1)
+    with pytest.raises(RuntimeError, match=r"in-place operation has changed .* to false"):
         total.backward()
+
+
+def test_a_module_that_raises_leaves_no_trace():
+    class Picky(nn.LayerNorm):
+        def forward(self, x):
+            raise ValueError("not this one")
+
+    norm, x = Picky(4), torch.randn(3, 4, requires_grad=True)
+    factor = torch.randn(3, 4, requires_grad=True)
+    with recomputed([norm]):
+        with pytest.raises(ValueError, match="not this one"):
+            norm(x)
+        ((x * 2) * factor).sum().backward()
+    torch.testing.assert_close(factor.grad, 2 * x.detach())
+
+
+def test_the_backward_pass_may_run_in_another_thread():
+    model, batch = adapted(build("llama").to(torch.bfloat16)), batch_of()
+    wanted = trained(model, batch, on=True)[1]
+    model.zero_grad()
+    loss = Forward(model).loss(batch)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.equal(parameter.grad, wanted[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_chunk": 5}, {"share_prefix": False}])
+def test_with_a_shared_beginning_and_in_chunks_too(options):
+    model, batch = adapted(build("gemma2")), batch_of()
+    found = []
+    for on in (False, True):
+        model.zero_grad()
+        Forward(model, recompute_activations=on, **options).loss(batch).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert found[0]
+    assert all(map(torch.equal, *found))
 
 
 def test_what_draws_or_counts_or_multiplies_is_not_made_again():
     kept = nn.ModuleList([nn.SiLU(), nn.GELU(), nn.LayerNorm(4), nn.RMSNorm(4)])
-    left = [nn.Dropout(), nn.RReLU(), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Identity()]
+    left = [
+        nn.Dropout(),
+        nn.SiLU(inplace=True),
+        nn.RReLU(),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 4),
+        nn.Identity(),
+    ]
     found = recomputable(nn.ModuleList([*left, *kept]))
     assert found == [*kept]
 

@@ -122,8 +122,8 @@ def on_every_strategy(folder: Path) -> dict:
         (path,) = place.rglob("step=3.ckpt")
         resumed = run(name, place / "resumed", "bfloat16", "--ckpt_path", str(path))
         seen[name] = {"straight": straight, "resumed": resumed, "path": path}
-    for name in ("ddp", "fsdp2 sharded"):
-        seen[name]["float32"] = run(name, folder / f"{name[:4]}32", "float32")
+    for name in ("ddp", "fsdp1 full", "fsdp2 sharded"):
+        seen[name]["float32"] = run(name, folder / f"{name[:5]}32", "float32")
     seen["codes"] = [full_run(name, folder) for name in ("fsdp1 full", "fsdp2 sharded")]
     seen["refused"] = [
         fails(folder, "fsdp2 full", "fit", "--ckpt_path", str(misnamed(seen, folder))),
@@ -232,9 +232,10 @@ def test_the_shipped_configurations_train_alike_under_every_strategy(tmp_path):
         total = sum(rank[name]["straight"]["local"] for rank in seen)
         whole = sum(rank["ddp"]["straight"]["local"] for rank in seen)
         assert (total < 0.6 * whole) == (name != "ddp")
-    for key, value in seen[0]["fsdp2 sharded"]["float32"]["adapters"].items():
-        plain_value = seen[0]["ddp"]["float32"]["adapters"][key]
-        assert_close(value, plain_value, rtol=0, atol=1e-6)
+    for name in ("fsdp1 full", "fsdp2 sharded"):
+        for key, value in seen[0][name]["float32"]["adapters"].items():
+            plain_value = seen[0]["ddp"]["float32"]["adapters"][key]
+            assert_close(value, plain_value, rtol=0, atol=1e-6, msg=f"{name} {key}")
     for rank in seen:
         assert rank["codes"] == [0, 0]
         assert "model.other is unknown" in rank["refused"][0]

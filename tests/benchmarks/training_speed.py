@@ -527,7 +527,10 @@ def run_script(name: str, *arguments: str) -> None:
     """Run one of the other benchmarks, and show what it prints."""
     print(f"\n{name}", flush=True)
     script = str(Path(__file__).with_name(name))
-    subprocess.run([sys.executable, script, *arguments], stderr=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, script, *arguments], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        told = "\n".join(done.stderr.splitlines()[-3:])
+        print(f"{name} ended with {done.returncode}\n{told}", flush=True)
 
 
 if __name__ == "__main__":
