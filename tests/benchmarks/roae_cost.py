@@ -8,7 +8,8 @@ them; `--cpu-time` counts this process's own time, for a machine that others use
 medians of the ratios within a round, with quartiles:
 
 - over the frozen floor (the input of layer 0 requires gradients, no adapters): RoAE of rank 16 and
-  64 on all layers, RoAE on the upper half, PEFT LoRA of rank 16 on q, k, v, up and down;
+  64 on all layers, RoAE on the upper half, each with recomputed activations as trainings have it,
+  and PEFT LoRA of rank 16 on q, k, v, up and down;
 - a scoring step over one with all layers active, RoAE of rank 16;
 - the extra time of scoring steps over ordinary ones with the upper half of the layers active, as a
   share of a run, at the default `interval` of `DynamicLayerSelection`.
@@ -26,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosa_lightning import DynamicLayerSelection, RoAEConfig, inject_roae
+from rosa_lightning.recompute import recomputable, recomputed
 
 TOKENS, ANSWER = 100, 8
+LORA = "PEFT LoRA on q, k, v, up, down"
 
 
 def base(num_layers: int) -> LlamaForCausalLM:
@@ -68,12 +72,13 @@ def lora(num_layers: int) -> nn.Module:
     return get_peft_model(base(num_layers), LoraConfig(r=16, target_modules=targets))
 
 
-def step(model: nn.Module, ids_BT: torch.Tensor, from_input: bool = False) -> None:
+def step(model: nn.Module, ids_BT: torch.Tensor, from_input: bool, ours: bool) -> None:
     """Forward and backward, with the gradients of the embeddings where nothing else has any."""
     given = {"input_ids": ids_BT}
     if from_input:
         given = {"inputs_embeds": model.model.embed_tokens(ids_BT).requires_grad_(True)}
-    logits = model(**given, logits_to_keep=ANSWER + 1, use_cache=False).logits[:, :-1]
+    with recomputed(recomputable(model)) if ours else nullcontext():
+        logits = model(**given, logits_to_keep=ANSWER + 1, use_cache=False).logits[:, :-1]
     F.cross_entropy(logits.flatten(0, 1), ids_BT[:, -ANSWER:].flatten()).backward()
     model.zero_grad(set_to_none=True)
 
@@ -86,7 +91,8 @@ def measure(
     for number in range(rounds + 1):
         for name, model in models.items():
             start = clock()
-            step(model, ids_BT, from_input=name == "floor")
+            ours = name not in ("floor", LORA)
+            step(model, ids_BT, from_input=name == "floor", ours=ours)
             if number:
                 seconds[name].append(clock() - start)
     return seconds
@@ -118,7 +124,7 @@ def main() -> int:
         "RoAE, rank 64": adapted(num, 64),
         "RoAE, upper half active": adapted(num, 16, lowest=num // 2),
         "scoring step": adapted(num, 16, scoring=True),
-        "PEFT LoRA on q, k, v, up, down": lora(num),
+        LORA: lora(num),
     }
     clock = time.process_time if given.cpu_time else time.perf_counter
     ids_BT = torch.randint(3, 32_000, (given.rows, TOKENS))

@@ -3,7 +3,8 @@
     python tests/benchmarks/start_up.py boolq.json [--rounds 5] [--base FOLDER] [--batch-size 16]
 
 Each figure is of a fresh process, from its start to the end of its first optimizer step; `--help`
-to its end. The ways take turns, round by round. The base is by default a Llama of 12 layers, 512
+to its end. The ways take turns, round by round. Last comes what tokenising the records takes, and
+finding them tokenised. The base is by default a Llama of 12 layers, 512
 wide, with 32,000 tokens, in float32, and random weights, or the one given. Both sides find their
 tokenised data on disk: ours in its cache, the baseline's saved by `datasets`. The baseline trains
 LoRA with r=16 on q, k, v, up and down. Needs the extra `test`, and accelerate.
@@ -159,6 +160,21 @@ def main() -> None:
             "import lightning.pytorch": ["-c", "import lightning.pytorch"],
         }
         compare(ways, options.rounds)
+        tokenise(options.records, base, folder / "anew")
+
+
+def tokenise(records: Path, base: Path, cache: Path) -> None:
+    """Print the seconds of `ReasoningDataModule.setup`, with an empty cache and a filled one."""
+    from rosa_lightning import ReasoningDataModule
+
+    for name in ("tokenised anew", "found in the cache"):
+        data = ReasoningDataModule(
+            sources=[str(records)], tokenizer=str(base), cache_dir=str(cache), val_fraction=0
+        )
+        since = time.perf_counter()
+        data.setup("fit")
+        took = time.perf_counter() - since
+        print(f"{len(data.train_dataloader().dataset)} records {name}: {took:.2f} s")
 
 
 def compare(ways: dict[str, list[str]], rounds: int) -> None:
