@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Answering(LightningModule):
+class Answering(LightningModule, ABC):
     """The hooks of ``test`` and ``predict``, and what they need of the module."""
 
     base: str
@@ -42,12 +43,13 @@ class Answering(LightningModule):
     """The last test, with its scores."""
 
     @property
+    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _built(self) -> PreTrainedModel:
-        raise NotImplementedError
+        """The adapted model, made if it is not there yet."""
 
     def setup(self, stage: str) -> None:
         """Refuse, before a model is loaded, what cannot be answered.

@@ -158,9 +158,6 @@ def _restart(state: dict[str, Any], keys: Iterable[str]) -> None:
 
 
 def _fill(entry: Tensor, value: float) -> None:
-    try:
-        entry.fill_(value)
-    except NotImplementedError:
-        # Entries of 8 bits, which can be copied into, as any that a step writes.
-        local = entry.to_local() if isinstance(entry, DTensor) else entry
-        local.copy_(torch.full(local.shape, value, dtype=local.dtype, device=local.device))
+    local = entry.to_local() if isinstance(entry, DTensor) else entry
+    # Not fill_, which entries of 8 bits lack. Any that a step writes can be copied into.
+    local.copy_(torch.full(local.shape, value, dtype=local.dtype, device=local.device))

@@ -82,8 +82,14 @@ def test_a_term_after_a_norm_loads_too(tmp_path, ids_BT):
 
 
 def test_another_dtype_of_the_same_base_is_fine(tmp_path):
-    export_adapter(trained(), tmp_path / "out", "rosa")
-    load_adapter(fresh(dtype=torch.bfloat16), tmp_path / "out")
+    model = trained()
+    export_adapter(model, tmp_path / "out", "rosa")
+    load_adapter(other := fresh(dtype=torch.bfloat16), tmp_path / "out")
+    found, wanted = roae_layers(other), roae_layers(model)
+    assert [path for path, _ in found] == [path for path, _ in wanted]
+    for (_, one), (_, same) in zip(found, wanted, strict=True):
+        assert torch.equal(one.roae_A, same.roae_A)
+        assert torch.equal(one.roae_B, same.roae_B)
 
 
 def test_the_folder_says_what_it_is(tmp_path):
@@ -211,8 +217,10 @@ def test_whole_numbers_do_for_frequencies(tmp_path):
     path = tmp_path / "out" / CONFIG_FILE
     config = json.loads(path.read_text())
     config["tables"][0]["inv_freq"] = [round(f) for f in config["tables"][0]["inv_freq"]]
+    assert {type(f) for f in config["tables"][0]["inv_freq"]} == {int}
     path.write_text(json.dumps(config))
-    load_adapter(fresh(rope_parameters=even), tmp_path / "out")
+    report = load_adapter(fresh(rope_parameters=even), tmp_path / "out")
+    assert report.config == CONFIG
 
 
 BAD_WEIGHTS = {

@@ -246,9 +246,9 @@ def test_mixed_numbers_and_en_dashes_compare_as_what_they_are():
 def test_long_runs_of_anything_do_not_hang_the_search(filler):
     """Quadratic time would take minutes here."""
     run = filler * (100_000 // len(filler))
-    for text in (run, "The answer is " + run, f"The answer is 9 {run}", f"9{run}", "x = " + run):
-        find("number", (), text)
-        find("letter", LETTERS, text)
+    for start in ("", "The answer is ", "The answer is 9 ", "9", "x = "):
+        find("number", (), start + run)
+        assert find("letter", LETTERS, start + run) == find("letter", LETTERS, start + 3 * filler)
 
 
 def test_degenerate_numbers_equal_nothing_and_raise_nothing():

@@ -49,7 +49,8 @@ def test_loading_a_merged_folder_needs_no_import_of_this_package(tmp_path):
         f"transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})\n"
         "assert 'rosa_lightning' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -338,21 +338,28 @@ def test_any_logger_gets_the_scalars_and_no_picture(tmp_path):
 
 
 @pytest.fixture
-def _refuse_to_measure(monkeypatch):
-    def fail(*_):
-        raise AssertionError("measured")
+def measured(monkeypatch) -> list[str]:
+    """What a monitor has measured."""
+    seen: list[str] = []
+    for name in ("find_updates", "draw_raster"):
+        whole = getattr(monitor_module, name)
 
-    monkeypatch.setattr(monitor_module, "find_updates", fail)
-    monkeypatch.setattr(monitor_module, "draw_raster", fail)
+        def note(*args, name=name, whole=whole, **options):
+            seen.append(name)
+            return whole(*args, **options)
+
+        monkeypatch.setattr(monitor_module, name, note)
+    return seen
 
 
-@pytest.mark.usefixtures("_refuse_to_measure")
-def test_nothing_is_measured_without_a_logger():
+def test_nothing_is_measured_without_a_logger(measured, tmp_path):
     fit_plain(False)
+    assert measured == []
+    fit_plain(board(tmp_path))
+    assert measured
 
 
-@pytest.mark.usefixtures("_refuse_to_measure")
-def test_nothing_is_measured_but_on_the_first_rank(tmp_path):
+def test_nothing_is_measured_but_on_the_first_rank(measured, tmp_path):
     pick = selection()
     other = SimpleNamespace(
         is_global_zero=False,
@@ -368,6 +375,7 @@ def test_nothing_is_measured_but_on_the_first_rank(tmp_path):
     monitor.on_train_batch_end(other, nn.Identity(), None, None, 0)
     monitor.on_train_end(other, nn.Identity())
     assert list(tmp_path.iterdir()) == []
+    assert measured == []
 
 
 def test_sharded_adapters_are_left_out_and_that_is_said(monkeypatch, tmp_path):
