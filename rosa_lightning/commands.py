@@ -36,6 +36,7 @@ from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.export import Format, check_options, export_adapter
 from rosa_lightning.folder import write_file
 from rosa_lightning.memory import check_batch
+from rosa_lightning.microbatches import busy_tokens, rows_at_once
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.packed import pack_on_paper
 from rosa_lightning.records import load_records
@@ -49,6 +50,8 @@ _AUTOCAST = {
     **dict.fromkeys(["16", "16-mixed"], torch.float16),
 }
 """What a trainer's precision computes in; the others cast nothing on the way."""
+_SHARDING = ("fsdp", "modelparallel")
+"""In the names of strategies that shard a model."""
 _DOUBLE = ("64", "64-true")
 """Precisions that cast the model to float64."""
 NO_BASE = (
@@ -170,13 +173,16 @@ def inspect(
     precision = str(setting.trainer.get("precision"))
     model = _skeleton(module, double=precision in _DOUBLE)
     tables = summary_tables(summarize(model))  # before weights are packed, and hard to count
+    num_tokens = _tokens_at_once(module, setting.trainer, model)
     if module.quantization is not None:
         pack_on_paper(model, module.quantization)
     drawn = None
     if activations is not None:
         drawn = _draw_activations(setting, ckpt_path, Path(activations), num_batches)
     console.print(tables)
-    console.print(f"Batch of {rows} x {data.max_length} tokens, {length} of them responses")
+    at_once = rows_at_once(rows, data.max_length, num_tokens)
+    parts = "" if at_once == rows else f", {at_once} row{'s' * (at_once > 1)} at once"
+    console.print(f"Batch of {rows} x {data.max_length} tokens, {length} of them responses{parts}")
     selection = [c for c in _callbacks(setting) if isinstance(c, DynamicLayerSelection)]
     estimates = compare_memory(
         model,
@@ -188,6 +194,7 @@ def inspect(
         autocast=_AUTOCAST.get(precision),
         loss_chunk=module.loss_chunk,
         recompute_activations=module.recompute_activations and not module.compiles,
+        microbatch_tokens=num_tokens,
     )
     console.print(memory_table(estimates))
     if drawn is not None:
@@ -293,6 +300,21 @@ def _skeleton(module: RoSAModule, *, double: bool) -> Any:
     if module.gradient_checkpointing:
         enable_checkpointing(model)
     return model.double() if double else model
+
+
+def _tokens_at_once(
+    module: RoSAModule, trainer: Mapping[str, Any], model: torch.nn.Module
+) -> int | None:
+    """Most tokens that a training runs forward and backward at once; None for whole batches."""
+    given = module.microbatch_tokens
+    strategy = str(trainer.get("strategy")).lower()
+    scaled = _AUTOCAST.get(str(trainer.get("precision"))) == torch.float16
+    if given is None or scaled or any(word in strategy for word in _SHARDING):
+        return None
+    accelerator = trainer.get("accelerator") or "auto"
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.accelerator.is_available() else "cpu"
+    return busy_tokens(model, str(accelerator)) if given == "auto" else given
 
 
 def _loaded(module: RoSAModule, ckpt_path: str | None) -> Any:

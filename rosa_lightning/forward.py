@@ -22,6 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning.batching import IGNORED
 from rosa_lightning.head import last_block, logits_at, states_at, why_not_narrowed
+from rosa_lightning.microbatches import (
+    MicrobatchTokens,
+    busy_tokens,
+    microbatches,
+    sum_of_parts,
+)
 from rosa_lightning.packing import check_can_pack, is_packed_batch, num_rows, row_of
 from rosa_lightning.prefix import (
     rows_behind,
@@ -60,6 +66,7 @@ class Forward:
         share_prefix: Compute once what all rows of a batch begin with, where that is equal.
         loss_chunk: Supervised positions whose logits are held at once; None for all.
         recompute_activations: Make again in the backward pass what is cheap, instead of holding it.
+        microbatch_tokens: Most tokens run at once, padding included, where gradients are taken.
     """
 
     def __init__(
@@ -69,11 +76,13 @@ class Forward:
         share_prefix: bool = True,
         loss_chunk: int | None = None,
         recompute_activations: bool = True,
+        microbatch_tokens: MicrobatchTokens = "auto",
     ) -> None:
         self.model = model
         self.share_prefix = share_prefix
         self.loss_chunk = loss_chunk
         self.recompute_activations = recompute_activations
+        self.microbatch_tokens = microbatch_tokens
         self.sharded = any(
             isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()
         )
@@ -106,8 +115,13 @@ class Forward:
             ValueError: No token of the batch carries loss, or it is packed, and the model mixes
                 packed rows.
         """
-        with self.recomputing():
-            return self._read(batch, predict=False)[0]
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+
+        def share(part: dict[str, Any]) -> Tensor:
+            with self.recomputing():
+                return self._read(part, predict=False)[0] / count
+
+        return sum_of_parts(self._parts(batch), share)
 
     def score(self, batch: dict[str, Any]) -> Scored:
         """The loss, and which answers the model would write by itself.
@@ -115,17 +129,17 @@ class Forward:
         Args:
             batch: As for `loss`.
         """
-        loss, predicted_N, rows_N, columns_N = self._read(batch, predict=True)
+        total, predicted_N, rows_N, columns_N = self._read(batch, predict=True)
         labels_N = batch["labels"][rows_N, columns_N]
         missed_N = (predicted_N != labels_N) & batch["answer_mask"][rows_N, columns_N]
         if is_packed_batch(batch):
             rows_N = row_of(batch, columns_N)
-        correct_B = torch.ones(num_rows(batch), dtype=torch.bool, device=loss.device)
+        correct_B = torch.ones(num_rows(batch), dtype=torch.bool, device=total.device)
         correct_B[rows_N[missed_N]] = False
-        return Scored(loss, len(labels_N), correct_B)
+        return Scored(total / len(labels_N), len(labels_N), correct_B)
 
     def _read(self, batch: dict[str, Any], predict: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, tokens predicted (N,) if wanted, and where the labels stand: rows and columns."""
+        """Summed loss, tokens predicted (N,) if wanted, where labels stand: rows and columns."""
         rows_N, columns_N = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         if not len(rows_N):
             raise ValueError(
@@ -143,7 +157,27 @@ class Forward:
             logits_NV = self._right_end(inputs, batch, rows_N, columns)
             total = cross_entropy_sum(logits_NV, labels_N)
             predicted = logits_NV.argmax(-1) if predict else labels_N
-        return total / len(labels_N), predicted, rows_N, columns_N + 1
+        return total, predicted, rows_N, columns_N + 1
+
+    def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The batch, in as many parts as it takes to run few enough tokens at once."""
+        given, device = self.microbatch_tokens, batch["labels"].device.type
+        num_tokens = busy_tokens(self.model, device) if given == "auto" else given
+        if num_tokens is None or not torch.is_grad_enabled():
+            return [batch]
+        if reason := self._why_not_in_parts(device):
+            if given != "auto":
+                instead = "batches are run whole in spite of model.microbatch_tokens"
+                self._note("microbatches", reason, instead)
+            return [batch]
+        return microbatches(batch, num_tokens)
+
+    def _why_not_in_parts(self, device: str) -> str:
+        if self.sharded:
+            return _SHARDED
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            return "in float16 the loss is scaled for its backward pass, which comes later"
+        return ""
 
     # The head.
 

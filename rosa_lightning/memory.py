@@ -25,6 +25,7 @@ from rosa_lightning.forward import Forward, cross_entropy_sum
 from rosa_lightning.head import decoder_of, last_block
 from rosa_lightning.layers import find_layers
 from rosa_lightning.live import LiveBytes
+from rosa_lightning.microbatches import rows_at_once
 from rosa_lightning.modes import in_mode
 from rosa_lightning.packed import PackedLinear
 from rosa_lightning.reading import forward_arguments
@@ -93,6 +94,7 @@ def estimate_memory(
     scoring: bool = False,
     loss_chunk: int | None = None,
     recompute_activations: bool = True,
+    microbatch_tokens: int | None = None,
 ) -> MemoryEstimate:
     """The memory of one training step of `RoSAModule`, once the optimizer has its state.
 
@@ -118,6 +120,7 @@ def estimate_memory(
             so do the norm weights that score them.
         loss_chunk: As `RoSAModule` takes it.
         recompute_activations: As `RoSAModule` takes it.
+        microbatch_tokens: As `RoSAModule` takes it, but for ``auto``, which depends on the device.
 
     Raises:
         ValueError: The model carries no RoAE, there are no such layers, the batch makes no sense,
@@ -139,7 +142,8 @@ def estimate_memory(
     try:
         with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
             step = _Step(model, optimizer, loss_chunk, recompute_activations)
-            step.run(_batch(batch_size, length, response_length), autocast)
+            rows = rows_at_once(batch_size, length, microbatch_tokens)
+            step.run(_batch(batch_size, length, response_length), rows, autocast)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -245,12 +249,19 @@ class _Step:
             (*state, *model.parameters(), *model.buffers(), *(_gradients(self.adapters)))
         )
 
-    def run(self, batch: dict[str, Any], autocast: torch.dtype | None) -> None:
-        """Forward, backward, and a step of the optimizer."""
+    def run(self, batch: dict[str, Any], num_rows: int, autocast: torch.dtype | None) -> None:
+        """Forward and backward with the first rows of a batch, and a step of the optimizer."""
         head: nn.Module = self.model.get_output_embeddings()
         for tensor in batch.values():
             if isinstance(tensor, Tensor):
                 self.live.add(tensor)
+        whole = num_rows == len(batch["labels"])
+        # Of the parts before, gradients are left.
+        trained = [] if whole else [p for p in self.model.parameters() if p.requires_grad]
+        known = [torch.empty_like(parameter) for parameter in trained]
+        for gradient in known:
+            self.live.add(gradient)
+        batch = {k: v[:num_rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
         before = self.live.now
         if decoder_of(self.model) is not self.model:
             self.forward.block = last_block(self.model, batch["input_ids"], compare=False)
@@ -274,6 +285,7 @@ class _Step:
                 # Lightning drops the gradients of the step before after the forward pass.
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
+                del known
                 self.gradients = _num_bytes(_gradients(self.model.parameters()))
                 self.optimizer.step()
         finally:

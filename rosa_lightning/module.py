@@ -34,6 +34,7 @@ from rosa_lightning.compiled import compile_layers
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.forward import Forward
 from rosa_lightning.metrics import TaskAccuracy
+from rosa_lightning.microbatches import MicrobatchTokens, check_microbatch_tokens
 from rosa_lightning.packing import num_rows
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
 from rosa_lightning.rng import set_rng_state
@@ -97,6 +98,10 @@ class RoSAModule(Answering):
             say, where loss and gradients stay as they are; where they would not, that is said.
         loss_chunk: Response tokens of a batch whose logits are held at once; all by default. For
             long responses: less memory, a little more time.
+        microbatch_tokens: Tokens of a batch, padding included, that are run forward and backward at
+            once; a larger batch is taken in parts, in one step and with its own gradients. ``auto``
+            is 2048 on a CPU and for bases from 2e9 weights on, which so many tokens keep busy, else
+            all. All, too, where the model is in shards and under 16-mixed.
         compile: Compile the decoder layers, one by one, for training on one device or under DDP.
         max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
@@ -119,6 +124,7 @@ class RoSAModule(Answering):
         recompute_activations: bool = True,
         share_prefix: bool = True,
         loss_chunk: int | None = None,
+        microbatch_tokens: MicrobatchTokens = "auto",
         compile: bool = False,
         max_new_tokens: int = 256,
         trust_remote_code: bool = False,
@@ -137,6 +143,7 @@ class RoSAModule(Answering):
                 f"loss_chunk={loss_chunk} is below 1. Set model.loss_chunk to a number of response "
                 "tokens, 1024 say, or leave it out to hold the logits of all."
             )
+        check_microbatch_tokens(microbatch_tokens)
         if isinstance(roae, Mapping):  # as saved in a checkpoint
             roae = RoAEConfig(**roae)
         # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
@@ -157,6 +164,7 @@ class RoSAModule(Answering):
         self.recompute_activations = recompute_activations
         self.share_prefix = share_prefix
         self.loss_chunk = loss_chunk
+        self.microbatch_tokens = microbatch_tokens
         self.compiles = compile
         self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
@@ -224,6 +232,7 @@ class RoSAModule(Answering):
             share_prefix=self.share_prefix,
             loss_chunk=self.loss_chunk,
             recompute_activations=self.recompute_activations,
+            microbatch_tokens=self.microbatch_tokens,
         )
         leave_packed_out(self)
         rank_zero_info(str(self.report))

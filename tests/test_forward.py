@@ -490,6 +490,7 @@ def test_a_hundred_steps_train_alike_with_each_lever_on_and_off(base_folder, mon
         "activations made again": trained(base_folder, batches, share_prefix=False),
         "a shared beginning": trained(base_folder, batches),
         "shared, in chunks": trained(base_folder, batches, loss_chunk=5),
+        "in parts": trained(base_folder, batches, microbatch_tokens=30),
         "no early stop": trained(base_folder, batches, with_a_backward_to_the_embedding),
         "dense terms": trained(base_folder, batches, with_dense_terms),
         "checkpointing": trained(base_folder, batches, gradient_checkpointing=True),

@@ -63,6 +63,7 @@ FLOORS = {
     "grouping": 2.3,
     "loading": 2.4,
     "packing": 2.5,
+    "microbatches": 2.6,
     "charts": 2,
     "lora_fit": 2.4,
     "lora": 2.5,

@@ -347,6 +347,18 @@ def test_chunks_of_logits_are_in_the_figures():
     assert chunked.peak < whole.peak
 
 
+@pytest.mark.parametrize("scoring", [False, True])
+def test_parts_of_a_batch_are_in_the_figures(scoring):
+    module, estimate = both("float32", 8, 128, 16)
+    whole = estimate(scoring=scoring)
+    module._forward.microbatch_tokens = 400  # 3, 3 and 2 rows
+    parts = estimate(scoring=scoring, microbatch_tokens=400)
+    measured = measure(module, 8, 128, 16, scoring=scoring)
+    assert parts.peak == pytest.approx(measured["peak"], rel=0.05)
+    assert parts.gradients == measured["gradients"]
+    assert parts.activations < 0.45 * whole.activations
+
+
 def test_double_precision_is_in_the_figures():
     module, _ = both("float32", 8, 128, 16)
     skeleton = load_skeleton("tiny")

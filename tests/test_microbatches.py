@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from conftest import FAMILIES, build
+from hypothesis import given
+from hypothesis import strategies as st
+from test_forward import HEADS, Widths, adapted, batch_of, check, gradients, packed, single_rows
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from rosa_lightning import DynamicLayerSelection, RoSAModule, forward
+from rosa_lightning.compiled import compile_layers
+from rosa_lightning.forward import Forward
+from rosa_lightning.live import LiveBytes
+from rosa_lightning.microbatches import busy_tokens, microbatches, sum_of_parts
+from rosa_lightning.small import build_small
+
+RESTS = ((9, 3), (4, 2), (14, 7), (5, 1), (4, 3), (12, 2))
+"""Tokens of each row behind the beginning, and how many of them are the response."""
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(forward, "rank_zero_info", lines.append)
+    return lines
+
+
+def rows_of(batch: dict[str, Any]) -> list[tuple[list[int], ...]]:
+    """Ids, positions and labels of each row, without padding."""
+    names = ("input_ids", "position_ids", "labels")
+    if "row_lengths" in batch:
+        split = [batch[name][0].split(batch["row_lengths"].tolist()) for name in names]
+        assert batch["attention_mask"].all()
+    else:
+        kept_BT = batch["attention_mask"].bool()
+        split = [[r[k] for r, k in zip(batch[n], kept_BT, strict=True)] for n in names]
+    return [tuple(part.tolist() for part in row) for row in zip(*split, strict=True)]
+
+
+@given(
+    rests=st.lists(st.tuples(st.integers(2, 30), st.just(1)), min_size=1, max_size=9),
+    num_tokens=st.integers(1, 200),
+    pack=st.booleans(),
+)
+def test_parts_hold_every_row_once_and_no_more_tokens_than_wanted(rests, num_tokens, pack):
+    batch = batch_of(num_shared=2, rests=rests)
+    batch = packed(batch) if pack else batch
+    parts = microbatches(batch, num_tokens)
+    assert (parts == [batch]) == (batch["labels"].numel() <= num_tokens or len(rests) == 1)
+    assert sorted(row for part in parts for row in rows_of(part)) == sorted(rows_of(batch))
+    for part in parts:
+        assert part["labels"].numel() <= num_tokens or len(rows_of(part)) == 1
+        if not pack:
+            assert part["attention_mask"][:, 0].any()
+            assert part["attention_mask"][:, -1].all()
+
+
+KINDS = (*FAMILIES, "soft-capped", "without logits_to_keep", "experts")
+
+
+@pytest.mark.parametrize(
+    ("kind", "share_prefix"), [*((kind, True) for kind in KINDS), ("llama", False)]
+)
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_its_rows(kind, share_prefix):
+    if kind == "experts":
+        model = adapted(build_small("MixtralConfig"))
+    else:
+        model = adapted(HEADS[kind]() if kind in HEADS else build(kind)).eval()
+    batch = batch_of(rests=RESTS)
+    check(model, batch, microbatch_tokens=70, share_prefix=share_prefix)
+
+
+def test_what_trains_may_differ_from_part_to_part_and_be_of_norms():
+    model = adapted(build("llama"))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("roae" in name or "norm" in name)
+    check(model, batch_of(rests=RESTS), microbatch_tokens=40)
+
+
+def test_a_packed_batch_is_taken_in_parts_of_whole_rows():
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
+    wanted = single_rows(model, batch)
+    run, widths = Forward(model, microbatch_tokens=70), Widths(model)
+    run.loss(packed(batch))
+    widths.decoder.clear()
+    found = run.loss(packed(batch))
+    assert len(widths.decoder) == 3
+    assert all(width <= 70 for _, width in widths.decoder)
+    assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert_close(gradients(model, found), gradients(model, wanted), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 70, 110, 300, None, "auto"])
+def test_no_more_tokens_are_run_at_once_than_wanted(num_tokens):
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)  # 6 x 34 tokens
+    run = Forward(model, share_prefix=False, microbatch_tokens=num_tokens)
+    run.loss(batch)  # tries things out
+    widths = Widths(model)
+    run.loss(batch).backward()
+    sizes = [rows * width for rows, width in widths.decoder]
+    wanted = {1: 6, 40: 6, 70: 3, 110: 2}.get(num_tokens, 1)
+    assert len(sizes) == wanted
+    assert wanted == 1 or max(sizes) <= max(num_tokens, 34)
+    # Nothing is differentiated, so nothing is held, and the batch can be run whole.
+    widths.decoder.clear()
+    with torch.no_grad():
+        run.loss(batch)
+    assert widths.decoder == [(6, 34)]
+
+
+def test_the_graphs_of_parts_are_never_alive_together():
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
+    peaks = {}
+    for num_tokens in (None, 40):
+        run = Forward(model, share_prefix=False, microbatch_tokens=num_tokens)
+        run.loss(batch)
+        with LiveBytes(model.parameters()) as live:
+            before = live.now
+            run.loss(batch).backward()
+        model.zero_grad()
+        peaks[num_tokens] = live.peak - before
+    assert peaks[40] < 0.3 * peaks[None]
+
+
+def test_a_loss_in_parts_goes_on_into_any_graph_and_backward_twice():
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
+    wanted = gradients(model, single_rows(model, batch))
+    loss = 3 * Forward(model, microbatch_tokens=40).loss(batch)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert_close(found, 6 * wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_of_others_get_their_gradients_too():
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
+    prompt = nn.Parameter(torch.zeros(model.config.hidden_size))
+    model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + prompt)
+    (wanted,) = torch.autograd.grad(single_rows(model, batch), prompt)
+    Forward(model, microbatch_tokens=40).loss(batch).backward()
+    assert_close(prompt.grad, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_whose_loss_depends_on_nothing_counts_all_the_same():
+    weight = torch.ones((), requires_grad=True)
+    parts = [{"factor": 2.0}, {"factor": None}, {"factor": 3.0}]
+
+    def loss(part: dict[str, Any]) -> Tensor:
+        return torch.tensor(5.0) if part["factor"] is None else weight * part["factor"]
+
+    for order in (parts, parts[::-1], [parts[0], parts[2], parts[1]]):
+        total = sum_of_parts(order, loss)
+        assert total == 10
+        assert torch.autograd.grad(total, weight)[0] == 5
+    assert not sum_of_parts([parts[1]] * 2, loss).requires_grad
+
+
+def test_rows_without_loss_are_no_part():
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
+    batch["labels"][3:] = -100
+    check(model, batch, microbatch_tokens=40)
+    batch["labels"][:] = -100
+    with pytest.raises(ValueError, match="6 rows has no token that carries loss"):
+        Forward(model, microbatch_tokens=40).loss(batch)
+
+
+def test_under_autocast_parts_train_as_a_whole_batch_does():
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
+    found = []
+    for num_tokens in (None, 70):
+        run = Forward(model, microbatch_tokens=num_tokens, share_prefix=False)
+        for _ in range(2):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = run.loss(batch)
+            loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert {grad.dtype for grad in grads} == {torch.float32}
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+    whole, parts = found
+    assert (whole - parts).norm() < 0.02 * whole.norm()
+
+
+@pytest.mark.parametrize("given_by_user", [True, False])
+@pytest.mark.parametrize("why", ["shards", "float16"])
+def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, given_by_user, said, monkeypatch):
+    monkeypatch.setattr(forward, "busy_tokens", lambda *_: 40)
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
+    widths = Widths(model)
+    run = Forward(model, share_prefix=False, microbatch_tokens=40 if given_by_user else "auto")
+    run.sharded = why == "shards"
+    with torch.autocast("cpu", torch.float16, enabled=why == "float16"):
+        run.loss(batch)
+        run.loss(batch)
+    assert widths.decoder[-1] == (6, 34)
+    about = [line for line in said if "in spite of model.microbatch_tokens" in line]
+    assert len(about) == given_by_user
+    assert all(why in line for line in about)
+
+
+def test_as_many_tokens_as_keep_a_device_busy():
+    small, large = nn.Linear(8, 8), nn.Linear(50_000, 50_000, device="meta")
+    assert busy_tokens(small, "cpu") == busy_tokens(large, "cpu") == 2048
+    assert busy_tokens(large, "cuda") == 2048
+    assert busy_tokens(small, "cuda") is None
+
+
+@pytest.mark.parametrize("num_tokens", [0, -1])
+def test_parts_of_nothing_are_refused(base_folder, num_tokens):
+    with pytest.raises(ValueError, match=r"below 1\. Set model\.microbatch_tokens"):
+        RoSAModule(str(base_folder), microbatch_tokens=num_tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_layers_run_in_parts():
+    torch._dynamo.reset()
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
+    wanted = single_rows(model, batch)
+    grads = gradients(model, wanted)
+    compile_layers(model, backend="aot_eager")
+    found = Forward(model, microbatch_tokens=70).loss(batch)
+    assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert_close(gradients(model, found), grads, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+# --- several processes ----------------------------------------------------------------------
+
+
+def adapters_after(num_tokens: int | None, folder) -> tuple[list[Tensor], list[Tensor], int]:
+    """What a run over the demonstration data trains, on two ranks whose parts differ in number."""
+    from lightning.pytorch import Trainer, seed_everything
+
+    from rosa_lightning import ReasoningDataModule
+
+    seed_everything(0)
+    module = RoSAModule("tiny", microbatch_tokens=num_tokens, share_prefix=False)
+    data = ReasoningDataModule(batch_size=4, tokens_per_batch=None)
+    dls = DynamicLayerSelection(num_active=2, interval=2)
+    scores: list[Tensor] = []
+    take = dls.on_after_backward
+
+    def watch(trainer, pl_module) -> None:
+        scores.extend(
+            p.grad.clone()
+            for n, p in pl_module.named_parameters()
+            if p.grad is not None and "norm" in n
+        )
+        take(trainer, pl_module)
+
+    dls.on_after_backward = watch
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=ranks.ddp(),
+        max_steps=3,
+        limit_val_batches=0,
+        callbacks=[dls],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    module.configure_model()
+    widths = Widths(module.model)
+    trainer.fit(module, data)
+    trained = [p.detach().clone() for n, p in module.named_parameters() if "roae" in n]
+    return trained, scores, len(widths.decoder)
+
+
+def both_ways(folder) -> dict[str, Any]:
+    return {"whole": adapters_after(None, folder), "parts": adapters_after(150, folder)}
+
+
+def test_two_ranks_train_in_parts_as_with_whole_batches(tmp_path):
+    seen = ranks.launch("test_microbatches:both_ways", tmp_path)
+    for rank in seen:
+        whole, scores, num_passes = rank["whole"]
+        parts, scores_in_parts, num_parts = rank["parts"]
+        assert num_parts > num_passes
+        assert scores
+        assert_close(scores_in_parts, scores, rtol=1e-3, atol=1e-6)
+        assert_close(parts, whole, rtol=1e-3, atol=1e-5)
+    assert_close(seen[0]["parts"][0], seen[1]["parts"][0], rtol=0, atol=0)
