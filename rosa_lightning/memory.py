@@ -25,7 +25,7 @@ from rosa_lightning.forward import Forward, cross_entropy_sum
 from rosa_lightning.head import decoder_of, last_block
 from rosa_lightning.layers import find_layers
 from rosa_lightning.live import LiveBytes
-from rosa_lightning.microbatches import rows_at_once
+from rosa_lightning.microbatches import rows_at_once, sum_of_parts
 from rosa_lightning.modes import in_mode
 from rosa_lightning.packed import PackedLinear
 from rosa_lightning.reading import forward_arguments
@@ -250,17 +250,13 @@ class _Step:
         )
 
     def run(self, batch: dict[str, Any], num_rows: int, autocast: torch.dtype | None) -> None:
-        """Forward and backward with the first rows of a batch, and a step of the optimizer."""
+        """Forward and backward of a batch, so many rows at once, and a step of the optimizer."""
         head: nn.Module = self.model.get_output_embeddings()
         for tensor in batch.values():
             if isinstance(tensor, Tensor):
                 self.live.add(tensor)
-        whole = num_rows == len(batch["labels"])
-        # Of the parts before, gradients are left.
-        trained = [] if whole else [p for p in self.model.parameters() if p.requires_grad]
-        known = [torch.empty_like(parameter) for parameter in trained]
-        for gradient in known:
-            self.live.add(gradient)
+        # From the third part on, parts take the same.
+        num_parts = min(3, -(-len(batch["labels"]) // num_rows))
         batch = {k: v[:num_rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
         before = self.live.now
         if decoder_of(self.model) is not self.model:
@@ -276,20 +272,23 @@ class _Step:
         handle = head.register_forward_pre_hook(enter_head)
         try:
             with self.live:
-                with (
-                    torch.autocast("cpu", autocast, enabled=autocast is not None),
-                    self.forward.recomputing(),
-                ):
-                    loss = self._loss(batch)
+                with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                    loss = sum_of_parts([batch] * num_parts, self._part)
                 self.activations = self.live.now - before - self.live.now_of_head
+                if num_parts > 1:  # gradients of those before the last
+                    trained = (p for p in self.model.parameters() if p.requires_grad)
+                    self.activations -= _num_bytes(trained)
                 # Lightning drops the gradients of the step before after the forward pass.
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                del known
                 self.gradients = _num_bytes(_gradients(self.model.parameters()))
                 self.optimizer.step()
         finally:
             handle.remove()
+
+    def _part(self, batch: dict[str, Any]) -> Tensor:
+        with self.forward.recomputing():
+            return self._loss(batch)
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         """As `RoSAModule.loss`, every row with a response of the given length."""

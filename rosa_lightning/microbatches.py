@@ -151,10 +151,9 @@ def _gradients(loss: Tensor) -> dict[Tensor, Tensor]:
     leaves = _leaves(loss)
     if not leaves:
         return {}
-    # As the backward pass is run, outside; what has been cast within has lost its graph.
+    # As the backward pass is run, outside.
     with torch.autocast(loss.device.type, enabled=False):
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    torch.clear_autocast_cache()
     return {leaf: one for leaf, one in zip(leaves, found, strict=True) if one is not None}
 
 

@@ -359,6 +359,15 @@ def test_parts_of_a_batch_are_in_the_figures(scoring):
     assert parts.activations < 0.45 * whole.activations
 
 
+def test_the_gradients_of_parts_that_are_done_are_in_the_figures():
+    roae = RoAEConfig(rank=512, targets=("q", "k", "v", "o", "gate", "up", "down"))
+    module, estimate = both("float32", 4, 8, 2, roae=roae)
+    module._forward.microbatch_tokens = 8
+    measured = measure(module, 4, 8, 2, make_optimizer=partial(torch.optim.SGD, lr=0.1))
+    found = estimate(microbatch_tokens=8, optimizer=partial(torch.optim.SGD, lr=0.1))
+    assert found.peak == pytest.approx(measured["peak"], rel=0.03)
+
+
 def test_double_precision_is_in_the_figures():
     module, _ = both("float32", 8, 128, 16)
     skeleton = load_skeleton("tiny")
