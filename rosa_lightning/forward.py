@@ -1,8 +1,8 @@
 """A batch to its loss, in the cheapest way that is exactly equal to computing all of it.
 
 The head is run where a token is predicted that carries loss, and nowhere else. What all rows
-begin with is computed once. Where a model or a setting does not allow it, that is said once, and
-the whole is computed.
+begin with is computed once. A batch too large to be run at once is taken in parts. Where a model or
+a setting does not allow it, that is said once, and the whole is computed.
 
 Axes: B rows, T tokens, N supervised positions, V vocabulary.
 """

@@ -521,11 +521,10 @@ def on_cpu(options: argparse.Namespace) -> None:
             floor_table(options, str(base), paths)
         if "size" in wanted:
             size_table(options, str(base), folder)
-    rounds = ["--rounds", str(options.rounds)]
     if "scoring" in wanted:
-        run_script("roae_cost.py", "--threads", str(options.threads), *rounds)
+        run_script("roae_cost.py", "--threads", str(options.threads))
     if "start" in wanted:
-        run_script("start_up.py", str(options.data / "boolq.json"), *rounds)
+        run_script("start_up.py", str(options.data / "boolq.json"))
 
 
 def run_script(name: str, *arguments: str) -> None:
