@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -18,19 +18,24 @@ from rosa_lightning.decontamination import (
     training_of,
     without_leaked,
 )
-from rosa_lightning.encoding import Encoder, Example, Overlong, OverlongCount
+from rosa_lightning.encoding import Encoder, Example, Overlong
 from rosa_lightning.grouping import Batching, Grouping, token_lengths
 from rosa_lightning.loading import Batched, LongestFirst, MixtureSampler, ResumableLoader
-from rosa_lightning.mixture import Stop, epoch_length, hold_out, shares_by_size
+from rosa_lightning.mixture import Stop, hold_out
 from rosa_lightning.own_tasks import with_own_tasks
 from rosa_lightning.packing import PackedCollator
 from rosa_lightning.records import load_records
 from rosa_lightning.sources import Purpose, Source, source_list, weighted_sources
-from rosa_lightning.streamed import Streamed
 from rosa_lightning.tally import Tally
 from rosa_lightning.tasks import Record
 from rosa_lightning.templates import Template, check_template, stop_ids
-from rosa_lightning.token_cache import cache_folder, encode_cached
+from rosa_lightning.token_cache import cache_folder
+from rosa_lightning.training_data import (
+    check_settings,
+    encode_sources,
+    report_mixture,
+    shares_of,
+)
 
 SourceLike = dict[str, Any] | Source
 """A source or its fields. The dictionary stands first, so that jsonargparse leaves fields as they
@@ -111,25 +116,18 @@ class ReasoningDataModule(LightningDataModule):
         Raises ValueError or TypeError for a setting that cannot be used.
         """
         super().__init__()
-        _check_at_least("batch_size", batch_size, 1)
-        _check_at_least("max_length", max_length, 8)
-        _check_at_least("num_workers", num_workers, 0)
-        _check_one_of("batching", batching, get_args(Batching))
-        _check_one_of("template", template, get_args(Template))
-        _check_one_of("overlong", overlong, get_args(Overlong))
-        _check_one_of("stop", stop, get_args(Stop))
-        _check_temperature(temperature)
-        if tokens_per_batch is not None and tokens_per_batch < max_length:
-            raise ValueError(
-                f"tokens_per_batch={tokens_per_batch} is below max_length={max_length}, so some "
-                "record may fit into no batch. Raise data.tokens_per_batch, or lower "
-                "data.max_length."
-            )
-        if not 0 <= val_fraction < 1:
-            raise ValueError(
-                f"val_fraction={val_fraction} is outside [0, 1). Set data.val_fraction; 0.02 "
-                "holds out 2 of 100 records, 0 none."
-            )
+        check_settings(
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            batching=batching,
+            max_length=max_length,
+            template=template,
+            overlong=overlong,
+            val_fraction=val_fraction,
+            temperature=temperature,
+            stop=stop,
+            num_workers=num_workers,
+        )
         self.tasks = with_own_tasks(tasks)
         self.sources = weighted_sources(
             source_list("sources", sources, "train", self.tasks), temperature
@@ -254,25 +252,12 @@ class ReasoningDataModule(LightningDataModule):
         )
         train, held = hold_out(records, self.val_fraction, self.seed)
         encoder, cache = self._encoder(), cache_folder(self.cache_dir)
-        sources, val = [], []
-        for name, to_train, to_hold in zip(self.source_names, train, held, strict=True):
-            examples, count = encode_cached(to_train, encoder, cache)
-            held_examples, held_count = encode_cached(to_hold, encoder, cache)
-            count.add(held_count)
-            if not len(examples):
-                raise ValueError(
-                    f"source {name}: all {count.total} records are longer than data.max_length="
-                    f"{self.max_length} tokens. Raise it, or set data.overlong: cut."
-                )
-            self._report_overlong(name, count, self.overlong)
-            sources.append(examples)
-            val.append(held_examples)
-        self._train, self._val = sources, val
+        self._train, self._val = encode_sources(self.source_names, train, held, encoder, cache)
         if self.batching != "random" or self.tokens_per_batch:
-            lengths = token_lengths(sources, exact=self.tokens_per_batch is not None)
+            lengths = token_lengths(self._train, exact=self.tokens_per_batch is not None)
             self._grouping = replace(self._grouping, lengths=lengths)
         self._trained_on = [self._training()]
-        self._report_mixture()
+        report_mixture(self.source_names, self._train, self._val, self._weights(), self.stop)
 
     def _decontaminated(self, records: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
         """Each source's records without those that are leaked test questions, if so set."""
@@ -417,14 +402,7 @@ class ReasoningDataModule(LightningDataModule):
 
     def _weights(self) -> list[float]:
         """Each source's part of the training stream; they sum to 1."""
-        sizes = self._sizes()
-        if self.temperature is not None:
-            return shares_by_size(sizes, self.temperature)
-        weights = [
-            float(size) if source.weight is None else source.weight
-            for source, size in zip(self.sources, sizes, strict=True)
-        ]
-        return [weight / sum(weights) for weight in weights]
+        return shares_of(self.sources, self._sizes(), self.temperature)
 
     def examples_seen(self) -> dict[str, int]:
         """Examples of each source trained on so far, on all ranks; every rank must call this."""
@@ -505,52 +483,3 @@ class ReasoningDataModule(LightningDataModule):
             "seed": self.seed,
             "lengths": self._grouping.digest(),
         }
-
-    # Reports.
-
-    def _report_overlong(self, name: str, count: OverlongCount, done: Overlong) -> None:
-        if count.too_long:
-            rank_zero_warn(count.message(name, self.max_length, done))
-
-    def _report_mixture(self) -> None:
-        sizes, weights = self._sizes(), self._weights()
-        total = epoch_length(sizes, weights, self.stop)
-        for name, weight, size, examples in zip(
-            self.source_names, weights, sizes, self._train or [], strict=True
-        ):
-            if round(total * weight) == 0:
-                rank_zero_warn(
-                    f"source {name}: weight {weight:.2g} of an epoch's {total} records is not one "
-                    "record, so it is never trained on; raise its weight in data.sources, or "
-                    "data.temperature."
-                )
-            rank_zero_info(
-                f"{name}: {size} records{' on disk' if isinstance(examples, Streamed) else ''}, "
-                f"weight {weight:.3g}, seen "
-                f"{total * weight / size:.2g} times an epoch"
-            )
-        held = sum(map(len, self._val))
-        if held:
-            rank_zero_info(f"held out to validate on: {held} records")
-
-
-# --- settings -------------------------------------------------------------------------------
-
-
-def _check_at_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{key}={value} is below {least}. Set data.{key} to at least {least}.")
-
-
-def _check_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key}={value!r} is none of {', '.join(choices)}. Set data.{key}.")
-
-
-def _check_temperature(temperature: Any) -> None:
-    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if temperature is not None and not (is_number and temperature > 0):
-        raise ValueError(
-            f"temperature={temperature!r} is no number above 0. Set data.temperature; 1 mixes "
-            "by size, 3 draws the shares together, null leaves them to the weights."
-        )

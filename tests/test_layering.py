@@ -60,6 +60,7 @@ FLOORS = {
     "batching": 2.2,
     "token_cache": 2.2,
     "mixture": 2,
+    "training_data": 2.4,
     "grouping": 2.3,
     "loading": 2.4,
     "packing": 2.5,
