@@ -181,7 +181,7 @@ def inspect(
         drawn = _draw_activations(setting, ckpt_path, Path(activations), num_batches)
     console.print(tables)
     at_once = rows_at_once(rows, data.max_length, num_tokens)
-    parts = "" if at_once == rows else f", {at_once} row{'s' * (at_once > 1)} at once"
+    parts = "" if at_once == rows else f", in parts of {at_once} row{'s' * (at_once > 1)}"
     console.print(f"Batch of {rows} x {data.max_length} tokens, {length} of them responses{parts}")
     selection = [c for c in _callbacks(setting) if isinstance(c, DynamicLayerSelection)]
     estimates = compare_memory(
@@ -308,13 +308,15 @@ def _tokens_at_once(
     """Most tokens that a training runs forward and backward at once; None for whole batches."""
     given = module.microbatch_tokens
     strategy = str(trainer.get("strategy")).lower()
-    scaled = _AUTOCAST.get(str(trainer.get("precision"))) == torch.float16
-    if given is None or scaled or any(word in strategy for word in _SHARDING):
-        return None
-    accelerator = trainer.get("accelerator") or "auto"
+    accelerator = str(trainer.get("accelerator") or "auto").lower()
     if accelerator == "auto":
         accelerator = "gpu" if torch.accelerator.is_available() else "cpu"
-    return busy_tokens(model, str(accelerator)) if given == "auto" else given
+    device = "cpu" if "cpu" in accelerator else accelerator
+    # Lightning takes bfloat16 on a CPU.
+    scaled = device != "cpu" and _AUTOCAST.get(str(trainer.get("precision"))) == torch.float16
+    if given is None or scaled or any(word in strategy for word in _SHARDING):
+        return None
+    return busy_tokens(model, device) if given == "auto" else given
 
 
 def _loaded(module: RoSAModule, ckpt_path: str | None) -> Any:

@@ -29,6 +29,7 @@ from rosa_lightning.microbatches import (
     sum_of_parts,
 )
 from rosa_lightning.packing import check_can_pack, is_packed_batch, num_rows, row_of
+from rosa_lightning.preconditions import is_reentrant
 from rosa_lightning.prefix import (
     rows_behind,
     why_not_in_training,
@@ -96,6 +97,7 @@ class Forward:
         self.block: nn.Module | None = None
         """What is run at supervised positions alone, beside the head."""
         self._cheap: list[nn.Module] | None = None
+        self._tokens_at_once = self.microbatch_tokens
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Within it, what is cheap to make again is not held for the backward pass."""
@@ -109,19 +111,24 @@ class Forward:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
 
         Args:
-            batch: As `TrainCollator` or `PackedCollator` makes it.
+            batch: As `TrainCollator` or `PackedCollator` makes it. Of one with more than
+                `microbatch_tokens`, gradients of all parts but the last are taken here, and the
+                loss can be differentiated once, by leaves; hooks see each part.
 
         Raises:
             ValueError: No token of the batch carries loss, or it is packed, and the model mixes
                 packed rows.
         """
-        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        parts = self._parts(batch)
+        # Counted apart, which waits for the device, where parts do not know of each other.
+        count = sum(_num_supervised(part) for part in parts) if len(parts) > 1 else None
 
-        def share(part: dict[str, Any]) -> Tensor:
+        def part_of_loss(part: dict[str, Any]) -> Tensor:
             with self.recomputing():
-                return self._read(part, predict=False)[0] / count
+                total, _, rows_N, _ = self._read(part, predict=False)
+            return total / (count or len(rows_N))
 
-        return sum_of_parts(self._parts(batch), share)
+        return sum_of_parts(parts, part_of_loss)
 
     def score(self, batch: dict[str, Any]) -> Scored:
         """The loss, and which answers the model would write by itself.
@@ -161,22 +168,33 @@ class Forward:
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """The batch, in as many parts as it takes to run few enough tokens at once."""
-        given, device = self.microbatch_tokens, batch["labels"].device.type
-        num_tokens = busy_tokens(self.model, device) if given == "auto" else given
-        if num_tokens is None or not torch.is_grad_enabled():
+        if self.microbatch_tokens is None or not torch.is_grad_enabled():
             return [batch]
-        if reason := self._why_not_in_parts(device):
-            if given != "auto":
-                instead = "batches are run whole in spite of model.microbatch_tokens"
-                self._note("microbatches", reason, instead)
+        device = batch["labels"].device.type
+        if self._tokens_at_once == "auto":
+            self._tokens_at_once = busy_tokens(self.model, device)
+        if self._tokens_at_once is None:
             return [batch]
-        return microbatches(batch, num_tokens)
+        parts = microbatches(batch, self._tokens_at_once, self._num_shared(batch))
+        if len(parts) > 1 and (reason := self._why_not_in_parts(device)):
+            self._note(reason, reason, "batches are run whole, model.microbatch_tokens or not")
+            return [batch]
+        return parts
 
     def _why_not_in_parts(self, device: str) -> str:
         if self.sharded:
             return _SHARDED
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-            return "in float16 the loss is scaled for its backward pass, which comes later"
+            return (
+                "16-mixed scales the loss for a backward pass that comes later (set "
+                "trainer.precision to bf16-mixed for parts)"
+            )
+        if any(
+            weight.requires_grad and weight._backward_hooks for weight in self.model.parameters()
+        ):
+            return "hooks on parameters would see gradients of parts"
+        if any(is_reentrant(module) for module in self.model.modules()):
+            return "reentrant checkpointing has but one backward pass"
         return ""
 
     # The head.
@@ -255,12 +273,16 @@ class Forward:
                 torch.clear_autocast_cache()  # of weights cast without a graph
                 self._note("packed", "", "")
             return {**{name: batch[name] for name in _PACKED}, "use_cache": False}, 0
-        num_shared = batch.get("num_shared", 0)
-        worth = num_shared >= WORTH_SHARING and len(batch["labels"]) > 1
-        if self.share_prefix and worth and self._can_share(batch):
+        if num_shared := self._num_shared(batch):
             return rows_behind(self.model, batch, num_shared), num_shared
         names = ("input_ids", "attention_mask", "position_ids")
         return {**{name: batch[name] for name in names}, "use_cache": False}, 0
+
+    def _num_shared(self, batch: dict[str, Any]) -> int:
+        """Tokens of the rows' beginning that are computed once."""
+        num_shared: int = batch.get("num_shared", 0)
+        worth = num_shared >= WORTH_SHARING and len(batch["labels"]) > 1
+        return num_shared if self.share_prefix and worth and self._can_share(batch) else 0
 
     def _can_share(self, batch: dict[str, Any]) -> bool:
         mode = "training" if self.model.training else "evaluation"
@@ -296,6 +318,10 @@ class Forward:
         if reason and what not in self._findings:
             rank_zero_info(f"{instead}: {reason}.")
         self._findings.setdefault(what, reason)
+
+
+def _num_supervised(batch: dict[str, Any]) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

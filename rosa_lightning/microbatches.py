@@ -4,110 +4,124 @@ The gradients of all parts but the last are taken as soon as their loss is known
 the backward pass comes. So whoever calls for it, Lightning or DDP, sees one loss and one backward
 pass.
 
-Axes: B rows, T tokens.
+Rows are run beside others than in the whole batch. What looks at all rows that are run together
+sees those of a part: a dropout's draws, the outliers of ``llm_int8``, a rotation that follows the
+longest row (``dynamic``, ``longrope``).
+
+Axes: B rows, T tokens, P tokens of a beginning that is computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rosa_lightning.batching import IGNORED
-from rosa_lightning.packing import is_packed_batch, num_rows
+from rosa_lightning.packing import is_packed_batch
+from rosa_lightning.quantization import num_parameters
 
 MicrobatchTokens = int | Literal["auto"] | None
 """Most tokens of a part; ``auto`` for what `busy_tokens` says; None for batches as they are."""
 
 _FEW = 2048
+"""Tokens of a part under ``auto``."""
 _LARGE = 2e9
-"""From so many weights on, a pass over a part of few tokens takes an accelerator longer (8 TFLOP
-forward, as much backward) than it takes to launch the kernels."""
+"""Weights of a base that takes an accelerator longer to run over so many tokens (8 TFLOP forward,
+as much backward) than to launch the kernels."""
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 _BOUNDS = ("num_label_positions", "num_shared")
 """What is said of all rows of a padded batch and so of any of them."""
 
 
-def check_microbatch_tokens(num_tokens: MicrobatchTokens) -> None:
+def check_microbatch_tokens(num_tokens: Any) -> None:
     """Check the setting.
 
     Raises:
-        ValueError: It is a number below 1.
+        ValueError: It is no `MicrobatchTokens`, or below 1.
     """
-    if isinstance(num_tokens, int) and num_tokens < 1:
-        raise ValueError(
-            f"microbatch_tokens={num_tokens} is below 1. Set model.microbatch_tokens to a number "
-            "of tokens, 2048 say, to auto, or to null for batches as they are."
-        )
+    is_number = isinstance(num_tokens, int) and not isinstance(num_tokens, bool)
+    if num_tokens is None or num_tokens == "auto" or (is_number and num_tokens >= 1):
+        return
+    raise ValueError(
+        f"microbatch_tokens={num_tokens!r} is no whole number from 1 up. Set "
+        "model.microbatch_tokens to a number of tokens, 2048 say, to auto, or to null for batches "
+        "as they are."
+    )
 
 
 def busy_tokens(model: nn.Module, device: str) -> int | None:
     """Tokens enough to keep a device busy, so that more at once make nothing faster.
 
     Args:
-        model: The base; weights may be missing.
+        model: The base; weights may be missing or packed.
         device: Type of the device, such as cpu or cuda.
 
     Returns:
         A number of tokens; None for small models on an accelerator, which would wait for kernels
         to be launched.
     """
-    if device == "cpu" or sum(weight.numel() for weight in model.parameters()) >= _LARGE:
-        return _FEW
-    return None
+    return _FEW if device == "cpu" or num_parameters(model) >= _LARGE else None
 
 
 def rows_at_once(batch_size: int, width: int, num_tokens: int | None) -> int:
-    """Rows of the largest part of a padded batch."""
+    """Rows of the largest part of a batch whose rows are all equally long."""
     if num_tokens is None or batch_size * width <= num_tokens:
         return batch_size
     num_parts = -(-batch_size // max(1, num_tokens // width))
     return -(-batch_size // num_parts)
 
 
-def microbatches(batch: dict[str, Any], num_tokens: int) -> list[dict[str, Any]]:
+def microbatches(
+    batch: dict[str, Any], num_tokens: int, num_shared: int = 0
+) -> list[dict[str, Any]]:
     """A batch in parts of at most so many tokens, padding included, or of one row.
 
-    Padded rows of like length come together, and a part is as wide as its longest row. Parts that
-    carry no loss are left out.
+    There are as few parts as can be, and they are as small as so few can be. Padded rows of like
+    length come together, and a part is as wide as its longest row. Parts that carry no loss are
+    left out.
 
     Args:
         batch: As `TrainCollator` or `PackedCollator` makes it.
         num_tokens: At least 1.
+        num_shared: P, tokens of a padded batch's rows that each part computes once.
 
     Returns:
         Batches with what a loss is computed from; the given one alone, if it is no larger.
     """
-    if batch["labels"].numel() <= num_tokens or num_rows(batch) == 1:
+    is_packed = is_packed_batch(batch)
+    rows, width = (1, batch["labels"].numel()) if is_packed else batch["labels"].shape
+    if num_shared + rows * (width - num_shared) <= num_tokens:
         return [batch]
-    parts = (_packed if is_packed_batch(batch) else _padded)(batch, num_tokens)
+    parts = _packed(batch, num_tokens) if is_packed else _padded(batch, num_tokens, num_shared)
+    if len(parts) == 1:
+        return [batch]
     return [part for part in parts if (part["labels"][:, 1:] != IGNORED).any()] or [batch]
 
 
-def _padded(batch: dict[str, Any], num_tokens: int) -> list[dict[str, Any]]:
-    rows, width = batch["labels"].shape
-    size = rows_at_once(rows, width, num_tokens)
-    lengths_B, order_B = batch["attention_mask"].sum(1).sort(stable=True)
-    groups = torch.tensor_split(order_B, -(-rows // size))
-    ends = torch.tensor([len(group) for group in groups]).cumsum(0) - 1
-    longest = lengths_B[ends.to(lengths_B.device)].tolist()
+def _padded(batch: dict[str, Any], num_tokens: int, num_shared: int) -> list[dict[str, Any]]:
+    lengths_B, order_B = batch["attention_mask"].sum(1).sort(descending=True, stable=True)
+
+    def size(group: Sequence[int]) -> int:
+        return num_shared + len(group) * (group[0] - num_shared)
+
+    groups = _groups(lengths_B.tolist(), size, num_tokens)
+    width = batch["labels"].shape[1]
     common: dict[str, Any] = {name: batch[name] for name in _BOUNDS if name in batch}
     return [
-        {**common, **{name: batch[name][group, width - length :] for name in _PER_TOKEN}}
-        for group, length in zip(groups, longest, strict=True)
+        {**common, **{name: batch[name][rows, width - group[0] :] for name in _PER_TOKEN}}
+        for rows, group in zip(order_B.split([*map(len, groups)]), groups, strict=True)
     ]
 
 
 def _packed(batch: dict[str, Any], num_tokens: int) -> list[dict[str, Any]]:
-    groups: list[list[int]] = []
-    for length in batch["row_lengths"].tolist():
-        if not groups or sum(groups[-1]) + length > num_tokens:
-            groups.append([])
-        groups[-1].append(length)
-    sizes = [sum(group) for group in groups]
+    groups = _groups(batch["row_lengths"].tolist(), sum, num_tokens)
+    sizes = [*map(sum, groups)]
     columns = zip(*(batch[name].split(sizes, dim=1) for name in _PER_TOKEN), strict=True)
     return [
         {
@@ -118,47 +132,75 @@ def _packed(batch: dict[str, Any], num_tokens: int) -> list[dict[str, Any]]:
     ]
 
 
+def _groups(
+    lengths: Sequence[int], size: Callable[[Sequence[int]], int], most: int
+) -> list[list[int]]:
+    """Lengths in groups, in their order: as few as can be, and the largest as small as can be."""
+
+    def filled(most: int) -> list[list[int]]:
+        groups: list[list[int]] = []
+        for length in lengths:
+            if groups and size([*groups[-1], length]) <= most:
+                groups[-1].append(length)
+            else:
+                groups.append([length])
+        return groups
+
+    fewest = len(filled(most))
+    return filled(bisect_left(range(most), True, key=lambda less: len(filled(less)) <= fewest))
+
+
 def sum_of_parts(
     parts: Sequence[dict[str, Any]], loss: Callable[[dict[str, Any]], Tensor]
 ) -> Tensor:
-    """Sum of the parts' losses, without the graphs of any but the last.
+    """Sum of the parts' losses, with the graph of the last part alone.
 
-    Its gradients are those of all parts, and exact for every leaf that any of them reached. It can
-    be differentiated once.
+    Its gradients are those of all parts for every leaf that any of them reached, parameters and
+    others. It can be differentiated once. For other tensors than leaves, and for graphs that parts
+    have in common, there is but the last part.
 
     Args:
         parts: At least one.
         loss: Of one part, a scalar.
     """
-    *firsts, last = parts
-    total: Tensor | None = None
-    gradients: dict[Tensor, Tensor] = {}
-    for part in firsts:
-        one = loss(part)
-        for leaf, gradient in _gradients(one).items():
-            known = gradients.get(leaf)
-            gradients[leaf] = gradient if known is None else known + gradient
-        total = one.detach() if total is None else total + one.detach()
-    end = loss(last)
-    if total is None:
-        return end
-    known_total: Tensor = _Known.apply(total, [*gradients.values()], *gradients)  # type: ignore[no-untyped-call]
-    return end + known_total
+    *early, last = parts
+    if not early:
+        return loss(last)
+    # Weak, as some leaves are of a part's graph: the output of a frozen embedding, say.
+    gradients: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+    known = [_add_gradients(loss(part), gradients) for part in early]
+    last_loss = loss(last)
+    leaves = [*gradients]
+    total: Tensor = _Known.apply(  # type: ignore[no-untyped-call]
+        torch.stack(known).sum(), [gradients[leaf] for leaf in leaves], *leaves
+    )
+    return last_loss + total
 
 
-def _gradients(loss: Tensor) -> dict[Tensor, Tensor]:
-    """Gradients of all leaves that a loss depends on; its graph is gone afterwards."""
+def _add_gradients(loss: Tensor, gradients: MutableMapping[Tensor, Tensor]) -> Tensor:
+    """Add the gradients of all leaves that a loss depends on; returns it without its graph."""
     leaves = _leaves(loss)
     if not leaves:
-        return {}
+        return loss.detach()
     # As the backward pass is run, outside.
     with torch.autocast(loss.device.type, enabled=False):
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return {leaf: one for leaf, one in zip(leaves, found, strict=True) if one is not None}
+        try:
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        except RuntimeError as error:
+            error.add_note(
+                "The batch is taken in parts, each with a backward pass of its own. Set "
+                "model.microbatch_tokens to null, if this comes of it."
+            )
+            raise
+    for leaf, gradient in zip(leaves, found, strict=True):
+        if gradient is not None:
+            known = gradients.get(leaf)
+            gradients[leaf] = gradient if known is None else known + gradient
+    return loss.detach()
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """What gradients of a loss end in, each once: parameters, whoever they belong to."""
+    """What gradients of a loss end in, each once."""
     found, seen, waiting = [], set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -172,7 +214,7 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 
 class _Known(torch.autograd.Function):
-    """A number whose gradients are known already."""
+    """A scalar whose gradients are known already, one for each leaf, of the leaf's shape."""
 
     @staticmethod
     def forward(ctx: Any, number: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
@@ -182,4 +224,5 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        # Not in place: a graph that is retained is run again.
         return None, None, *(gradient * scale for gradient in ctx.saved_tensors)

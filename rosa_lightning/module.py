@@ -99,9 +99,10 @@ class RoSAModule(Answering):
         loss_chunk: Response tokens of a batch whose logits are held at once; all by default. For
             long responses: less memory, a little more time.
         microbatch_tokens: Tokens of a batch, padding included, that are run forward and backward at
-            once; a larger batch is taken in parts, in one step and with its own gradients. ``auto``
-            is 2048 on a CPU and for bases from 2e9 weights on, which so many tokens keep busy, else
-            all. All, too, where the model is in shards and under 16-mixed.
+            once, or one row, if that alone is longer; a larger batch is taken in parts, in one step
+            and with its own gradients. ``auto`` is 2048 on a CPU and for bases from 2e9 weights on,
+            which so many tokens keep busy, else all. All, too, where the model is in shards, under
+            16-mixed, with hooks on trained parameters and with reentrant checkpointing.
         compile: Compile the decoder layers, one by one, for training on one device or under DDP.
         max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.

@@ -99,7 +99,7 @@ def check_checkpointing(model: nn.Module) -> None:
         ValueError: Names the module.
     """
     for name, module in model.named_modules():
-        if _is_reentrant(module):
+        if is_reentrant(module):
             raise ValueError(
                 f"{name or type(module).__name__} uses reentrant activation checkpointing, which "
                 "loses the gradients of layers above frozen ones. Enable it with "
@@ -113,7 +113,8 @@ def check_checkpointing(model: nn.Module) -> None:
         )
 
 
-def _is_reentrant(module: nn.Module) -> bool:
+def is_reentrant(module: nn.Module) -> bool:
+    """Whether a module's activations are checkpointed in the reentrant way."""
     # transformers' layers; torch's own default is reentrant.
     call = getattr(module, "_gradient_checkpointing_func", None)
     if getattr(module, "gradient_checkpointing", False) and isinstance(call, partial):

@@ -14,7 +14,10 @@ import torch
 import transformers
 import yaml
 from conftest import SMALL, save_base
+from lightning.pytorch.accelerators import CPUAccelerator
+from torch import nn
 
+from rosa_lightning import commands
 from rosa_lightning.adapter import load_adapter
 from rosa_lightning.base import load_base
 from rosa_lightning.cli import main
@@ -430,10 +433,39 @@ def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
     (tmp_path / "shell").mkdir()
     (tmp_path / "shell" / "config.json").write_text((base_folder / "config.json").read_text())
     step = ["--data.batch_size", "2", "--data.max_length", "16", "--response_length", "4"]
+    step += ["--trainer.accelerator", "cpu", "--model.microbatch_tokens", "16"]
     status, printed, _ = run(capsys, "inspect", "--model.base", "shell", *step)
     assert status == 0
-    for expected in ("self_attn.q_proj", "2 of 8 pairs", "Trainable", "Batch of 2 x 16", "peak"):
+    for expected in (
+        "self_attn.q_proj",
+        "2 of 8 pairs",
+        "Trainable",
+        "in parts of 1 row\n",
+        "peak",
+    ):
         assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "wanted"),
+    [
+        ("auto", {"accelerator": "cpu"}, 2048),
+        (100, {"accelerator": "cpu"}, 100),
+        (None, {"accelerator": "cpu"}, None),
+        ("auto", {"accelerator": "gpu"}, None),
+        (100, {"accelerator": "gpu"}, 100),
+        (100, {"accelerator": "cpu", "precision": "16-mixed"}, 100),  # Lightning takes bfloat16
+        (100, {"accelerator": "gpu", "precision": "16-mixed"}, None),
+        (100, {"accelerator": "gpu", "precision": "bf16-mixed"}, 100),
+        (100, {"accelerator": "cpu", "strategy": "fsdp"}, None),
+        (100, {"accelerator": "cpu", "strategy": "ModelParallelStrategy"}, None),
+        (100, {"accelerator": "cpu", "strategy": "ddp"}, 100),
+        ("auto", {"accelerator": CPUAccelerator()}, 2048),
+    ],
+)
+def test_inspect_knows_how_many_tokens_a_training_runs_at_once(given, settings, wanted):
+    module = RoSAModule("tiny", microbatch_tokens=given)
+    assert commands._tokens_at_once(module, settings, nn.Linear(2, 2)) == wanted
 
 
 def test_inspect_of_a_checkpoint_and_of_an_adapter_show_what_was_trained(trained, capsys):

@@ -269,7 +269,7 @@ def test_a_model_in_shards_is_run_once_over_whole_rows(said):
     assert widths.decoder[0] == (3, 34)
     assert len(said) == 2
     assert all("shards" in line for line in said)
-    assert "in spite of model.loss_chunk" in said[0]
+    assert any("in spite of model.loss_chunk" in line for line in said)
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -352,6 +352,7 @@ def test_parts_of_a_batch_are_in_the_figures(scoring):
     module, estimate = both("float32", 8, 128, 16)
     whole = estimate(scoring=scoring)
     module._forward.microbatch_tokens = 400  # 3, 3 and 2 rows
+    module._forward.forget()
     parts = estimate(scoring=scoring, microbatch_tokens=400)
     measured = measure(module, 8, 128, 16, scoring=scoring)
     assert parts.peak == pytest.approx(measured["peak"], rel=0.05)
@@ -363,6 +364,7 @@ def test_the_gradients_of_parts_that_are_done_are_in_the_figures():
     roae = RoAEConfig(rank=512, targets=("q", "k", "v", "o", "gate", "up", "down"))
     module, estimate = both("float32", 4, 8, 2, roae=roae)
     module._forward.microbatch_tokens = 8
+    module._forward.forget()
     measured = measure(module, 4, 8, 2, make_optimizer=partial(torch.optim.SGD, lr=0.1))
     found = estimate(microbatch_tokens=8, optimizer=partial(torch.optim.SGD, lr=0.1))
     assert found.peak == pytest.approx(measured["peak"], rel=0.03)

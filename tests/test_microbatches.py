@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from test_forward import HEADS, Widths, adapted, batch_of, check, gradients, packed, single_rows
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning import DynamicLayerSelection, RoSAModule, forward
 from rosa_lightning.compiled import compile_layers
@@ -42,22 +44,53 @@ def rows_of(batch: dict[str, Any]) -> list[tuple[list[int], ...]]:
     return [tuple(part.tolist() for part in row) for row in zip(*split, strict=True)]
 
 
+def best_split(lengths: list[int], size, most: int) -> tuple[int, int]:
+    """By trying all: as few groups as can be, and how large the largest must be."""
+    found = []
+    for cuts in range(2 ** (len(lengths) - 1)):
+        groups = [[lengths[0]]]
+        for number, length in enumerate(lengths[1:]):
+            if cuts >> number & 1:
+                groups.append([])
+            groups[-1].append(length)
+        sizes = [size(group) for group in groups]
+        if all(n <= most or len(g) == 1 for n, g in zip(sizes, groups, strict=True)):
+            found.append((len(groups), max(n for n in sizes)))
+    return min(found)
+
+
 @given(
-    rests=st.lists(st.tuples(st.integers(2, 30), st.just(1)), min_size=1, max_size=9),
+    rests=st.lists(st.tuples(st.integers(2, 30), st.just(1)), min_size=1, max_size=7),
     num_tokens=st.integers(1, 200),
+    num_shared=st.sampled_from([0, 2]),
     pack=st.booleans(),
 )
-def test_parts_hold_every_row_once_and_no_more_tokens_than_wanted(rests, num_tokens, pack):
+def test_parts_hold_every_row_once_and_are_few_and_small(rests, num_tokens, num_shared, pack):
     batch = batch_of(num_shared=2, rests=rests)
-    batch = packed(batch) if pack else batch
-    parts = microbatches(batch, num_tokens)
-    assert (parts == [batch]) == (batch["labels"].numel() <= num_tokens or len(rests) == 1)
+    batch, num_shared = (packed(batch), 0) if pack else (batch, num_shared)
+
+    def size(lengths: list[int]) -> int:
+        if pack:
+            return sum(lengths)
+        return num_shared + len(lengths) * (max(lengths) - num_shared)
+
+    parts = microbatches(batch, num_tokens, num_shared)
     assert sorted(row for part in parts for row in rows_of(part)) == sorted(rows_of(batch))
+    lengths = [[len(ids) for ids, _, _ in rows_of(part)] for part in parts]
+    whole = [len(ids) for ids, _, _ in rows_of(batch)]
+    wanted = best_split(whole if pack else sorted(whole, reverse=True), size, num_tokens)
+    assert (len(parts), max(map(size, lengths))) == wanted
+    assert (parts == [batch]) == (len(parts) == 1)
     for part in parts:
-        assert part["labels"].numel() <= num_tokens or len(rows_of(part)) == 1
         if not pack:
             assert part["attention_mask"][:, 0].any()
             assert part["attention_mask"][:, -1].all()
+
+
+@pytest.mark.parametrize("longest", [1000, 2000])
+def test_one_long_row_does_not_scatter_the_others(longest):
+    batch = batch_of(num_shared=2, rests=((longest, 1), *[(60, 1)] * 31))
+    assert [len(part["labels"]) for part in microbatches(batch, 2048)] == [1, 31]
 
 
 KINDS = (*FAMILIES, "soft-capped", "without logits_to_keep", "experts")
@@ -127,6 +160,57 @@ def test_the_graphs_of_parts_are_never_alive_together():
     assert peaks[40] < 0.3 * peaks[None]
 
 
+class Keeping(torch.autograd.Function):
+    """Holds on to a tensor as long as its node lives, whether saved tensors are freed or not."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.kept = x + 1
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient + 0 * ctx.kept
+
+
+def test_however_many_parts_there_are_they_take_no_more():
+    weight, peaks = torch.ones(1000, requires_grad=True), []
+    for number in (2, 3, 6):
+        with LiveBytes([weight]) as live:
+            sum_of_parts([{}] * number, lambda _: Keeping.apply(weight * 2).sum()).backward()
+        assert torch.equal(weight.grad, torch.full((1000,), 2.0 * number))
+        weight.grad = None
+        peaks.append(live.peak)
+    assert peaks[2] < peaks[1] + 100  # bytes, for a number a part
+    assert peaks[1] <= peaks[0] + weight.nbytes
+
+
+def test_a_beginning_that_is_computed_once_counts_once(said):
+    model, batch = adapted(build("llama")), batch_of(rests=RESTS)  # 20 + 6 x 14 tokens
+    for share_prefix, num_tokens, wanted in ((True, 104, 1), (True, 103, 2), (False, 104, 2)):
+        run = Forward(model, share_prefix=share_prefix, microbatch_tokens=num_tokens)
+        run.loss(batch)
+        widths = Widths(model)
+        run.loss(batch)
+        assert len(widths.decoder) == wanted * (2 if share_prefix else 1)
+    assert not said
+
+
+def test_tensors_of_a_part_alone_are_not_kept_for_their_gradients():
+    weight = torch.ones(1000, requires_grad=True)
+
+    def loss(part: dict[str, Any]) -> Tensor:
+        # As enable_input_require_grads makes the output of an embedding a leaf.
+        own = torch.ones(1000).requires_grad_()
+        return (weight * own).sum()
+
+    with LiveBytes([weight]) as live:
+        total = sum_of_parts([{}] * 9, loss)
+        assert live.now <= 4 * weight.nbytes  # nine of its own would be more
+        total.backward()
+    assert torch.equal(weight.grad, torch.full((1000,), 9.0))
+
+
 def test_a_loss_in_parts_goes_on_into_any_graph_and_backward_twice():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     wanted = gradients(model, single_rows(model, batch))
@@ -194,21 +278,45 @@ def test_under_autocast_the_gradients_are_those_of_the_parts_one_by_one(dtype):
         assert_close(grad, weight.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("given_by_user", [True, False])
-@pytest.mark.parametrize("why", ["shards", "float16"])
-def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, given_by_user, said, monkeypatch):
+def in_shards(run: Forward) -> None:
+    run.sharded = True
+
+
+def with_a_hook(run: Forward) -> None:
+    weight = next(weight for weight in run.model.parameters() if weight.requires_grad)
+    weight.register_hook(lambda gradient: 2 * gradient)
+
+
+def reentrant(run: Forward) -> None:
+    for layer in run.model.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
+    run.model.enable_input_require_grads()
+
+
+OBSTACLES = {
+    "shards": in_shards,
+    "16-mixed": lambda run: None,
+    "hooks on parameters": with_a_hook,
+    "reentrant": reentrant,
+}
+
+
+@pytest.mark.parametrize("num_tokens", [40, "auto"])
+@pytest.mark.parametrize("why", OBSTACLES)
+def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, num_tokens, said, monkeypatch):
     monkeypatch.setattr(forward, "busy_tokens", lambda *_: 40)
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     widths = Widths(model)
-    run = Forward(model, share_prefix=False, microbatch_tokens=40 if given_by_user else "auto")
-    run.sharded = why == "shards"
-    with torch.autocast("cpu", torch.float16, enabled=why == "float16"):
-        run.loss(batch)
-        run.loss(batch)
+    run = Forward(model, share_prefix=False, microbatch_tokens=num_tokens)
+    OBSTACLES[why](run)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.float16, enabled=why == "16-mixed"):
+            loss = run.loss(batch)
     assert widths.decoder[-1] == (6, 34)
-    about = [line for line in said if "in spite of model.microbatch_tokens" in line]
-    assert len(about) == given_by_user
-    assert all(why in line for line in about)
+    loss.backward()
+    (about,) = [line for line in said if "run whole" in line]
+    assert why in about
 
 
 def test_as_many_tokens_as_keep_a_device_busy():
@@ -218,9 +326,9 @@ def test_as_many_tokens_as_keep_a_device_busy():
     assert busy_tokens(small, "cuda") is None
 
 
-@pytest.mark.parametrize("num_tokens", [0, -1])
+@pytest.mark.parametrize("num_tokens", [0, -1, True, 2048.0, "2048", "automatic"])
 def test_parts_of_nothing_are_refused(base_folder, num_tokens):
-    with pytest.raises(ValueError, match=r"below 1\. Set model\.microbatch_tokens"):
+    with pytest.raises(ValueError, match=r"whole number .*\. Set model\.microbatch_tokens"):
         RoSAModule(str(base_folder), microbatch_tokens=num_tokens)
 
 

@@ -54,6 +54,16 @@ def test_every_key_of_the_configuration_table_exists(capsys, monkeypatch):
         assert f"--{key}" in text, key
 
 
+def test_every_argument_of_the_modules_stands_in_the_table():
+    from rosa_lightning import ReasoningDataModule, RoSAModule
+
+    elsewhere = {"model.optimizer", "model.lr_scheduler"}
+    for group, kind in (("model", RoSAModule), ("data", ReasoningDataModule)):
+        for name in inspect.signature(kind).parameters:
+            key = f"{group}.{name}"
+            assert key in elsewhere or re.search(rf"^\| .*`{key}[`.]", README, re.MULTILINE), key
+
+
 def test_every_argument_of_layer_selection_stands_in_its_table_with_its_default():
     from rosa_lightning import DynamicLayerSelection
 

@@ -146,6 +146,19 @@ def test_a_graph_that_is_dropped_is_freed(function):
     assert alive() is None
 
 
+def test_a_graph_that_is_dropped_frees_what_its_modules_were_given():
+    """Though another, of the same forward pass, lives on."""
+    act, x = nn.SiLU(), torch.randn(1000, requires_grad=True)
+    with LiveBytes([x]) as live:
+        with recomputed([act]):
+            dropped = (act(x * 2) * x).sum()
+            kept = (act(x * 3) * x).sum()
+        both = live.now
+        del dropped
+        assert both - live.now >= x.nbytes
+    kept.backward()
+
+
 def test_a_backward_pass_may_come_twice():
     model, batch = adapted(build("qwen3")), batch_of()
     run = Forward(model)
