@@ -175,10 +175,15 @@ def outermost(report, model) -> dict[str, RoAELinear]:
     }
 
 
+def far_from_zero(size: int) -> Tensor:
+    """Random values whose turning is not lost in rounding."""
+    return torch.randn(size).sign() * (0.5 + torch.rand(size))
+
+
 def check_low_frequencies(model, report) -> None:
     layers = {model.get_submodule(p.layer): p.layer for p in report.projections}
     vectors = {
-        path: torch.randn(layer(torch.zeros(1, 1, layer.roae_A.shape[1])).shape[-1])
+        path: far_from_zero(layer(torch.zeros(1, 1, layer.roae_A.shape[1])).shape[-1])
         for path, layer in outermost(report, model).items()
     }
     theta = frequencies(model, layers, vectors)

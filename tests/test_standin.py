@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def report_on(model: torch.nn.Module, targets: tuple[str, ...]) -> RoAEReport | 
     return None
 
 
+def frequencies(report: RoAEReport) -> list[float]:
+    return [f for p in report.projections if p.table for f in p.table.inv_freq]
+
+
+def without_frequencies(report: RoAEReport | None) -> RoAEReport | None:
+    if report is None:
+        return None
+    bare = [replace(p, table=p.table and replace(p.table, inv_freq=())) for p in report.projections]
+    return replace(report, projections=tuple(bare))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("targets", [("q", "k"), EVERY], ids=["qk", "every"])
@@ -56,8 +68,11 @@ def test_a_skeleton_is_adapted_as_the_model_with_its_weights_is(name, targets, t
         empty = skeleton(real.config, tmp_path)
     except ValueError as error:
         pytest.skip(f"its text model alone is no base: {error}")
-    expected = report_on(real, targets)
-    assert report_on(empty, targets) == expected
+    expected, found = report_on(real, targets), report_on(empty, targets)
+    assert without_frequencies(found) == without_frequencies(expected)
+    if expected is not None:
+        # To float32's rounding: a model on the meta device may take another way to them.
+        assert frequencies(found) == pytest.approx(frequencies(expected), rel=1e-5)
     if expected is not None:
         shapes = {name: weight.shape for name, weight in real.named_parameters()}
         assert {name: weight.shape for name, weight in empty.named_parameters()} == shapes

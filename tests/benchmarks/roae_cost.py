@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -99,9 +101,9 @@ def measure(
     return seconds
 
 
-def line(name: str, values: list[float], bar: float | None = None, scale: float = 1.0) -> bool:
+def line(name: str, values: list[float], bar: float | None = None) -> bool:
     """Print a median and its quartiles; whether the median misses the bar."""
-    low, middle, high = (scale * value for value in statistics.quantiles(values, n=4))
+    low, middle, high = statistics.quantiles(values, n=4)
     wanted = "" if bar is None else f"   at most {bar:g}"
     print(f"{name:46} {middle:7.3f}   {low:.3f} to {high:.3f}{wanted}", flush=True)
     return bar is not None and middle > bar
@@ -115,6 +117,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument(
         "--cpu-time", action="store_true", help="of this process, on a busy machine"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="file for what has a bar, as training_speed.py reads"
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -140,15 +145,22 @@ def main() -> int:
     def ratios(name: str, to: str) -> list[float]:
         return [a / b for a, b in zip(seconds[name], seconds[to], strict=True)]
 
-    missed = False
+    missed, figures = False, []
+
+    def tell(name: str, values: list[float], bar: float | None = None) -> None:
+        nonlocal missed
+        missed |= line(name, values, bar)
+        if bar is not None:
+            figures.append({"name": name, "values": values, "bar": bar})
+
     for name, bar in zip(list(models)[1:], (None, 1.05, 1.05, None, None, None), strict=True):
-        missed |= line(f"{name} / floor", ratios(name, "floor"), bar)
-    missed |= line("scoring step / all active", ratios("scoring step", "RoAE, rank 16"), 1.35)
+        tell(f"{name} / floor", ratios(name, "floor"), bar)
+    tell("scoring step / all active", ratios("scoring step", "RoAE, rank 16"), 1.35)
     interval = inspect.signature(DynamicLayerSelection).parameters["interval"].default
-    share = [
-        (r - 1) / (interval + r - 1) for r in ratios("scoring step", "RoAE, upper half active")
-    ]
-    missed |= line(f"scoring, % of a run, interval {interval}", share, 1, scale=100)
+    extra = [r - 1 for r in ratios("scoring step", "RoAE, upper half active")]
+    tell(f"scoring, % of a run, interval {interval}", [100 * r / (interval + r) for r in extra], 1)
+    if given.json:
+        given.json.write_text(json.dumps(figures))
     return int(missed)
 
 

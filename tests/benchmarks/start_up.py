@@ -13,6 +13,7 @@ LoRA with r=16 on q, k, v, up and down. Needs the extra `test`, and accelerate.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -133,6 +134,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--json", type=Path, help="file for what has a bar, as training_speed.py reads"
+    )
     parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)  # its tokenised data
     options = parser.parse_args()
     if options.baseline:
@@ -159,8 +163,12 @@ def main() -> None:
             "import torch": ["-c", "import torch"],
             "import lightning.pytorch": ["-c", "import lightning.pytorch"],
         }
-        compare(ways, options.rounds)
+        ratios = compare(ways, options.rounds)
         tokenise(options.records, base, folder / "anew")
+        if options.json:
+            name = "start of fit to the end of step 1 over LoRA's"
+            figure = {"name": name, "values": ratios["fit"], "bar": 1.0}
+            options.json.write_text(json.dumps([figure]))
 
 
 def tokenise(records: Path, base: Path, cache: Path) -> None:
@@ -177,8 +185,9 @@ def tokenise(records: Path, base: Path, cache: Path) -> None:
         print(f"{len(data.train_dataloader().dataset)} records {name}: {took:.2f} s")
 
 
-def compare(ways: dict[str, list[str]], rounds: int) -> None:
+def compare(ways: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
     """Print the median seconds of each way, and its ratio to the first, with the ratios' range."""
+    ratios: dict[str, list[float]] = {}
     took: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, command in ways.items():
@@ -188,11 +197,12 @@ def compare(ways: dict[str, list[str]], rounds: int) -> None:
     first = next(iter(took.values()))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     for name, values in took.items():
-        ratios = sorted(a / b for a, b in zip(values, first, strict=True))
+        own = ratios[name] = sorted(a / b for a, b in zip(values, first, strict=True))
         print(
             f"{name:26} {statistics.median(values):6.2f} s   "
-            f"{statistics.median(ratios):5.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"{statistics.median(own):5.2f}  ({own[0]:.2f} to {own[-1]:.2f})"
         )
+    return ratios
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast and how large a training is, beside PEFT LoRA under the trainer of transformers.
 
     python tests/benchmarks/training_speed.py DATA              # some 50 minutes on 2 cores
-    python tests/benchmarks/training_speed.py DATA --short      # some 25 minutes
+    python tests/benchmarks/training_speed.py DATA --short      # some 20 minutes
     python tests/benchmarks/training_speed.py --device cuda     # GPU shapes, tokens a second, MFU
 
 DATA is a folder with boolq.json, openbookqa.json, arc_easy.json and arc_challenge.json. A 12-layer,
@@ -12,7 +12,7 @@ records are drawn from all files alike, so that these are mixed by size. The fir
 of each is not counted, and each round is an epoch. Ratios are taken in each round; the table has
 their median, and in brackets the lowest and the highest. `--only` chooses among trainings, what DLS
 selects, the cost of RoAE and of the number of records, and two scripts of their own: roae_cost.py,
-which has the cost of scoring, and start_up.py.
+which has the cost of scoring, and start_up.py. The last table has all figures with their bars.
 """
 
 from __future__ import annotations
@@ -325,6 +325,26 @@ class Contender:
 # --- the tables -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A line of the last table."""
+
+    name: str
+    values: list[float]
+    bar: float
+    at_most: bool = True
+
+    def row(self) -> str:
+        middle = statistics.median(self.values)
+        met = middle <= self.bar if self.at_most else middle >= self.bar
+        bar = f"at {'most' if self.at_most else 'least'} {self.bar:g}"
+        return f"| {self.name} | {spread(self.values)} | {bar} | {'yes' if met else 'no'} |"
+
+
+BARS = {UPPER: (4.8, 2.6), ALL: (3.5, 1.9)}
+"""Times the examples a second of LoRA in random order, and in length groups."""
+
+
 def interleave(
     contenders: dict[str, Contender], steps: int, rounds: int, turn: int, warm_up: int
 ) -> None:
@@ -372,25 +392,34 @@ def contenders_of(options: argparse.Namespace, base: str, paths: list[str]) -> d
     }
 
 
-def compare_trainings(options: argparse.Namespace, base: str, paths: list[str]) -> None:
+def compare_trainings(options: argparse.Namespace, base: str, paths: list[str]) -> list[Figure]:
     jobs = contenders_of(options, base, paths)
     contenders = {name: Contender(*job) for name, job in jobs.items()}
     steps = options.records // options.batch_size
     # Rounds begin where epochs do: else one may meet the longest batch twice, and another not.
     interleave(contenders, steps, options.rounds, options.turn, warm_up=steps)
     random_, grouped = contenders[RANDOM], contenders[GROUPED]
+    figures: list[Figure] = []
     print("\n| training | examples/s | times random | times length groups | peak memory, MiB |")
     print("|---|---|---|---|---|")
     for name, own in contenders.items():
         rate = statistics.median(options.records / seconds for seconds in own.seconds)
         ratios = [
-            spread([a / b for a, b in zip(rival.seconds, own.seconds, strict=True)])
+            [a / b for a, b in zip(rival.seconds, own.seconds, strict=True)]
             for rival in (random_, grouped)
         ]
-        memory = f"{own.rss:.0f} ({own.rss / random_.rss:.2f})"
-        print(f"| {name} | {rate:.2f} | {ratios[0]} | {ratios[1]} | {memory} |")
+        memory = own.rss / random_.rss
+        told = f"{spread(ratios[0])} | {spread(ratios[1])} | {own.rss:.0f} ({memory:.2f})"
+        print(f"| {name} | {rate:.2f} | {told} |")
+        for order, values, bar in zip(
+            ("random", "grouped"), ratios, BARS.get(name, ()), strict=False
+        ):
+            figures.append(Figure(f"{name}, examples/s over LoRA, {order}", values, bar, False))
+        if name not in (RANDOM, GROUPED):
+            figures.append(Figure(f"{name}, peak memory over LoRA", [memory], 0.4))
     for contender in contenders.values():
         contender.stop()
+    return figures
 
 
 def runs(values: list[int]) -> str:
@@ -418,7 +447,7 @@ def selection_table(options: argparse.Namespace, base: str, paths: list[str]) ->
     print(f"\nlowest active layer of {DLS}, batches of 4: {runs(contender.lowest)}")
 
 
-def floor_table(options: argparse.Namespace, base: str, paths: list[str]) -> None:
+def floor_table(options: argparse.Namespace, base: str, paths: list[str]) -> list[Figure]:
     job = Job(
         name=FLOOR,
         base=base,
@@ -434,9 +463,10 @@ def floor_table(options: argparse.Namespace, base: str, paths: list[str]) -> Non
         f"\nRoAE over the frozen floor, forward and backward, {len(ratios)} batches: "
         f"{spread(ratios)}"
     )
+    return [Figure("RoAE over the frozen floor", ratios, 1.05)]
 
 
-def size_table(options: argparse.Namespace, base: str, folder: Path) -> None:
+def size_table(options: argparse.Namespace, base: str, folder: Path) -> list[Figure]:
     """Seconds an example against the number of records, which are all one record."""
     record = json.loads((folder / "openbookqa.json").read_text())[0]
     contenders = {}
@@ -457,10 +487,13 @@ def size_table(options: argparse.Namespace, base: str, folder: Path) -> None:
     turn = options.size_steps // 4 or 1
     interleave(contenders, options.size_steps, options.rounds, turn, warm_up=turn)
     first = next(iter(contenders.values())).seconds
+    figures = []
     for name, contender in contenders.items():
         ratios = [b / a for a, b in zip(first, contender.seconds, strict=True)]
         print(f"time an example, {name}, by that of the first: {spread(ratios)}")
+        figures.append(Figure(f"time an example, {name}, by that of the first", ratios, 1.05))
         contender.stop()
+    return figures[1:]
 
 
 def main() -> None:
@@ -513,28 +546,37 @@ def on_cpu(options: argparse.Namespace) -> None:
         base = folder / "base"
         make_base(base, options.data, SMALL if options.small else SHAPE)
         paths = make_records(options.data, folder, options.records)
+        figures: list[Figure] = []
         if "training" in wanted:
-            compare_trainings(options, str(base), paths)
+            figures += compare_trainings(options, str(base), paths)
         if "selection" in wanted:
             selection_table(options, str(base), paths)
         if "floor" in wanted:
-            floor_table(options, str(base), paths)
+            figures += floor_table(options, str(base), paths)
         if "size" in wanted:
-            size_table(options, str(base), folder)
+            figures += size_table(options, str(base), folder)
     if "scoring" in wanted:
-        run_script("roae_cost.py", "--threads", str(options.threads))
+        figures += run_script("roae_cost.py", "--threads", str(options.threads))
     if "start" in wanted:
-        run_script("start_up.py", str(options.data / "boolq.json"))
+        figures += run_script("start_up.py", str(options.data / "boolq.json"))
+    print("\n| figure | measured | bar | met |\n|---|---|---|---|")
+    for figure in figures:
+        print(figure.row())
 
 
-def run_script(name: str, *arguments: str) -> None:
+def run_script(name: str, *arguments: str) -> list[Figure]:
     """Run one of the other benchmarks, and show what it prints."""
     print(f"\n{name}", flush=True)
     script = str(Path(__file__).with_name(name))
-    done = subprocess.run([sys.executable, script, *arguments], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        told = "\n".join(done.stderr.splitlines()[-3:])
-        print(f"{name} ended with {done.returncode}\n{told}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "figures.json"
+        command = [sys.executable, script, *arguments, "--json", str(found)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if found.exists():
+            return [Figure(**figure) for figure in json.loads(found.read_text())]
+    told = "\n".join(done.stderr.splitlines()[-3:])
+    print(f"{name} ended with {done.returncode}\n{told}", flush=True)
+    return []
 
 
 if __name__ == "__main__":
