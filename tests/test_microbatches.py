@@ -396,6 +396,7 @@ def both_ways(folder) -> dict[str, Any]:
     return {"whole": adapters_after(None, folder), "parts": adapters_after(150, folder)}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_in_parts_as_with_whole_batches(tmp_path):
     seen = ranks.launch("test_microbatches:both_ways", tmp_path)
     for rank in seen:
