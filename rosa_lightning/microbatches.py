@@ -71,10 +71,9 @@ def busy_tokens(model: nn.Module, device: str) -> int | None:
 
 def rows_at_once(batch_size: int, width: int, num_tokens: int | None) -> int:
     """Rows of the largest part of a batch whose rows are all equally long."""
-    if num_tokens is None or batch_size * width <= num_tokens:
+    if num_tokens is None:
         return batch_size
-    num_parts = -(-batch_size // max(1, num_tokens // width))
-    return -(-batch_size // num_parts)
+    return max(map(len, _groups([width] * batch_size, sum, num_tokens)))
 
 
 def microbatches(

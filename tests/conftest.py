@@ -115,6 +115,16 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
 
 
 @pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What `Forward` says of what it leaves out or cannot leave out."""
+    from rosa_lightning import forward
+
+    lines: list[str] = []
+    monkeypatch.setattr(forward, "rank_zero_info", lines.append)
+    return lines
+
+
+@pytest.fixture
 def ids_BT() -> torch.Tensor:
     return torch.randint(3, 96, (2, 9))
 

@@ -76,13 +76,6 @@ def granite():
     return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.fixture
-def said(monkeypatch) -> list[str]:
-    lines: list[str] = []
-    monkeypatch.setattr(forward, "rank_zero_info", lines.append)
-    return lines
-
-
 def check(model, batch, **options) -> None:
     """Loss and gradients are those of single rows without padding."""
     wanted = single_rows(model, batch)

@@ -9,12 +9,13 @@ import torch
 from conftest import FAMILIES, build
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Callback, Trainer, seed_everything
 from test_forward import HEADS, Widths, adapted, batch_of, check, gradients, packed, single_rows
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from rosa_lightning import DynamicLayerSelection, RoSAModule, forward
+from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule, forward
 from rosa_lightning.compiled import compile_layers
 from rosa_lightning.forward import Forward
 from rosa_lightning.live import LiveBytes
@@ -23,13 +24,6 @@ from rosa_lightning.small import build_small
 
 RESTS = ((9, 3), (4, 2), (14, 7), (5, 1), (4, 3), (12, 2))
 """Tokens of each row behind the beginning, and how many of them are the response."""
-
-
-@pytest.fixture
-def said(monkeypatch) -> list[str]:
-    lines: list[str] = []
-    monkeypatch.setattr(forward, "rank_zero_info", lines.append)
-    return lines
 
 
 def rows_of(batch: dict[str, Any]) -> list[tuple[list[int], ...]]:
@@ -350,35 +344,30 @@ def test_compiled_layers_run_in_parts():
 # --- several processes ----------------------------------------------------------------------
 
 
+class NormGradients(Callback):
+    """Keeps what selection scores by, before it does so."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        weights = (p for n, p in pl_module.named_parameters() if "norm" in n)
+        self.seen += [weight.grad.clone() for weight in weights if weight.grad is not None]
+
+
 def adapters_after(num_tokens: int | None, folder) -> tuple[list[Tensor], list[Tensor], int]:
     """What a run over the demonstration data trains, on two ranks whose parts differ in number."""
-    from lightning.pytorch import Trainer, seed_everything
-
-    from rosa_lightning import ReasoningDataModule
-
     seed_everything(0)
     module = RoSAModule("tiny", microbatch_tokens=num_tokens, share_prefix=False)
-    data = ReasoningDataModule(batch_size=4, tokens_per_batch=None)
-    dls = DynamicLayerSelection(num_active=2, interval=2)
-    scores: list[Tensor] = []
-    take = dls.on_after_backward
-
-    def watch(trainer, pl_module) -> None:
-        scores.extend(
-            p.grad.clone()
-            for n, p in pl_module.named_parameters()
-            if p.grad is not None and "norm" in n
-        )
-        take(trainer, pl_module)
-
-    dls.on_after_backward = watch
+    data = ReasoningDataModule(batch_size=4)
+    dls, norms = DynamicLayerSelection(num_active=2, interval=2), NormGradients()
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
         strategy=ranks.ddp(),
         max_steps=3,
         limit_val_batches=0,
-        callbacks=[dls],
+        callbacks=[norms, dls],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -389,7 +378,7 @@ def adapters_after(num_tokens: int | None, folder) -> tuple[list[Tensor], list[T
     widths = Widths(module.model)
     trainer.fit(module, data)
     trained = [p.detach().clone() for n, p in module.named_parameters() if "roae" in n]
-    return trained, scores, len(widths.decoder)
+    return trained, norms.seen, len(widths.decoder)
 
 
 def both_ways(folder) -> dict[str, Any]:
