@@ -109,9 +109,9 @@ class _Calls:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, self.running = self.running, None
-        if call is None or not isinstance(output, Tensor) or output.shape != args[0].shape:
+        if call is None or not isinstance(output, Tensor):
             return
-        if output.requires_grad and _place(output) != _place(args[0]) and not call.weights:
+        if output.requires_grad and not call.weights:
             call.made = output.dtype, output._version
             # A place is used anew once its tensor is gone.
             self.ended[_place(output)] = weakref.ref(output), call

@@ -11,6 +11,7 @@ from conftest import FAMILIES, build
 from test_forward import adapted, batch_of, packed
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from rosa_lightning.base import enable_checkpointing
 from rosa_lightning.compiled import compile_layers
@@ -234,6 +235,41 @@ def test_a_call_with_more_than_a_tensor_is_left_alone():
         total = (norm(x, shift=2.0) * factor).sum() + (norm(x, 2.0) * factor).sum()
     total.backward()
     torch.testing.assert_close(factor.grad, 2 * norm(x, 2.0).detach())
+
+
+@pytest.mark.parametrize("act", [nn.GLU(), ACT2FN["linear"], nn.Softmax(-1)])
+def test_outputs_that_are_views_or_smaller_are_right_too(act):
+    """Halves of a fused projection share their storage; a linear activation gives its input."""
+    x = torch.randn(3, 16, requires_grad=True)
+    factors = [torch.randn(3, size, requires_grad=True) for size in (8, act(x[:, :8]).shape[1])]
+    found = []
+    for modules in ([act], []):
+        with recomputed(modules):
+            gate, up = (x * 2).chunk(2, -1)
+            total = (up * factors[0]).sum() + (act(gate) * factors[1]).sum() + (gate * up).sum()
+        found.append(torch.autograd.grad(total, [x, *factors]))
+    assert all(map(torch.equal, *found))
+
+
+class Scaled(nn.Module):
+    """Scales channels by a product, which autocast computes in another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return x @ torch.diag(self.weight)
+
+
+def test_what_is_made_again_is_cast_as_it_was():
+    scaled, x = Scaled(), torch.randn(3, 8, requires_grad=True)
+    found = []
+    for modules in ([scaled], []):
+        with torch.autocast("cpu", torch.bfloat16), recomputed(modules):
+            total = scaled(x * 2).float().square().sum()
+        found.append(torch.autograd.grad(total, [x, scaled.weight]))
+    assert all(map(torch.equal, *found))
 
 
 def test_an_output_changed_in_place_is_held_as_it_is():
