@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule
@@ -41,6 +41,8 @@ class Answering(LightningModule, ABC):
     identity: BaseIdentity | None
     evaluated: Evaluation | None = None
     """The last test, with its scores."""
+    _written: Evaluation | None = None
+    """Answers written in the validation at hand."""
 
     @property
     @abstractmethod
@@ -86,17 +88,9 @@ class Answering(LightningModule, ABC):
 
     def on_test_start(self) -> None:
         """Get ready to answer and to count, under each protocol."""
-        datamodule = getattr(self.trainer, "datamodule", None)
         weights = self.state_dict() if self._is_adapted() else {}
-        self.evaluated = Evaluation(
-            self._built(),
-            self._text_tokenizer(),
+        self.evaluated = self._new_evaluation(
             self.evaluation,
-            self.max_new_tokens,
-            tasks=self._task_names(),
-            known_tasks=getattr(datamodule, "tasks", TASKS),
-            template=getattr(datamodule, "template", None),
-            stop_ids=getattr(datamodule, "stop_ids", ()),
             made_with={
                 "base": cast(BaseIdentity, self.identity).samples,
                 "adapter": weights_digest(weights),
@@ -105,6 +99,31 @@ class Answering(LightningModule, ABC):
                 "precision": self.trainer.precision,
             },
         )
+
+    def _new_evaluation(self, config: EvaluationConfig, **options: Any) -> Evaluation:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return Evaluation(
+            self._built(),
+            self._text_tokenizer(),
+            config,
+            self.max_new_tokens,
+            tasks=self._task_names(),
+            known_tasks=getattr(datamodule, "tasks", TASKS),
+            template=getattr(datamodule, "template", None),
+            stop_ids=getattr(datamodule, "stop_ids", ()),
+            **options,
+        )
+
+    def _write_answers(self, prompts: dict[str, Any] | None) -> None:
+        """Write and count the answers to some validation prompts.
+
+        A model in shards cannot: ranks would finish at different lengths.
+        """
+        if is_sharded(self.trainer.strategy):
+            return
+        if self._written is None:  # on every rank at its first batch, with prompts or without
+            self._written = self._new_evaluation(replace(self.evaluation, protocols=("generate",)))
+        self._written.step({"task": []} if prompts is None else prompts)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Answer each prompt under each protocol.

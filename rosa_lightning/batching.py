@@ -3,7 +3,7 @@
 Axes: B batch, T tokens. Batches are padded on the left: all responses end in the last column.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,3 +106,21 @@ class PromptCollator:
             "reference": [reference(record) for record in records],
             "candidates": [candidates(record) for record in records],
         }
+
+
+@dataclass(frozen=True)
+class ValidationCollator:
+    """Batches to validate on, with the prompts of those records whose answers are written."""
+
+    collate: Callable[[Sequence[Example]], dict[str, Any]]
+    """Makes the batch whose loss is taken."""
+    collate_prompts: PromptCollator
+    """Makes the batch of prompts."""
+    answered: frozenset[tuple[str, int]]
+    """Source and index of the records whose answers are written."""
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """The batch, and under ``to_answer`` its prompts to answer, or None where it has none."""
+        chosen = [one for one in examples if (one.record.source, one.record.index) in self.answered]
+        prompts = self.collate_prompts(chosen) if chosen else None
+        return {**self.collate(examples), "to_answer": prompts}

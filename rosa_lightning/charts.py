@@ -87,7 +87,12 @@ class Chart:
 
 LOSS = Chart("loss", "Loss", "nats per response token", "((?:train|val)/loss)", from_zero=True)
 ACCURACY = Chart(
-    "accuracy", "Accuracy on held-out records", "share", "val/(accuracy.*)", marks=True, share=True
+    "accuracy",
+    "Accuracy of answers to validation prompts",
+    "share",
+    "val/(accuracy.*)",
+    marks=True,
+    share=True,
 )
 RATE = Chart("learning_rate", "Learning rate", "", "train/lr", from_zero=True)
 SCORES = Chart("scores", "Layer scores", "gradient norm", r"dls/score/(\d+)", layers=True)

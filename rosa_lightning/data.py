@@ -5,13 +5,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from rosa_lightning.base import load_tokenizer
-from rosa_lightning.batching import PromptCollator, TrainCollator
+from rosa_lightning.batching import PromptCollator, TrainCollator, ValidationCollator
 from rosa_lightning.decontamination import (
     questions_of,
     trained_questions,
@@ -27,7 +28,7 @@ from rosa_lightning.packing import PackedCollator
 from rosa_lightning.records import load_records
 from rosa_lightning.sources import Purpose, Source, source_list, weighted_sources
 from rosa_lightning.tally import Tally
-from rosa_lightning.tasks import Record
+from rosa_lightning.tasks import Record, reference
 from rosa_lightning.templates import Template, check_template, stop_ids
 from rosa_lightning.token_cache import cache_folder
 from rosa_lightning.training_data import (
@@ -76,6 +77,8 @@ class ReasoningDataModule(LightningDataModule):
         overlong: What becomes of longer records: cut the prompt's beginning, or drop the record.
         val_fraction: Part of each source that is held out to validate on, at least one record;
             0 for none. Equal prompts stay on one side. Trainer(limit_val_batches) uses fewer.
+        val_generate: Held-out records whose answers each validation writes, for val/accuracy; 0
+            writes none. They are spread evenly over the sources whose task has answers to compare.
         decontaminate: Leave out training records whose question is one of test_sources, compared
             in lower case without punctuation. How many is printed.
         temperature: Shares in proportion to size**(1 / temperature), in place of weights: 1
@@ -104,6 +107,7 @@ class ReasoningDataModule(LightningDataModule):
         template: Template = "alpaca",
         overlong: Overlong = "cut",
         val_fraction: float = 0.02,
+        val_generate: int = 32,
         decontaminate: bool = True,
         temperature: float | None = None,
         stop: Stop = "total",
@@ -124,6 +128,7 @@ class ReasoningDataModule(LightningDataModule):
             template=template,
             overlong=overlong,
             val_fraction=val_fraction,
+            val_generate=val_generate,
             temperature=temperature,
             stop=stop,
             num_workers=num_workers,
@@ -139,7 +144,8 @@ class ReasoningDataModule(LightningDataModule):
         self.tokens_per_batch, self.batching = tokens_per_batch, batching
         self.template, self.overlong = template, overlong
         self.temperature, self.stop = temperature, stop
-        self.val_fraction, self.decontaminate = val_fraction, decontaminate
+        self.val_fraction, self.val_generate = val_fraction, val_generate
+        self.decontaminate = decontaminate
         self.num_workers, self.cache_dir, self.seed = num_workers, cache_dir, seed
         self._tally = Tally(self.source_names)
         self._logged_step = 0
@@ -350,10 +356,35 @@ class ReasoningDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
-        """The held-out records of all sources; an empty list where there are none."""
+        """The held-out records of all sources; an empty list where there are none.
+
+        Those whose answers are written stand first, so that few batches hold them all.
+        """
         if not any(map(len, self._val)):
             return []
-        return self._in_order(ConcatDataset(self._val), self._collator())  # type: ignore[arg-type]
+        examples: Any = ConcatDataset(self._val)  # type: ignore[arg-type]
+        first = self._answered_places()
+        order = [*first, *sorted(set(range(len(examples))) - set(first))]
+        records = [examples[place].record for place in first]
+        collator = ValidationCollator(
+            self._collator(),
+            PromptCollator(self._pad_id()),
+            frozenset((record.source, record.index) for record in records),
+        )
+        return self._in_order(Subset(examples, order), collator)
+
+    def _answered_places(self) -> list[int]:
+        """Places of the held-out records whose answers are written, the longest prompt first."""
+        ends = np.cumsum([0, *map(len, self._val)])
+        spans = zip(self.sources, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+        # Any wording of a free text may be right, so there is nothing to compare.
+        places = [p for s, start, end in spans if s.benchmark != "text" for p in range(start, end)]
+        count = min(self.val_generate, len(places))
+        chosen = [places[round(i)] for i in np.linspace(0, len(places) - 1, count)]
+        examples: Any = ConcatDataset(self._val)  # type: ignore[arg-type]
+        known = {place: examples[place] for place in chosen}
+        kept = [place for place in chosen if reference(known[place].record) is not None]
+        return sorted(kept, key=lambda place: -len(known[place].prompt))
 
     def test_dataloader(self) -> DataLoader[Example]:
         """The prompts of the test sources, each once however many ranks, the longest first."""

@@ -319,13 +319,13 @@ class Evaluation:
         return self._candidate_ids[text]
 
     def _count(self, protocol: Protocol, items: Sequence[dict[str, Any]]) -> None:
-        if not items:
-            return
-        device = self.model.device
+        def flags(values: Iterable[bool]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.bool, device=self.model.device)
+
         self._metrics[protocol].update(
             tasks=[item["task"] for item in items],
-            correct=torch.tensor([item["correct"] for item in items], device=device),
-            stated=torch.tensor([item["answer"] is not None for item in items], device=device),
+            correct=flags(item["correct"] for item in items),
+            stated=flags(item["answer"] is not None for item in items),
         )
 
     def compute(self) -> dict[str, Tensor]:

@@ -60,7 +60,8 @@ class TaskShare(Metric):
         unknown = sorted(set(tasks) - set(self.tasks))
         if unknown:
             raise ValueError(f"task {unknown[0]!r} is none of {list(self.tasks)}.")
-        rows = torch.tensor([self.tasks.index(task) for task in tasks], device=self.total.device)
+        places = [self.tasks.index(task) for task in tasks]
+        rows = torch.tensor(places, dtype=torch.long, device=self.total.device)
         self.total.index_add_(0, rows, torch.ones_like(rows))
         self.hits.index_add_(0, rows, hits.to(self.hits))
 
@@ -87,6 +88,15 @@ class TaskAccuracy(TaskShare):
     def update(self, tasks: Sequence[str], correct: Tensor) -> None:
         """Count a batch; ``correct`` says which answers are right, bool, shape (B,)."""
         super().update(tasks, correct)
+
+
+class AnswerTokens(TaskAccuracy):
+    """Share of records whose answer's tokens are right with the reference text before them given.
+
+    No accuracy: a rationale often states the number that is asked for.
+    """
+
+    name = "answer_tokens_given_rationale"
 
 
 class AccuracyInterval(TaskAccuracy):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
 from rosa_lightning.adapter import load_adapter
 from rosa_lightning.answering import Answering
@@ -33,7 +34,7 @@ from rosa_lightning.checkpoint import pack, unpack
 from rosa_lightning.compiled import compile_layers
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.forward import Forward
-from rosa_lightning.metrics import TaskAccuracy
+from rosa_lightning.metrics import AnswerTokens
 from rosa_lightning.microbatches import MicrobatchTokens, check_microbatch_tokens
 from rosa_lightning.packing import num_rows
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
@@ -176,7 +177,7 @@ class RoSAModule(Answering):
         self.identity: BaseIdentity | None = None
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._accuracy: TaskAccuracy | None = None
+        self._answer_tokens: AnswerTokens | None = None
         self._forward: Forward | None = None
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
@@ -363,32 +364,36 @@ class RoSAModule(Answering):
     # Evaluation.
 
     def on_validation_start(self) -> None:
-        """Make the metric for the tasks at hand."""
-        self._accuracy = TaskAccuracy(self._task_names()).to(self.device)
+        """Make the metrics for the tasks at hand."""
+        self._answer_tokens = AnswerTokens(self._task_names()).to(self.device)
+        # Lightning's own mean rounds the ranks' mean number of tokens down to a whole one.
+        self._val_loss = MeanMetric().to(self.device)
+        self._written = None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss, and whether every token of the answer is the model's first choice.
+        """Loss, whether answers' tokens are the first choice, and answers as the model writes them.
 
-        The reference text before each token is given. For a response that is the answer alone
-        this is the exact match of greedy generation.
+        Answers are written to the prompts under ``to_answer``, if the batch has some.
         """
         self._built()
         scored = cast(Forward, self._forward).score(batch)
-        self.log(
-            "val/loss",
-            scored.loss,
-            prog_bar=True,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=scored.count,
-        )
-        cast(TaskAccuracy, self._accuracy).update(batch["task"], scored.correct)
+        self._val_loss.update(scored.loss, weight=scored.count)
+        cast(AnswerTokens, self._answer_tokens).update(batch["task"], scored.correct)
+        if "to_answer" in batch:
+            self._write_answers(batch["to_answer"])
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/accuracy`` and ``val/accuracy/<task>``."""
-        for name, value in cast(TaskAccuracy, self._accuracy).compute().items():
+        """Log ``val/loss``, ``val/accuracy`` and ``val/answer_tokens_given_rationale``."""
+        values = {
+            "loss": self._val_loss.compute(),
+            **cast(AnswerTokens, self._answer_tokens).compute(),
+        }
+        if self._written is not None:
+            written = self._written.compute()
+            values |= {name: v for name, v in written.items() if not name.startswith("macro")}
+        for name, value in values.items():
             # Of all ranks already; said again, or Lightning warns.
-            self.log(f"val/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
+            self.log(f"val/{name}", value, prog_bar=name in ("loss", "accuracy"), sync_dist=True)
 
     # Checkpoints.
 

@@ -196,7 +196,7 @@ def dashboard(
     }
     training = {
         "loss, nats per response token": ["train/loss", "val/loss"],
-        "accuracy on held-out records": ["val/accuracy(/.+)?"],
+        "accuracy of answers to validation prompts": ["val/accuracy(/.+)?"],
         "learning rate": ["train/lr"],
     }
     adapters: dict[str, list[str]] = {}

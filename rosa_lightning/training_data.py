@@ -20,7 +20,7 @@ from rosa_lightning.token_cache import encode_cached
 Encoded = list[Sequence[Example]]
 """Examples, a sequence a source."""
 
-_LEAST = {"batch_size": 1, "max_length": 8, "num_workers": 0}
+_LEAST = {"batch_size": 1, "max_length": 8, "num_workers": 0, "val_generate": 0}
 _CHOICES = {
     "batching": get_args(Batching),
     "template": get_args(Template),

@@ -167,7 +167,7 @@ def test_the_layout_groups_the_tags_that_were_logged(rosa):
     assert matches["score of each layer"] == tags(log, "dls/score/")
     assert matches["update norm, k"] == [tag for tag in tags(log, "roae/update") if tag[-1] == "k"]
     empty = [title for title, found in matches.items() if not found]
-    assert empty == ["accuracy on held-out records"]  # nothing was validated
+    assert empty == ["accuracy of answers to validation prompts"]  # nothing was validated
 
 
 def test_under_accumulation_selections_and_measurements_stand_at_optimizer_steps(
