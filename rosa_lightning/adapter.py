@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rosa_lightning.finite import check_weights
 from rosa_lightning.lora import METADATA, from_lora, own_config, to_lora
 from rosa_lightning.origin import Origin, origin_of
 from rosa_lightning.peft_files import CONFIG_FILE as LORA_CONFIG_FILE
 from rosa_lightning.peft_files import WEIGHTS_FILE as LORA_WEIGHTS_FILE
-from rosa_lightning.peft_files import LoraFiles, check_weights, read_lora, write_lora
+from rosa_lightning.peft_files import LoraFiles, read_lora, write_lora
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.surgery import (
     RoAEReport,

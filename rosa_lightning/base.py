@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning import tiny
+from rosa_lightning.finite import check_base
 from rosa_lightning.quantization import (
     Quantization,
     is_packed,
@@ -133,8 +134,8 @@ def load_base(
         device: Where to quantise; by default the CPU.
 
     Raises:
-        ValueError: It cannot be loaded, lacks weights, or is quantised already; says why in one
-            line.
+        ValueError: It cannot be loaded, lacks weights, holds NaN or infinity, or is quantised
+            already; says why in one line.
         ImportError: The library that quantises is missing.
     """
     from transformers import AutoModelForCausalLM
@@ -161,6 +162,7 @@ def load_base(
             f"base {base!r} lacks weights: {missing[0]}{others} would be drawn at random. Set "
             "model.base to a folder with all files of a causal language model."
         )
+    check_base(model, base)
     return model
 
 

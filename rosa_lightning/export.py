@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from rosa_lightning.adapter import check_plain_model, write_adapter, write_as_lora
+from rosa_lightning.finite import check_weights
 from rosa_lightning.folder import new_folder
 from rosa_lightning.modes import in_mode
 from rosa_lightning.quantization import is_quantized
@@ -141,11 +142,7 @@ def _of_merged(option: str, format: str) -> str:
 def _check_terms(model: PreTrainedModel, format: Format, dequantize: bool) -> None:
     """Check that the terms of a model are numbers and that a format can hold them."""
     for name, layer in roae_layers(model):
-        if not (layer.roae_A.isfinite().all() and layer.roae_B.isfinite().all()):
-            raise ValueError(
-                f"the adapter of {name} holds values that are not finite, so its training has "
-                "failed. Give an earlier checkpoint."
-            )
+        check_weights({f"{name}.roae_A": layer.roae_A, f"{name}.roae_B": layer.roae_B})
     after_norm = [term for term in roae_report(model).projections if term.norm]
     if format != "rosa" and after_norm:
         what = "a LoRA" if format == "peft" else "a merged weight"

@@ -30,10 +30,12 @@ from rosa_lightning.base import (
     load_tokenizer,
     whole_name,
 )
-from rosa_lightning.checkpoint import pack, unpack
+from rosa_lightning.checkpoint import CHECKPOINT_KEY, pack, unpack
 from rosa_lightning.compiled import compile_layers
 from rosa_lightning.evaluate import EvaluationConfig
+from rosa_lightning.finite import check_states, check_weights, raise_together
 from rosa_lightning.forward import Forward
+from rosa_lightning.guard import StepGuard, check_clipping, check_max_nonfinite_steps
 from rosa_lightning.metrics import AnswerTokens
 from rosa_lightning.microbatches import MicrobatchTokens, check_microbatch_tokens
 from rosa_lightning.packing import num_rows
@@ -105,6 +107,8 @@ class RoSAModule(Answering):
             which so many tokens keep busy, else all. All, too, where the model is in shards, under
             16-mixed, with hooks on trained parameters and with reentrant checkpointing.
         compile: Compile the decoder layers, one by one, for training on one device or under DDP.
+        max_nonfinite_steps: Optimizer steps of a run that are left out, with a warning, where loss
+            or gradients are not finite; the next one stops the run. With 0 the first does.
         max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
         evaluation: How ``test`` finds and reads answers.
@@ -128,6 +132,7 @@ class RoSAModule(Answering):
         loss_chunk: int | None = None,
         microbatch_tokens: MicrobatchTokens = "auto",
         compile: bool = False,
+        max_nonfinite_steps: int = 0,
         max_new_tokens: int = 256,
         trust_remote_code: bool = False,
         evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
@@ -146,6 +151,7 @@ class RoSAModule(Answering):
                 "tokens, 1024 say, or leave it out to hold the logits of all."
             )
         check_microbatch_tokens(microbatch_tokens)
+        check_max_nonfinite_steps(max_nonfinite_steps)
         if isinstance(roae, Mapping):  # as saved in a checkpoint
             roae = RoAEConfig(**roae)
         # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
@@ -168,6 +174,7 @@ class RoSAModule(Answering):
         self.loss_chunk = loss_chunk
         self.microbatch_tokens = microbatch_tokens
         self.compiles = compile
+        self.max_nonfinite_steps = max_nonfinite_steps
         self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
         self.evaluation = evaluation
@@ -179,6 +186,7 @@ class RoSAModule(Answering):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._answer_tokens: AnswerTokens | None = None
         self._forward: Forward | None = None
+        self._guard = StepGuard(max_nonfinite_steps)
         self._rng_to_restore: dict[str, Any] | None = None
         self._said_float64 = False
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
@@ -302,6 +310,12 @@ class RoSAModule(Answering):
 
     # Training.
 
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be, before a model is loaded."""
+        super().setup(stage)
+        if stage == "fit":
+            check_clipping(self.trainer.gradient_clip_val)
+
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the response, averaged over the batch's response tokens, in nats."""
         self._built()
@@ -310,6 +324,7 @@ class RoSAModule(Answering):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss, logged as ``train/loss`` beside the step's learning rate."""
         loss = self.loss(batch)
+        self._guard.add(loss, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=num_rows(batch))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -319,15 +334,21 @@ class RoSAModule(Answering):
         cast(Forward, self._forward).forget()
 
     def on_train_start(self) -> None:
-        """Forget generator states that were loaded for another purpose than going on."""
+        """Forget what was loaded for another purpose than going on."""
+        self._guard.forget()
         if self.trainer.ckpt_path is None:
             self._rng_to_restore = None
+            self._guard.skipped = 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the generators as late as possible: starting up may draw from them."""
         if self._rng_to_restore is not None:
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Stop, or leave the step out, where loss or gradients are not finite."""
+        self._guard.check(self, optimizer)
 
     def configure_gradient_clipping(
         self,
@@ -406,8 +427,19 @@ class RoSAModule(Answering):
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, and remember the base and every rank's random state."""
+        """Keep the adapters, and remember the base and every rank's random state.
+
+        Raises:
+            ValueError: The adapters hold NaN or infinity. What is on disk stays.
+        """
+        problem = None
+        try:
+            check_weights(checkpoint["state_dict"])
+        except ValueError as error:
+            problem = f"the checkpoint is not saved: {error}"
+        raise_together(problem)  # ranks may hold other shards, or none
         pack(checkpoint, cast(BaseIdentity, self.identity), self.hparams["roae"])
+        checkpoint[CHECKPOINT_KEY]["nonfinite_steps"] = self._guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
@@ -418,6 +450,8 @@ class RoSAModule(Answering):
             file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
             check_adapter_keys(self, file["state_dict"])
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fits:
+            check_states(checkpoint.get("optimizer_states", ()))
         self._rng_to_restore = unpack(
             checkpoint,
             cast(BaseIdentity, self.identity),
@@ -425,6 +459,7 @@ class RoSAModule(Answering):
             rank=self.global_rank,
             world_size=self.trainer.world_size if fits else None,
         )
+        self._guard.skipped = checkpoint[CHECKPOINT_KEY].get("nonfinite_steps", 0)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rosa_lightning.finite import check_weights
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -126,22 +128,6 @@ def lora_modules(files: LoraFiles) -> dict[str, LoraModule]:
     if not factors:
         raise ValueError(f"{WEIGHTS_FILE} holds no LoRA.")
     return {path: _module(path, both, files.config) for path, both in factors.items()}
-
-
-def check_weights(tensors: Mapping[str, Tensor]) -> None:
-    """Check that an adapter's weights are finite floating-point numbers, in float32 too.
-
-    Raises:
-        ValueError: Names the first tensor that holds anything else.
-    """
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{key} has dtype {tensor.dtype}, and weights are floating-point.")
-        if not tensor.float().isfinite().all():
-            raise ValueError(
-                f"{key} holds values that are not finite in float32 (NaN or infinity), from which "
-                "no training recovers. Give an adapter from before they appeared."
-            )
 
 
 def _module(path: str, factors: dict[str, Tensor], config: dict[str, Any]) -> LoraModule:

@@ -47,10 +47,11 @@ class RoAEConfig:
         given: Any = self.targets
         if isinstance(given, list):
             object.__setattr__(self, "targets", tuple(given))
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        is_whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if not (is_whole and 1 <= self.rank < 2**31):
             raise ValueError(
-                f"rank={self.rank!r} is not a whole number of at least 1. Set model.roae.rank; "
-                "16 is the default."
+                f"rank={_short(self.rank)} is not a whole number of at least 1 and below "
+                f"{2**31}. Set model.roae.rank; 16 is the default."
             )
         if not (_is_number(self.low_freq_ratio) and 0 < self.low_freq_ratio <= 1):
             raise ValueError(
@@ -61,6 +62,13 @@ class RoAEConfig:
             raise ValueError(
                 f"alpha={self.alpha!r} is not above 0. Set model.roae.alpha; twice the rank is "
                 "usual."
+            )
+        limits = torch.finfo(torch.float32)  # in which the term is computed
+        if not limits.tiny <= self.scale <= limits.max:
+            raise ValueError(
+                f"alpha={self.alpha!r} with rank={self.rank} scales the term by {self.scale:.3g}, "
+                f"outside the range of float32 ({limits.tiny:.2g} to {limits.max:.2g}). Set "
+                "model.roae.alpha; twice the rank is usual."
             )
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(
@@ -91,6 +99,12 @@ def _is_number(value: Any) -> bool:
     """Whether a value is a finite number that a float can hold."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     return number and bool(abs(value) <= sys.float_info.max)
+
+
+def _short(value: Any) -> str:
+    """A value as text, without the thousands of digits that Python would refuse to write."""
+    is_long = isinstance(value, int) and abs(value) >= 10**20
+    return f"{'-' if value < 0 else ''}(more than 20 digits)" if is_long else repr(value)
 
 
 class RoAELinear(nn.Module):

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from rosa_lightning.finite import check_weights
 from rosa_lightning.plan import Term, plan_terms
 from rosa_lightning.quantization import (
     check_dequantizable,
@@ -338,10 +339,11 @@ def is_adapter_key(key: str) -> bool:
 
 
 def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Check that a state dict holds exactly the RoAE weights of a model, in the right shapes.
+    """Check that a state dict holds the RoAE weights of a model and no other, fit to be used.
 
     Raises:
-        ValueError: Names the weights that are missing, unknown or of another shape.
+        ValueError: Names the weights that are missing, unknown, of another shape, or no finite
+            floating-point numbers.
     """
     expected = {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
     problems = [f"{key} is missing" for key in expected if key not in given]
@@ -349,7 +351,7 @@ def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
     problems += [
         f"{key} has shape {tuple(given[key].shape)}, not {tuple(value.shape)}"
         for key, value in expected.items()
-        if key in given and given[key].shape != value.shape
+        if hasattr(given.get(key), "shape") and given[key].shape != value.shape
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -357,3 +359,4 @@ def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
             f"the adapter does not fit the model: {'; '.join(problems[:3])}{more}. Give the base "
             "and the model.roae settings that it was trained with."
         )
+    check_weights(given)

@@ -257,7 +257,7 @@ def test_a_mistyped_option_and_command_are_one_line(settings, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.roae.rank", "0"], "rank=0 is not a whole number of at least 1"),
+        (["--model.roae.rank", "0"], "rank=0 is not a whole number of at least 1 and"),
         (["--model.roae.low_freq_ratio", "0"], "low_freq_ratio=0.0 is outside (0, 1]"),
         (["--model.roae.low_freq_ratio", "1.5"], "low_freq_ratio=1.5 is outside (0, 1]"),
         (["--model.roae.rank", "x"], "Parser key \"model.roae.rank\": Expected a <class 'int'>"),

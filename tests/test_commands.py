@@ -405,7 +405,7 @@ def test_an_adapter_that_is_not_finite_is_not_exported(trained, capsys):
             capsys, "export", "--ckpt_path", "nan.ckpt", "--format", format, "--output", "o"
         )
         assert (status, len(errors)) == (1, 1)
-        assert "not finite, so its training has failed" in errors[0]
+        assert "holds values that are not finite in float32" in errors[0]
     assert not Path("o").exists()
 
 

@@ -1,0 +1,119 @@
+"""Weights that are finite floating-point numbers, and the refusal of all others.
+
+Pure torch. A tensor can be whole, or this rank's part of one (`DTensor`, `ShardedTensor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rosa_lightning.quantization import is_packed
+
+
+def check_weights(tensors: Mapping[str, Any]) -> None:
+    """Check that an adapter's weights are finite floating-point numbers, in float32 too.
+
+    Of a tensor in shards, those on this rank are looked at.
+
+    Raises:
+        ValueError: Names the first that is anything else.
+    """
+    parts = [(key, part) for key, value in tensors.items() for part in local_parts(value)]
+    for key, part in parts:
+        if not isinstance(part, Tensor):
+            raise ValueError(f"{key} is no tensor, but of type {type(part).__name__}.")
+        if not part.is_floating_point():
+            raise ValueError(f"{key} has dtype {part.dtype}, and weights are floating-point.")
+    for (key, _), good in zip(parts, _are_finite([part for _, part in parts]), strict=True):
+        if not good:
+            raise ValueError(
+                f"{key} holds values that are not finite in float32 (NaN or infinity), from which "
+                "no training recovers. Give an adapter from before they appeared."
+            )
+
+
+def check_base(model: nn.Module, base: str) -> None:
+    """Check that the weights of a base are finite; those that are packed in few bits are not read.
+
+    Args:
+        model: As it was loaded.
+        base: What to call it.
+
+    Raises:
+        ValueError: Names the first weight that holds NaN or infinity.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_meta or is_packed(weight):
+            continue
+        # A sum is finite only if all of its terms are. It needs no memory, unlike `isfinite`.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.detach().sum(dtype=dtype)
+        if not total.isfinite() and not weight.detach().isfinite().all():
+            raise ValueError(
+                f"base {base!r} holds NaN or infinity in {name} ({weight.dtype}). Set model.base "
+                "to an undamaged copy, or, if the numbers are too large for this data type, "
+                "model.dtype to bfloat16 or float32."
+            )
+
+
+def check_states(states: Sequence[Any]) -> None:
+    """Check that the saved states of optimizers hold no NaN.
+
+    Raises:
+        ValueError: Names the entry that does.
+    """
+    for name, value in _leaves("optimizer_states", list(states)):
+        if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            raise ValueError(
+                f"{name} of the checkpoint holds NaN, from which no training recovers. Give a "
+                "checkpoint from before it appeared."
+            )
+
+
+def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        entries = [(f"{name}.{key}", entry) for key, entry in value.items()]
+    elif isinstance(value, list | tuple):
+        entries = [(f"{name}.{index}", entry) for index, entry in enumerate(value)]
+    else:
+        return [(name, value)]
+    return [leaf for path, entry in entries for leaf in _leaves(path, entry)]
+
+
+def local_parts(value: Any) -> list[Any]:
+    """What of a tensor is on this rank; the value itself if it is no tensor in shards."""
+    if isinstance(value, DTensor):
+        return [value.to_local()]
+    if hasattr(value, "local_shards"):  # a ShardedTensor, as FSDP1 saves them
+        return [shard.tensor for shard in value.local_shards()]
+    return [value]
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether each holds finite numbers alone, with one wait for the device."""
+    if not tensors:
+        return []
+    flags = [tensor.detach().float().isfinite().all() for tensor in tensors]
+    found: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    return found
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise what any rank has found wrong, on every rank; each of them must call this.
+
+    Raises:
+        ValueError: The first rank's problem.
+    """
+    problems: list[str | None] = [problem]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise ValueError(found)
