@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -442,5 +443,18 @@ def user_error(error: BaseException) -> BaseException | None:
         raised_here = bool(frames) and _PACKAGE in Path(frames[-1].filename).parents
         if raised_here and isinstance(link, ValueError | TypeError | ImportError):
             return link
+        if (told := worker_error(link)) is not None:
+            return told
         link = link.__cause__ or link.__context__
     return error if isinstance(error, OSError | MisconfigurationException) else None
+
+
+def worker_error(error: BaseException) -> ValueError | None:
+    """What this package raised in a worker of a loader, which hands it on as a traceback's text."""
+    text = str(error).strip()
+    files = re.findall(r'^  File "(.+?)", line', text, re.MULTILINE)
+    if not re.match("Caught .+ in .*worker process", text) or not files:
+        return None
+    kind, _, reason = text.splitlines()[-1].partition(": ")
+    of_user = kind in ("ValueError", "TypeError", "OSError", "FileNotFoundError", "PermissionError")
+    return ValueError(reason) if of_user and _PACKAGE in Path(files[-1]).parents else None

@@ -29,6 +29,13 @@ def _chosen(word: str, label: Any, first: int) -> str | None:
     return f"{word}{int(text) - first + 1}" if text.isdecimal() else text
 
 
+def _texts(value: Any, field: str) -> list[str]:
+    """A field's list of texts; a text in its place would be taken for a list of letters."""
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        raise TypeError(f"{field!r} is no list of texts")
+    return list(value)
+
+
 def _listed(word: str, texts: Sequence[str]) -> str:
     return " ".join(f"{word}{number}: {text}" for number, text in enumerate(texts, start=1))
 
@@ -65,7 +72,7 @@ def social_i_qa(row: Mapping[str, Any]) -> Exercise:
 
 def hellaswag(row: Mapping[str, Any]) -> Exercise:
     """`activity_label`, `ctx`, `endings`, `label` ("0" to "3"; "" where hidden)."""
-    endings = list(row["endings"])
+    endings = _texts(row["endings"], "endings")
     if len(endings) < 2:
         raise ValueError(f"'endings' has {len(endings)} texts")
     return Exercise(
@@ -97,13 +104,14 @@ def openbookqa(row: Mapping[str, Any]) -> Exercise:
 
 
 def _keyed(question: str, row: Mapping[str, Any]) -> Exercise:
-    labels, key = list(row["choices"]["label"]), row["answerKey"]
+    labels, key = _texts(row["choices"]["label"], "choices.label"), row["answerKey"]
+    texts = _texts(row["choices"]["text"], "choices.text")
     if len(set(labels)) < len(labels):
-        raise ValueError(f"'choices' has a label twice ({', '.join(labels)})")
-    if len(labels) < 2 or len(labels) != len(row["choices"]["text"]):
-        raise ValueError(f"'choices' has {len(row['choices']['text'])} texts, {len(labels)} labels")
+        raise ValueError(f"'choices' has a label twice ({', '.join(map(str, labels))})")
+    if len(labels) < 2 or len(labels) != len(texts):
+        raise ValueError(f"'choices' has {len(texts)} texts, {len(labels)} labels")
     answer = f"answer{labels.index(key) + 1}" if key in labels else (key or None)
-    return _question(question, list(row["choices"]["text"]), answer)
+    return _question(question, texts, answer)
 
 
 def _question(question: str, texts: Sequence[str], answer: str | None) -> Exercise:
@@ -117,7 +125,9 @@ def _question(question: str, texts: Sequence[str], answer: str | None) -> Exerci
 def aqua(row: Mapping[str, Any]) -> Exercise:
     """`question`, `options` ("A)21"), `rationale`, `correct` (A to E)."""
     # LLM-Adapters took the wording from zero-shot CoT, which spaces every parenthesis so.
-    options = ("(" + "(".join(row["options"])).replace("(", " (").replace(")", ") ")
+    options = (
+        ("(" + "(".join(_texts(row["options"], "options"))).replace("(", " (").replace(")", ") ")
+    )
     answer = row["correct"] or None
     question = f"{row['question'].strip()} Answer Choices:{options}"
     worked = (row["rationale"] or "").strip()

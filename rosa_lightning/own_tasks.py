@@ -127,6 +127,8 @@ def _own_exercise(
         return Exercise(asked, None)
     if isinstance(gold, bool):
         return Exercise(asked, str(gold).lower())
+    if not isinstance(gold, str | int | float):
+        raise TypeError(f"{answer} is no text and no number")
     if isinstance(gold, int) and labels and str(gold) not in labels:  # as `datasets` has classes
         if not 0 <= gold < len(labels):
             raise ValueError(f"{answer} is {gold}, and labels are counted 0 to {len(labels) - 1}")

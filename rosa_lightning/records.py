@@ -6,7 +6,8 @@ fields of that benchmark's hub data set. Whatever does not fit ends in an error 
 record and field; records are counted from 1.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,15 @@ from rosa_lightning.hub_rows import written
 from rosa_lightning.source_rows import json_line, kind_of, read_rows
 from rosa_lightning.sources import Purpose, Source, as_source
 from rosa_lightning.streamed import ArrowRows, Lines, Streamed, select
+from rosa_lightning.strict_json import half_character
 from rosa_lightning.tasks import TASKS, Record, Task, check_gold, reference
 
 _SCHEMAS = (
     "expected instruction, input, output, answer, or GSM8K's question, answer ('... #### 42')"
 )
+
+_MAY_LACK = ("rationale",)
+"""Fields of benchmarks that may be nothing; an answer too, in some splits."""
 
 
 def load_records(
@@ -78,7 +83,7 @@ def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose)
         raise ValueError(f"{where} is {kind_of(row)}; expected an object with fields: {_SCHEMAS}.")
     context = ""
     asks_itself = task.convert is not None and task.name not in TASKS
-    needed = task.fields[:-1] if asks_itself and purpose == "predict" else task.fields
+    needed = task.fields[:-1] if purpose == "predict" else task.fields
     if "instruction" in row and not asks_itself:
         asked = _text(row, "instruction", where)
         context, output = _text(row, "input", where), _text(row, "output", where)
@@ -89,7 +94,7 @@ def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose)
         asked = _text(row, "question", where)
         output, answer = _gsm8k_solution(row, where, purpose)
     else:
-        found = ", ".join(str(key) for key in row) or "none"
+        found = ", ".join(str(key)[:40] for key in list(row)[:20]) or "none"
         own = f"{task.name}'s {', '.join(needed)}" if task.convert else ""
         wanted = f"expected {own}" if asks_itself else f"{_SCHEMAS}{own and f', or {own}'}"
         raise ValueError(f"{where} has the fields {found}; {wanted}.")
@@ -108,8 +113,15 @@ def _converted(
 ) -> tuple[str, str, str | None]:
     """Instruction, output and answer of a row with the fields of the task's hub data set."""
     assert task.convert is not None
+    _check_values(row, task.fields, where)
     try:
-        instruction, answer, output = task.convert(row)
+        for field in task.fields[:-1]:
+            if row.get(field) is None and field not in _MAY_LACK:
+                raise TypeError(f"field {field!r} is nothing")
+        instruction, answer, output = task.convert({task.fields[-1]: None, **row})
+        for made in (instruction, answer or "", output or ""):
+            if not isinstance(made, str):
+                raise TypeError(f"{kind_of(made)} stands where text is expected")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where} is no row of {task.name} ({task.hub or 'of data.tasks'}): {error}. Expected "
@@ -159,7 +171,40 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"{where}: field {field!r} is {kind_of(value)}; expected text.")
+    _check_value(value, field, where)
     return value
+
+
+def _check_values(row: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
+    """Check the fields that a task's own conversion puts into texts."""
+    for field in fields:
+        if field in row:
+            for value in _leaves(row[field]):
+                _check_value(value, field, where)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in lists and objects within one another."""
+    if isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _check_value(value: Any, field: str, where: str) -> None:
+    """Refuse what no text can say: half of a character, a number that is none, bytes."""
+    if isinstance(value, str):
+        if half := half_character(value):
+            raise ValueError(
+                f"{where}: field {field!r} holds {half}, half of a character, which UTF-8 cannot "
+                "express. Write the character whole, or take it out."
+            )
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: field {field!r} is {value}; expected a finite number.")
+    elif not isinstance(value, int | None):
+        raise ValueError(f"{where}: field {field!r} holds {kind_of(value)}; expected text.")
 
 
 def _answer(row: Mapping[str, Any], where: str) -> str | None:
@@ -167,6 +212,7 @@ def _answer(row: Mapping[str, Any], where: str) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     if value is None or isinstance(value, str | int | float):
+        _check_value(value, "answer", where)
         return None if value is None else str(value).strip() or None
     raise ValueError(f"{where}: field 'answer' is {kind_of(value)}; expected text or a number.")
 
@@ -182,4 +228,5 @@ def _gsm8k_solution(row: Mapping[str, Any], where: str, purpose: Purpose) -> tup
             f"{where}: field 'answer' is {found}; beside 'question' expected GSM8K's solution "
             "ending in '#### 42'. (Other schemas: instruction, input, output, answer.)"
         )
+    _check_value(value, "answer", where)
     return value, value.rsplit("####", 1)[1].strip() or None

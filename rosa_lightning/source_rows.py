@@ -4,18 +4,25 @@ Large ones stay on disk. What cannot be read ends in an error that names the fil
 it; blank lines are not counted.
 """
 
-import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rosa_lightning import strict_json
+from rosa_lightning.opening import check_input, check_name, open_input, read_bytes
 from rosa_lightning.sources import Purpose, Source
 from rosa_lightning.streamed import ArrowRows, Lines
 from rosa_lightning.tasks import Task
 
 _STREAM_FROM = 2**28
 """Bytes from which on the records of a training source stay on disk."""
+_MOST_DECODED = 2**31
+"""Bytes that a Parquet file may decode to, where its own size does not make more plausible."""
+_RATIO = 100
+"""Times its own size that a Parquet file may decode to in any case."""
+_ROWS_A_READ = 256
 _SUFFIXES = ".json, .jsonl, .parquet"
 
 
@@ -59,11 +66,12 @@ def _hub_rows(source: Source, task: Task, purpose: Purpose) -> Iterable[Any] | A
             f"{source.split}): {type(error).__name__}: {reason}. Check the id and the network, "
             "or name a local file instead of hub: {path: FILE.jsonl}."
         ) from error
-    return ArrowRows(rows) if _streams(source, purpose, rows.data.nbytes) else rows
+    return ArrowRows(rows, source.place) if _streams(source, purpose, rows.data.nbytes) else rows
 
 
 def _file_rows(source: Source, purpose: Purpose) -> Iterable[Any] | Lines | ArrowRows:
     path = Path(source.place)
+    check_name(path)
     suffix = path.suffix.lower()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Name an existing file with path.")
@@ -74,6 +82,8 @@ def _file_rows(source: Source, purpose: Purpose) -> Iterable[Any] | Lines | Arro
             f"{path} is a text file, which holds prompts only. Name it in data.predict_sources, "
             f"or give {_SUFFIXES} here."
         )
+    with _reading(path):
+        check_input(path)
     streams = suffix != ".json" and _streams(source, purpose, path.stat().st_size)
     if suffix == ".parquet":
         return _parquet_rows(path, streams)
@@ -94,7 +104,10 @@ def _file_rows(source: Source, purpose: Purpose) -> Iterable[Any] | Lines | Arro
 
 def _read_text(path: Path) -> str:
     with _reading(path):
-        return path.read_bytes().decode("utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError(f"{path} holds null bytes, as UTF-16 text does. Save it in UTF-8.")
+    return text
 
 
 @contextmanager
@@ -106,22 +119,17 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path} is not UTF-8 text (byte {error.start}). Save it in UTF-8."
         ) from error
     except OSError as error:
-        raise OSError(
-            f"{path} cannot be read: {error.strerror or error}. Check its permissions."
-        ) from error
+        if error.strerror is None:  # ours, and says what to do
+            raise
+        raise OSError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
 
 
 def _json_rows(path: Path, text: str) -> list[Any]:
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = ""
-        if error.msg == "Extra data":
-            hint = " If it holds one object a line, name it .jsonl."
-        raise ValueError(
-            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}. "
-            f"Expected a list of objects.{hint}"
-        ) from error
+        rows = strict_json.parse(text)
+    except strict_json.JSONError as error:
+        hint = " If it holds one object a line, name it .jsonl." if error.extra_data else ""
+        raise ValueError(f"{path} {error}. Expected a list of objects.{hint}") from error
     if not isinstance(rows, list):
         raise ValueError(
             f"{path} holds {kind_of(rows)} at the top; expected a list of objects: "
@@ -133,11 +141,9 @@ def _json_rows(path: Path, text: str) -> list[Any]:
 def json_line(where: str, line: str) -> Any:
     """The value of one line of a JSONL file; `where` it stands is for the error."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where} is not JSON: column {error.colno}: {error.msg}. Expected one object a line."
-        ) from error
+        return strict_json.parse(line)
+    except strict_json.JSONError as error:
+        raise ValueError(f"{where} {error}. Expected one object a line.") from error
 
 
 def _parquet_rows(path: Path, streams: bool) -> list[Any] | ArrowRows:
@@ -145,18 +151,64 @@ def _parquet_rows(path: Path, streams: bool) -> list[Any] | ArrowRows:
     from pyarrow import parquet
 
     try:
-        if streams:
-            import datasets
+        with open_input(path) as file, parquet.ParquetFile(file) as table:
+            _check_columns(path, table.schema_arrow.names)
+            limit = max(_MOST_DECODED, _RATIO * path.stat().st_size)
+            if not streams:
+                return list(_decoded(path, table, limit))
+            if path.stat().st_size < _STREAM_FROM:  # larger ones take as long as they are large
+                for _ in _decoded(path, table, limit, rows=False):
+                    pass
+        import datasets
 
-            parquet.read_schema(path)  # else datasets would say that it failed, and not why
-            return ArrowRows(datasets.Dataset.from_parquet(str(path)))
-        rows: list[Any] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        return ArrowRows(datasets.Dataset.from_parquet(os.fspath(path)), str(path))
+    except _UnfitError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise ValueError(
             f"{path} cannot be read as Parquet: {reason}. Write it again, or as .jsonl."
         ) from error
-    return rows
+
+
+class _UnfitError(ValueError):
+    """A Parquet file that can be read, and cannot be used."""
+
+
+def _check_columns(path: Path, names: list[str]) -> None:
+    if not names:
+        raise _UnfitError(
+            f"{path} has no columns. Expected those of records: instruction, output, ..."
+        )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _UnfitError(
+            f"{path} has two columns named {twice!r}. Leave out or rename one of them."
+        )
+
+
+def _decoded(path: Path, table: Any, limit: int, *, rows: bool = True) -> Iterator[Any]:
+    """The rows of a Parquet file as mappings, or nothing; they may take so many bytes.
+
+    Its metadata tells no decoded size: one text, kept once, may stand in a million rows.
+    """
+    about = table.metadata
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+    size = max(about.num_rows, *(each.total_uncompressed_size for each in columns), 0)
+    values, decoded = max((each.num_values for each in columns), default=0), 0
+    if max(size, values) <= limit:
+        for batch in table.iter_batches(_ROWS_A_READ):
+            decoded += batch.nbytes
+            if decoded > limit:
+                break
+            if rows:
+                yield from batch.to_pylist()
+    if max(size, values, decoded) > limit:
+        raise _UnfitError(
+            f"{path} has {path.stat().st_size:,} bytes and decodes to more than {limit:,}, which "
+            "do not fit into memory. Write it in parts, or as .jsonl."
+        )
 
 
 def kind_of(value: object) -> str:

@@ -6,13 +6,16 @@ are those of records in memory, which a stream with a shuffle buffer could not g
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar, overload
+from typing import Any, BinaryIO, Generic, NoReturn, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rosa_lightning.opening import open_input, read_lines
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -41,16 +44,18 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         starts, count, offset = [], 0, 0
-        with path.open("rb") as file:
+        with open_input(path) as file:
+            self._state = _state(file)
             if file.read(3) == b"\xef\xbb\xbf":  # byte order mark
                 offset = 3
             file.seek(offset)
-            for line in file:
+            for line in read_lines(file, path):
                 if not line.isspace():
                     if count % _LINES_A_BLOCK == 0:
                         starts.append(offset)
                     count += 1
                 offset += len(line)
+            self._check_unchanged(file)
         self._count = count
         self._starts = np.array([*starts, offset], dtype=np.int64)
 
@@ -60,7 +65,8 @@ class Lines:
     def read(self, positions: NDArray[Any]) -> Iterator[bytes]:
         """The lines at these positions. Raises ValueError if the file has changed."""
         current, lines = -1, [b""]
-        with self.path.open("rb") as file:
+        with open_input(self.path) as file:
+            self._check_unchanged(file)
             for position in positions:
                 block, line = divmod(int(position), _LINES_A_BLOCK)
                 if block != current:
@@ -72,18 +78,26 @@ class Lines:
         file.seek(start)
         lines = [line for line in file.read(stop - start).split(b"\n") if line.strip()]
         if len(lines) != min(_LINES_A_BLOCK, self._count - block * _LINES_A_BLOCK):
-            raise ValueError(
-                f"{self.path} has changed since it was first read. Leave it as it is while it is "
-                "trained on."
-            )
+            self._fail()
         return lines
+
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        """See that it is the file that was indexed; lines of equal length would not tell."""
+        if _state(file) != self._state:
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        raise ValueError(
+            f"{self.path} has changed since it was first read. Leave it as it is while it is "
+            "trained on, and begin anew."
+        )
 
 
 class ArrowRows:
     """The rows of a `datasets.Dataset`, whose Arrow file is mapped into memory."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, name: str = "the data set") -> None:
+        self.dataset, self.name = dataset, name
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -91,7 +105,13 @@ class ArrowRows:
     def read(self, positions: NDArray[Any]) -> Iterator[dict[str, Any]]:
         """The rows at these positions, a mapping each."""
         for start in range(0, len(positions), _ROWS_A_READ):
-            columns = self.dataset[positions[start : start + _ROWS_A_READ].tolist()]
+            try:
+                columns = self.dataset[positions[start : start + _ROWS_A_READ].tolist()]
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{self.name} holds text that is not UTF-8 in records {positions[start] + 1} "
+                    "and following. Save it in UTF-8."
+                ) from error
             for values in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, values, strict=True))
 
@@ -145,6 +165,12 @@ class Streamed(Sequence[T], Generic[T]):
     def map(self, function: Callable[[T], S]) -> Streamed[S]:
         """What `function` makes of each item when it is asked for."""
         return Streamed(self._rows, partial(_composed, self._convert, function), self._positions)
+
+
+def _state(file: BinaryIO) -> tuple[int, int, int]:
+    """What tells an open file from another, and from itself before a change."""
+    now = os.fstat(file.fileno())
+    return now.st_size, now.st_mtime_ns, now.st_ino
 
 
 def _size(row: bytes | Mapping[str, Any]) -> int:

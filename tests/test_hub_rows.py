@@ -250,7 +250,7 @@ def test_rows_without_a_gold_answer_are_refused_by_name(records, task, hidden):
 @pytest.mark.parametrize(
     ("task", "change", "words"),
     [
-        ("piqa", {"goal": None, "label": "x"}, "the gold answer is 'x'"),
+        ("piqa", {"label": "x"}, "the gold answer is 'x'"),
         ("hellaswag", {"label": "7"}, "the gold answer is 'ending8'; its prompt asks for one of"),
         ("arc_easy", {"answerKey": "E"}, "the gold answer is 'E'"),
         ("arc_easy", {"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, "a label twice"),

@@ -11,7 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 FLOORS = {
     "rope": 0,
     "rows": 0,
-    "streamed": 0,
+    "opening": 0,
+    "strict_json": 0,
+    "streamed": 0.1,
     "parser": 0,
     "quantization": 0,
     "live": 0,

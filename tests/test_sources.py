@@ -214,10 +214,10 @@ def test_folder_instead_of_a_file(tmp_path):
 def test_unreadable_file(write, monkeypatch):
     path = write("a.json", [ROW])
 
-    def refuse(self):
+    def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("rosa_lightning.opening.os.open", refuse)
     assert "a.json cannot be read: Permission denied" in message(path, error=OSError)
 
 

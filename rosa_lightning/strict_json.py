@@ -1,0 +1,63 @@
+"""JSON from elsewhere: what cannot be kept without loss is an error of one line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class JSONError(ValueError):
+    """What is wrong with a text, as the end of a sentence about it."""
+
+    def __init__(self, reason: str, *, extra_data: bool = False) -> None:
+        super().__init__(reason)
+        self.extra_data = extra_data
+        """Whether a value is there, and more after it."""
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        JSONError: It is no JSON, is nested too deeply, holds an integer too long to read, or an
+            object that gives a name twice, of which all values but one would be ignored.
+    """
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise JSONError(
+            f"is not JSON: {where}: {error.msg}", extra_data=error.msg == "Extra data"
+        ) from error
+    except RecursionError as error:
+        raise JSONError("is nested too deeply to be read") from error
+    except JSONError:
+        raise
+    except ValueError as error:  # of int(): Python bounds the digits
+        raise JSONError("holds an integer of more digits than can be read") from error
+
+
+def half_character(text: str) -> str | None:
+    r"""The first half of a surrogate pair without its other half, as ``\ud83d``, or None.
+
+    JSON can spell it and UTF-8 cannot, so no tokenizer and no file takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set[str]()
+        for name, _ in pairs:
+            if name in seen:
+                raise JSONError(f"gives {name[:40]!r} twice in one object")
+            seen.add(name)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
