@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from rosa_lightning.opening import check_name, writing
+
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
@@ -24,6 +26,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         OSError: It cannot be written to, or the disk is full.
     """
     # Resolved, so that nothing is made for the sake of `a/../b`.
+    check_name(path)
     target = Path(path).resolve()
     if target.exists() or Path(path).is_symlink():
         raise ValueError(f"{path} exists already. Give a folder that does not, or remove it first.")
@@ -45,11 +48,17 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, *content: bytes | array[Any]) -> None:
-    """Write a file that is never seen half-written, whoever else writes it at the same time."""
+    """Write a file that is never seen half-written, whoever else writes it at the same time.
+
+    Raises:
+        OSError: It cannot be written, or the disk is full; names the file.
+        ValueError: The path holds a null character.
+    """
+    check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
-        with beside.open("wb") as file:
+        with writing(path), beside.open("xb") as file:
             file.writelines(content)
         beside.replace(path)
     except BaseException:

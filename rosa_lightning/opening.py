@@ -12,8 +12,9 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, TextIO
 
 SETTINGS_BYTES = 2**26
 """Largest file of settings that is read; those that are met have up to a megabyte or two."""
@@ -133,6 +134,11 @@ def open_new(path: Path) -> BinaryIO:
     """
     path.unlink(missing_ok=True)
     return os.fdopen(os.open(path, _WRITE | os.O_EXCL | os.O_WRONLY, 0o666), "wb")
+
+
+def open_new_text(path: Path) -> TextIO:
+    """As `open_new`, for text; halves of surrogate pairs are spelt as JSON spells them."""
+    return TextIOWrapper(open_new(path), encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def open_lock(path: Path) -> BinaryIO:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -15,10 +16,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from rosa_lightning.folder import write_file
+from rosa_lightning.opening import open_input, open_new_text, read_lines, writing
 from rosa_lightning.results import results_table, write_results
+from rosa_lightning.strict_json import parse
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
+_PART = re.compile(r"predictions\.part[0-9]{1,9}\.rank[0-9]{1,9}\.jsonl")
+_ITEM: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("key", "protocol", "source", "task", "response"), str),
+    "index": (int, type(None)),
+    "answer": (str, type(None)),
+    "correct": bool,
+    "elapsed_s": (int, float),
+}
+"""What the fields of an answer that are looked at must be."""
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -41,7 +53,7 @@ class PredictionWriter(BasePredictionWriter):
         self._target = _log_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path)
         part = self._part(trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
-        self._file = part.open("w", encoding="utf-8")
+        self._file = open_new_text(part)
 
     def write_on_batch_end(
         self,
@@ -55,8 +67,9 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Append a batch."""
         assert self._file is not None
-        for record in prediction:
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        with writing(self._target):
+            for record in prediction:
+                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the ranks' parts and give the file its name."""
@@ -78,12 +91,15 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Leave nothing half-written."""
         if self._file is not None:
-            self._close()
+            with suppress(OSError):  # of a full disk, which is what has been raised already
+                self._close()
+            self._file = None
             self._part(trainer.global_rank).unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with writing(self._target):
+                self._file.close()
             self._file = None
 
     def _part(self, rank: int) -> Path:
@@ -121,7 +137,12 @@ class ResultWriter(Callback):
         self._target = folder
         own = bool(trainer.loggers) and self.folder is None  # of this run alone
         near = [folder, *_beside(folder)] if own else [folder]
-        found = sorted(part for place in near for part in place.glob("predictions.part*.jsonl"))
+        found = sorted(
+            part
+            for place in near
+            for part in place.glob("predictions.part*.jsonl")
+            if _PART.fullmatch(part.name) and part.is_file()
+        )
         parts = [part for part in found if not _is_being_written(part)]
         self._earlier, evaluation.answered = _read_parts(parts, evaluation.digest)
         self._num_resumed = len(evaluation.answered)
@@ -138,7 +159,7 @@ class ResultWriter(Callback):
         # Rank 0 says it for all, before any part is there.
         self._number = trainer.strategy.broadcast(max(taken, default=-1) + 1)
         folder.mkdir(parents=True, exist_ok=True)
-        self._part = self._path(trainer.global_rank).open("w", encoding="utf-8")
+        self._part = open_new_text(self._path(trainer.global_rank))
         _lock(self._part)
 
     def on_test_batch_end(
@@ -155,8 +176,9 @@ class ResultWriter(Callback):
         digest = pl_module.evaluated.digest  # type: ignore[union-attr]
         made = {"evaluation": digest, "elapsed_s": self._elapsed()}
         lines = [_line(made | item) for item in outputs["items"]]
-        self._part.write("".join(lines))
-        self._part.flush()
+        with writing(self._part.name):
+            self._part.write("".join(lines))
+            self._part.flush()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the parts, write the results and show them."""
@@ -172,7 +194,8 @@ class ResultWriter(Callback):
         items = _in_order(answered.values(), module.evaluated.config.protocols, trainer)
         for item in items:
             del item["evaluation"], item["elapsed_s"], item["key"]
-        write_file(self._target / PREDICTIONS, "".join(map(_line, items)).encode())
+        lines = "".join(map(_line, items)).encode(errors="backslashreplace")
+        write_file(self._target / PREDICTIONS, lines)
         leaked, places, reason = _leaked(trainer)
         about = module.about_evaluation() | {
             "leaked_from": places,
@@ -213,7 +236,7 @@ def _beside(folder: Path) -> Iterator[Path]:
     return (place for place in folder.parent.glob("*/") if place != folder)
 
 
-def _lock(file: TextIO, *, shared: bool = False) -> bool:
+def _lock(file: IO[Any], *, shared: bool = False) -> bool:
     """Lock a file until it is closed; false if another process has.
 
     True where there are no such locks: on Windows, and on some file systems.
@@ -235,7 +258,7 @@ def _lock(file: TextIO, *, shared: bool = False) -> bool:
 
 def _is_being_written(part: Path) -> bool:
     """Whether another process has locked a part."""
-    with part.open(encoding="utf-8") as file:
+    with open_input(part) as file:
         return not _lock(file, shared=True)
 
 
@@ -246,17 +269,19 @@ def _line(item: dict[str, Any]) -> str:
 def _read_parts(parts: Iterable[Path], digest: str) -> tuple[list[Path], dict[str, dict[str, Any]]]:
     """The parts that belong to an evaluation, and their answers by key.
 
-    A last line that was cut off is passed over.
+    A last line that was cut off is passed over, and so are lines that are no answers.
     """
     found: list[Path] = []
     answered: dict[str, dict[str, Any]] = {}
     for part in parts:
-        with part.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
+        with open_input(part) as file:
+            for line in read_lines(file, part):
                 with suppress(ValueError, KeyError, TypeError):
-                    item = json.loads(line)
+                    item = parse(line.decode("utf-8", "replace"))
                     if item["evaluation"] != digest:
                         break
+                    if not all(isinstance(item[name], _ITEM[name]) for name in _ITEM):
+                        continue
                     answered[item["key"]] = item
                     if part not in found:
                         found.append(part)
@@ -265,7 +290,7 @@ def _read_parts(parts: Iterable[Path], digest: str) -> tuple[list[Path], dict[st
 
 def _seconds(answered: Iterable[dict[str, Any]]) -> float:
     """How long earlier runs took, those before them included, up to their last answers."""
-    return max((float(item.get("elapsed_s", 0)) for item in answered), default=0.0)
+    return max((float(item["elapsed_s"]) for item in answered), default=0.0)
 
 
 def _in_order(

@@ -135,7 +135,9 @@ def write_results(
         "results": rows,
         "averages": [asdict(average) for average in averages(scores)],
     }
-    write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    # Names of files may hold bytes that are not UTF-8, which JSON can spell.
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_file(path, text.encode(errors="backslashreplace"))
 
 
 def results_table(

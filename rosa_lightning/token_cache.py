@@ -30,7 +30,9 @@ from rich.progress import track
 
 from rosa_lightning.encoding import Encoder, Example, OverlongCount, encode_all
 from rosa_lightning.folder import write_file
+from rosa_lightning.opening import check_name, open_input, open_lock
 from rosa_lightning.streamed import Streamed
+from rosa_lightning.strict_json import parse
 from rosa_lightning.tasks import Record
 from rosa_lightning.templates import prompt_text, response_text
 
@@ -123,13 +125,15 @@ def encode_cached(
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if folder is None or not len(records) or isinstance(records, Streamed) or backend is None:
         return encode_all(records, encoder)
+    check_name(folder)
     path = folder / f"{_digest(records, encoder)}.tokens"
+    known = max(backend.get_vocab().values(), default=-1) + 1
     try:
-        found = _read(path, records)
+        found = _read(path, records, known)
         if found is not None:
             return found
         with _alone(path):
-            return _read(path, records, say=False) or _write(path, records, encoder)
+            return _read(path, records, known, say=False) or _write(path, records, encoder)
     except OSError as error:
         rank_zero_warn(
             f"tokenised data cannot be kept in {folder}: {error}. Set data.cache_dir to a folder "
@@ -205,7 +209,7 @@ def _write(
     header = json.dumps({**sizes, "count": asdict(count)}).encode()
     start = _MAGIC + len(header).to_bytes(4, "little") + header
     write_file(path, start + bytes(-len(start) % 8), *arrays)
-    return _table(path, records)
+    return _table(path, records, None)
 
 
 def _shown(records: Sequence[Record]) -> Iterable[Sequence[Record]]:
@@ -218,11 +222,14 @@ def _shown(records: Sequence[Record]) -> Iterable[Sequence[Record]]:
 
 
 def _read(
-    path: Path, records: Sequence[Record], *, say: bool = True
+    path: Path, records: Sequence[Record], known: int, *, say: bool = True
 ) -> tuple[TokenTable, OverlongCount] | None:
-    """What a file holds; None if there is none, or a damaged one, which is said or not."""
+    """What a file holds; None if there is none, or a damaged one, which is said or not.
+
+    ``known`` is above all ids that the tokenizer knows.
+    """
     try:
-        return _table(path, records)
+        return _table(path, records, known)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -231,27 +238,53 @@ def _read(
         return None
 
 
-def _table(path: Path, records: Sequence[Record]) -> tuple[TokenTable, OverlongCount]:
+def _table(
+    path: Path, records: Sequence[Record], known: int | None
+) -> tuple[TokenTable, OverlongCount]:
     # Mapped, then seen as plain arrays, whose slices are cheaper.
-    content: NDArray[np.uint8] = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    with open_input(path) as file:
+        content: NDArray[np.uint8] = np.memmap(file, np.uint8, "r").view(np.ndarray)
     start = len(_MAGIC) + 4
     if content[: len(_MAGIC)].tobytes() != _MAGIC:
         raise ValueError("it does not begin as it should")
     end = start + int.from_bytes(content[len(_MAGIC) : start].tobytes(), "little")
-    header = json.loads(content[start:end].tobytes())
+    header = parse(content[start:end].tobytes().decode())
     rows, num_tokens = header["records"], header["tokens"]
     body = content[end + -end % 8 :]
-    if len(body) != rows * 24 + num_tokens * 4 or zlib.crc32(body.data) != header["checksum"]:
+    whole = isinstance(rows, int) and isinstance(num_tokens, int) and min(rows, num_tokens) >= 0
+    size = rows * 24 + num_tokens * 4 if whole else -1
+    if len(body) != size or zlib.crc32(body.data) != header["checksum"]:
         raise ValueError("its content is not what was written")
-    ends, kept, answers, tokens = np.split(body, np.cumsum([rows * 16, rows * 4, rows * 4]))
-    table = TokenTable(
-        records,
-        kept.view(np.int32),
-        ends.view(np.int64).reshape(rows, 2),
-        answers.view(np.int32),
-        tokens.view(np.int32),
-    )
-    return table, OverlongCount(**header["count"])
+    ends_, kept_, answers_, tokens_ = np.split(body, np.cumsum([rows * 16, rows * 4, rows * 4]))
+    kept, answers, tokens = (part.view(np.int32) for part in (kept_, answers_, tokens_))
+    ends = ends_.view(np.int64).reshape(rows, 2)
+    if known is not None:
+        _check_arrays(kept, ends, answers, tokens, len(records), known)
+    count = OverlongCount(**header["count"])
+    return TokenTable(records, kept, ends, answers, tokens), count
+
+
+def _check_arrays(
+    kept: NDArray[np.int32],
+    ends: NDArray[np.int64],
+    answers: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    num_records: int,
+    known: int,
+) -> None:
+    """See that what somebody has written, with a checksum that fits, can be looked up at all."""
+    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < known):
+        raise ValueError("it holds token ids that the tokenizer does not know")
+    places = np.concatenate([[-1], kept, [num_records]])
+    borders = np.concatenate([[0], ends.ravel()])
+    if (
+        (np.diff(places) <= 0).any()
+        or (np.diff(borders) < 0).any()
+        or borders[-1] != len(tokens)
+        or (answers < 0).any()
+        or (answers > ends[:, 1] - ends[:, 0]).any()
+    ):
+        raise ValueError("its records are not those that were written")
 
 
 @contextmanager
@@ -267,7 +300,7 @@ def _alone(path: Path) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_suffix(".lock")
-    with lock.open("w") as file:
+    with open_lock(lock) as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         try:

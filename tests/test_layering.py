@@ -22,7 +22,7 @@ FLOORS = {
     "modes": 0,
     "small": 0,
     "meeting": 0,
-    "folder": 0,
+    "folder": 0.1,
     "finite": 0.1,
     "peft_files": 0.2,
     "layers": 0,

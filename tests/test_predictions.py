@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import ranks
 import torch
 import yaml
 from conftest import save_base, write_records
+from hostile import KINDS, limited, put
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
@@ -61,6 +64,34 @@ def test_a_run_that_fails_leaves_the_older_file_and_nothing_half_written(tmp_pat
         predict(tmp_path, PredictionWriter(), fail_at=1)
     assert (tmp_path / "predictions.jsonl").read_text() == "older\n"
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_in_the_place_of_a_part_is_not_written_through(tmp_path, link):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "out").mkdir()
+    link(tmp_path / "precious", tmp_path / "out" / ".predictions.jsonl.rank0")
+    predict(tmp_path, PredictionWriter(str(tmp_path / "out" / "predictions.jsonl")))
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"predictions\.jsonl cannot be written: File too large"):
+            predict(tmp_path, PredictionWriter())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_in_the_place_of_a_part_gives_way(tmp_path):
+    os.mkfifo(tmp_path / ".predictions.jsonl.rank0")
+    with limited():
+        predict(tmp_path, PredictionWriter())
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 5
 
 
 BOTH = EvaluationConfig(protocols=("generate", "likelihood"))
@@ -248,6 +279,28 @@ def test_an_evaluation_leaves_the_answers_of_one_that_is_still_running_alone(bas
         process.communicate("\n")
     assert part.exists()
     assert read(tmp_path)[1]["resumed_answers"] == 0
+
+
+def test_what_strangers_put_beside_the_parts_is_passed_over(base_folder, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(3))
+    part = tmp_path / "predictions.part0.rank0.jsonl"
+    first = json.loads(part.read_text().splitlines()[0])
+    odd = [{**first, name: value} for name in first for value in (None, [1], {}, 5)]
+    lines = [json.dumps(one) for one in odd if one["evaluation"] == first["evaluation"]]
+    lines += [json.dumps(first["evaluation"]), "[" * 50_000, "7" * 5_000, "\udcff"]
+    odd_part = tmp_path / "predictions.part1.rank0.jsonl"
+    odd_part.write_text("\n".join(lines), errors="surrogateescape")
+    for number, kind in enumerate(KINDS, start=2):
+        put(kind, tmp_path / f"predictions.part{number}.rank0.jsonl")
+    (tmp_path / "predictions.part6.rank0.jsonl").symlink_to(tmp_path / "none")
+    (tmp_path / "predictions.partX.rank0.jsonl").write_text("")
+    calls = count_batches(monkeypatch)
+    with limited(120):
+        evaluate(base_folder, tmp_path)
+    assert sum(calls) < 18
+    assert read(tmp_path)[1]["resumed_answers"] >= 12
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import resource
+import zlib
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
 from conftest import byte_tokenizer
+from hostile import KINDS, limited, put
 
 from rosa_lightning import token_cache
 from rosa_lightning.data import ReasoningDataModule
@@ -158,12 +164,55 @@ def test_what_a_call_left_in_the_tokenizer_makes_no_difference(tmp_path, encoder
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def forged(change: Any) -> Any:
+    """A damage with a checksum that fits: `change` is given the header and the arrays' numbers."""
+
+    def damage(content: bytes) -> bytes:
+        start = len(token_cache._MAGIC) + 4
+        end = start + int.from_bytes(content[start - 4 : start], "little")
+        header = json.loads(content[start:end])
+        rows, body = header["records"], bytearray(content[end + -end % 8 :])
+        places = (0, rows * 16, rows * 20, rows * 24, len(body))
+        parts = [body[a:b] for a, b in pairwise(places)]
+        numbers = [array(kind, bytes(part)) for kind, part in zip("qiii", parts, strict=True)]
+        change(header, *numbers)
+        body = bytearray(b"".join(part.tobytes() for part in numbers))
+        header["checksum"] = zlib.crc32(body)
+        text = json.dumps(header).encode()
+        begin = token_cache._MAGIC + len(text).to_bytes(4, "little") + text
+        return begin + bytes(-len(begin) % 8) + bytes(body)
+
+    return damage
+
+
+def setting(part: int, place: int, value: int) -> Any:
+    def change(header: dict[str, Any], *numbers: Any) -> None:
+        numbers[part][place] = value
+
+    return forged(change)
+
+
 DAMAGES = {
     "empty": lambda content: b"",
     "cut off": lambda content: content[:-9],
     "cut off in its header": lambda content: content[:40],
     "another kind of file": lambda content: b"{" + content[1:],
     "a token changed": lambda content: content[:-4] + b"\x05\x00\x00\x00",
+    "a token beyond the vocabulary": setting(3, 5, 258),
+    "a token below zero": setting(3, 5, -1),
+    "a record that is not there": setting(1, -1, 7),
+    "a record twice": setting(1, 1, 0),
+    "a record before the first": setting(1, 0, -1),
+    "an end before its beginning": setting(0, 3, 1),
+    "an end beyond the tokens": setting(0, -1, 2**40),
+    "an answer beyond its response": setting(2, 0, 10_000),
+    "an answer before its response": setting(2, 0, -1),
+    "records below zero": forged(lambda header, *_: header.update(records=-1, tokens=10**6)),
+    "no whole number of records": forged(lambda header, *_: header.update(records=7.0)),
+    "no counts": forged(lambda header, *_: header.update(count=5)),
+    "nested deeply": lambda content: (
+        token_cache._MAGIC + (100_000).to_bytes(4, "little") + b"[" * 100_000
+    ),
 }
 
 
@@ -205,8 +254,8 @@ def test_of_several_that_start_at_once_one_tokenises(tmp_path, encoder, monkeypa
     encode, calls, both_looked = Encoder.__call__, [], Barrier(2)
     read = token_cache._read
 
-    def look(path: Path, given: Any, *, say: bool = True) -> Any:
-        found = read(path, given, say=say)
+    def look(*args: Any, say: bool = True) -> Any:
+        found = read(*args, say=say)
         if say:
             both_looked.wait(timeout=20)
         return found
@@ -262,3 +311,48 @@ def test_the_encoding_is_the_one_that_files_of_this_number_hold(encoder, real_da
             rows = [(*e.prompt, -1, *e.response, e.answer) for e in made]
             sums.append(sum(i * value for row in rows for i, value in enumerate(row)))
     assert (token_cache.ENCODING, sums) == (1, [38328265, 28671186, 33149529, 33194601])
+
+
+# Folders that others can write to.
+
+
+@pytest.mark.parametrize("ending", [".lock", ".tokens"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_is_said_and_done_without(tmp_path, encoder, kind, ending):
+    encode_cached(records(), encoder, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    put(kind, path.with_suffix(ending))
+    with limited(), pytest.warns(UserWarning, match=r"cannot be kept in .* Set data\.cache_dir"):
+        found, _ = encode_cached(records(), encoder, tmp_path)
+    assert list(found) == list(encode_all(records(), encoder)[0])
+
+
+def test_what_a_lock_or_a_file_is_linked_to_stays_as_it_is(tmp_path, encoder):
+    precious, cache = tmp_path / "precious", tmp_path / "cache"
+    precious.write_text("kept")
+    encode_cached(records(), encoder, cache)
+    (path,) = cache.iterdir()
+    path.unlink()
+    path.with_suffix(".lock").symlink_to(precious)
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        encode_cached(records(), encoder, cache)
+    assert precious.read_text() == "kept"
+    path.with_suffix(".lock").unlink()
+    path.symlink_to(precious)
+    with pytest.warns(UserWarning, match=r"is damaged .*tokenised anew"):
+        encode_cached(records(), encoder, cache)
+    assert precious.read_text() == "kept"
+    assert not path.is_symlink()
+
+
+def test_a_full_disk_is_said_with_the_file_and_done_without(tmp_path, encoder):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.warns(UserWarning, match=r"\.tokens cannot be written: File too large"):
+            found, _ = encode_cached(records(), encoder, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(found) == list(encode_all(records(), encoder)[0])
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
