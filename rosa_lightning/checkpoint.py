@@ -1,29 +1,51 @@
-"""A checkpoint of `RoSAModule`: adapters, the base's identity, settings and random states."""
+"""A checkpoint of `RoSAModule`: adapters, the base's identity, settings, and each rank's state."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rosa_lightning.base import BaseIdentity
-from rosa_lightning.rng import all_rng_states
+from rosa_lightning.rng import of_all_ranks, rng_state
 from rosa_lightning.surgery import is_adapter_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKPOINT_KEY = "rosa"
 """Entry of a checkpoint with all that is ours but the weights."""
 
 
-def pack(checkpoint: dict[str, Any], identity: BaseIdentity, roae: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class RankState:
+    """What one process goes on with, besides what Lightning restores."""
+
+    rng: dict[str, Any]
+    """States of its random generators."""
+    gradients: dict[str, Tensor] | None
+    """Its gradients by the parameter's name, where the checkpoint lies between two batches of one
+    optimizer step."""
+
+
+def pack(
+    checkpoint: dict[str, Any],
+    identity: BaseIdentity,
+    roae: dict[str, Any],
+    gradients: dict[str, Tensor] | None = None,
+) -> None:
     """Leave the base's weights out of a Lightning checkpoint and add what must be remembered.
 
-    Every rank must call this, for the random states of all.
+    Every rank must call this, for the state of all.
 
     Args:
         checkpoint: What Lightning is about to save; changed in place.
         identity: Of the base.
         roae: The RoAE settings as plain values.
+        gradients: Of this rank, where an optimizer step has had some of its batches; None on
+            every rank or on none.
     """
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: state[key] for key in state if is_adapter_key(key)}
@@ -31,8 +53,10 @@ def pack(checkpoint: dict[str, Any], identity: BaseIdentity, roae: dict[str, Any
         **identity.to_dict(),
         "roae": dict(roae),
         "version": version("rosa-lightning"),
-        "rng": all_rng_states(),
+        "rng": of_all_ranks(rng_state()),
     }
+    if gradients is not None:
+        checkpoint[CHECKPOINT_KEY]["gradients"] = of_all_ranks(gradients)
 
 
 def unpack(
@@ -42,8 +66,8 @@ def unpack(
     *,
     rank: int,
     world_size: int | None,
-) -> dict[str, Any] | None:
-    """Check that a checkpoint is ours and fits, and return this rank's random state.
+) -> RankState | None:
+    """Check that a checkpoint is ours and fits, and return what this rank goes on with.
 
     Args:
         checkpoint: As Lightning loaded it.
@@ -53,7 +77,8 @@ def unpack(
         world_size: Of the training that goes on; None if none does.
 
     Returns:
-        The state, or None, with a warning, where another number of processes wrote it.
+        The state; None where no training goes on or, with a warning, where another number of
+        processes wrote the checkpoint.
 
     Raises:
         ValueError: No adapter in it, another base, or settings that would make the same weights
@@ -74,10 +99,12 @@ def unpack(
     states: list[dict[str, Any]] = remembered["rng"]
     if world_size is None:
         return None
+    gradients: list[dict[str, Any]] | None = remembered.get("gradients")
     if len(states) == world_size:
-        return states[rank]
+        return RankState(states[rank], None if gradients is None else gradients[rank])
+    lost = " The batches that its unfinished optimizer step had are lost." if gradients else ""
     rank_zero_warn(
         f"the checkpoint holds random states of {len(states)} processes, and this run has "
-        f"{world_size}: dropout will differ from that of the run that wrote it."
+        f"{world_size}: dropout will differ from that of the run that wrote it.{lost}"
     )
     return None

@@ -224,6 +224,10 @@ class ReasoningDataModule(LightningDataModule):
             return
         if self._train is None:
             self._read_training()
+        if stage == "fit" and self._batches_trained_on() == 0:
+            # Another training. One that is resumed loads its state after this.
+            self._tally.start()
+            self._logged_step = 0
         if stage == "validate" and not any(map(len, self._val)):
             raise ValueError(
                 f"There is nothing to validate on: data.val_fraction={self.val_fraction} held "
@@ -340,20 +344,21 @@ class ReasoningDataModule(LightningDataModule):
             stop=self.stop,
             **ranks,
         )
-        loader = ResumableLoader(
+        return ResumableLoader(
             Batched(self._train),  # type: ignore[arg-type]
             sampler,
+            # A loader is often made before the trainer has restored where it stands.
+            None if self.trainer is None else self._batches_trained_on,
             collate_fn=self._collator(),
             **self._loader_options(),
         )
-        if self.trainer is not None:
-            # Lightning gives a loader its saved state only when it resumes within an epoch.
-            position = self.trainer.fit_loop.total_batch_idx + 1
-            loader.seek(position)
-            if position == 0:  # another training, with the data of an earlier one
-                self._tally.start()
-                self._logged_step = 0
-        return loader
+
+    def _batches_trained_on(self) -> int:
+        """Of this training, stops included; right once Lightning has restored its loops."""
+        if self.trainer is None:
+            return 0
+        # Not `ready`: a batch that an exception has stopped comes again.
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
         """The held-out records of all sources; an empty list where there are none.

@@ -1,6 +1,6 @@
 """Samplers that say which records a rank gets, and the loader that saves its place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,17 +125,28 @@ class ResumableLoader(DataLoader[Any]):
     cuts short (`limit_train_batches`) still go through all records, and epochs with more or fewer
     batches than the first are gone through whole.
 
+    A trainer knows how many batches it has trained on, and may restore that after the loader was
+    made. `position` asks it, each time a pass hands out its first batch; what `seek` or
+    `load_state_dict` said then no longer counts.
+
     Raises TypeError for any other sampler.
     """
 
     sampler: MixtureSampler
 
-    def __init__(self, dataset: Any, sampler: MixtureSampler, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: MixtureSampler,
+        position: Callable[[], int] | None = None,
+        **options: Any,
+    ) -> None:
         if not isinstance(sampler, MixtureSampler):
             raise TypeError(
                 f"A ResumableLoader takes a MixtureSampler, not a {type(sampler).__name__}."
             )
         super().__init__(dataset, sampler=sampler, batch_size=None, **options)
+        self.position = position
         self._epoch = self._batch = 0
 
     def seek(self, batch: int) -> None:
@@ -144,6 +155,8 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches; those that workers have prepared ahead do not count as seen."""
+        if self.position is not None:
+            self.seek(self.position())
         remaining = len(self)
         while remaining:
             while self._batch >= (number := self.sampler.num_batches(self._epoch)):

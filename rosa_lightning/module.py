@@ -30,11 +30,12 @@ from rosa_lightning.base import (
     load_tokenizer,
     whole_name,
 )
-from rosa_lightning.checkpoint import CHECKPOINT_KEY, pack, unpack
+from rosa_lightning.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
 from rosa_lightning.compiled import compile_layers
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.finite import check_states, check_weights, raise_together
 from rosa_lightning.forward import Forward
+from rosa_lightning.gradients import held_gradients, hold_gradients
 from rosa_lightning.guard import StepGuard, check_clipping, check_max_nonfinite_steps
 from rosa_lightning.metrics import AnswerTokens
 from rosa_lightning.microbatches import MicrobatchTokens, check_microbatch_tokens
@@ -187,7 +188,7 @@ class RoSAModule(Answering):
         self._answer_tokens: AnswerTokens | None = None
         self._forward: Forward | None = None
         self._guard = StepGuard(max_nonfinite_steps)
-        self._rng_to_restore: dict[str, Any] | None = None
+        self._to_restore: RankState | None = None
         self._said_float64 = False
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
@@ -337,14 +338,16 @@ class RoSAModule(Answering):
         """Forget what was loaded for another purpose than going on."""
         self._guard.forget()
         if self.trainer.ckpt_path is None:
-            self._rng_to_restore = None
+            self._to_restore = None
             self._guard.skipped = 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restore the generators as late as possible: starting up may draw from them."""
-        if self._rng_to_restore is not None:
-            set_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
+        """Restore generators and gradients late: starting up draws from them and clears these."""
+        if self._to_restore is not None:
+            if self._to_restore.gradients is not None:
+                hold_gradients(self, self._to_restore.gradients)
+            set_rng_state(self._to_restore.rng)
+            self._to_restore = None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop, or leave the step out, where loss or gradients are not finite."""
@@ -427,7 +430,7 @@ class RoSAModule(Answering):
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, and remember the base and every rank's random state.
+        """Keep the adapters, and remember the base and what every rank goes on with.
 
         Raises:
             ValueError: The adapters hold NaN or infinity. What is on disk stays.
@@ -438,7 +441,10 @@ class RoSAModule(Answering):
         except ValueError as error:
             problem = f"the checkpoint is not saved: {error}"
         raise_together(problem)  # ranks may hold other shards, or none
-        pack(checkpoint, cast(BaseIdentity, self.identity), self.hparams["roae"])
+        training = self._trainer is not None and self.trainer.state.fn == "fit"
+        waiting = training and self.trainer.fit_loop._should_accumulate()
+        gradients = held_gradients(self) if waiting else None
+        pack(checkpoint, cast(BaseIdentity, self.identity), self.hparams["roae"], gradients)
         checkpoint[CHECKPOINT_KEY]["nonfinite_steps"] = self._guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -452,7 +458,7 @@ class RoSAModule(Answering):
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
             check_states(checkpoint.get("optimizer_states", ()))
-        self._rng_to_restore = unpack(
+        self._to_restore = unpack(
             checkpoint,
             cast(BaseIdentity, self.identity),
             self.hparams["roae"],

@@ -43,10 +43,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def all_rng_states() -> list[dict[str, Any]]:
-    """The states of all ranks, in order; every rank must call this."""
+def of_all_ranks(value: Any) -> list[Any]:
+    """What each rank gives, in their order; every rank must call this."""
     if not (dist.is_available() and dist.is_initialized()):
-        return [rng_state()]
-    states: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(states, rng_state())
-    return states
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

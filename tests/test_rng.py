@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from rosa_lightning.rng import all_rng_states, rng_state, set_rng_state
+from rosa_lightning.rng import of_all_ranks, rng_state, set_rng_state
 
 
 def draw() -> list[float]:
@@ -28,4 +28,4 @@ def test_a_restored_state_draws_the_same_numbers_after_a_checkpoint(tmp_path):
 
 
 def test_a_single_process_has_one_state():
-    assert len(all_rng_states()) == 1
+    assert len(of_all_ranks(rng_state())) == 1

@@ -1,0 +1,184 @@
+"""Runs of the shipped configurations that stop and go on end bit for bit as runs that do not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Checkpoint
+
+from rosa_lightning.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class SaveEverything(Checkpoint):
+    """Notes the records of each batch, and saves after batches, validations and epochs.
+
+    A `Checkpoint`, so that Lightning calls it behind all other callbacks.
+    """
+
+    seen: list[list[tuple[int, int]]]
+
+    def __init__(self, folder: str, moments: list[str] | None = None) -> None:
+        self.folder, self.moments = Path(folder), moments
+
+    def on_fit_start(self, trainer, pl_module):
+        type(self).seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(list(zip(batch["source"].tolist(), batch["index"].tolist(), strict=True)))
+
+    def save(self, trainer, moment):
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        name = f"{moment}-{number}"
+        if moment == "end" or name in (self.moments or ()):
+            trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+
+    def on_train_batch_end(self, trainer, *_):
+        self.save(trainer, "batch")
+
+    def on_validation_end(self, trainer, pl_module):
+        self.save(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.save(trainer, "epoch")
+
+    def on_train_end(self, trainer, pl_module):
+        self.save(trainer, "end")
+
+
+def shipped(name: str, sources: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """A shipped configuration on small data: what depends on the length of a run is left as is."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    config["model"]["base"] = "tiny"
+    config["data"] |= {"sources": sources, "batch_size": 8, "val_fraction": 0.1, "max_length": 256}
+    config["data"] |= {"test_sources": None}
+    config["trainer"] |= {"accelerator": "cpu", "precision": "32-true", "logger": False}
+    config["trainer"] |= {"max_epochs": 2, "val_check_interval": 5}
+    config["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
+    selection, *others = config["trainer"]["callbacks"]
+    selection["init_args"]["interval"] = 3
+    config["trainer"]["callbacks"] = [selection, *others[:-1]]
+    for key, value in changes.items():
+        section, _, option = key.partition("__")
+        config[section][option] = value
+    return config
+
+
+def fit(config: dict[str, Any], moments: Iterable[str] = (), ckpt_path: Path | None = None):
+    """Records batch by batch; the checkpoints lie in the working folder."""
+    folder = Path("resumed" if ckpt_path else "straight")
+    folder.mkdir(exist_ok=True)
+    saver = {"folder": str(folder), "moments": list(moments)}
+    callbacks = [
+        *config["trainer"]["callbacks"],
+        {"class_path": "test_resume.SaveEverything", "init_args": saver},
+    ]
+    config = {**config, "trainer": {**config["trainer"], "callbacks": callbacks}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    resume = ["--ckpt_path", str(ckpt_path)] if ckpt_path else []
+    assert main(["fit", "--config", str(folder / "config.yaml"), *resume]) == 0
+    return SaveEverything.seen, sorted(folder.glob("end-*.ckpt"))[-1]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equal to the last bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(v, second[k]) for k, v in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def differences(straight: Path, resumed: Path) -> list[str]:
+    """What is not the same at the ends of two runs, of all but what callbacks measure of time."""
+    first, second = (torch.load(path, weights_only=True) for path in (straight, resumed))
+    names = ["state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"]
+    names += ["ReasoningDataModule", *(name for name in first if name.endswith("_model_state"))]
+    found = [name for name in names if not same(first[name], second.get(name))]
+    if not same(first["rosa"]["rng"], second["rosa"]["rng"]):
+        found.append("rng")
+    selections = [name for name in first["callbacks"] if "DynamicLayerSelection" in name]
+    return found + [
+        n for n in selections if not same(first["callbacks"][n], second["callbacks"][n])
+    ]
+
+
+def assert_resumes(config: dict[str, Any], moments: Iterable[str]) -> None:
+    """From each of these moments, named by the batches that went before."""
+    seen, end = fit(config, moments)
+    wrong = {}
+    for moment in moments:
+        done = int(moment.partition("-")[2])
+        rest, resumed_end = fit(config, ckpt_path=Path("straight", f"{moment}.ckpt"))
+        found = differences(end, resumed_end)
+        if rest != seen[done:]:
+            found.append(f"{len(seen) - done} batches were to come and {len(rest)} came")
+        if found:
+            wrong[moment] = found
+        resumed_end.unlink()
+    assert not wrong
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    monkeypatch.chdir(tmp_path)
+
+
+# 63 of 71 records are trained on, 8 a batch: an epoch has 8 batches.
+EVERYWHERE = [f"batch-{number}" for number in (1, 7, 8, 9, 13, 15)]
+EVERYWHERE += ["validation-5", "validation-10", "epoch-8"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "rosa"])
+def test_a_shipped_configuration_resumes_in_its_second_epoch(name, sources):
+    assert_resumes(shipped(name, sources), ["batch-13"])
+
+
+def test_a_step_that_had_some_of_its_batches_gets_the_others_when_resumed(sources):
+    """The fourth and fifth batch are in one step, which scores layers by the gradients of both."""
+    changes = {"trainer__accumulate_grad_batches": 3, "model__roae": {"rank": 4, "dropout": 0.1}}
+    config = shipped("tiny", sources, **changes)
+    config["trainer"]["callbacks"][0]["init_args"]["interval"] = 1
+    assert_resumes(config, ["batch-4", "validation-5"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "rosa"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data__num_workers": 0},
+        {"data__num_workers": 2},
+        {"data__batching": "random"},
+        {"data__batching": "packed"},
+        {"data__tokens_per_batch": 512},
+        {"data__tokens_per_batch": 512, "data__batching": "packed"},
+        {"trainer__accumulate_grad_batches": 3},
+        {"trainer__accumulate_grad_batches": 4, "data__num_workers": 2},
+        {"trainer__reload_dataloaders_every_n_epochs": 1},
+        {"trainer__reload_dataloaders_every_n_epochs": 2, "data__num_workers": 2},
+        {"trainer__limit_train_batches": 5},
+        {"trainer__limit_train_batches": 0.7, "trainer__accumulate_grad_batches": 2},
+        {"trainer__check_val_every_n_epoch": 1, "trainer__val_check_interval": 0.5},
+        {"trainer__check_val_every_n_epoch": 1, "trainer__val_check_interval": 1.0},
+        {"trainer__max_steps": 14},
+        {"trainer__max_epochs": 4},
+        {"data__stop": "oversample", "data__val_fraction": 0.0},
+    ],
+    ids=lambda changes: ",".join(f"{k.partition('__')[2]}={v}" for k, v in changes.items()),
+)
+def test_a_shipped_configuration_resumes_wherever_it_stopped(name, changes, sources):
+    if "reload_dataloaders_every_n_epochs" in str(changes):
+        changes = {**changes, "trainer__max_epochs": 4}
+    assert_resumes(shipped(name, sources, **changes), EVERYWHERE)
