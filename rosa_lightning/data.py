@@ -358,7 +358,8 @@ class ReasoningDataModule(LightningDataModule):
         if self.trainer is None:
             return 0
         # Not `ready`: a batch that an exception has stopped comes again.
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(progress.processed)
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
         """The held-out records of all sources; an empty list where there are none.
