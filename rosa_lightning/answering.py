@@ -111,6 +111,7 @@ class Answering(LightningModule, ABC):
             known_tasks=getattr(datamodule, "tasks", TASKS),
             template=getattr(datamodule, "template", None),
             stop_ids=getattr(datamodule, "stop_ids", ()),
+            encode_response=getattr(datamodule, "response_ids", None),
             **options,
         )
 

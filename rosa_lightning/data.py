@@ -73,7 +73,8 @@ class ReasoningDataModule(LightningDataModule):
             to end, without padding, where the model allows it.
         max_length: Longest record, in tokens, prompt and response together.
         template: Text around the instruction: alpaca, as LLM-Adapters has it; chat, the
-            tokenizer's own; or plain.
+            tokenizer's own, whose prompt is what a whole conversation has before the reply; or
+            plain. Special tokens that records spell are encoded as text.
         overlong: What becomes of longer records: cut the prompt's beginning, or drop the record.
         val_fraction: Part of each source that is held out to validate on, at least one record;
             0 for none. Equal prompts stay on one side. Trainer(limit_val_batches) uses fewer.
@@ -317,6 +318,10 @@ class ReasoningDataModule(LightningDataModule):
     def stop_ids(self) -> list[int]:
         """Tokens that end a written answer."""
         return stop_ids(self.text_tokenizer, self.template)
+
+    def response_ids(self, text: str, end: bool = False) -> list[int]:
+        """Token ids of a response, as they follow a prompt; ``end`` adds what ends it."""
+        return self._encoder().response(text, end=end)
 
     def _pad_id(self) -> int:
         tokenizer = self.text_tokenizer

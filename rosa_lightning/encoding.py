@@ -4,20 +4,15 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rosa_lightning.chat import ChatFormat
 from rosa_lightning.streamed import Streamed
 from rosa_lightning.tasks import Record, answer_start, task_of
-from rosa_lightning.templates import (
-    Ending,
-    Template,
-    chat_prefix,
-    ending,
-    prompt_text,
-    response_text,
-)
+from rosa_lightning.templates import Template, marked_prompt, question, response_text
+from rosa_lightning.text_tokens import TextTokenizer, Tokens, prompt_prefix
 
 Overlong = Literal["cut", "drop"]
 
@@ -45,7 +40,7 @@ class Example:
 
 @dataclass(slots=True)
 class OverlongCount:
-    """How many records of a source were longer than `data.max_length`."""
+    """How many records of a source were longer than `data.max_length`, or otherwise altered."""
 
     total: int = 0
     """Records looked at."""
@@ -57,6 +52,10 @@ class OverlongCount:
     """Whether only a sample was looked at."""
     first: int | None = None
     """Number of the first record that was too long."""
+    rewritten: int = 0
+    """Records whose response the chat template rewrites."""
+    first_rewritten: int | None = None
+    """Number of the first of these."""
 
     def add(self, other: "OverlongCount") -> None:
         """Counts another part of the same source in."""
@@ -65,6 +64,9 @@ class OverlongCount:
         self.responses_cut += other.responses_cut
         self.sampled |= other.sampled
         self.first = other.first if self.first is None else self.first
+        self.rewritten += other.rewritten
+        if self.first_rewritten is None:
+            self.first_rewritten = other.first_rewritten
 
     def prompts_message(self, source: str, max_length: int) -> str:
         """The warning to give where prompts to answer were cut."""
@@ -86,14 +88,39 @@ class OverlongCount:
             f"{ends if self.responses_cut else ''}; {way_out}."
         )
 
+    def rewritten_message(self, source: str) -> str:
+        """The warning to give where a chat template rewrites responses."""
+        looked_at = " looked at" if self.sampled else ""
+        return (
+            f"source {source}: the chat template rewrites {self.rewritten} of {self.total} "
+            f"responses{looked_at}, record {self.first_rewritten} first, as some leave out the "
+            "reasoning; what it writes is trained on. Set data.template: alpaca to train on "
+            "responses as they are."
+        )
+
+
+class _Encoded(NamedTuple):
+    """A record in token ids, before it is cut."""
+
+    record: Record
+    body: list[int]
+    """The prompt, without the encoder's prefix."""
+    reply: list[int]
+    """The response with its stop token."""
+    answer: int
+    """The answer's first token in it, 0 if unknown."""
+    rewritten: bool
+    """Whether the chat template has another text of the response."""
+
 
 @dataclass(frozen=True)
 class Encoder:
     """Records to examples.
 
-    Prompt and response are tokenized apart and joined as ids, so the border between them is
-    exact for tokenizers that would merge across it too. `cut` takes tokens from the beginning of
-    the prompt (its prefix stays) and from the end of a response that is too long alone; `drop`
+    Prompt and response of `alpaca` and `plain` are tokenized apart and joined as ids, so the border
+    between them is exact for tokenizers that would merge across it too; conversations as
+    `ChatFormat` has it. `cut` takes tokens from the beginning of the prompt (its prefix stays) and
+    from the end of a response that is too long alone; `drop`
     leaves the record out. Without responses, prompts are always cut: an evaluation that left
     records out would not be one.
     """
@@ -110,20 +137,26 @@ class Encoder:
     """Whether responses are encoded too."""
 
     @cached_property
-    def _prefix(self) -> list[int]:
-        if self.template == "chat":
-            return chat_prefix(self.tokenizer)
-        return prompt_prefix(self.tokenizer)
+    def chat(self) -> ChatFormat | None:
+        """How conversations are written, under `chat`."""
+        return ChatFormat(self.tokenizer) if self.template == "chat" else None
 
     @cached_property
-    def _ending(self) -> Ending:
-        return ending(self.tokenizer, self.template)
+    def _texts(self) -> TextTokenizer:
+        return TextTokenizer(self.tokenizer)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        return self.chat.prefix if self.chat else prompt_prefix(self.tokenizer)
 
     def __call__(self, records: Sequence[Record]) -> tuple[list[Example], OverlongCount]:
         """The examples, and how many records were too long."""
         count = OverlongCount(total=len(records))
         examples = []
-        for record, body, reply, answer in self._tokenized(records):
+        for record, body, reply, answer, rewritten in self._encoded(records):
+            if rewritten:
+                count.rewritten += 1
+                count.first_rewritten = count.first_rewritten or record.index
             if len(self._prefix) + len(body) + len(reply) > self.max_length:
                 count.too_long += 1
                 count.first = record.index if count.first is None else count.first
@@ -142,30 +175,43 @@ class Encoder:
         (example,), _ = self([record])
         return example
 
-    def _tokenized(
-        self, records: Sequence[Record]
-    ) -> Iterator[tuple[Record, list[int], list[int], int]]:
-        """Each record with the ids of its prompt and response, and its answer's first token."""
+    def response(self, text: str, *, end: bool = False) -> list[int]:
+        """Token ids of a response as they follow a prompt, with what ends it or without."""
+        if self.chat:
+            (turn,) = self.chat.turns(["Q"], [text], end=end)
+            return turn.reply.ids
+        (found,) = self._texts([self._texts.mark(text)])
+        return [*found.ids, self.tokenizer.eos_token_id] if end else found.ids
+
+    def _encoded(self, records: Sequence[Record]) -> Iterator[_Encoded]:
         # Some at a time: a tokenizer's own results take over a hundred bytes a token.
         for start in range(0, len(records), _RECORDS_AT_A_TIME):
-            yield from self._tokenized_at_once(records[start : start + _RECORDS_AT_A_TIME])
+            some = records[start : start + _RECORDS_AT_A_TIME]
+            yield from self._conversations(self.chat, some) if self.chat else self._apart(some)
 
-    def _tokenized_at_once(
-        self, records: Sequence[Record]
-    ) -> Iterator[tuple[Record, list[int], list[int], int]]:
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        asked = [prompt_text(record, self.template, self.tokenizer) for record in records]
-        prompts = self.tokenizer(asked, **options)["input_ids"]
-        if self.template == "chat":  # the prefix is in the text
-            prompts = [ids[len(self._prefix) :] for ids in prompts]
+    def _conversations(self, chat: ChatFormat, records: Sequence[Record]) -> Iterator[_Encoded]:
+        users, skipped = [question(record) for record in records], len(self._prefix)
         if not self.with_response:
-            yield from ((record, ids, [], 0) for record, ids in zip(records, prompts, strict=True))
+            for record, prompt in zip(records, chat.prompts(users), strict=True):
+                yield _Encoded(record, prompt[skipped:], [], 0, False)
             return
-        texts = [response_text(record, self.template) for record in records]
-        encoded = self.tokenizer([text + self._ending.text for text in texts], **options)
-        for row, record in enumerate(records):
-            reply = [*encoded["input_ids"][row], self._ending.stop]
-            yield record, prompts[row], reply, _answer_token(encoded, row, record, texts[row])
+        turns = chat.turns(users, [response_text(record, "chat") for record in records])
+        for record, (prompt, text, reply, rewritten) in zip(records, turns, strict=True):
+            answer = _answer_token(record, text, reply)
+            yield _Encoded(record, prompt[skipped:], reply.ids, answer, rewritten)
+
+    def _apart(self, records: Sequence[Record]) -> Iterator[_Encoded]:
+        texts = self._texts
+        prompts = texts(marked_prompt(record, self.template, texts) for record in records)
+        if not self.with_response:
+            for record, prompt in zip(records, prompts, strict=True):
+                yield _Encoded(record, prompt.ids, [], 0, False)
+            return
+        replies = texts(texts.mark(response_text(record, self.template)) for record in records)
+        stop = self.tokenizer.eos_token_id
+        for record, prompt, reply in zip(records, prompts, replies, strict=True):
+            answer = _answer_token(record, response_text(record, self.template), reply)
+            yield _Encoded(record, prompt.ids, [*reply.ids, stop], answer, False)
 
 
 def encode(
@@ -202,22 +248,10 @@ def encode_all(
     return records.map(replace(encoder, overlong="cut").one), count
 
 
-def prompt_prefix(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer itself puts before a text (BOS), mostly one or none."""
-    text = "a"
-    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-    full = tokenizer(text)["input_ids"]
-    starts = range(len(full) - len(bare) + 1)
-    start = next((start for start in starts if full[start : start + len(bare)] == bare), 0)
-    return list(full[:start])
-
-
-def _answer_token(encoded: Any, row: int, record: Record, text: str) -> int:
+def _answer_token(record: Record, text: str, response: Tokens) -> int:
     """The token of the response that covers the answer's first character, 0 if unknown."""
     start = answer_start(task_of(record), text, record.answer)
-    if start is None or not encoded.is_fast:  # slow tokenizers do not know their offsets
-        return 0
-    return encoded[row].char_to_token(start) or 0
+    return 0 if start is None else response.covering(start) or 0
 
 
 def _cut(

@@ -184,6 +184,8 @@ class Evaluation:
         template: Of the prompts, if that is known.
         stop_ids: Tokens that end an answer, beside those that tokenizer and model name.
         made_with: Whatever else the answers depend on, as values that JSON holds.
+        encode_response: Makes token ids of a response, as they follow a prompt, with what ends it
+            or without; by default the tokenizer, and EOS.
     """
 
     def __init__(
@@ -198,6 +200,7 @@ class Evaluation:
         template: str | None = None,
         stop_ids: Sequence[int] = (),
         made_with: Mapping[str, Any] | None = None,
+        encode_response: Callable[[str, bool], list[int]] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.max_new_tokens = max_new_tokens
@@ -215,7 +218,8 @@ class Evaluation:
         self.scores: list[Score] = []
         """Of all ranks, after `compute`."""
         self._metrics = {name: _metrics(name, tasks).to(model.device) for name in config.protocols}
-        self._candidate_ids: dict[str, list[int]] = {}
+        self._encode = encode_response or self._tokenized
+        self._candidate_ids: dict[tuple[str, bool], list[int]] = {}
 
     def step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Answer a batch of prompts and count what is right.
@@ -257,8 +261,8 @@ class Evaluation:
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
         names = ("source", "index", "task", "prompt", "input", "reference")
         asked = {"protocol": protocol, **{name: _of(batch, name, row) for name in names}}
-        choices = list(_of(batch, "candidates", row) or ()) if protocol == "likelihood" else []
-        return {**asked, "key": _digest([self.digest, asked, choices, ids])}
+        choices = _of(batch, "candidates", row) or () if protocol == "likelihood" else ()
+        return {**asked, "key": _digest([self.digest, asked, self._ids(choices), ids])}
 
     def _write(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         texts = generate(
@@ -278,13 +282,7 @@ class Evaluation:
     def _choose(self, batch: dict[str, Any], rows: Sequence[int]) -> list[dict[str, Any]]:
         masks, prompts = batch["attention_mask"].bool(), batch["input_ids"]
         choices = [batch["candidates"][row] for row in rows]
-        ids = [[self._ids(text) for text in own] for own in choices]
-        # Of two candidates of which one begins the other, the shorter would always win.
-        end = [cast("int", self.tokenizer.eos_token_id)]
-        ids = [
-            [[*one, *end] for one in own] if needs_end(texts) else own
-            for own, texts in zip(ids, choices, strict=True)
-        ]
+        ids = [self._ids(own) for own in choices]
         pad = self.tokenizer.pad_token_id
         scores = log_likelihoods(
             self.model,
@@ -311,12 +309,18 @@ class Evaluation:
     def _task(self, name: str) -> Task | str:
         return self.known_tasks.get(name, name)
 
-    def _ids(self, text: str) -> list[int]:
-        """Tokens of a candidate, apart from the prompt, as responses are encoded in training."""
-        if text not in self._candidate_ids:
-            encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._candidate_ids[text] = list(cast("list[int]", encoded))
-        return self._candidate_ids[text]
+    def _ids(self, candidates: Sequence[str]) -> list[list[int]]:
+        """Tokens of candidates, as responses are encoded in training."""
+        # Of two candidates of which one begins the other, the shorter would always win.
+        end = needs_end(candidates)
+        for text in candidates:
+            if (text, end) not in self._candidate_ids:
+                self._candidate_ids[text, end] = self._encode(text, end)
+        return [self._candidate_ids[text, end] for text in candidates]
+
+    def _tokenized(self, text: str, end: bool) -> list[int]:
+        ids = cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [*ids, *([cast("int", self.tokenizer.eos_token_id)] if end else [])]
 
     def _count(self, protocol: Protocol, items: Sequence[dict[str, Any]]) -> None:
         def flags(values: Iterable[bool]) -> Tensor:

@@ -34,9 +34,9 @@ from rosa_lightning.opening import check_name, open_input, open_lock
 from rosa_lightning.streamed import Streamed
 from rosa_lightning.strict_json import parse
 from rosa_lightning.tasks import Record
-from rosa_lightning.templates import prompt_text, response_text
+from rosa_lightning.templates import prompt_text
 
-ENCODING = 1
+ENCODING = 2
 """Raise it when `Encoder`, or what it calls, makes other tokens of the same record."""
 
 _MAGIC = b"rosa-tokens\n"
@@ -144,7 +144,7 @@ def encode_cached(
 
 def _digest(records: Sequence[Record], encoder: Encoder) -> str:
     """A digest of all that the tokens depend on."""
-    tokenizer, first = encoder.tokenizer, records[0]
+    tokenizer = encoder.tokenizer
     backend = tokenizer.backend_tokenizer
     # Left by an earlier call, and undone by any that gives neither.
     backend.no_truncation()
@@ -152,11 +152,10 @@ def _digest(records: Sequence[Record], encoder: Encoder) -> str:
     settings = [
         *(ENCODING, tokenizers.__version__, transformers.__version__, type(tokenizer).__name__),
         *(encoder.template, encoder.max_length, encoder.overlong, encoder.with_response),
-        *(encoder._prefix, encoder._ending.text, encoder._ending.stop),
+        encoder._prefix,
         getattr(tokenizer, "split_special_tokens", False),
         # What a template makes of a record, which may change with the day.
-        prompt_text(first, encoder.template, tokenizer),
-        response_text(first, encoder.template),
+        prompt_text(records[0], encoder.template, tokenizer),
         tokenizer.chat_template if encoder.template == "chat" else None,
     ]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=20)

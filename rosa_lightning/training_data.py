@@ -99,6 +99,8 @@ def encode_sources(
             )
         if count.too_long:
             rank_zero_warn(count.message(name, encoder.max_length, encoder.overlong))
+        if count.rewritten:
+            rank_zero_warn(count.rewritten_message(name))
         encoded[0].append(examples)
         encoded[1].append(held_examples)
     return encoded

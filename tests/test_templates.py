@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from test_batching import byte_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from rosa_lightning.batching import IGNORED, TrainCollator
+from rosa_lightning.chat import ChatFormat, Ending
 from rosa_lightning.encoding import encode
 from rosa_lightning.tasks import Record, prompt
-from rosa_lightning.templates import Ending, chat_prefix, ending, prompt_text, stop_ids
+from rosa_lightning.templates import prompt_text, stop_ids
 
 # As the models of these families have them, without tools and default system messages.
 CHATML = (
@@ -80,25 +80,6 @@ def test_texts_of_other_templates_need_no_tokenizer(template):
     assert prompt_text(record(), template, None) == prompt(record(), template)
 
 
-@pytest.mark.parametrize("adds", ADDS)
-@pytest.mark.parametrize("family", FAMILIES)
-@given(instruction=st.text(min_size=1), output=st.text(min_size=1))
-def test_chat_example_is_the_conversation_up_to_the_stop_token(family, adds, instruction, output):
-    template, stop = FAMILIES[family]
-    tokenizer = chat_tokenizer(template, adds=adds)
-    (example,), _ = encode(
-        [record(instruction, output)], tokenizer, template="chat", max_length=9999
-    )
-    user = {"role": "user", "content": instruction}
-    # The library's own ids: what the model was trained with, so with one BOS at the most.
-    assert list(example.prompt) == tokenizer.apply_chat_template(
-        [user], add_generation_prompt=True, return_dict=False
-    )
-    assert example.response[-1] == tokenizer.convert_tokens_to_ids(stop)
-    text = output.strip() + (" " if family == "llama2" else "")
-    assert tokenizer.decode(example.response[:-1]) == text
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adds", ADDS)
 def test_rendered_conversation_begins_with_the_chat_example(family, adds):
@@ -112,8 +93,6 @@ def test_rendered_conversation_begins_with_the_chat_example(family, adds):
     ]
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     text = tokenizer.decode([*example.prompt, *example.response])
-    if family == "llama2":  # which the generation prompt leaves without its space
-        text = text.replace("[/INST]", "[/INST] ")
     assert text == whole[: len(text)] or (family == "glm" and text == whole + "</s>")
     assert text.count("<s>") == whole.count("<s>") == (family in {"llama3", "llama2"})
 
@@ -162,18 +141,20 @@ def test_writing_stops_at_the_end_of_the_turn_and_at_eos(family):
 
 def test_end_of_turn_need_not_be_marked_special():
     tokenizer = chat_tokenizer(CHATML, special=False)
-    assert ending(tokenizer, "chat") == Ending("", tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ChatFormat(tokenizer).ending == Ending("", stop, "<|im_end|>")
 
 
 def test_longest_of_the_tokens_that_end_a_turn_is_taken():
     tokenizer = chat_tokenizer(CHATML)
     tokenizer.add_tokens([AddedToken("<|im", special=True), AddedToken("  ", special=False)])
-    assert ending(tokenizer, "chat").stop == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop_ids(tokenizer, "chat")[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_models_that_can_think_first_are_asked_not_to():
+def test_models_that_can_think_first_are_asked_as_they_are_trained():
     text = prompt_text(record(), "chat", chat_tokenizer(THINKING))
-    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    # As the conversation has it, whatever the template writes to be gone on with.
+    assert text.endswith("<|im_start|>assistant\n")
 
 
 def test_prompts_of_llama_3_are_the_same_on_any_day():
@@ -184,7 +165,7 @@ def test_prompts_of_llama_3_are_the_same_on_any_day():
 
 def test_cut_chat_prompt_keeps_its_bos():
     tokenizer = chat_tokenizer(LLAMA3, adds="<s> $A")
-    assert chat_prefix(tokenizer) == [tokenizer.bos_token_id]
+    assert ChatFormat(tokenizer).prefix == [tokenizer.bos_token_id]
     (example,), count = encode([record("x" * 99)], tokenizer, template="chat", max_length=30)
     assert count.too_long == 1
     assert len(example.prompt) + len(example.response) == 30
@@ -209,3 +190,51 @@ def test_chat_template_that_cannot_be_used_is_one_clear_line(template, words):
         encode([record()], tokenizer, template="chat")
     assert "\n" not in str(caught.value)
     assert "data.template" in str(caught.value)
+
+
+# Special tokens that fields spell.
+
+SPELT = "</s> ends it, <pad> fills, <s> begins."
+
+
+@pytest.mark.parametrize("adds", ADDS)
+@pytest.mark.parametrize("template", ["alpaca", "plain", "chat"])
+def test_special_tokens_that_fields_spell_are_text(template, adds):
+    tokenizer = chat_tokenizer(CHATML, adds=adds)
+    given_record = record(f"<|im_end|> {SPELT}", SPELT + "<|im_end|> 4", context=SPELT)
+    (example,), _ = encode([given_record], tokenizer, template=template, max_length=999)
+    bos = [1] if adds and template != "chat" else []
+    own = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    written = [own[0], own[1], own[0]] if template == "chat" else []
+    special = tokenizer.added_tokens_decoder
+    assert [one for one in example.prompt if one in special] == bos + written
+    stop = own[1] if template == "chat" else tokenizer.eos_token_id
+    assert [one for one in example.response if one in special] == [stop]
+    text = tokenizer.decode(example.prompt[len(bos) :])
+    assert text == prompt_text(given_record, template, tokenizer)
+    assert tokenizer.decode(example.response[:-1]) == given_record.output
+    # The tokenizer's own way to say so.
+    plain = tokenizer(SPELT, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert list(example.response[: len(plain)]) == plain
+    assert tokenizer.decode(example.response[example.answer : -1]).strip() == "4"
+
+
+def test_end_of_turn_that_is_not_special_is_text_in_fields():
+    tokenizer = chat_tokenizer(CHATML, special=False)
+    (example,), _ = encode([record("<|im_end|>", "<|im_end|>")], tokenizer, template="chat")
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert list(example.prompt).count(stop) == list(example.response).count(stop) == 1
+    assert tokenizer.decode(example.response) == "<|im_end|><|im_end|>"
+
+
+def test_special_token_that_is_a_word_too_is_text_in_fields():
+    """As in vocabularies of Unigram, whose pieces hold the special tokens."""
+    pieces = [(token, 0.0) for token in ("<unk>", "</s>")]
+    pieces += [(character, -9.0) for character in "\n abcdefghijklmnopqrstuvwxyz</>It."]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), eos_token="</s>"
+    )
+    (example,), _ = encode([record("a </s>", "b </s>")], tokenizer, template="plain")
+    assert 1 not in example.prompt
+    assert [*example.response].index(1) == len(example.response) - 1
+    assert len(example.response) == 1 + len("b </s>")
