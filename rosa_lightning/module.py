@@ -41,6 +41,7 @@ from rosa_lightning.metrics import AnswerTokens
 from rosa_lightning.microbatches import MicrobatchTokens, check_microbatch_tokens
 from rosa_lightning.packing import num_rows
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
+from rosa_lightning.resume import settle_epoch, why_nothing_to_train
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
@@ -189,6 +190,7 @@ class RoSAModule(Answering):
         self._forward: Forward | None = None
         self._guard = StepGuard(max_nonfinite_steps)
         self._to_restore: RankState | None = None
+        self._has_trained = False
         self._said_float64 = False
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
@@ -333,6 +335,17 @@ class RoSAModule(Answering):
     def on_fit_start(self) -> None:
         """Look at the model anew: it may have been changed since it was last run."""
         cast(Forward, self._forward).forget()
+        self._has_trained = False
+
+    def on_fit_end(self) -> None:
+        """Refuse to pass for a training where a run that was to go on had come to its end.
+
+        Raises:
+            ValueError: Names the limit that stands in the way.
+        """
+        # Lightning calls no hook between restoring its counts and finding that they are reached.
+        if self.trainer.global_step and not self._has_trained:
+            raise ValueError(why_nothing_to_train(self.trainer))
 
     def on_train_start(self) -> None:
         """Forget what was loaded for another purpose than going on."""
@@ -343,6 +356,7 @@ class RoSAModule(Answering):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore generators and gradients late: starting up draws from them and clears these."""
+        self._has_trained = True
         if self._to_restore is not None:
             if self._to_restore.gradients is not None:
                 hold_gradients(self, self._to_restore.gradients)
@@ -458,6 +472,7 @@ class RoSAModule(Answering):
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
             check_states(checkpoint.get("optimizer_states", ()))
+            settle_epoch(checkpoint.get("loops", {}))
         self._to_restore = unpack(
             checkpoint,
             cast(BaseIdentity, self.identity),

@@ -79,6 +79,7 @@ FLOORS = {
     "adapter": 3,
     "metrics": 3,
     "checkpoint": 3,
+    "resume": 0,
     "sharding": 3,
     "compiled": 3.5,
     "sweep": 3,

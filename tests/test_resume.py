@@ -141,12 +141,12 @@ def _in_its_own_folder(monkeypatch, tmp_path):
 
 # 63 of 71 records are trained on, 8 a batch: an epoch has 8 batches.
 EVERYWHERE = [f"batch-{number}" for number in (1, 7, 8, 9, 13, 15)]
-EVERYWHERE += ["validation-5", "validation-10", "epoch-8"]
+EVERYWHERE += ["validation-5", "validation-8", "validation-10", "epoch-8"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "rosa"])
 def test_a_shipped_configuration_resumes_in_its_second_epoch(name, sources):
-    assert_resumes(shipped(name, sources), ["batch-13"])
+    assert_resumes(shipped(name, sources), ["batch-13", "epoch-8"])
 
 
 def test_a_step_that_had_some_of_its_batches_gets_the_others_when_resumed(sources):
@@ -155,6 +155,46 @@ def test_a_step_that_had_some_of_its_batches_gets_the_others_when_resumed(source
     config = shipped("tiny", sources, **changes)
     config["trainer"]["callbacks"][0]["init_args"]["interval"] = 1
     assert_resumes(config, ["batch-4", "validation-5"])
+
+
+@pytest.fixture
+def finished(sources) -> dict[str, Any]:
+    """The configuration of a run of one epoch that has ended."""
+    config = shipped("tiny", sources, trainer__max_epochs=1, trainer__limit_val_batches=0)
+    fit(config)
+    return config
+
+
+def test_going_on_with_a_finished_run_names_the_limit_in_the_way(finished, capsys):
+    ends = {"max_epochs": "trainer.max_epochs=1 is reached. Raise trainer.max_epochs to go on"}
+    ends["max_steps"] = "trainer.max_steps=8 is reached. Raise trainer.max_steps to go on"
+    ends["both"] = (
+        "trainer.max_steps=4 and trainer.max_epochs=1 are reached. Raise trainer.max_steps and "
+        "trainer.max_epochs to go on"
+    )
+    ends["max_time"] = "trainer.max_time is reached. Raise trainer.max_time to go on"
+    no_end = {"max_steps": -1, "max_epochs": -1, "max_time": "00:00:00:00"}
+    for limits, way in [
+        ({}, ends["max_epochs"]),
+        ({"max_steps": 300}, ends["max_epochs"]),
+        ({"max_steps": 8, "max_epochs": 3}, ends["max_steps"]),
+        ({"max_steps": 4}, ends["both"]),
+        (no_end, ends["max_time"]),
+    ]:
+        config = {**finished, "trainer": {**finished["trainer"], **limits}}
+        # A run without an end has no schedule of its length.
+        config["lr_scheduler"] = {"class_path": "torch.optim.lr_scheduler.ConstantLR"}
+        Path("further.yaml").write_text(yaml.safe_dump(config))
+        assert main(["fit", "--config", "further.yaml", "--ckpt_path", "straight/end-8.ckpt"]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = [line for line in lines if line.startswith("error:")]
+        assert f"step 8 after 1 whole epochs, and {way}" in line
+
+
+def test_going_on_with_a_finished_run_trains_where_its_limits_are_raised(finished):
+    config = {**finished, "trainer": {**finished["trainer"], "max_epochs": 2, "max_steps": 11}}
+    rest, _ = fit(config, ckpt_path=Path("straight", "end-8.ckpt"))
+    assert len(rest) == 3
 
 
 @pytest.mark.slow
