@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
-import traceback
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from jsonargparse import set_parsing_settings
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+import yaml
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
@@ -32,12 +30,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rosa_lightning.adapter import adapter_settings
 from rosa_lightning.commands import NO_BASE, Setting, audit, bench, export, inspect, report
+from rosa_lightning.configuration import check_classes, check_trainer_settings
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
+from rosa_lightning.errors import ConfigurationError, explain, is_configuration, one_line
 from rosa_lightning.module import RoSAModule
-from rosa_lightning.parser import TRACEBACK_VARIABLE, RoSAParser, one_line
+from rosa_lightning.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.predictions import PredictionWriter, ResultWriter
 from rosa_lightning.remembered import remembered_settings
+from rosa_lightning.strict_yaml import check_yaml, read_configuration
 
 DESCRIPTION = (
     "RoSA fine-tuning: RoAE adapters on the low-frequency RoPE dimensions of Q and K, trained in "
@@ -85,7 +86,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 """The keys of a training that mean something to such a command, or how they begin."""
-_PACKAGE = Path(__file__).parent
+_load_yaml = get_loader("yaml")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -161,9 +162,10 @@ class RoSACLI(LightningCLI):
 
         Where they stand, on the command line or in a file, is known after parsing alone.
         """
-        self.given = read_pipes(self.given)  # which can be read once
-        quiet = [arg for arg in self.given if not arg.startswith("--print_config")]
-        config = parser.parse_args(quiet)
+        with refused("the configuration cannot be read"):
+            self.given = read_pipes(self.given)  # which can be read once
+            quiet = [arg for arg in self.given if not arg.startswith("--print_config")]
+            config = parser.parse_args(quiet)
         command = config.subcommand
         ckpt_path = config[command].get("ckpt_path")
         if command not in TOOLS and ckpt_path is not None and found_by_trainer(ckpt_path):
@@ -259,17 +261,23 @@ class RoSACLI(LightningCLI):
 
     def _set_seed(self) -> None:
         """Seed; in silence where nothing is trained."""
-        if self.subcommand in TOOLS:
-            seed_everything(self._get(self.config, "seed_everything"), verbose=False)
-        else:
-            super()._set_seed()
+        with refused("seed_everything cannot be used", "Set another number."):
+            if self.subcommand in TOOLS:
+                seed_everything(self._get(self.config, "seed_everything"), verbose=False)
+            else:
+                super()._set_seed()
 
     def instantiate_classes(self) -> None:
         """Make what the command needs; one that trains not needs no trainer."""
-        if self.subcommand not in TOOLS:
-            super().instantiate_classes()
-            return
-        self.config_init = self.parser.instantiate_classes(self.config)
+        config = self.config[self.subcommand]
+        with refused("the configuration cannot be used"):
+            check_classes(config)
+            if "trainer" in config:  # not for a command that takes no configuration
+                check_trainer_settings(config.trainer)
+            if self.subcommand in TOOLS:
+                self.config_init = self.parser.instantiate_classes(self.config)
+            else:
+                super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a command of the trainer, or another."""
@@ -294,10 +302,8 @@ class RoSACLI(LightningCLI):
         if self._get(self.config_init, "trainer.strategy") == ModelParallelStrategy.__name__:
             # Lightning knows the other strategies by short names, and this one by its class alone.
             kwargs["strategy"] = ModelParallelStrategy()
-        try:
+        with refused("the trainer cannot be made", "Mend trainer."):
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the trainer cannot be made: {error} Mend trainer.") from error
         complete_strategy(trainer)
         return trainer
 
@@ -337,6 +343,24 @@ def complete_strategy(trainer: Trainer) -> None:
 
 
 @contextmanager
+def refused(what: str, mend: str = "") -> Iterator[None]:
+    """Take errors of parsing and of making objects for what they speak of: the configuration.
+
+    Raises:
+        ConfigurationError: In place of any error but those of files and of memory.
+    """
+    try:
+        yield
+    except (ConfigurationError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        told = explain(error)
+        if told is None or mend:
+            told = f"{what}: {told or f'{type(error).__name__}: {error}'} {mend}"
+        raise ConfigurationError(one_line(told)) from error
+
+
+@contextmanager
 def termination() -> Iterator[None]:
     """Let SIGTERM unwind the stack, so that nothing half-written stays behind."""
 
@@ -358,7 +382,14 @@ def main(args: Sequence[str] | None = None) -> int:
     # Lightning still uses a name that torch 2.13 deprecates; no user can do anything about it.
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec\)` is deprecated")
     quiet_quantizers()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Nothing is called but what a type of ours or of Lightning asks for, and nothing is imported
+    # that jsonargparse counts as dangerous, such as os and subprocess.
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=[],
+    )
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
     try:
         RoSACLI(
             RoSAModule,
@@ -380,12 +411,18 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted\n")
         return 128 + signal.SIGINT
     except Exception as error:
-        cause = user_error(error)
-        if cause is None or os.environ.get(TRACEBACK_VARIABLE) == "1":
+        told = explain(error)
+        if told is None or os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
-        sys.stderr.write(f"error: {one_line(str(cause))}\n")
-        return 1
+        sys.stderr.write(f"error: {told}\n")
+        return 2 if is_configuration(error) else 1
     return 0
+
+
+def load_yaml(text: str) -> Any:
+    """Values of YAML that passes `check_yaml`."""
+    check_yaml(text)
+    return _load_yaml(text)
 
 
 def quiet_quantizers() -> None:
@@ -416,11 +453,18 @@ def wanted_commands(args: Sequence[str]) -> Collection[str]:
 def read_pipes(args: Sequence[str]) -> list[str]:
     """A command line with the content of a configuration that is a pipe in place of its name."""
     read = list(args)
-    for index, arg in enumerate(args[:-1]):
-        name = args[index + 1]  # or the configuration itself
-        is_pipe = os.path.exists(name) and not (os.path.isfile(name) or os.path.isdir(name))
-        if arg == "--config" and is_pipe:
-            read[index + 1] = Path(name).read_text()
+    for index, arg in enumerate(args):
+        option, equals, name = arg.partition("=")
+        if option != "--config" or (not equals and index + 1 == len(args)):
+            continue
+        name = name if equals else args[index + 1]  # or the configuration itself
+        try:
+            is_pipe = os.path.exists(name) and not (os.path.isfile(name) or os.path.isdir(name))
+        except ValueError:  # a NUL
+            is_pipe = False
+        if is_pipe:
+            text = read_configuration(name)
+            read[index + (not equals)] = f"--config={text}" if equals else text
     return read
 
 
@@ -428,33 +472,3 @@ def found_by_trainer(ckpt_path: str) -> bool:
     """Whether a checkpoint is one that the trainer finds: "last", or a file elsewhere, say."""
     is_word = ckpt_path.partition(":")[0] in ("best", "last", "hpc", "registry")
     return (is_word and not Path(ckpt_path).exists()) or "://" in ckpt_path
-
-
-def user_error(error: BaseException) -> BaseException | None:
-    """The error that speaks to the user, if one does.
-
-    It is one that this package raised on purpose, perhaps wrapped by the parser that was
-    instantiating a class, or one of Lightning's or of a file. Anything else is a defect, whose
-    traceback is wanted.
-    """
-    link: BaseException | None = error
-    while link is not None:
-        frames = traceback.extract_tb(link.__traceback__)
-        raised_here = bool(frames) and _PACKAGE in Path(frames[-1].filename).parents
-        if raised_here and isinstance(link, ValueError | TypeError | ImportError):
-            return link
-        if (told := worker_error(link)) is not None:
-            return told
-        link = link.__cause__ or link.__context__
-    return error if isinstance(error, OSError | MisconfigurationException) else None
-
-
-def worker_error(error: BaseException) -> ValueError | None:
-    """What this package raised in a worker of a loader, which hands it on as a traceback's text."""
-    text = str(error).strip()
-    files = re.findall(r'^  File "(.+?)", line', text, re.MULTILINE)
-    if not re.match("Caught .+ in .*worker process", text) or not files:
-        return None
-    kind, _, reason = text.splitlines()[-1].partition(": ")
-    of_user = kind in ("ValueError", "TypeError", "OSError", "FileNotFoundError", "PermissionError")
-    return ValueError(reason) if of_user and _PACKAGE in Path(files[-1]).parents else None

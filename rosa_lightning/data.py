@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,10 +38,18 @@ from rosa_lightning.training_data import (
     shares_of,
 )
 
-SourceLike = dict[str, Any] | Source
-"""A source or its fields. The dictionary stands first, so that jsonargparse leaves fields as they
-are: it would fill a `Source` with those of the one in the same place of an earlier configuration.
-"""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    SourceLike = dict[str, Any] | Source | str
+    """A source, its fields, or its path; or demo."""
+    TaskLike = dict[str, Any]
+    TokenizerLike = str | PreTrainedTokenizerBase
+else:
+    # What a configuration can say. With a class among these types jsonargparse would read a file
+    # that is named as a configuration, fill fields with those of an earlier one, and call what a
+    # class_path names; and with Any it would make a number of '5', and import what is named.
+    SourceLike, TaskLike, TokenizerLike = dict | str, dict, str
 
 
 class ReasoningDataModule(LightningDataModule):
@@ -52,11 +60,12 @@ class ReasoningDataModule(LightningDataModule):
     the middle of an epoch goes on with the very record that would have followed.
 
     Args:
-        sources: What to train on: demo, or a list of sources. Weights are relative; either all
-            sources have one or none has. Files from 256 MiB on stay on disk.
-        test_sources: What `test` answers: demo, or a list of sources.
-        predict_sources: What `predict` answers: sources without outputs, or paths; a .txt file
-            holds one prompt a line.
+        sources: What to train on: a source or a list of them, each its fields, a path, or demo.
+            Weights are relative; either all sources have one or none has. Files from 256 MiB on
+            stay on disk.
+        test_sources: What `test` answers: a source or a list of them.
+        predict_sources: What `predict` answers: a source without outputs or a list of them; a .txt
+            file holds one prompt a line.
         tasks: Tasks of your own, each a mapping: name; format (label, letter, number or text);
             labels, the answers that there are, for the first two; aliases, other names; response,
             the wording of a response, with {answer} in it; prompt, what is asked, with the rows'
@@ -96,11 +105,11 @@ class ReasoningDataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        sources: Literal["demo"] | list[str | SourceLike] = "demo",
-        test_sources: Literal["demo"] | list[str | SourceLike] | None = None,
-        predict_sources: list[str | SourceLike] | None = None,
-        tasks: list[dict[str, Any]] | None = None,
-        tokenizer: str | Any | None = None,
+        sources: SourceLike | list[SourceLike] = "demo",
+        test_sources: SourceLike | list[SourceLike] | None = None,
+        predict_sources: SourceLike | list[SourceLike] | None = None,
+        tasks: list[TaskLike] | None = None,
+        tokenizer: TokenizerLike | None = None,
         batch_size: int = 16,
         tokens_per_batch: int | None = None,
         batching: Batching = "length",
@@ -133,6 +142,7 @@ class ReasoningDataModule(LightningDataModule):
             temperature=temperature,
             stop=stop,
             num_workers=num_workers,
+            seed=seed,
         )
         self.tasks = with_own_tasks(tasks)
         self.sources = weighted_sources(

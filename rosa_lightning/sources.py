@@ -15,6 +15,9 @@ Purpose = Literal["train", "test", "predict", "audit"]
 """What records are for: a response to train on, a gold answer, only a question, or to be looked at
 whatever they lack."""
 
+_TEXTS = ("name", "path", "hub", "subset", "split", "revision", "task")
+"""The fields of a source that are texts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -68,8 +71,8 @@ def as_source(
 
     Its task is one of `tasks`, and named as there where it is the user's own.
 
-    Raises TypeError for another type and for a field that a source does not have, ValueError for
-    fields that contradict each other or lie outside their range.
+    Raises TypeError for another type, of a field too, and for a field that a source does not have,
+    ValueError for fields that contradict each other or lie outside their range.
     """
     if isinstance(value, str | Path):
         value = {"path": str(value)}
@@ -81,18 +84,42 @@ def as_source(
                     f"A data source has no field {key!r}{nearest(str(key), known)}. "
                     f"Its fields are {', '.join(known)}."
                 )
-        value = Source(**value)
+        is_path = isinstance(value.get("path"), Path)
+        value = Source(**{**value, "path": str(value["path"])} if is_path else value)
     if not isinstance(value, Source):
         raise TypeError(
             f"A data source is given as {value!r}; expected its fields, such as "
             "{path: FILE, weight: 0.5}."
         )
+    _check_types(value)
     _check_fields(value, tasks)
     own = find_task(value.task or value.label, {k: v for k, v in tasks.items() if k not in TASKS})
     return value if own is None else replace(value, task=own)
 
 
 # Not in __post_init__: jsonargparse would wrap these errors in twenty lines of its own.
+def _check_types(source: Source) -> None:
+    """Check what a file or a command line may hold in place of a text or a truth value."""
+    for key in _TEXTS:
+        given = getattr(source, key)
+        if given is None and key != "split":
+            continue
+        if not isinstance(given, str):
+            raise TypeError(
+                f"A data source has {key} {given!r}; expected a text, in quotes where it looks "
+                f"like something else, such as {key}: 'five'."
+            )
+        if not given or "\0" in given:
+            raise ValueError(
+                f"A data source has {key} {given!r}, which is no name. Give one, or leave it out."
+            )
+    if source.stream is not None and not isinstance(source.stream, bool):
+        raise TypeError(
+            f"Source {source.label} has stream {source.stream!r}; expected true or false, without "
+            "quotes. Leave it out to stream files from 256 MiB on."
+        )
+
+
 def _check_fields(source: Source, tasks: Mapping[str, Task]) -> None:
     if (source.path is None) == (source.hub is None):
         given = "neither path nor hub" if source.path is None else "both path and hub"
@@ -100,7 +127,8 @@ def _check_fields(source: Source, tasks: Mapping[str, Task]) -> None:
             f"A data source names {given}. Give exactly one: path: FILE, or hub: OWNER/NAME."
         )
     weight = source.weight
-    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 <= weight < math.inf):
         raise ValueError(
             f"Source {source.label} has weight {weight!r}. A weight is a number of at least 0; "
             "leave it out to weigh the source by its number of records."
@@ -132,17 +160,20 @@ def demo_source(split: Literal["train", "test"]) -> Source:
 def source_list(
     key: str, given: Any, demo: Literal["train", "test"], tasks: Mapping[str, Task] = TASKS
 ) -> list[Source]:
-    """The sources that a setting names; names must differ, as counts go by them."""
+    """The sources that a setting names, one or a list; names must differ, as counts go by them."""
     if given is None:
         return []
-    if given == "demo":
-        return [demo_source(demo)]
-    if isinstance(given, str) or not isinstance(given, Sequence):
+    if isinstance(given, str | Path | Mapping | Source):
+        given = [given]
+    if not isinstance(given, Sequence):
         raise TypeError(
-            f"{key} is {given!r}; expected demo or a list of sources. "
+            f"{key} is {given!r}; expected demo, a source or a list of sources. "
             f"Set data.{key}: [{{path: FILE.jsonl}}]."
         )
-    sources = [as_source(value, tasks) for value in given]
+    sources = [
+        demo_source(demo) if isinstance(value, str) and value == "demo" else as_source(value, tasks)
+        for value in given
+    ]
     names = [source.label for source in sources]
     for name in names:
         if names.count(name) > 1:

@@ -45,6 +45,8 @@ def check_settings(**settings: Any) -> None:
             raise ValueError(
                 f"{key}={settings[key]!r} is none of {', '.join(choices)}. Set data.{key}."
             )
+    if not -(2**63) <= settings["seed"] < 2**63:
+        raise ValueError(f"seed={settings['seed']} has more than 64 bits. Set another data.seed.")
     _check_temperature(settings["temperature"])
     tokens, longest = settings["tokens_per_batch"], settings["max_length"]
     if tokens is not None and tokens < longest:

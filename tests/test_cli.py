@@ -503,3 +503,140 @@ def test_the_module_runs_as_a_command():
         line in done.stdout
         for line in ("fit                 Train adapters.", "validate", "test", "predict")
     )
+
+
+def written(text: str) -> list[str]:
+    Path("more.yaml").write_text(text)
+    return ["--config", "more.yaml"]
+
+
+CALL = "{class_path: os.system, init_args: {command: touch called}}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--data.tokenizer", CALL],
+        ["--optimizer", CALL],
+        ["--optimizer", "{class_path: torch.hub.load, init_args: {source: local}}"],
+        ["--lr_scheduler", CALL],
+        ["--lr_scheduler", "{class_path: LambdaLR, init_args: {lr_lambda: os.system}}"],
+        ["--trainer.callbacks", f"[{CALL}]"],
+        ["--trainer.logger", CALL],
+        ["--trainer.plugins", f"[{CALL}]"],
+        ["--trainer.strategy", CALL],
+        ["--trainer.profiler", CALL],
+        ["--data.sources", f"[{{path: {CALL}}}]"],
+        ["--data.tasks", f"[{{name: t, format: {CALL}}}]"],
+        ["--data.sources", CALL],
+    ],
+    ids=lambda given: " ".join(given)[:50],
+)
+def test_a_configuration_calls_no_function(settings, capsys, given):
+    assert refused(capsys, "fit", settings, *given)
+    settings["data"]["tokenizer"] = yaml.safe_load(CALL)
+    assert "data.tokenizer" in refused(capsys, "fit", settings)
+    assert not Path("called").exists()
+
+
+def test_a_tokenizer_object_is_taken_from_python():
+    from rosa_lightning import ReasoningDataModule
+
+    tokenizer = byte_tokenizer()
+    assert ReasoningDataModule(tokenizer=tokenizer).text_tokenizer is tokenizer
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            "model:\n  dtype: auto\nmodel:\n  max_new_tokens: 4\n",
+            "more.yaml, line 3: the key model",
+        ),
+        ("model: 2\n", "model is 2"),
+        ("model:\n  roae: 2\n", "model.roae is 2"),
+        ("model:\n  base: 5\n", "model.base"),
+        ("data:\n  sources: 5\n", "data.sources"),
+        ("optimizer: 2\n", "optimizer"),
+        ("1: 2\n", "1"),
+        ("", "more.yaml is empty"),
+        ("a: !!python/object:os.system {}\n", "python/object"),
+    ],
+)
+def test_a_configuration_that_says_nothing_clear_ends_in_one_line_with_status_2(
+    settings, capsys, more, words
+):
+    with pytest.raises(SystemExit) as exit_:
+        run("fit", settings, *written(more))
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--optimizer.lr", "1e-3x"], "optimizer: .*lr.*1e-3x is given; expected one of float"),
+        (["--model.roae", "2"], "model.roae: '2' is neither"),
+        (["--seed_everything", str(2**40)], "seed_everything cannot be used: 1099511627776"),
+        (["--data.seed", str(2**70)], "more than 64 bits. Set another data.seed"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches=0 is below 1"),
+        (["--trainer.val_check_interval", "0"], "val_check_interval=0 is no interval"),
+        (["--trainer.val_check_interval", "1000"], "less than or equal to the number"),
+        (["--data.sources", "[{path: 5}]"], "A data source has path 5; expected a text"),
+        (["--data.sources", "{path: a, name: [b]}"], r"A data source has name \['b'\]"),
+        (["--data.sources", "{path: a, stream: 'no'}"], "Source a has stream 'no'; expected true"),
+        (["--data.sources", "{path: '5'}"], "error: 5 does not exist"),
+        (["--data.sources", "{path: a, stream: 1}"], "Source a has stream 1; expected true"),
+        (["--data.sources", "{path: a, weight: true}"], "Source a has weight True"),
+        (["--data.sources", "{path: ''}"], "A data source has path ''"),
+        (["--ckpt_path", "a\0b"], "ckpt_path"),
+        (["--config", "a\0b"], "cannot be read"),
+    ],
+)
+def test_more_values_that_cannot_be_are_one_line(settings, given, words, capsys):
+    line = refused(capsys, "fit", settings, *given)
+    assert re.search(words, line), line
+
+
+def test_a_monitor_that_nothing_logs_is_one_line(settings, capsys):
+    settings["trainer"]["callbacks"] = [
+        {
+            "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+            "init_args": {"monitor": "val/los"},
+        }
+    ]
+    settings["trainer"]["limit_train_batches"] = 1
+    line = refused(capsys, "fit", settings)
+    assert "`val/los` which is not available" in line
+
+
+@pytest.mark.parametrize(
+    "given", ["q.txt", "[q.txt]", "{path: q.txt}", "[{path: q.txt}]", "+q.txt"]
+)
+def test_one_source_is_a_list_of_one(settings, given, tmp_path):
+    """Though the file's lines, or what they say as YAML, look like a list of sources."""
+    Path("q.txt").write_text("[a.json, b.json]\n{path: c.json}\n")
+    settings["model"]["max_new_tokens"] = 1
+    settings["trainer"]["logger"] = False
+    if given.startswith("+"):
+        settings["data"]["predict_sources"] = given[1:]  # in the file
+        assert run("predict", settings) == 0
+    else:
+        assert run("predict", settings, "--data.predict_sources", given) == 0
+    asked = [
+        json.loads(line)["prompt"] for line in Path("predictions.jsonl").read_text().splitlines()
+    ]
+    assert asked == ["[a.json, b.json]", "{path: c.json}"]
+
+
+def test_one_source_is_a_list_of_one_from_python(sources):
+    from rosa_lightning import ReasoningDataModule
+    from rosa_lightning.sources import Source
+
+    path = sources[0]["path"]
+    for given in (path, Path(path), {"path": path}, Source(path=path), [path], [{"path": path}]):
+        module = ReasoningDataModule(sources=given, test_sources=given, predict_sources=given)
+        for found in (module.sources, module.test_sources, module.predict_sources):
+            assert [source.path for source in found] == [path]
+    assert ReasoningDataModule(test_sources=["demo"]).test_sources[0].label == "demo"

@@ -123,7 +123,7 @@ def fit(data_module, ckpt_path=None, **options):
             "a in data.test_sources has stream: true; only training sources",
         ),
         ({"overlong": "keep"}, ValueError, "overlong='keep' is none of cut, drop"),
-        ({"sources": "dmo"}, TypeError, "sources is 'dmo'; expected demo or a list"),
+        ({"sources": 5}, TypeError, "sources is 5; expected demo, a source or a list"),
         ({"sources": []}, ValueError, "data.sources names no source"),
         ({"sources": [{"pth": "a"}]}, TypeError, "did you mean path?"),
         ({"test_sources": [{"path": "x/a"}, {"path": "y/a"}]}, ValueError, "are named 'a'"),
