@@ -18,7 +18,7 @@ from hostile import KINDS, limited, put
 from pyarrow import parquet
 
 from rosa_lightning import source_rows
-from rosa_lightning.cli import user_error
+from rosa_lightning.errors import explain
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.records import load_records
 from rosa_lightning.sources import Source
@@ -234,7 +234,7 @@ def test_a_worker_notices_it_too(tmp_path):
     lines(path, "sea")
     with limited(60), pytest.raises(ValueError, match=r"a\.jsonl has changed since") as caught:
         list(data.train_dataloader())
-    told = str(user_error(caught.value))
+    told = str(explain(caught.value))
     assert told.startswith(str(path))
     assert "\n" not in told
 
@@ -357,9 +357,8 @@ def make(folder: Path, draw: random.Random, purpose: str) -> Path | None:
 
 def refused(error: Exception, path: Path) -> str:
     """Check that an error is the user's, and says in one line where to look."""
-    spoken = user_error(error)
-    assert spoken is not None, f"{type(error).__name__}: {error}"
-    said = str(spoken)
+    said = explain(error)
+    assert said is not None, f"{type(error).__name__}: {error}"
     assert "\n" not in said, said
     assert len(said) < 2_000, f"{len(said)} characters"
     assert path.name in said or path.stem in said, said
