@@ -29,6 +29,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from rosa_lightning.adapter import adapter_settings
+from rosa_lightning.checkpoint_io import check_outputs
 from rosa_lightning.commands import NO_BASE, Setting, audit, bench, export, inspect, report
 from rosa_lightning.configuration import check_classes, check_trainer_settings
 from rosa_lightning.data import ReasoningDataModule
@@ -186,6 +187,7 @@ class RoSACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Validate the base, if that was asked for and this run is not the rest of another."""
+        check_outputs(self.trainer)  # before anything is logged
         config = self.config_init["fit"]
         nothing = not (self.trainer.limit_val_batches and self.datamodule.val_fraction)
         if nothing or not config["validate_first"] or config["ckpt_path"] is not None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -102,18 +101,3 @@ def _are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     flags = [tensor.detach().float().isfinite().all() for tensor in tensors]
     found: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
     return found
-
-
-def raise_together(problem: str | None) -> None:
-    """Raise what any rank has found wrong, on every rank; each of them must call this.
-
-    Raises:
-        ValueError: The first rank's problem.
-    """
-    problems: list[str | None] = [problem]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise ValueError(found)

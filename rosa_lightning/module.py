@@ -31,9 +31,10 @@ from rosa_lightning.base import (
     whole_name,
 )
 from rosa_lightning.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
+from rosa_lightning.checkpoint_io import check_outputs, write_checkpoints_whole
 from rosa_lightning.compiled import compile_layers
 from rosa_lightning.evaluate import EvaluationConfig
-from rosa_lightning.finite import check_states, check_weights, raise_together
+from rosa_lightning.finite import check_states, check_weights
 from rosa_lightning.forward import Forward
 from rosa_lightning.gradients import held_gradients, hold_gradients
 from rosa_lightning.guard import StepGuard, check_clipping, check_max_nonfinite_steps
@@ -45,7 +46,7 @@ from rosa_lightning.resume import settle_epoch, why_nothing_to_train
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.sharding import clip, leave_packed_out, load_once, spread
+from rosa_lightning.sharding import clip, leave_packed_out, load_once, raise_together, spread
 from rosa_lightning.surgery import (
     RoAEReport,
     check_adapter_keys,
@@ -314,9 +315,11 @@ class RoSAModule(Answering):
     # Training.
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be, before a model is loaded."""
+        """See to how checkpoints are written, and refuse what cannot be before loading."""
         super().setup(stage)
+        write_checkpoints_whole(self.trainer.strategy)
         if stage == "fit":
+            check_outputs(self.trainer)
             check_clipping(self.trainer.gradient_clip_val)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
@@ -453,7 +456,7 @@ class RoSAModule(Answering):
         try:
             check_weights(checkpoint["state_dict"])
         except ValueError as error:
-            problem = f"the checkpoint is not saved: {error}"
+            problem = ValueError(f"the checkpoint is not saved: {error}")
         raise_together(problem)  # ranks may hold other shards, or none
         training = self._trainer is not None and self.trainer.state.fn == "fit"
         waiting = training and self.trainer.fit_loop._should_accumulate()

@@ -6,6 +6,7 @@ that somebody put into a shared folder would have another file written over.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -158,16 +159,21 @@ def open_lock(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Name the file in errors of the system that name none, such as that of a full disk."""
+def writing(path: str | Path, *, beside: bool = False) -> Iterator[None]:
+    """Name the file in errors of the system that name none, such as that of a full disk.
+
+    Args:
+        path: The file.
+        beside: It is written beside its place and renamed: name it in all errors.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if not beside and (error.filename is not None or error.errno is None):
             raise
-        named = OSError(
-            f"{path} cannot be written: {error.strerror}. Make room, or write to another place."
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "Make room, or write to another place." if full else "Write to another place."
+        named = type(error)(f"{path} cannot be written: {error.strerror or error}. {mend}")
         named.errno = error.errno
         raise named from error
 

@@ -23,6 +23,9 @@ from rosa_lightning.roae import RoAELinear
 
 T = TypeVar("T")
 
+SHARDED_METADATA = "meta.pt"
+"""The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""
+
 
 def is_sharded(strategy: Strategy | None) -> bool:
     """Whether a strategy keeps the parameters in shards."""
@@ -32,6 +35,21 @@ def is_sharded(strategy: Strategy | None) -> bool:
 def several_ranks() -> bool:
     """Whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise what has gone wrong on any rank, on every rank; each of them must call this.
+
+    Raises:
+        Exception: The first rank's error.
+    """
+    errors: list[Exception | None] = [error]
+    if several_ranks():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found from (error if error is not None and found is not error else None)
 
 
 def load_once(load: Callable[[], T], strategy: Strategy | None) -> T:

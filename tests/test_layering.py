@@ -84,6 +84,7 @@ FLOORS = {
     "checkpoint": 3,
     "resume": 0,
     "sharding": 3,
+    "checkpoint_io": 3.1,
     "compiled": 3.5,
     "sweep": 3,
     "memory": 3.1,
