@@ -11,17 +11,18 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rosa_lightning.finite import check_weights
 from rosa_lightning.lora import METADATA, from_lora, own_config, to_lora
+from rosa_lightning.opening import read_text
 from rosa_lightning.origin import Origin, origin_of
 from rosa_lightning.peft_files import CONFIG_FILE as LORA_CONFIG_FILE
 from rosa_lightning.peft_files import WEIGHTS_FILE as LORA_WEIGHTS_FILE
-from rosa_lightning.peft_files import LoraFiles, read_lora, write_lora
+from rosa_lightning.peft_files import LoraFiles, read_lora, read_tensors, write_lora
 from rosa_lightning.roae import RoAEConfig
+from rosa_lightning.strict_json import parse
 from rosa_lightning.surgery import (
     RoAEReport,
     check_adapter_keys,
@@ -79,7 +80,7 @@ def read_config(folder: Path) -> Origin:
     """
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        config = parse(read_text(path))
         written_by, number = config["package"], config["format"]
         origin = Origin.from_dict(config) if number == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -99,8 +100,8 @@ def _origin_of_lora(folder: Path, files: LoraFiles) -> Origin | None:
     if _ORIGIN not in files.metadata:
         return None
     try:
-        plain = json.loads(files.metadata[_ORIGIN])
-        return Origin.from_dict({**plain, "roae": json.loads(files.metadata[METADATA])})
+        plain = parse(files.metadata[_ORIGIN])
+        return Origin.from_dict({**plain, "roae": parse(files.metadata[METADATA])})
     except (ValueError, KeyError, TypeError) as error:
         path = folder / LORA_WEIGHTS_FILE
         raise ValueError(
@@ -242,7 +243,7 @@ def put_adapter(
         ValueError: The weights do not fit, or the base rotates its heads in another way.
     """
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    report = inject_roae(model, config)
+    report = inject_roae(model, config, weights)
     try:
         check_adapter_keys(model, weights)
         if origin is not None:
@@ -267,11 +268,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             floating-point numbers.
     """
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors, _ = read_tensors(path)
+    except ValueError as error:
         raise ValueError(
-            f"{path} cannot be read ({error}). Give a folder with all files of the adapter, or "
-            "export it again."
+            f"{error} Give a folder with all files of the adapter, or export it again."
         ) from error
     try:
         check_weights(tensors)

@@ -26,6 +26,7 @@ from rosa_lightning.peft_files import (
 from rosa_lightning.plan import Term, choose_terms, possible_terms
 from rosa_lightning.probe import read_geometry
 from rosa_lightning.roae import RoAEConfig, RoAELinear, Target
+from rosa_lightning.strict_json import parse
 from rosa_lightning.surgery import ProjectionReport, RoAEReport, roae_layers, roae_report
 
 METADATA = "roae"
@@ -232,7 +233,7 @@ def own_config(files: LoraFiles) -> RoAEConfig | None:
     if text is None:
         return None
     try:
-        return RoAEConfig(**json.loads(text))
+        return RoAEConfig(**parse(text))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the RoAE settings in the header of {WEIGHTS_FILE} cannot be read: {error}"

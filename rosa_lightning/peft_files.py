@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rosa_lightning.finite import check_weights
+from rosa_lightning.name_patterns import check_patterns, matches
+from rosa_lightning.opening import check_input, memory_bytes, read_text
+from rosa_lightning.strict_json import parse
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -84,18 +87,32 @@ def read_lora(folder: str | Path) -> LoraFiles:
             f"{folder} holds no {WEIGHTS_FILE}"
             + (", only adapter_model.bin. Load it with PEFT and save it again." if pickled else ".")
         )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from error
-    files = LoraFiles(config, tensors, metadata)
+    files = LoraFiles(config, *read_tensors(path))
     try:
         lora_modules(files)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     return files
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its header's metadata.
+
+    No tensor has more bytes than the file, which must fit into memory.
+
+    Raises:
+        ValueError: It is missing, damaged, no regular file or too large.
+    """
+    try:
+        check_input(path)
+        size, most = path.stat().st_size, memory_bytes() // 2
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, and at most {most:,} are read.")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from error
 
 
 def write_lora(files: LoraFiles, folder: Path) -> None:
@@ -127,6 +144,11 @@ def lora_modules(files: LoraFiles) -> dict[str, LoraModule]:
         factors.setdefault(match["path"], {})[match["part"]] = tensor
     if not factors:
         raise ValueError(f"{WEIGHTS_FILE} holds no LoRA.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        try:
+            check_patterns(files.config.get(name), len(factors))
+        except ValueError as error:
+            raise ValueError(f"{CONFIG_FILE}: {name} {error}") from error
     return {path: _module(path, both, files.config) for path, both in factors.items()}
 
 
@@ -158,7 +180,7 @@ def _module(path: str, factors: dict[str, Tensor], config: dict[str, Any]) -> Lo
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse(read_text(path))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no {CONFIG_FILE}, so it is no PEFT adapter.") from error
     except (OSError, ValueError) as error:  # not text, or no JSON
@@ -183,29 +205,27 @@ def _check_options(folder: Path, config: dict[str, Any]) -> None:
         value = config.get(name)
         if value is not None and type(value) not in types:
             raise ValueError(
-                f"{folder / CONFIG_FILE} sets {name} to {value!r}, which is no "
+                f"{folder / CONFIG_FILE} sets {name} to {repr(value)[:80]}, which is no "
                 f"{' or '.join(kind.__name__ for kind in types)}. Set it as PEFT writes it."
             )
     for name, value in options.items():
         raise ValueError(
-            f"{folder} is no plain LoRA: {CONFIG_FILE} sets {name} to {value!r}, which RoAE "
-            "cannot hold."
+            f"{folder} is no plain LoRA: {CONFIG_FILE} sets {name} to {repr(value)[:80]}, which "
+            "RoAE cannot hold."
         )
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """What ``rank_pattern`` or ``alpha_pattern`` gives a module: the first that matches its end.
 
-    As `peft.utils.other.get_pattern_key`.
+    As `peft.utils.other.get_pattern_key`, in bounded time.
     """
     for pattern, value in (patterns or {}).items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
+            if matches(pattern, path):
                 return value
-        except re.error as error:
-            raise ValueError(
-                f"{CONFIG_FILE} has {pattern!r}, no regular expression: {error}."
-            ) from error
+        except ValueError as error:
+            raise ValueError(f"{CONFIG_FILE} {error}") from error
     return default
 
 

@@ -101,6 +101,12 @@ def _check(
             f"{kind}: placement=state cannot be had in layer {unplaced[0].path}: "
             f"{unplaced[0].notes['state']}. Set model.roae.placement to projection."
         )
+    for term in terms:
+        if config.rank > term.in_features:
+            raise ValueError(
+                f"{kind}: rank={config.rank} is above {term.in_features}, the inputs of "
+                f"{term.projection}, and no term needs as much. Lower model.roae.rank."
+            )
     _check_unshared(model, {term.projection for term in terms})
 
 

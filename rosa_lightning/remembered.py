@@ -13,6 +13,7 @@ from rosa_lightning.adapter import adapter_settings
 from rosa_lightning.base import BaseIdentity, load_skeleton
 from rosa_lightning.checkpoint import CHECKPOINT_KEY
 from rosa_lightning.lora import from_lora
+from rosa_lightning.opening import check_archive, check_name, open_input
 from rosa_lightning.peft_files import read_lora
 from rosa_lightning.roae import RoAEConfig
 
@@ -79,16 +80,19 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         ValueError: It is missing or damaged, holds more than plain values, or no adapter.
     """
+    check_name(path)
     sharded = Path(path, _SHARDED_METADATA)
     file = sharded if sharded.is_file() else Path(path)
     if not file.is_file():
         raise ValueError(f"ckpt_path={path} is no file. Give a checkpoint of RoSAModule.")
     try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        with open_input(file) as opened:
+            check_archive(opened, path)
+            content: dict[str, Any] = torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch share no base class
         raise ValueError(
-            f"{path} is no checkpoint that can be read safely ({type(error).__name__}). Give "
-            "one that RoSAModule has written."
+            f"{path} is no checkpoint that can be read safely ({_reason(error)}). Give one that "
+            "RoSAModule has written."
         ) from error
     needed = {CHECKPOINT_KEY} if file is sharded else {CHECKPOINT_KEY, "state_dict"}
     if not isinstance(content, dict) or not needed <= content.keys():
@@ -105,3 +109,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             f"({type(error).__name__}: {error}). Give one that RoSAModule has written."
         ) from error
     return content
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read: in our words, or torch's long error by its kind alone."""
+    known = isinstance(error, ValueError | OSError) and str(error)
+    return str(error).rstrip(".") if known else type(error).__name__

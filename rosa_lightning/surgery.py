@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -119,7 +119,9 @@ class RoAEReport:
         return "\n".join([*map(str, self.projections), *self.notes])
 
 
-def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
+def inject_roae(
+    model: nn.Module, config: RoAEConfig, weights: Mapping[str, Tensor] | None = None
+) -> RoAEReport:
     """Freeze a causal language model and wrap its Q and K projections with RoAE, in place.
 
     Where Q and K stand in one fused projection, each has a term of its own on its own rows.
@@ -127,6 +129,7 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
     Args:
         model: A `transformers` language model with a rotary position embedding.
         config: What to add.
+        weights: What will be loaded into it, if that is known: checked before anything is made.
 
     Returns:
         The adapted projections with their pairs, dimensions and parameter counts, and what layers
@@ -134,8 +137,8 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
 
     Raises:
         ValueError: The model is adapted already, does not rotate its queries and keys, rotates
-            them in a way that cannot be read, or has no room for what the configuration asks. The
-            model is left as it was.
+            them in a way that cannot be read, or has no room for what the configuration asks; or
+            the weights do not fit. The model is left as it was.
     """
     if any(True for _ in roae_layers(model)):
         raise ValueError(
@@ -144,6 +147,8 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
         )
     ready_four_bit_layers(model)
     terms, notes = plan_terms(model, config)
+    if weights is not None:
+        _check_fit(_weight_shapes(terms, config), weights)
     model.requires_grad_(False)
     layers = [_wrap(model, term, config) for term in terms]
     # A later term on the same projection stands around an earlier one, so paths come last.
@@ -199,6 +204,18 @@ def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
         )
         model.set_submodule(term.norm, norm)
     return layer
+
+
+def _weight_shapes(terms: Sequence[Term], config: RoAEConfig) -> dict[str, tuple[int, ...]]:
+    """The RoAE weights that terms will have, by name, and their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, term in enumerate(terms):
+        # A later term on the same projection stands around an earlier one.
+        after = sum(other.projection == term.projection for other in terms[number + 1 :])
+        name = term.projection + ".base" * after
+        shapes[f"{name}.roae_A"] = (config.rank, term.in_features)
+        shapes[f"{name}.roae_B"] = (len(term.rows), config.rank)
+    return shapes
 
 
 def roae_layers(model: nn.Module) -> Iterator[tuple[str, RoAELinear]]:
@@ -346,12 +363,16 @@ def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
             floating-point numbers.
     """
     expected = {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
+    _check_fit({key: tuple(value.shape) for key, value in expected.items()}, given)
+
+
+def _check_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
     problems = [f"{key} is missing" for key in expected if key not in given]
     problems += [f"{key} is unknown" for key in given if key not in expected]
     problems += [
-        f"{key} has shape {tuple(given[key].shape)}, not {tuple(value.shape)}"
-        for key, value in expected.items()
-        if hasattr(given.get(key), "shape") and given[key].shape != value.shape
+        f"{key} has shape {tuple(given[key].shape)}, not {shape}"
+        for key, shape in expected.items()
+        if hasattr(given.get(key), "shape") and tuple(given[key].shape) != shape
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

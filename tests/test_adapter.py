@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import peft
 import pytest
 import torch
 from conftest import FAMILIES, build
+from hostile import limited, put
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -21,6 +23,7 @@ from rosa_lightning.adapter import (
 from rosa_lightning.base import load_base
 from rosa_lightning.export import export_adapter
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.opening import memory_bytes
 from rosa_lightning.peft_files import WEIGHTS_FILE as LORA_WEIGHTS_FILE
 from rosa_lightning.peft_files import read_lora
 from rosa_lightning.roae import RoAEConfig
@@ -124,6 +127,35 @@ def _no_weights(folder):
     (folder / WEIGHTS_FILE).unlink()
 
 
+def _high_rank(folder):
+    """Of weights that would take 640 GB; those that are there are of another shape."""
+    path = folder / CONFIG_FILE
+    path.write_text(path.read_text().replace('"rank": 4', '"rank": 1000000000'))
+
+
+def _higher_rank(folder):
+    path = folder / CONFIG_FILE
+    path.write_text(path.read_text().replace('"rank": 4', '"rank": 8'))
+
+
+def _a_pipe(folder):
+    _no_weights(folder)
+    put("a pipe", folder / WEIGHTS_FILE)
+
+
+def _a_device(folder):
+    (folder / CONFIG_FILE).unlink()
+    put("a device", folder / CONFIG_FILE)
+
+
+def _nested(folder):
+    (folder / CONFIG_FILE).write_text("[" * 50_000)
+
+
+def _huge(folder):
+    os.truncate(folder / WEIGHTS_FILE, memory_bytes())  # with holes, on no disk
+
+
 def _no_adapter(folder):
     (folder / CONFIG_FILE).unlink()
 
@@ -136,10 +168,16 @@ def _another_name(folder):
 
 
 DAMAGES = {
-    _damage_json: r"roae_config\.json cannot be read \(JSONDecodeError",
+    _damage_json: r"roae_config\.json cannot be read \(JSONError",
     _later_release: r"is of format 2 \(written by rosa-lightning .*Install the release",
     _cut_weights: r"roae_adapter\.safetensors cannot be read",
     _no_weights: r"roae_adapter\.safetensors cannot be read",
+    _high_rank: r"rank=1000000000 is above 64, the inputs of model\.layers\.0",
+    _higher_rank: r"does not fit the model: .* has shape \(4, 64\), not \(8, 64\)",
+    _a_pipe: r"roae_adapter\.safetensors is a pipe",
+    _a_device: r"roae_config\.json is a device",
+    _nested: r"roae_config\.json .*nested too deeply",
+    _huge: r"roae_adapter\.safetensors cannot be read: it has .* bytes, and at most",
     _no_adapter: r"holds no adapter: neither roae_config\.json nor adapter_config\.json",
     _another_name: r"the adapter does not fit the model: model\.layers\.0.* is missing",
 }
@@ -153,7 +191,7 @@ def test_a_damaged_folder_is_refused_in_one_line_and_the_model_left_as_it_was(da
     base.lm_head.requires_grad_(False)
     base.train().model.layers[0].eval()
     before = snapshot(base)
-    with pytest.raises(ValueError, match=DAMAGES[damage]) as caught:
+    with limited(), pytest.raises(ValueError, match=DAMAGES[damage]) as caught:
         load_adapter(base, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert unchanged(base, before)
@@ -254,6 +292,21 @@ def test_a_lightning_module_is_told_to_pass_its_model(tmp_path):
         with pytest.raises(ValueError, match=r"not the RoSAModule itself\. Pass module\.model"):
             function(module, tmp_path / "out", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_in_a_lora_that_would_take_all_memory_are_refused(tmp_path):
+    export_adapter(trained(), tmp_path / "out", "peft")
+    path = tmp_path / "out" / LORA_WEIGHTS_FILE
+    with safe_open(path, "pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    header["roae"] = header["roae"].replace('"rank": 4', '"rank": 1000000000')
+    save_file(weights, path, header)
+    base = fresh()
+    before = snapshot(base)
+    with limited(), pytest.raises(ValueError, match="rank=1000000000 is above 64, the inputs of"):
+        load_adapter(base, tmp_path / "out")
+    assert unchanged(base, before)
 
 
 def test_a_folder_knows_its_base(tmp_path):

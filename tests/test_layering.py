@@ -27,6 +27,7 @@ FLOORS = {
     "meeting": 0,
     "folder": 0.1,
     "finite": 0.1,
+    "name_patterns": 0,
     "peft_files": 0.2,
     "layers": 0,
     "length": 0,

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from hostile import limited, put
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -12,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
 
+from rosa_lightning.opening import memory_bytes
 from rosa_lightning.peft_files import lora_modules, pattern_value, read_lora, target_modules
 
 PATH = "model.layers.0.self_attn.q_proj"
@@ -108,6 +112,11 @@ def test_options_that_are_null_are_as_if_left_out(folder):
     assert lora_modules(read_lora(folder))[PATH].scale == 2.0
 
 
+def exchange(path: Path, kind: str) -> None:
+    path.unlink()
+    put(kind, path)
+
+
 DAMAGES = {
     "no folder": (lambda f: f.rename(f.with_name("gone")), "holds no adapter_config.json"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
@@ -137,6 +146,24 @@ DAMAGES = {
         ),
         "adapter_model.safetensors cannot be read",
     ),
+    "a pipe for config": (lambda f: exchange(f / "adapter_config.json", "a pipe"), "is a pipe"),
+    "a device for config": (lambda f: exchange(f / "adapter_config.json", "a device"), "a device"),
+    "a pipe for weights": (
+        lambda f: exchange(f / "adapter_model.safetensors", "a pipe"),
+        "holds no adapter_model.safetensors",
+    ),
+    "nested config": (
+        lambda f: (f / "adapter_config.json").write_text('{"a":' * 50_000),
+        "adapter_config.json cannot be read: is nested too deeply",
+    ),
+    "a name twice": (
+        lambda f: (f / "adapter_config.json").write_text('{"r": 1, "r": 2}'),
+        "adapter_config.json cannot be read: gives 'r' twice",
+    ),
+    "weights of holes": (
+        lambda f: os.truncate(f / "adapter_model.safetensors", memory_bytes()),
+        "adapter_model.safetensors cannot be read: it has .* bytes",
+    ),
     "empty weights": (
         lambda f: (f / "adapter_model.safetensors").write_bytes(b""),
         "adapter_model.safetensors cannot be read",
@@ -148,7 +175,7 @@ DAMAGES = {
 def test_a_missing_or_damaged_file_is_named_in_one_line(folder, name):
     damage, message = DAMAGES[name]
     damage(folder)
-    with pytest.raises(ValueError, match=message) as error:
+    with limited(), pytest.raises(ValueError, match=message) as error:
         read_lora(folder)
     assert "\n" not in str(error.value)
 
@@ -240,6 +267,15 @@ PATTERNS = st.dictionaries(
 def test_patterns_are_read_as_peft_reads_them(patterns, path):
     theirs = patterns.get(get_pattern_key(patterns.keys(), path), 7)
     assert pattern_value(patterns, path, 7) == theirs
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*x", "(.*l){60}", "(a|b)+" * 99, "(?=x)y"])
+def test_patterns_that_take_for_ever_are_refused_by_name(folder, name, pattern):
+    write(folder, {name: {"q_proj": 4, pattern: 4}})
+    with limited(5), pytest.raises(ValueError, match=rf"adapter_config\.json: {name} ") as error:
+        read_lora(folder)
+    assert repr(pattern[:50])[:-1] in str(error.value)
 
 
 @pytest.mark.parametrize("patterns", [None, {}])
