@@ -50,6 +50,7 @@ from rosa_lightning.sharding import clip, leave_packed_out, load_once, raise_tog
 from rosa_lightning.surgery import (
     RoAEReport,
     check_adapter_keys,
+    expect_adapters_alone,
     inject_roae,
     is_adapter_key,
 )
@@ -195,6 +196,7 @@ class RoSAModule(Answering):
         self._said_float64 = False
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
+        self.register_load_state_dict_post_hook(expect_adapters_alone)
 
     # The model.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -381,3 +381,24 @@ def _check_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tens
             "and the model.roae settings that it was trained with."
         )
     check_weights(given)
+
+
+def expect_adapters_alone(model: nn.Module, keys: Any) -> None:
+    """Not miss the base's weights when a state dict of adapters is loaded.
+
+    A hook for `register_load_state_dict_post_hook`. It serves models that hold the adapted one,
+    as that of weight averaging does, and load it as a part of their own.
+
+    Args:
+        model: The adapted model.
+        keys: Has a list `missing_keys`, which may begin with the model's own name.
+    """
+    tied = {"remove_duplicate": False}  # their second names are missing, too
+    named = (*model.named_parameters(**tied), *model.named_buffers(**tied))
+    base = {name for name, _ in named if not is_adapter_key(name)}
+
+    def is_of_base(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[start:]) in base for start in range(len(parts)))
+
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not is_of_base(key)]

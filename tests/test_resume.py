@@ -102,7 +102,8 @@ def differences(straight: Path, resumed: Path) -> list[str]:
     """What is not the same at the ends of two runs, of all but what callbacks measure of time."""
     first, second = (torch.load(path, weights_only=True) for path in (straight, resumed))
     names = ["state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"]
-    names += ["ReasoningDataModule", *(name for name in first if name.endswith("_model_state"))]
+    names += ["ReasoningDataModule"]
+    names += [name for name in first if name in ("current_model_state", "averaging_state")]
     found = [name for name in names if not same(first[name], second.get(name))]
     if not same(first["rosa"]["rng"], second["rosa"]["rng"]):
         found.append("rng")
@@ -155,6 +156,28 @@ def test_a_step_that_had_some_of_its_batches_gets_the_others_when_resumed(source
     config = shipped("tiny", sources, **changes)
     config["trainer"]["callbacks"][0]["init_args"]["interval"] = 1
     assert_resumes(config, ["batch-4", "validation-5"])
+
+
+AVERAGES = [
+    {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.7}},
+    {"class_path": "lightning.pytorch.callbacks.WeightAveraging"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+@pytest.mark.parametrize(
+    "average", [AVERAGES[0], pytest.param(AVERAGES[1], marks=pytest.mark.slow)]
+)
+def test_a_run_that_averages_weights_resumes_and_is_tested(average, sources):
+    tested = [{**sources[0], "max_examples": 2, "weight": None}]
+    config = shipped("tiny", sources, data__test_sources=tested, data__decontaminate=False)
+    config["trainer"]["callbacks"].append(average)
+    assert_resumes(config, ["batch-5"])
+    saved = torch.load("straight/batch-5.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == saved["current_model_state"].keys()
+    assert not same(saved["state_dict"], saved["current_model_state"])
+    options = ["--config", "straight/config.yaml", "--ckpt_path", "straight/batch-5.ckpt"]
+    assert main(["test", *options]) == 0
 
 
 @pytest.fixture
