@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
@@ -26,6 +27,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from rosa_lightning.adapter import adapter_settings
@@ -283,10 +285,11 @@ class RoSACLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a command of the trainer, or another."""
+        config = self.config_init[subcommand]
         if subcommand not in TOOLS:
+            check_found(self.trainer, subcommand, config.get("ckpt_path"))
             super()._run_subcommand(subcommand)
             return
-        config = self.config_init[subcommand]
         options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
         setting = Setting(config["model"], config["data"], config["trainer"])
         with termination():
@@ -474,3 +477,34 @@ def found_by_trainer(ckpt_path: str) -> bool:
     """Whether a checkpoint is one that the trainer finds: "last", or a file elsewhere, say."""
     is_word = ckpt_path.partition(":")[0] in ("best", "last", "hpc", "registry")
     return (is_word and not Path(ckpt_path).exists()) or "://" in ckpt_path
+
+
+def check_found(trainer: Trainer, command: str, ckpt_path: str | None) -> None:
+    """Check that there is a checkpoint where a word asks the trainer to find one.
+
+    Lightning would evaluate the base if there is no last one. Of a training it says that it begins
+    anew, so that the command of the first run is that of the next.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if ckpt_path not in ("best", "last", "hpc") or Path(ckpt_path).exists():
+        return
+    connector = trainer._checkpoint_connector
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said in other words
+            found = connector._parse_ckpt_path(
+                TrainerFn(command), ckpt_path, model_provided=True, model_connected=False
+            )
+    except (ValueError, MisconfigurationException):
+        found = None
+    if found is None and not (command == "fit" and ckpt_path == "last"):
+        callbacks: list[Any] = trainer.checkpoint_callbacks
+        folders = [str(item.dirpath) for item in callbacks if getattr(item, "dirpath", None)]
+        looked = f" in {', '.join(folders)}" if folders and ckpt_path == "last" else ""
+        raise ValueError(
+            f"ckpt_path={ckpt_path}: there is no such checkpoint{looked}, as this command is no "
+            "part of the run that wrote it. Give its path, such as "
+            "lightning_logs/version_0/checkpoints/last.ckpt."
+        )

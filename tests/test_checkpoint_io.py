@@ -298,6 +298,44 @@ def test_a_check_leaves_nothing_behind(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "kept"]
 
 
+# Words for checkpoints.
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        *(("test", word) for word in ("last", "best", "hpc")),
+        *(("validate", "last"), ("predict", "last"), ("fit", "best")),
+    ],
+)
+def test_a_word_for_a_checkpoint_that_is_not_there_is_one_line(
+    command, word, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    questions = ["--data.predict_sources", "[q.txt]"] if command == "predict" else []
+    (tmp_path / "q.txt").write_text("How many?\n")
+    assert main([command, "--config", str(TINY), "--ckpt_path", word, *questions]) == 1
+    error = error_line(capsys)
+    assert f"ckpt_path={word}: there is no such checkpoint" in error
+    assert "Give its path" in error
+
+
+def test_the_last_checkpoint_is_taken_where_there_is_one(tmp_path, monkeypatch, capsys):
+    saves = {"dirpath": str(tmp_path / "kept"), "save_last": True}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saves}
+    where = f"--trainer.callbacks=[{callback}]"
+    assert demonstration(tmp_path, monkeypatch, where) == 0
+    capsys.readouterr()
+    few = ["--trainer.limit_test_batches=1", "--data.batch_size=2"]
+    for name in ("last.ckpt", None):
+        if name is None:
+            (tmp_path / "kept" / "last.ckpt").unlink()
+        status = main(["test", "--config", str(TINY), where, "--ckpt_path", "last", *few])
+        assert status == (0 if name else 1)
+    assert f"there is no such checkpoint in {tmp_path / 'kept'}" in error_line(capsys)
+
+
 # Folders of shards.
 
 
