@@ -245,21 +245,34 @@ def _compute_constants(model: PreTrainedModel) -> None:
     model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
-def context_length(
-    base: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> int | None:
+def context_length(base: str, **options: Any) -> int | None:
     """Most tokens that a base reads, by its configuration; None if that does not say.
 
     Arguments and errors as `load_base`.
     """
+    return _positive(base, "max_position_embeddings", **options)
+
+
+def vocabulary_size(base: str, **options: Any) -> int | None:
+    """Rows of a base's embedding, by its configuration; None if that does not say.
+
+    Arguments and errors as `load_base`.
+    """
+    return _positive(base, "vocab_size", **options)
+
+
+def _positive(
+    base: str, name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> int | None:
+    """A number above 0 of a base's configuration."""
     from transformers import AutoConfig
 
     with _one_line_errors(base, "configuration", "model.base"):
         config = AutoConfig.from_pretrained(
             _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    value = getattr(config.get_text_config(), name, None)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def load_tokenizer(

@@ -37,6 +37,7 @@ from rosa_lightning.training_data import (
     report_mixture,
     shares_of,
 )
+from rosa_lightning.vocabulary import check_vocabulary, padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -293,15 +294,25 @@ class ReasoningDataModule(LightningDataModule):
 
     def _encoder(self, with_response: bool = True) -> Encoder:
         return Encoder(
-            self.text_tokenizer, self.template, self.max_length, self.overlong, with_response
+            self.text_tokenizer,
+            self.template,
+            self.max_length,
+            self.overlong,
+            with_response,
+            self._num_rows,
         )
+
+    @property
+    def _num_rows(self) -> int | None:
+        """Rows of the base's embedding, where a module says it."""
+        return getattr(getattr(self.trainer, "lightning_module", None), "num_embeddings", None)
 
     @property
     def text_tokenizer(self) -> Any:
         """The tokenizer that texts are encoded with, loaded at first use.
 
         Raises ValueError where there is none, or one without an end-of-sequence token or,
-        where that is the template, without a chat template.
+        where that is the template, without a chat template, or one of another model.
         """
         if self._tokenizer is None:
             given = self.tokenizer
@@ -320,6 +331,7 @@ class ReasoningDataModule(LightningDataModule):
                     "The tokenizer has no end-of-sequence token, which ends each response. Set "
                     "data.tokenizer to one that has."
                 )
+            check_vocabulary(given, self._num_rows)
             check_template(given, self.template)
             self._tokenizer = given
         return self._tokenizer
@@ -334,10 +346,7 @@ class ReasoningDataModule(LightningDataModule):
         return self._encoder().response(text, end=end)
 
     def _pad_id(self) -> int:
-        tokenizer = self.text_tokenizer
-        # Padding is masked everywhere, so any token will do.
-        pad_id = tokenizer.pad_token_id
-        return int(tokenizer.eos_token_id if pad_id is None else pad_id)
+        return padding_id(self.text_tokenizer, self._num_rows)
 
     # Loaders.
 

@@ -13,6 +13,7 @@ from rosa_lightning.streamed import Streamed
 from rosa_lightning.tasks import Record, answer_start, task_of
 from rosa_lightning.templates import Template, marked_prompt, question, response_text
 from rosa_lightning.text_tokens import TextTokenizer, Tokens, prompt_prefix
+from rosa_lightning.vocabulary import beyond, check_ids
 
 Overlong = Literal["cut", "drop"]
 
@@ -135,6 +136,13 @@ class Encoder:
     """What becomes of longer ones."""
     with_response: bool = True
     """Whether responses are encoded too."""
+    num_rows: int | None = None
+    """Rows of the base's embedding, which all ids must have; None where it is not known."""
+
+    @cached_property
+    def bound(self) -> int | None:
+        """The rows, where the tokenizer has ids beyond them."""
+        return self.num_rows if beyond(self.tokenizer, self.num_rows) else None
 
     @cached_property
     def chat(self) -> ChatFormat | None:
@@ -150,10 +158,16 @@ class Encoder:
         return self.chat.prefix if self.chat else prompt_prefix(self.tokenizer)
 
     def __call__(self, records: Sequence[Record]) -> tuple[list[Example], OverlongCount]:
-        """The examples, and how many records were too long."""
+        """The examples, and how many records were too long.
+
+        Raises ValueError for a record with a token that the base does not know.
+        """
         count = OverlongCount(total=len(records))
         examples = []
         for record, body, reply, answer, rewritten in self._encoded(records):
+            if self.bound is not None:
+                what = f"source {record.source}, record {record.index}"
+                check_ids([*self._prefix, *body, *reply], self.tokenizer, self.bound, what)
             if rewritten:
                 count.rewritten += 1
                 count.first_rewritten = count.first_rewritten or record.index

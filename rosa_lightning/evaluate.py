@@ -31,6 +31,7 @@ from rosa_lightning.tasks import (
     same_answer,
     task_of,
 )
+from rosa_lightning.vocabulary import num_embeddings, padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,9 +114,9 @@ def generate(
 
     new = None
     if num_beams == 1:
-        masks, pad = batch["attention_mask"].bool(), tokenizer.pad_token_id
+        masks = batch["attention_mask"].bool()
         prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]
-        pad_id = pad if isinstance(pad, int) else 0
+        pad_id = padding_id(tokenizer, num_embeddings(model))
         new = write_greedily(model, prompts, max_new_tokens, pad_id, ends=ends, has_ended=stopped)
     if new is None:
         new = _search(model, tokenizer, batch, max_new_tokens, num_beams, ends, stopped)
@@ -141,7 +142,7 @@ def _search(
         do_sample=False,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_id(tokenizer, num_embeddings(model)),
         eos_token_id=ends or None,
     )
     width = batch["input_ids"].shape[1]
@@ -283,12 +284,11 @@ class Evaluation:
         masks, prompts = batch["attention_mask"].bool(), batch["input_ids"]
         choices = [batch["candidates"][row] for row in rows]
         ids = [self._ids(own) for own in choices]
-        pad = self.tokenizer.pad_token_id
         scores = log_likelihoods(
             self.model,
             [prompts[row][masks[row]].tolist() for row in rows],
             ids,
-            pad if isinstance(pad, int) else 0,
+            padding_id(self.tokenizer, num_embeddings(self.model)),
         )
         found = []
         for row, texts, tokens, own in zip(rows, choices, ids, scores, strict=True):

@@ -28,6 +28,7 @@ from rosa_lightning.microbatches import (
     microbatches,
     sum_of_parts,
 )
+from rosa_lightning.own_batches import completed
 from rosa_lightning.packing import check_can_pack, is_packed_batch, num_rows, row_of
 from rosa_lightning.preconditions import is_reentrant
 from rosa_lightning.prefix import (
@@ -38,6 +39,7 @@ from rosa_lightning.prefix import (
 )
 from rosa_lightning.reading import WORTH_SHARING, forward_arguments
 from rosa_lightning.recompute import recomputable, recomputed
+from rosa_lightning.vocabulary import num_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,15 +113,16 @@ class Forward:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
 
         Args:
-            batch: As `TrainCollator` or `PackedCollator` makes it. Of one with more than
-                `microbatch_tokens`, gradients of all parts but the last are taken here, and the
-                loss can be differentiated once, by leaves; hooks see each part.
+            batch: As `TrainCollator` or `PackedCollator` makes it, or with the fields of
+                `transformers`. Of one with more than `microbatch_tokens`, gradients of all parts
+                but the last are taken here, and the loss can be differentiated once, by leaves;
+                hooks see each part.
 
         Raises:
-            ValueError: No token of the batch carries loss, or it is packed, and the model mixes
-                packed rows.
+            ValueError: No token of the batch carries loss, fields are missing or cannot be used, or
+                it is packed, and the model mixes packed rows.
         """
-        parts = self._parts(batch)
+        parts = self._parts(self.completed(batch))
         # Counted apart, which waits for the device, where parts do not know of each other.
         count = sum(_num_supervised(part) for part in parts) if len(parts) > 1 else None
 
@@ -136,6 +139,7 @@ class Forward:
         Args:
             batch: As for `loss`.
         """
+        batch = self.completed(batch)
         total, predicted_N, rows_N, columns_N = self._read(batch, predict=True)
         labels_N = batch["labels"][rows_N, columns_N]
         missed_N = (predicted_N != labels_N) & batch["answer_mask"][rows_N, columns_N]
@@ -144,6 +148,11 @@ class Forward:
         correct_B = torch.ones(num_rows(batch), dtype=torch.bool, device=total.device)
         correct_B[rows_N[missed_N]] = False
         return Scored(total / len(labels_N), len(labels_N), correct_B)
+
+    def completed(self, batch: Any) -> dict[str, Any]:
+        """The batch with all fields that `loss` and `score` need, derived where it lacks them."""
+        found: dict[str, Any] = completed(batch, num_embeddings(self.model))
+        return found
 
     def _read(self, batch: dict[str, Any], predict: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Summed loss, tokens predicted (N,) if wanted, where labels stand: rows and columns."""

@@ -28,6 +28,7 @@ from rosa_lightning.base import (
     identify,
     load_base,
     load_tokenizer,
+    vocabulary_size,
     whole_name,
 )
 from rosa_lightning.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
@@ -54,6 +55,7 @@ from rosa_lightning.surgery import (
     inject_roae,
     is_adapter_key,
 )
+from rosa_lightning.vocabulary import num_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,6 +190,7 @@ class RoSAModule(Answering):
         self.identity: BaseIdentity | None = None
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._num_embeddings: int | None = None
         self._answer_tokens: AnswerTokens | None = None
         self._forward: Forward | None = None
         self._guard = StepGuard(max_nonfinite_steps)
@@ -208,6 +211,17 @@ class RoSAModule(Answering):
                 self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         return self._tokenizer
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """Rows of the base's embedding, all that a token id can name; None where not known."""
+        if self.model is not None:
+            return num_embeddings(self.model)
+        if self._num_embeddings is None:
+            self._num_embeddings = vocabulary_size(
+                self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        return self._num_embeddings
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -325,7 +339,12 @@ class RoSAModule(Answering):
             check_clipping(self.trainer.gradient_clip_val)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Cross-entropy of the response, averaged over the batch's response tokens, in nats."""
+        """Cross-entropy of the response, averaged over the batch's response tokens, in nats.
+
+        Args:
+            batch: Of `ReasoningDataModule`, or with the fields of `transformers`: ``input_ids``,
+                ``labels`` and ``attention_mask``, shape (B, T), padded on either side.
+        """
         self._built()
         return cast(Forward, self._forward).loss(batch)
 
@@ -419,6 +438,7 @@ class RoSAModule(Answering):
         Answers are written to the prompts under ``to_answer``, if the batch has some.
         """
         self._built()
+        batch = cast(Forward, self._forward).completed(batch)
         scored = cast(Forward, self._forward).score(batch)
         self._val_loss.update(scored.loss, weight=scored.count)
         cast(AnswerTokens, self._answer_tokens).update(batch["task"], scored.correct)

@@ -152,7 +152,7 @@ def _digest(records: Sequence[Record], encoder: Encoder) -> str:
     settings = [
         *(ENCODING, tokenizers.__version__, transformers.__version__, type(tokenizer).__name__),
         *(encoder.template, encoder.max_length, encoder.overlong, encoder.with_response),
-        encoder._prefix,
+        *(encoder._prefix, encoder.bound),
         getattr(tokenizer, "split_special_tokens", False),
         # What a template makes of a record, which may change with the day.
         prompt_text(records[0], encoder.template, tokenizer),
