@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -395,6 +396,11 @@ def main(args: Sequence[str] | None = None) -> int:
         import_path_denylist=[],
     )
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
+    with quiet_log_writers():
+        return _run(args)
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         RoSACLI(
             RoSAModule,
@@ -422,6 +428,23 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {told}\n")
         return 2 if is_configuration(error) else 1
     return 0
+
+
+@contextmanager
+def quiet_log_writers() -> Iterator[None]:
+    """Show no traceback of TensorBoard's thread, whose error the next value logged raises."""
+    before = threading.excepthook
+
+    def unless_told_later(args: threading.ExceptHookArgs) -> None:
+        is_writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and issubclass(args.exc_type, OSError)):
+            before(args)
+
+    threading.excepthook = unless_told_later
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def load_yaml(text: str) -> Any:

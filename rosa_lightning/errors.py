@@ -48,6 +48,8 @@ def explain(error: BaseException) -> str | None:
     same classes: its message would not say what to mend.
     """
     for link in _chain(error):
+        if (told := _of_logs(link)) is not None:
+            return told
         if isinstance(link, torch.OutOfMemoryError | MemoryError):
             return _of_memory(link)
         if isinstance(link, ValueError | TypeError | ImportError) and _is_refusal(link, _PACKAGE):
@@ -126,6 +128,18 @@ def _of_memory(error: BaseException) -> str:
         f"memory is spent: {one_line(str(error))[:300] or 'nothing more can be allocated'}. Lower "
         "data.batch_size, data.max_length or model.microbatch_tokens, or set "
         "model.gradient_checkpointing."
+    )
+
+
+def _of_logs(error: BaseException) -> str | None:
+    """What the file system refused a logger; TensorBoard's hides it behind another error."""
+    logs = any("loggers" in Path(f.tb_frame.f_code.co_filename).parts for f in _frames(error))
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not (logs and isinstance(cause, OSError)):
+        return None
+    return (
+        f"the logs cannot be written: {one_line(str(cause))}. Make room for them, or set "
+        "trainer.logger.init_args.save_dir to another place."
     )
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,35 @@ def test_a_log_folder_that_cannot_be_written_is_one_line(
     assert demonstration(tmp_path, monkeypatch, f"--trainer.logger={logger}") == 1
     error = error_line(capsys)
     assert f"logs cannot be written to {place}/lightning_logs/version_0: Read-only file" in error
+    assert "trainer.logger.init_args.save_dir" in error
+
+
+class Fills(Callback):
+    """Leaves no room on a file system, once training has begun."""
+
+    def __init__(self, place: str) -> None:
+        self.place = Path(place)
+
+    def on_train_start(self, *args) -> None:
+        with (self.place / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("CSVLogger", 2), ("TensorBoardLogger", 60)])
+def test_a_full_disk_of_the_logs_is_one_line(kind, steps, tmp_path, mount, monkeypatch, capsys):
+    place = mount("small", "size=100k")
+    logger = {"class_path": f"lightning.pytorch.loggers.{kind}"}
+    logger["init_args"] = {"save_dir": str(place)}
+    fills = {"class_path": "test_checkpoint_io.Fills", "init_args": {"place": str(place)}}
+    often = [f"--trainer.max_steps={steps}", "--trainer.log_every_n_steps=1"]
+    quiet = [f"--trainer.callbacks=[{fills}]", "--trainer.enable_checkpointing=false", *often]
+    more = [f"--trainer.logger={logger}", "--trainer.limit_val_batches=0", *quiet]
+    assert demonstration(tmp_path, monkeypatch, *more) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    (error,) = [line for line in errors.splitlines() if "error: " in line]
+    assert "the logs cannot be written: [Errno 28] No space left on device" in error
     assert "trainer.logger.init_args.save_dir" in error
 
 
