@@ -18,8 +18,8 @@ from hostile import KINDS, limited, put
 from pyarrow import parquet
 
 from rosa_lightning import source_rows
-from rosa_lightning.errors import explain
 from rosa_lightning.data import ReasoningDataModule
+from rosa_lightning.errors import explain
 from rosa_lightning.records import load_records
 from rosa_lightning.sources import Source
 from rosa_lightning.tasks import Record
