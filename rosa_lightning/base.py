@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning import tiny
+from rosa_lightning.base_files import check_base_files, check_files
 from rosa_lightning.finite import check_base
 from rosa_lightning.quantization import (
     Quantization,
@@ -141,6 +142,8 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    with _one_line_errors(base, "model", "model.base"):
+        check_base_files(_location(base), revision or "main")
     settings: dict[str, Any] = {}
     if quantization is not None:  # None, given on, would undo a quantization of the base's own
         settings["quantization_config"] = _quantizer(base, quantization, dtype, source)
@@ -212,6 +215,7 @@ def load_skeleton(
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _one_line_errors(base, "configuration", "model.base"):
+        check_base_files(_location(base), revision or "main")
         config = AutoConfig.from_pretrained(_location(base), revision=revision or "main", **options)
     named = config.dtype or config.get_text_config().dtype if dtype == "auto" else dtype
     if named is None:
@@ -268,6 +272,7 @@ def _positive(
     from transformers import AutoConfig
 
     with _one_line_errors(base, "configuration", "model.base"):
+        check_base_files(_location(base), revision or "main")
         config = AutoConfig.from_pretrained(
             _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
         )
@@ -291,6 +296,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     with _one_line_errors(base, "tokenizer", setting):
+        check_files(_location(base))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
         )
@@ -345,19 +351,14 @@ def _location(base: str) -> str:
 @contextmanager
 def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
     """Turn the loaders' long and varied errors into one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (
-        *(OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, ArithmeticError),
-        StrictDataclassError,  # of a configuration whose values make no sense
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # of pickle, tokenizers and others, whatever a damaged file leads to
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # Mostly the rest is advice, but after a colon the reason goes on.
-        reason = " ".join(lines if lines and lines[0].endswith(":") else lines[:1])
+        reason = " ".join(lines if lines and lines[0].endswith(":") else lines[:1])[:1000]
+        if not isinstance(error, OSError | ValueError | ImportError):
+            reason = f"{type(error).__name__}: {reason}".rstrip(": ")
         mend = (
             f"Set {setting} to a folder with a causal language model, to a hub id that can be "
             "reached, or to tiny."

@@ -80,6 +80,7 @@ FLOORS = {
     "lora_fit": 2.4,
     "lora": 2.5,
     "origin": 2.6,
+    "base_files": 1,
     "base": 2.5,
     "norms": 2.5,
     "adapter": 3,
