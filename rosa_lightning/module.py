@@ -199,7 +199,7 @@ class RoSAModule(Answering):
         self._said_float64 = False
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
-        self.register_load_state_dict_post_hook(expect_adapters_alone)
+        self.register_load_state_dict_post_hook(expect_adapters_alone)  # type: ignore[no-untyped-call]
 
     # The model.
 

@@ -393,8 +393,10 @@ def expect_adapters_alone(model: nn.Module, keys: Any) -> None:
         model: The adapted model.
         keys: Has a list `missing_keys`, which may begin with the model's own name.
     """
-    tied = {"remove_duplicate": False}  # their second names are missing, too
-    named = (*model.named_parameters(**tied), *model.named_buffers(**tied))
+    named: tuple[tuple[str, Tensor], ...] = (
+        *model.named_parameters(remove_duplicate=False),  # second names are missing, too
+        *model.named_buffers(remove_duplicate=False),
+    )
     base = {name for name, _ in named if not is_adapter_key(name)}
 
     def is_of_base(key: str) -> bool:
