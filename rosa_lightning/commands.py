@@ -341,6 +341,7 @@ def _draw_activations(setting: Setting, ckpt_path: str | None, png: Path, num_ba
     data = setting.data
     if data.tokenizer is None:
         data.tokenizer = setting.module.tokenizer
+    data.num_embeddings = setting.module.num_embeddings
     if data.batching == "packed":  # the figure is of padded rows
         data.batching = "length"
     data.setup("fit")

@@ -170,6 +170,8 @@ class ReasoningDataModule(LightningDataModule):
         self._val: list[Sequence[Example]] = []
         self._prompts: dict[str, list[Example]] = {}
         self._tokenizer: Any = None
+        self.num_embeddings: int | None = None
+        """Rows of the embedding that the batches are for, if there is no trainer to ask."""
 
     @property
     def longest_rows(self) -> int:
@@ -304,8 +306,9 @@ class ReasoningDataModule(LightningDataModule):
 
     @property
     def _num_rows(self) -> int | None:
-        """Rows of the base's embedding, where a module says it."""
-        return getattr(getattr(self.trainer, "lightning_module", None), "num_embeddings", None)
+        """Rows of the base's embedding, where a module or who uses the data says it."""
+        module = getattr(self.trainer, "lightning_module", None)
+        return getattr(module, "num_embeddings", self.num_embeddings)
 
     @property
     def text_tokenizer(self) -> Any:

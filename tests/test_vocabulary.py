@@ -136,13 +136,14 @@ def test_an_end_of_sequence_without_a_row_is_refused(base, tmp_path):
         trainer(tmp_path).fit(RoSAModule(str(base)), data(tmp_path, tokenizer=ended))
 
 
-def test_the_command_line_says_it_in_one_line(base, tmp_path, capsys):
+@pytest.mark.parametrize("command", [["fit"], ["inspect", "--activations", "norms.png"]])
+def test_the_command_line_says_it_in_one_line(base, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
     path = write_records(tmp_path / "records.json", 24)
     status = main(
         [
-            *("fit", "--config", str(CONFIG), "--model.base", str(base)),
-            *("--data.tokenizer", "tiny", f"--data.sources=[{path}]"),
-            *("--trainer.default_root_dir", str(tmp_path), "--data.test_sources=null"),
+            *(*command, "--config", str(CONFIG), "--model.base", str(base)),
+            *("--data.tokenizer", "tiny", f"--data.sources=[{path}]", "--data.test_sources=null"),
         ]
     )
     assert status == 1
