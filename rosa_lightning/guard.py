@@ -79,23 +79,37 @@ class StepGuard:
     def check(self, module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the step's losses and gradients, which stand in the parameters; all ranks must.
 
-        Under a gradient scaler infinite gradients are normal, and it passes over their step. They
-        count only once it scales by less than 1.
-
         Raises:
             ValueError: One is not finite, and no step may be left out any more. Says on every rank
                 which, and of which records.
         """
-        trainer = module.trainer
+        if problem := self._look(module, optimizer):
+            self._skip(module.trainer, problem)
+            _drop(optimizer, has_scaler=_scaler(module.trainer) is not None)
+        self.forget()
+
+    def check_begun(self, module: LightningModule) -> None:
+        """Look at a step that has begun before its gradients are saved; all ranks must.
+
+        Raises:
+            ValueError: It will stop the run, as soon as all of its batches are there.
+        """
+        for optimizer in module.trainer.optimizers if self.skipped >= self.max_skipped else ():
+            if problem := self._look(module, optimizer):
+                self._skip(module.trainer, problem)
+
+    def _look(self, module: LightningModule, optimizer: Optimizer) -> str:
+        """What is not finite, on any rank; empty if nothing is.
+
+        Under a gradient scaler infinite gradients are normal, and it passes over their step. They
+        count only once it scales by less than 1.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        bad_loss, bad_gradient = self._flags(parameters, trainer.strategy.root_device)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        bad_loss, bad_gradient = self._flags(parameters, module.trainer.strategy.root_device)
+        scaler = _scaler(module.trainer)
         if bad_gradient and not bad_loss and scaler is not None:
             bad_gradient = scaler.get_scale() < 1
-        if bad_loss or bad_gradient:
-            self._skip(trainer, self._describe(module, bad_loss))
-            _drop(optimizer, parameters, has_scaler=scaler is not None)
-        self.forget()
+        return self._describe(module, bad_loss) if bad_loss or bad_gradient else ""
 
     def _flags(self, parameters: Iterable[Tensor], device: torch.device) -> tuple[bool, bool]:
         """Whether any loss, and any gradient, of any rank is not finite."""
@@ -164,11 +178,15 @@ class StepGuard:
             logger.log_metrics({"train/nonfinite_steps": self.skipped}, step=step)
 
 
-def _drop(optimizer: Optimizer, parameters: Iterable[Tensor], has_scaler: bool) -> None:
+def _scaler(trainer: Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _drop(optimizer: Optimizer, has_scaler: bool) -> None:
     """Leave the optimizer nothing to do."""
     # A scaler that has not unscaled the gradients yet looks for infinity in them.
     unscales = has_scaler and getattr(optimizer, "_step_supports_amp_scaling", False)
-    for parameter in parameters:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         if parameter.grad is not None and unscales:
             parameter.grad.fill_(torch.nan)
         else:

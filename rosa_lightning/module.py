@@ -472,7 +472,8 @@ class RoSAModule(Answering):
         """Keep the adapters, and remember the base and what every rank goes on with.
 
         Raises:
-            ValueError: The adapters hold NaN or infinity. What is on disk stays.
+            ValueError: The adapters, or gradients that a step waits with, hold NaN or infinity.
+                What is on disk stays.
         """
         problem = None
         try:
@@ -482,6 +483,8 @@ class RoSAModule(Answering):
         raise_together(problem)  # ranks may hold other shards, or none
         training = self._trainer is not None and self.trainer.state.fn == "fit"
         waiting = training and self.trainer.fit_loop._should_accumulate()
+        if waiting:
+            self._guard.check_begun(self)
         gradients = held_gradients(self) if waiting else None
         pack(checkpoint, cast(BaseIdentity, self.identity), self.hparams["roae"], gradients)
         checkpoint[CHECKPOINT_KEY]["nonfinite_steps"] = self._guard.skipped

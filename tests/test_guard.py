@@ -154,7 +154,7 @@ def test_scores_that_are_not_finite_select_nothing_and_say_so(base_folder, sourc
     assert all(math.isfinite(score) for score in selection.scores)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:Optimizer step")
 def test_under_a_gradient_scaler_only_the_loss_counts(fused, base_folder, sources, tmp_path):
     def run(fault, *at, steps=0):
@@ -176,6 +176,7 @@ def test_under_a_gradient_scaler_only_the_loss_counts(fused, base_folder, source
     assert not same(states[2], states[3])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")  # the scaler's doing, too
 def test_a_gradient_scaler_that_never_lets_a_step_through_stops(base_folder, sources, tmp_path):
     plugin = MixedPrecision("16-mixed", "cpu")
@@ -184,6 +185,39 @@ def test_a_gradient_scaler_that_never_lets_a_step_through_stops(base_folder, sou
     built = module(base_folder, dtype="float16")
     with pytest.raises(ValueError, match=r"step 17 is not finite.*gradient"):
         trainer(tmp_path, callbacks=[faults], **options).fit(built, data(sources))
+
+
+class SavesEveryBatch(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content = b""
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.content = self.path.read_bytes() if self.path.exists() else b""
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:Optimizer step")
+@pytest.mark.parametrize("fault", ["loss nan", "gradient nan"])
+def test_gradients_that_will_stop_the_run_are_not_saved(fault, base_folder, sources, tmp_path):
+    """The checkpoint before them stays, and a resumed run has finite ones."""
+    saves = SavesEveryBatch(tmp_path / "c.ckpt")
+    options = {"max_steps": 3, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+    faults = Faults(fault, 2)
+    run = trainer(tmp_path, callbacks=[faults, saves], **options)
+    with pytest.raises(ValueError, match=r"step 1 is not finite") as caught:
+        run.fit(module(base_folder), data(sources))
+    assert numbers(str(caught.value)) == set(faults.records[2])
+    assert saves.path.read_bytes() == saves.content
+    again = trainer(tmp_path, **options)
+    again.fit(module(base_folder), data(sources), ckpt_path=saves.path)
+    assert again.global_step == 3
+    # Where the step may be left out, a resumed run leaves it out too.
+    kept = SavesEveryBatch(tmp_path / "d.ckpt")
+    skips = module(base_folder, max_nonfinite_steps=1)
+    options |= {"max_steps": 2}
+    trainer(tmp_path, callbacks=[Faults(fault, 2), kept], **options).fit(skips, data(sources))
+    assert skips._guard.skipped == 1
 
 
 @pytest.mark.parametrize("value", [-1, -1e-9, math.nan])
