@@ -39,7 +39,6 @@ from rosa_lightning.prefix import (
 )
 from rosa_lightning.reading import WORTH_SHARING, forward_arguments
 from rosa_lightning.recompute import recomputable, recomputed
-from rosa_lightning.vocabulary import num_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,7 +150,7 @@ class Forward:
 
     def completed(self, batch: Any) -> dict[str, Any]:
         """The batch with all fields that `loss` and `score` need, derived where it lacks them."""
-        found: dict[str, Any] = completed(batch, num_embeddings(self.model))
+        found: dict[str, Any] = completed(batch, self.model)
         return found
 
     def _read(self, batch: dict[str, Any], predict: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

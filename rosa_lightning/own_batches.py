@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rosa_lightning.batching import IGNORED
 from rosa_lightning.packing import is_packed_batch
+from rosa_lightning.vocabulary import num_embeddings
 
 _WANTED = (
     "RoSAModule trains on batches with the fields of transformers: input_ids and labels, and "
@@ -20,7 +21,7 @@ _WANTED = (
 )
 
 
-def completed(batch: Any, num_rows: int | None = None) -> Any:
+def completed(batch: Any, model: nn.Module) -> Any:
     """A batch with all fields that a loss is computed from; one of our own collators as it is.
 
     Rows padded on the right, or on both sides, are moved to the right end, as all else expects.
@@ -31,7 +32,7 @@ def completed(batch: Any, num_rows: int | None = None) -> Any:
     Args:
         batch: `input_ids` and `labels`, shape (B, T), aligned; `attention_mask`, of ones if it is
             not given, and `position_ids`, likewise.
-        num_rows: Rows of the model's embedding, if known.
+        model: What it is for: its embedding bounds the token ids.
 
     Returns:
         The batch with `position_ids`, `answer_mask` (all labels), `num_label_positions`,
@@ -48,7 +49,7 @@ def completed(batch: Any, num_rows: int | None = None) -> Any:
     first_B = mask_BT.int().argmax(1)
     places_T = torch.arange(width, device=mask_BT.device)
     inside_BT = (places_T >= first_B[:, None]) & (places_T < (first_B + lengths_B)[:, None])
-    _check(given, mask_BT, inside_BT, num_rows)
+    _check(given, mask_BT, inside_BT, num_embeddings(model))
 
     def moved(field: Tensor, begin_B: Tensor) -> Tensor:
         """Rows turned so that each begins at its own column."""

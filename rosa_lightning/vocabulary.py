@@ -13,7 +13,10 @@ _MEND = (
 
 def num_embeddings(model: nn.Module) -> int | None:
     """Rows of a language model's embedding; None where it is not known."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    try:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):  # a model of one's own, or one that has several
+        return None
     rows = getattr(embedding, "num_embeddings", None)
     return rows if isinstance(rows, int) else None
 

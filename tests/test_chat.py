@@ -5,6 +5,7 @@ The oracle is `transformers`' own rendering of the whole conversation, as text a
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from rosa_lightning import ReasoningDataModule
 from rosa_lightning.encoding import Encoder
 from rosa_lightning.tasks import Record
 from rosa_lightning.templates import stop_ids
@@ -187,6 +189,24 @@ def test_reply_that_the_template_rewrites_is_trained_as_written_and_counted():
         "the reasoning; what it writes is trained on. Set data.template: alpaca to train on "
         "responses as they are."
     )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_data_module_warns_of_responses_that_the_template_rewrites(tmp_path, cached):
+    rows = [
+        {"instruction": f"Say {number}.", "input": "", "output": f"<think></think>{number}"}
+        for number in range(20)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for _ in range(1 + cached):
+        data = ReasoningDataModule(
+            sources=[str(tmp_path / "a.json")],
+            tokenizer=shaped_tokenizer("deepseek r1"),
+            template="chat",
+            cache_dir=str(tmp_path / "cache") if cached else None,
+        )
+        with pytest.warns(UserWarning, match="source a: the chat template rewrites 20 of 20"):
+            data.setup("fit")
 
 
 def test_reply_that_the_template_would_put_elsewhere_follows_the_prompt_as_it_is():
