@@ -12,6 +12,7 @@ from typing import Literal
 from rosa_lightning.charts import Picture, Run, draw_charts
 from rosa_lightning.folder import write_file
 from rosa_lightning.history import read_run
+from rosa_lightning.opening import SETTINGS_BYTES, check_name, printable, read_bytes
 
 Format = Literal["html", "png"]
 
@@ -85,11 +86,12 @@ def write_report(run: str, *, output: str | None = None, format: Format = "html"
     folder = Path(run)
     target = folder / ("report.html" if format == "html" else "report")
     target = target if output is None else Path(output)
+    check_name(target)
     _check_output(target, format)
     logged = read_run(folder)
     pictures = draw_charts(logged, "svg" if format == "html" else "png")
     if format == "html":
-        write_file(target, _page(folder, logged, pictures).encode())
+        write_file(target, printable(_page(folder, logged, pictures)).encode())
     else:
         for picture in pictures:
             write_file(target / f"{picture.name}.{picture.kind}", picture.content)
@@ -113,7 +115,7 @@ def _page(folder: Path, run: Run, pictures: Iterable[Picture]) -> str:
     parts.append("<h2>Details</h2>")
     for name in ("config.yaml", "hparams.yaml"):
         if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            text = read_bytes(folder / name, SETTINGS_BYTES).decode("utf-8", "replace")
             parts.append(_details(name, f"<pre>{escape(text)}</pre>"))
     parts.append(_details(f"All {len(run)} tags", _table(run, run)))
     path = folder.resolve()

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from pathlib import Path
 
 import pytest
+from hostile import KINDS, limited, put
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
@@ -98,3 +100,57 @@ def test_a_folder_without_numbers_is_refused_and_a_run_below_it_named(tmp_path):
         os.utime(file, (1e9 - age, 1e9 - age))
     with pytest.raises(ValueError, match=r"such as .*version_1\."):
         read_run(tmp_path)
+
+
+# Folders of strangers.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["metrics.csv", "events.out.tfevents.1.host", "a.tfevents.b"])
+def test_what_is_no_file_is_named_at_once(tmp_path, kind, name):
+    write(tmp_path, {"loss": {0: 1.0}})
+    put(kind, tmp_path / name)
+    with limited(), pytest.raises(OSError, match=f"{name} is {kind}"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("step,loss,é\n1,2,3\n".encode("latin-1"), r"metrics\.csv is not UTF-8"),
+        ("step,loss\n1,2\n".encode("utf-16"), r"metrics\.csv is not UTF-8"),
+        (b"step,loss\n1," + b"7" * 200_000, r"metrics\.csv is no table .*field larger than"),
+        (b"step,loss\n1,\r2\n", r"metrics\.csv is no table"),
+        (b"", "holds no logged number"),
+        (b"step,loss\n" + b"9" * 5_000 + b",1\n", "holds no logged number"),
+        (b"step,loss\n-1,1\n" + b"9" * 300 + b",1\n", "holds no logged number"),
+        (b"step\n1,2,3\n", "holds no logged number"),
+        (b"a,b\n1,2\n", "holds no logged number"),
+    ],
+)
+def test_a_table_that_is_none_is_one_line(tmp_path, content, words):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with limited(), pytest.raises(ValueError, match=words) as caught:
+        read_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_cells_beyond_the_header_and_null_characters_do_no_harm(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"\xef\xbb\xbfstep,loss\n1,2,3,4\n2,\x00\n3,0.5\n")
+    assert read_run(tmp_path) == {"loss": Series((1, 3), (2.0, 0.5))}
+
+
+def test_an_event_that_says_it_has_petabytes_is_one_line(tmp_path):
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    write(tmp_path, {"loss": {0: 1.0, 1: 2.0}})
+    (file,) = tmp_path.iterdir()
+    for size in (2**50, 2**63 - 1, 2**64 - 1):
+        head = struct.pack("<Q", size)
+        forged = tmp_path / f"events.out.tfevents.9999999999.{size}"
+        forged.write_bytes(
+            file.read_bytes() + head + struct.pack("<I", masked_crc32c(head)) + b"rest"
+        )
+        with limited(), pytest.raises(ValueError, match="event files of .* cannot be read"):
+            read_run(tmp_path)
+        forged.unlink()
