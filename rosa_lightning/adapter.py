@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rosa_lightning.conditions import Conditions
 from rosa_lightning.finite import check_weights
 from rosa_lightning.lora import METADATA, from_lora, own_config, to_lora
 from rosa_lightning.opening import read_text
@@ -39,9 +40,12 @@ _FORMAT = 1
 _ORIGIN = "roae_origin"
 """Entry of a LoRA's header, beside its settings, that holds what it was trained on, as JSON."""
 
+_CONDITIONS = "roae_conditions"
+"""Entry of the configuration file, or of a LoRA's header, with the conditions of the training."""
 
-def write_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter of a model into a folder that exists.
+
+def write_adapter(model: nn.Module, folder: Path, trained: Conditions | None = None) -> None:
+    """Write the adapter of a model into a folder that exists, and under what it was trained.
 
     Raises:
         ValueError: The model carries no RoAE.
@@ -55,12 +59,16 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
         "package": f"rosa-lightning {version('rosa-lightning')}",
         **origin,
     }
+    if trained is not None:
+        config[_CONDITIONS] = trained.to_dict()
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
     save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
 
 
-def write_as_lora(model: nn.Module, folder: Path) -> None:
+def write_as_lora(model: nn.Module, folder: Path, trained: Conditions | None = None) -> None:
     """Write the adapter of a model as a LoRA, which remembers its base, into a folder that exists.
+
+    It remembers under what it was trained, too.
 
     Raises:
         ValueError: The model carries no RoAE, or terms that no LoRA can hold.
@@ -69,7 +77,10 @@ def write_as_lora(model: nn.Module, folder: Path) -> None:
     files = to_lora(model)
     origin = origin_of(model).to_dict()
     del origin["roae"]  # stands in the header already
-    write_lora(replace(files, metadata={**files.metadata, _ORIGIN: json.dumps(origin)}), folder)
+    header = {**files.metadata, _ORIGIN: json.dumps(origin)}
+    if trained is not None:
+        header[_CONDITIONS] = json.dumps(trained.to_dict())
+    write_lora(replace(files, metadata=header), folder)
 
 
 def read_config(folder: Path) -> Origin:
@@ -174,6 +185,26 @@ def adapter_settings(folder: Path) -> tuple[str | None, str | None, RoAEConfig |
     assert files is not None
     name, revision = (files.config.get(key) for key in ("base_model_name_or_path", "revision"))
     return name or None, revision, own_config(files)
+
+
+def adapter_conditions(folder: Path) -> Conditions | None:
+    """What an adapter's folder says of how it was trained; None if it says nothing.
+
+    Raises:
+        ValueError: It holds no adapter, or a damaged one.
+    """
+    if _is_lora(folder):
+        path, plain = folder / LORA_WEIGHTS_FILE, read_lora(folder).metadata.get(_CONDITIONS)
+    else:
+        path = folder / CONFIG_FILE
+        read_config(folder)  # refuses what is damaged or of a later release
+        plain = json.loads(path.read_text()).get(_CONDITIONS)
+    if plain is None:
+        return None
+    try:
+        return Conditions.from_dict(json.loads(plain) if isinstance(plain, str) else plain)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error} Export the adapter again.") from error
 
 
 def _is_lora(folder: Path) -> bool:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rosa_lightning.base import BaseIdentity, Dtype, context_length
+from rosa_lightning.base import BaseIdentity, Dtype, context_length, whole_name
+from rosa_lightning.conditions import Conditions, tokenizer_digest
 from rosa_lightning.evaluate import (
     Evaluation,
     EvaluationConfig,
@@ -39,6 +40,8 @@ class Answering(LightningModule, ABC):
     max_new_tokens: int
     evaluation: EvaluationConfig
     identity: BaseIdentity | None
+    trained_under: Conditions | None = None
+    """Of the checkpoint or adapter that was loaded, if it says so."""
     evaluated: Evaluation | None = None
     """The last test, with its scores."""
     _written: Evaluation | None = None
@@ -86,8 +89,51 @@ class Answering(LightningModule, ABC):
                 "model.max_new_tokens, or data.max_length to cut them."
             )
 
+    def conditions(self) -> Conditions:
+        """What this run reads and writes with, beside weights and RoAE."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        name = getattr(datamodule, "tokenizer", None)
+        tokenizer = getattr(datamodule, "text_tokenizer", None)
+        return Conditions(
+            template=getattr(datamodule, "template", None),
+            max_length=getattr(datamodule, "max_length", None),
+            tokenizer=whole_name(name) if isinstance(name, str) else None,
+            tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
+            precision=str(self.trainer.precision),
+            dtype=self.dtype_of_base,
+            quantization=self.quantization,
+        )
+
+    def warn_of_other_conditions(self) -> None:
+        """Say, once, what this run does otherwise than the training of what was loaded."""
+        trained, self.trained_under = self.trained_under, None
+        if trained is None:
+            return
+        here = self.conditions()
+        given = {
+            **here.settings(),
+            "model.quantization": here.quantization,
+        }
+        lines = trained.contradictions(given, "the adapter")
+        if None not in (here.tokenizer_digest, trained.tokenizer_digest) and (
+            here.tokenizer_digest != trained.tokenizer_digest
+        ):
+            was = trained.tokenizer or "the base's own"
+            lines.append(
+                f"data.tokenizer is {here.tokenizer or 'the tokenizer of the base'}, and the "
+                f"adapter was trained with another one ({was}, or that as it was then): it reads "
+                "other tokens or another chat template. Set data.tokenizer to that one."
+            )
+        for line in lines:
+            rank_zero_warn(line)
+
+    def on_predict_start(self) -> None:
+        """Say what differs from the training."""
+        self.warn_of_other_conditions()
+
     def on_test_start(self) -> None:
         """Get ready to answer and to count, under each protocol."""
+        self.warn_of_other_conditions()
         weights = self.state_dict() if self._is_adapted() else {}
         self.evaluated = self._new_evaluation(
             self.evaluation,
@@ -142,7 +188,7 @@ class Answering(LightningModule, ABC):
 
     def about_evaluation(self) -> dict[str, Any]:
         """What was evaluated and how, as plain values, for ``results.json``."""
-        added = self._is_adapted()
+        added, here = self._is_adapted(), self.conditions()
         origin = self.trainer.ckpt_path or self.adapter or "an adapter trained in this process"
         datamodule = getattr(self.trainer, "datamodule", None)
         return {
@@ -158,6 +204,8 @@ class Answering(LightningModule, ABC):
             "dtype": self.dtype_of_base,
             "quantization": self.quantization,
             "precision": self.trainer.precision,
+            "tokenizer": here.tokenizer,
+            "tokenizer_digest": here.tokenizer_digest,
         }
 
     def _is_adapted(self) -> bool:

@@ -29,11 +29,12 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rosa_lightning.adapter import adapter_settings
 from rosa_lightning.checkpoint_io import check_outputs
 from rosa_lightning.commands import NO_BASE, Setting, audit, bench, export, inspect, report
+from rosa_lightning.conditions import contradictions
 from rosa_lightning.configuration import check_classes, check_trainer_settings
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
@@ -185,6 +186,10 @@ class RoSACLI(LightningCLI):
             rank_zero_info("model.adapter is left out, as ckpt_path holds an adapter.")
         elif command in ("validate", "test", "predict") and config[command].model.adapter:
             hold_lora(self.config[command].model, known)
+        if command in TOOLS:
+            shown = {k: self.config[command].get(k) for k in known if k.startswith(SHOWN[command])}
+            for line in contradictions(known, shown, "the adapter"):
+                rank_zero_warn(line)
         if command not in TOOLS and not self.config[command].model.base:
             parser.error(NO_BASE)
 

@@ -110,6 +110,7 @@ def export(
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         dequantize=dequantize,
+        trained=module.trained_under,
     )
     sys.stdout.write(f"{replace(report, notes=(*report.notes, *note))}\n")
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from rosa_lightning.adapter import check_plain_model, write_adapter, write_as_lora
+from rosa_lightning.conditions import Conditions
 from rosa_lightning.finite import check_weights
 from rosa_lightning.folder import new_folder
 from rosa_lightning.modes import in_mode
@@ -61,6 +62,7 @@ def export_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: str | None = None,
     dequantize: bool = False,
+    trained: Conditions | None = None,
 ) -> ExportReport:
     """Write what was trained into a new folder. The model stays as it is.
 
@@ -74,6 +76,7 @@ def export_adapter(
         max_shard_size: Largest weights file of a merged model; 5GB if not given.
         dequantize: Merge into a quantised base by making a plain model of it, in the dtype of its
             configuration.
+        trained: How it was trained, which ``peft`` and ``rosa`` remember.
 
     Returns:
         Size, and for ``merged`` how far the logits moved.
@@ -96,9 +99,9 @@ def export_adapter(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(str(written))
             elif format == "rosa":
-                write_adapter(model, written)
+                write_adapter(model, written, trained)
             else:
-                write_as_lora(model, written)
+                write_as_lora(model, written, trained)
             num_bytes = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     except (OSError, SafetensorError) as error:
         raise OSError(

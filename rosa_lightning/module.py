@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from rosa_lightning.adapter import load_adapter
+from rosa_lightning.adapter import adapter_conditions, load_adapter
 from rosa_lightning.answering import Answering
 from rosa_lightning.base import (
     BaseIdentity,
@@ -34,6 +34,7 @@ from rosa_lightning.base import (
 from rosa_lightning.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
 from rosa_lightning.checkpoint_io import check_outputs, write_checkpoints_whole
 from rosa_lightning.compiled import compile_layers
+from rosa_lightning.conditions import Conditions
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.finite import check_states, check_weights
 from rosa_lightning.forward import Forward
@@ -283,6 +284,7 @@ class RoSAModule(Answering):
         if self.adapter is None:
             return inject_roae(model, self.roae)
         given = None if self.roae is _DEFAULT_ROAE else self.roae
+        self.trained_under = adapter_conditions(Path(self.adapter))
         return load_adapter(model, self.adapter, given)
 
     def _remember_roae(self) -> None:
@@ -377,6 +379,7 @@ class RoSAModule(Answering):
         if self.trainer.ckpt_path is None:
             self._to_restore = None
             self._guard.skipped = 0
+        self.warn_of_other_conditions()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore generators and gradients late: starting up draws from them and clears these."""
@@ -427,6 +430,7 @@ class RoSAModule(Answering):
 
     def on_validation_start(self) -> None:
         """Make the metrics for the tasks at hand."""
+        self.warn_of_other_conditions()
         self._answer_tokens = AnswerTokens(self._task_names()).to(self.device)
         # Lightning's own mean rounds the ranks' mean number of tokens down to a whole one.
         self._val_loss = MeanMetric().to(self.device)
@@ -488,6 +492,8 @@ class RoSAModule(Answering):
         gradients = held_gradients(self) if waiting else None
         pack(checkpoint, cast(BaseIdentity, self.identity), self.hparams["roae"], gradients)
         checkpoint[CHECKPOINT_KEY]["nonfinite_steps"] = self._guard.skipped
+        if self._trainer is not None:
+            checkpoint[CHECKPOINT_KEY]["conditions"] = self.conditions().to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
@@ -509,6 +515,8 @@ class RoSAModule(Answering):
             world_size=self.trainer.world_size if fits else None,
         )
         self._guard.skipped = checkpoint[CHECKPOINT_KEY].get("nonfinite_steps", 0)
+        known = checkpoint[CHECKPOINT_KEY].get("conditions")  # not in those of earlier versions
+        self.trained_under = None if known is None else Conditions.from_dict(known)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from rosa_lightning.adapter import adapter_settings
+from rosa_lightning.adapter import adapter_conditions, adapter_settings
 from rosa_lightning.base import BaseIdentity, load_skeleton
 from rosa_lightning.checkpoint import CHECKPOINT_KEY
+from rosa_lightning.conditions import Conditions
 from rosa_lightning.lora import from_lora
 from rosa_lightning.opening import check_archive, check_name, open_input
 from rosa_lightning.peft_files import read_lora
@@ -51,6 +52,7 @@ def _checkpoint_settings(path: str) -> dict[str, Any]:
     known = content.get("hyper_parameters") or {"base": trained["base"]}
     names = ("base", "revision", "dtype", "quantization")
     return {
+        **_of(Conditions.from_dict(trained.get("conditions", {}))),
         **{f"model.{name}": known[name] for name in names if name in known},
         **{f"model.roae.{name}": value for name, value in trained["roae"].items()},
     }
@@ -69,7 +71,17 @@ def _adapter_settings(folder: Path, model: Mapping[str, Any]) -> dict[str, Any]:
         roae, _ = from_lora(skeleton, read_lora(folder))
     known = {"model.base": base, "model.revision": revision}
     settings = {} if roae is None else {f"model.roae.{k}": v for k, v in asdict(roae).items()}
-    return {name: value for name, value in known.items() if value} | settings
+    conditions = adapter_conditions(folder)
+    trained = {} if conditions is None else _of(conditions)
+    return {name: value for name, value in known.items() if value} | settings | trained
+
+
+def _of(conditions: Conditions) -> dict[str, Any]:
+    """The settings that conditions ask for; the trainer's own precision is left to the trainer."""
+    known = conditions.settings()
+    if known.get("trainer.precision") == "32-true":
+        del known["trainer.precision"]
+    return known
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -103,6 +115,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         about = content[CHECKPOINT_KEY]
         RoAEConfig(**about["roae"])
         BaseIdentity(base=about["base"], revision=about["revision"], samples=dict(about["samples"]))
+        Conditions.from_dict(about.get("conditions", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: what it says of its adapter cannot be read "

@@ -83,6 +83,7 @@ FLOORS = {
     "base_files": 1,
     "base": 2.5,
     "norms": 2.5,
+    "conditions": 2.7,
     "adapter": 3,
     "metrics": 3,
     "checkpoint": 3,
