@@ -35,6 +35,7 @@ from rosa_lightning.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
 from rosa_lightning.checkpoint_io import check_outputs, write_checkpoints_whole
 from rosa_lightning.compiled import compile_layers
 from rosa_lightning.conditions import Conditions
+from rosa_lightning.entries import check_entries
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.finite import check_states, check_weights
 from rosa_lightning.forward import Forward
@@ -48,7 +49,14 @@ from rosa_lightning.resume import settle_epoch, why_nothing_to_train
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.sharding import clip, leave_packed_out, load_once, raise_together, spread
+from rosa_lightning.sharding import (
+    clip,
+    is_sharded,
+    leave_packed_out,
+    load_once,
+    raise_together,
+    spread,
+)
 from rosa_lightning.surgery import (
     RoAEReport,
     check_adapter_keys,
@@ -505,6 +513,9 @@ class RoSAModule(Answering):
             check_adapter_keys(self, file["state_dict"])
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
+            weights = [] if is_sharded(self.trainer.strategy) else list(self.parameters())
+            shapes = [tuple(weight.shape) for weight in weights if weight.requires_grad]
+            check_entries(checkpoint, shapes, {name for name, _ in self.named_parameters()})
             check_states(checkpoint.get("optimizer_states", ()))
             settle_epoch(checkpoint.get("loops", {}))
         self._to_restore = unpack(

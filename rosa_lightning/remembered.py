@@ -116,6 +116,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         RoAEConfig(**about["roae"])
         BaseIdentity(base=about["base"], revision=about["revision"], samples=dict(about["samples"]))
         Conditions.from_dict(about.get("conditions", {}))
+        dict(content.get("hyper_parameters") or {})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: what it says of its adapter cannot be read "

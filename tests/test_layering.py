@@ -87,6 +87,7 @@ FLOORS = {
     "adapter": 3,
     "metrics": 3,
     "checkpoint": 3,
+    "entries": 3,
     "resume": 0,
     "sharding": 3,
     "checkpoint_io": 3.1,

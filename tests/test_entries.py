@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_records
+
+from rosa_lightning.cli import main
+from rosa_lightning.entries import check_entries
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base_folder, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of a training as users run it, its path and its content."""
+    folder = tmp_path_factory.mktemp("run")
+    argv, sys.argv = sys.argv, ["rosa"]
+    assert main(["fit", *arguments(base_folder, folder, steps=1)]) == 0
+    sys.argv = argv
+    (path,) = folder.rglob("*.ckpt")
+    return path, torch.load(path, weights_only=True)
+
+
+def arguments(base_folder: Path, folder: Path, steps: int) -> list[str]:
+    source = folder / "r.json"
+    if not source.exists():
+        write_records(source, 12)
+    quiet = ("logger", "enable_progress_bar", "enable_model_summary")
+    return [
+        *("--model.base", str(base_folder), "--model.roae.rank", "2", "--data.batch_size", "4"),
+        *("--data.sources", str(source), "--data.cache_dir", "null", "--data.val_fraction", "0.2"),
+        *("--trainer.accelerator", "cpu", "--trainer.max_steps", str(steps)),
+        *(word for name in quiet for word in (f"--trainer.{name}", "false")),
+        *("--trainer.default_root_dir", str(folder), "--trainer.log_every_n_steps", "1"),
+        *("--trainer.callbacks", "rosa_lightning.DynamicLayerSelection"),
+    ]
+
+
+def shapes(content: dict[str, Any]) -> list[tuple[int, ...]]:
+    return [tuple(value.shape) for value in content["state_dict"].values()]
+
+
+def changed(content: dict[str, Any], path: str, *value: Any) -> dict[str, Any]:
+    """A copy with another value at a path, or without it."""
+    content = copy.deepcopy(content)
+    place: Any = content
+    *rest, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+    for key in rest:
+        place = place[key]
+    if value:
+        place[last] = value[0]
+    else:
+        del place[last]
+    return content
+
+
+def test_what_was_written_passes(checkpoint):
+    content = checkpoint[1]
+    check_entries(content, shapes(content), content["state_dict"].keys())
+    for dropped in ("rosa/nonfinite_steps", "ReasoningDataModule/trained_on", "rosa/conditions"):
+        older = changed(content, dropped)
+        check_entries(older, shapes(content), content["state_dict"].keys())
+
+
+MISSING = ["epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers"]
+WRONG = [
+    ("rosa/rng", None),
+    ("rosa/rng", [{}]),
+    ("rosa/rng/0/torch", torch.zeros(3)),
+    ("rosa/rng/0/python", [3, [1, 2], None]),
+    ("rosa/rng/0/numpy", "x"),
+    ("rosa/gradients", [{"no such weight": torch.zeros(2)}]),
+    ("rosa/gradients", []),
+    ("rosa/nonfinite_steps", "many"),
+    ("loops", []),
+    ("loops/fit_loop", None),
+    ("loops/fit_loop/epoch_progress", 3),
+    ("loops/fit_loop/epoch_progress/total/completed", "two"),
+    ("loops/fit_loop/epoch_loop.batch_progress/current", 0),
+    ("callbacks/DynamicLayerSelection", 5),
+    ("optimizer_states/0", "x"),
+    ("optimizer_states/0/state", []),
+    ("optimizer_states/0/param_groups", [3]),
+    ("optimizer_states/0/param_groups/0/lr", "0.1"),
+    ("optimizer_states/0/state/15", None),
+    ("optimizer_states/0/state/15/exp_avg", torch.zeros(7)),
+    ("lr_schedulers/0", None),
+    ("lr_schedulers/0/last_epoch", "x"),
+    ("lr_schedulers/0/_last_lr", ["x"]),
+    ("ReasoningDataModule", "x"),
+    ("ReasoningDataModule/seen", {"demo": "x"}),
+    ("ReasoningDataModule/order", None),
+    ("ReasoningDataModule/trained_on", [1]),
+    ("global_step", 1.5),
+    ("epoch", None),
+]
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_an_entry_that_is_missing_is_named(checkpoint, name):
+    content = changed(checkpoint[1], name)
+    with pytest.raises(ValueError, match=f"holds no entry {name}"):
+        check_entries(content, shapes(content), content["state_dict"].keys())
+
+
+@pytest.mark.parametrize(("path", "value"), WRONG, ids=[path for path, _ in WRONG])
+def test_an_entry_that_holds_something_else_is_named(checkpoint, path, value):
+    content = changed(checkpoint[1], path, value)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="the checkpoint's entry ") as caught:
+        check_entries(content, shapes(content), content["state_dict"].keys())
+    entry = str(caught.value).split("entry ")[1]
+    assert entry.startswith("/".join(path.split("/")[:1]))
+    assert "\n" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("callbacks", "holds no entry callbacks"),
+        ("rosa/rng/0/python", "entry rosa.rng"),
+        ("optimizer_states/0/state/15/exp_avg", "optimizer_states[0].state.15 lacks exp_avg"),
+        # Found by what restores it.
+        ("loops/fit_loop/epoch_loop.scheduler_progress/current", "entry loops cannot be restored"),
+        ("lr_schedulers/0", "entry lr_schedulers is empty"),
+    ],
+)
+def test_a_training_that_goes_on_from_it_ends_in_one_line(
+    checkpoint, base_folder, tmp_path, monkeypatch, capsys, path, words
+):
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    torch.save(changed(checkpoint[1], path), tmp_path / "damaged.ckpt")
+    given = arguments(base_folder, tmp_path, steps=2)
+    assert main(["fit", *given, "--ckpt_path", str(tmp_path / "damaged.ckpt")]) == 1
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert words in line
