@@ -33,7 +33,9 @@ from rosa_lightning.templates import Template, check_template, stop_ids
 from rosa_lightning.token_cache import cache_folder
 from rosa_lightning.training_data import (
     check_settings,
+    content_digest,
     encode_sources,
+    other_content,
     report_mixture,
     shares_of,
 )
@@ -163,6 +165,7 @@ class ReasoningDataModule(LightningDataModule):
         self._logged_step = 0
         self._trained_on: list[dict[str, Any]] = []  # a training each, resumed ones too
         self._left_out: list[str] = []
+        self._content: dict[str, str] = {}  # digests by source
         self.cut_prompts: dict[str, int] = {}
         """Prompts of each test and predict source that lost their beginning."""
         self._train: list[Sequence[Example]] | None = None  # a sequence a source
@@ -274,6 +277,7 @@ class ReasoningDataModule(LightningDataModule):
         records = self._decontaminated(
             [load_records(source, "train", self.tasks, self.seed) for source in self.sources]
         )
+        self._content = dict(zip(self.source_names, map(content_digest, records), strict=True))
         train, held = hold_out(records, self.val_fraction, self.seed)
         encoder, cache = self._encoder(), cache_folder(self.cache_dir)
         self._train, self._val = encode_sources(self.source_names, train, held, encoder, cache)
@@ -526,9 +530,15 @@ class ReasoningDataModule(LightningDataModule):
         self._tally.start(state_dict["seen"])
         # Checkpoints of earlier versions do not know every key.
         now, then = self._order_settings(), {"batching": "random", **state_dict["order"]}
+        others = other_content(now.pop("content"), then.pop("content", {}))
         changed = [key for key in now if now[key] != then.get(key, now[key])]
-        if changed:
-            was = ", ".join(f"{key} was {then.get(key)} and is {now[key]}" for key in changed)
+        if changed or others:
+            was = ", ".join(
+                [
+                    *(f"{key} was {then.get(key)} and is {now[key]}" for key in changed),
+                    *(f"source {name} holds other records" for name in others),
+                ]
+            )
             rank_zero_warn(
                 f"The data differ from the checkpoint's: {was}. Training goes on, but not with "
                 "the records that would have followed."
@@ -546,4 +556,5 @@ class ReasoningDataModule(LightningDataModule):
             "batching": self.batching,
             "seed": self.seed,
             "lengths": self._grouping.digest(),
+            "content": self._content,
         }

@@ -13,7 +13,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import IO, BinaryIO, TextIO
 
@@ -55,7 +55,7 @@ def check_name(path: str | Path) -> None:
         )
 
 
-def open_input(path: str | Path) -> BinaryIO:
+def open_input(path: str | Path) -> BufferedReader:
     """Open a regular file to read bytes from; links are followed.
 
     Raises:

@@ -4,6 +4,7 @@ Large ones stay on disk. What cannot be read ends in an error that names the fil
 it; blank lines are not counted.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -161,7 +162,10 @@ def _parquet_rows(path: Path, streams: bool) -> list[Any] | ArrowRows:
                     pass
         import datasets
 
-        return ArrowRows(datasets.Dataset.from_parquet(os.fspath(path)), str(path))
+        with open_input(path) as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+        rows = datasets.Dataset.from_parquet(os.fspath(path))
+        return ArrowRows(rows, str(path), f"parquet {content.hexdigest()}")
     except _UnfitError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:

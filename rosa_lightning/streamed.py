@@ -6,6 +6,7 @@ are those of records in memory, which a stream with a shuffle buffer could not g
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,9 @@ _ROWS_A_READ = 1000
 class Rows(Protocol):
     """Rows on disk."""
 
+    digest: str
+    """Tells their content from any other; empty where that is not known."""
+
     def __len__(self) -> int: ...
 
     def read(self, positions: NDArray[Any]) -> Iterator[Any]:
@@ -44,12 +48,14 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         starts, count, offset = [], 0, 0
+        content = hashlib.blake2b(digest_size=8)
         with open_input(path) as file:
             self._state = _state(file)
             if file.read(3) == b"\xef\xbb\xbf":  # byte order mark
                 offset = 3
             file.seek(offset)
             for line in read_lines(file, path):
+                content.update(line)
                 if not line.isspace():
                     if count % _LINES_A_BLOCK == 0:
                         starts.append(offset)
@@ -57,6 +63,8 @@ class Lines:
                 offset += len(line)
             self._check_unchanged(file)
         self._count = count
+        self.digest = f"lines {content.hexdigest()}"
+        """Tells the file's content from any other."""
         self._starts = np.array([*starts, offset], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -96,8 +104,8 @@ class Lines:
 class ArrowRows:
     """The rows of a `datasets.Dataset`, whose Arrow file is mapped into memory."""
 
-    def __init__(self, dataset: Any, name: str = "the data set") -> None:
-        self.dataset, self.name = dataset, name
+    def __init__(self, dataset: Any, name: str = "the data set", digest: str = "") -> None:
+        self.dataset, self.name, self.digest = dataset, name, digest
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -152,6 +160,11 @@ class Streamed(Sequence[T], Generic[T]):
         rows = self._rows.read(self._positions)
         for position, row in zip(self._positions, rows, strict=True):
             yield self._convert(row, int(position) + 1)
+
+    @property
+    def digest(self) -> str:
+        """Tells the content of all rows from any other; empty where that is not known."""
+        return self._rows.digest
 
     def sizes(self) -> NDArray[np.int64]:
         """Bytes of each line, or characters of each row's values, in one pass over the file."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -68,6 +69,29 @@ def _check_temperature(temperature: Any) -> None:
             f"temperature={temperature!r} is no number above 0. Set data.temperature; 1 mixes "
             "by size, 3 draws the shares together, null leaves them to the weights."
         )
+
+
+def content_digest(records: Sequence[Record]) -> str:
+    """Tells what a source holds from anything else; empty where that is not known.
+
+    One of records in memory says nothing of the same records on disk, and begins otherwise.
+    """
+    if isinstance(records, Streamed):
+        return records.digest
+    content = hashlib.blake2b(digest_size=8)
+    for record in records:
+        texts = (record.instruction, record.input, record.output, record.answer or "")
+        content.update("\0".join(texts).encode() + b"\1")
+    return f"records {content.hexdigest()}"
+
+
+def other_content(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+    """Sources whose content is known to be another than it was."""
+    return [
+        name
+        for name, digest in now.items()
+        if name in then and digest != then[name] and digest.split()[:1] == then[name].split()[:1]
+    ]
 
 
 def encode_sources(

@@ -151,6 +151,6 @@ def test_an_event_that_says_it_has_petabytes_is_one_line(tmp_path):
         forged.write_bytes(
             file.read_bytes() + head + struct.pack("<I", masked_crc32c(head)) + b"rest"
         )
-        with limited(), pytest.raises(ValueError, match="event files of .* cannot be read"):
+        with limited(), pytest.raises(ValueError, match=r"event files of .* cannot be read"):
             read_run(tmp_path)
         forged.unlink()

@@ -239,6 +239,28 @@ def test_a_worker_notices_it_too(tmp_path):
     assert "\n" not in told
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_going_on_with_a_file_that_was_edited_at_equal_length_warns(tmp_path, suffix, stream):
+    path = tmp_path / f"a{suffix}"
+
+    def module(words: str, stream: bool) -> ReasoningDataModule:
+        rows = [{**ROW, "output": f"{words} {number}"} for number in range(20)]
+        write(path, rows)
+        source = {"path": str(path), "stream": stream}
+        data = ReasoningDataModule(sources=[source], tokenizer=byte_tokenizer(), batch_size=2)
+        data.setup("fit")
+        return data
+
+    saved = module("red", stream).state_dict()
+    module("red", stream).load_state_dict(saved)
+    module("sea", not stream).load_state_dict(saved)  # what is not known is not said
+    with pytest.warns(UserWarning, match="differ from the checkpoint's: source a holds other rec"):
+        module("sea", stream).load_state_dict(saved)
+    del saved["order"]["content"]  # of an earlier version
+    module("sea", stream).load_state_dict(saved)
+
+
 # Anything at all.
 
 TASKS = [
