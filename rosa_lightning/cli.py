@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -401,6 +402,9 @@ def main(args: Sequence[str] | None = None) -> int:
         import_path_denylist=[],
     )
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
+    # Names of files may hold bytes that are not UTF-8; they are shown as the error stream does.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with quiet_log_writers():
         return _run(args)
 

@@ -12,6 +12,8 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from rosa_lightning.opening import printable
+
 _PACKAGE = Path(__file__).parent
 _LIGHTNING = Path(lightning.__file__).parent
 
@@ -52,6 +54,8 @@ def explain(error: BaseException) -> str | None:
             return told
         if isinstance(link, torch.OutOfMemoryError | MemoryError):
             return _of_memory(link)
+        if isinstance(link, UnicodeEncodeError) and link.reason == "surrogates not allowed":
+            return _of_name(link)
         if isinstance(link, ValueError | TypeError | ImportError) and _is_refusal(link, _PACKAGE):
             return one_line(str(link))
         if isinstance(link, ValueError) and _is_refusal(link, _LIGHTNING):
@@ -121,6 +125,16 @@ def _restored_entry(error: BaseException) -> str | None:
         if Path(code.co_filename).name == "checkpoint_connector.py" and code.co_name in _RESTORED:
             return _RESTORED[code.co_name]
     return None
+
+
+def _of_name(error: UnicodeEncodeError) -> str:
+    """Of a name with bytes that are no UTF-8, which Python keeps as halves of surrogate pairs."""
+    about = one_line(printable(error.object))
+    shown = about if len(about) < 300 else f"...{about[-300:]}"
+    return (
+        f"a name is not UTF-8, and a library needs it in UTF-8: {shown}. Rename the file or "
+        "folder, or give another."
+    )
 
 
 def _of_memory(error: BaseException) -> str:

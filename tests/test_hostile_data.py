@@ -18,6 +18,7 @@ from hostile import KINDS, limited, put
 from pyarrow import parquet
 
 from rosa_lightning import source_rows
+from rosa_lightning.cli import main
 from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.errors import explain
 from rosa_lightning.records import load_records
@@ -76,6 +77,21 @@ def test_a_name_that_is_not_utf_8_is_read(tmp_path):
     for stream in (False, True):
         (record,) = load_records(Source(path=str(path), stream=stream))
         assert record.instruction == ROW["instruction"]
+
+
+def test_a_name_that_is_not_utf_8_is_shown_or_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"x\xff")
+    lines(Path(f"{name}.jsonl"), "red")
+    data = ["--model.base", "tiny", "--data.sources", f"{name}.jsonl"]
+    assert main(["audit", *data, "--output", f"{name}.json"]) == 0
+    assert "x\\udcff" in capsys.readouterr().out
+    assert Path(f"{name}.json").exists()
+    options = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]
+    assert main(["fit", *data, *options, "--trainer.default_root_dir", name]) == 1
+    (error,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("error"))
+    assert "x\\udcff/lightning_logs" in error
+    assert "Rename" in error
 
 
 # JSON.

@@ -14,7 +14,7 @@ FLOORS = {
     "opening": 0,
     "strict_json": 0,
     "streamed": 0.1,
-    "errors": 0,
+    "errors": 0.1,
     "strict_yaml": 0.5,
     "parser": 1,
     "configuration": 0.8,
