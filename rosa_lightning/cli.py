@@ -44,6 +44,7 @@ from rosa_lightning.module import RoSAModule
 from rosa_lightning.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.predictions import PredictionWriter, ResultWriter
 from rosa_lightning.remembered import remembered_settings
+from rosa_lightning.stopping import requeued
 from rosa_lightning.strict_yaml import check_yaml, read_configuration
 
 DESCRIPTION = (
@@ -113,7 +114,7 @@ class SaveRunConfig(SaveConfigCallback):
         path = Path(trainer.log_dir or ".") / self.config_filename
         # Rank 0 says so for all: it may have written the file when the others look.
         taken = trainer.strategy.broadcast(path.exists())
-        if taken and self.config.get("ckpt_path") is None:
+        if taken and self.config.get("ckpt_path") is None and not requeued(trainer):
             raise FileExistsError(
                 f"{path.parent} holds the logs of another run. Leave trainer.logger.version out "
                 "for a new folder, or go on with that run by --ckpt_path."
@@ -199,7 +200,8 @@ class RoSACLI(LightningCLI):
         check_outputs(self.trainer)  # before anything is logged
         config = self.config_init["fit"]
         nothing = not (self.trainer.limit_val_batches and self.datamodule.val_fraction)
-        if nothing or not config["validate_first"] or config["ckpt_path"] is not None:
+        goes_on = config["ckpt_path"] is not None or requeued(self.trainer)
+        if nothing or not config["validate_first"] or goes_on:
             return
         # Logged here, and without callbacks: a validation ends by closing the event file, and
         # callbacks would take it for the run.
@@ -294,8 +296,9 @@ class RoSACLI(LightningCLI):
         """Run a command of the trainer, or another."""
         config = self.config_init[subcommand]
         if subcommand not in TOOLS:
-            check_found(self.trainer, subcommand, config.get("ckpt_path"))
-            super()._run_subcommand(subcommand)
+            with termination():
+                check_found(self.trainer, subcommand, config.get("ckpt_path"))
+                super()._run_subcommand(subcommand)
             return
         options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
         setting = Setting(config["model"], config["data"], config["trainer"])
@@ -389,7 +392,7 @@ def termination() -> Iterator[None]:
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0; 1 for a failure, 2 for a wrong command line, 130 for Ctrl-C.
+    0; 1 for a failure, 2 for a wrong command line, 130 for Ctrl-C; SIGTERM exits with 143.
     """
     # Lightning still uses a name that torch 2.13 deprecates; no user can do anything about it.
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec\)` is deprecated")
@@ -429,6 +432,11 @@ def _run(args: Sequence[str] | None) -> int:
         )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
+        return 128 + signal.SIGINT
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, KeyboardInterrupt):
+            raise
+        sys.stderr.write("interrupted\n")  # as Lightning hands it on
         return 128 + signal.SIGINT
     except Exception as error:
         told = explain(error)

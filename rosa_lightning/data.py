@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
+from rosa_lightning.agreement import RanksError, agree, configuration, several_ranks, together
 from rosa_lightning.base import load_tokenizer
 from rosa_lightning.batching import PromptCollator, TrainCollator, ValidationCollator
 from rosa_lightning.decontamination import (
@@ -19,7 +21,7 @@ from rosa_lightning.decontamination import (
     training_of,
     without_leaked,
 )
-from rosa_lightning.encoding import Encoder, Example, Overlong
+from rosa_lightning.encoding import Encoder, Example, Overlong, tokens_digest
 from rosa_lightning.grouping import Batching, Grouping, token_lengths
 from rosa_lightning.loading import Batched, LongestFirst, MixtureSampler, ResumableLoader
 from rosa_lightning.mixture import Stop, hold_out
@@ -27,6 +29,7 @@ from rosa_lightning.own_tasks import with_own_tasks
 from rosa_lightning.packing import PackedCollator
 from rosa_lightning.records import load_records
 from rosa_lightning.sources import Purpose, Source, source_list, weighted_sources
+from rosa_lightning.stopping import Stopping
 from rosa_lightning.tally import Tally
 from rosa_lightning.tasks import Record, reference
 from rosa_lightning.templates import Template, check_template, stop_ids
@@ -53,6 +56,14 @@ else:
     # that is named as a configuration, fill fields with those of an earlier one, and call what a
     # class_path names; and with Any it would make a number of '5', and import what is named.
     SourceLike, TaskLike, TokenizerLike = dict | str, dict, str
+
+
+_AGREED = (
+    *("batch_size", "tokens_per_batch", "batching", "max_length", "template", "overlong"),
+    *("val_fraction", "decontaminate", "temperature", "stop", "seed"),
+)
+"""Settings that all ranks must have in common; where they keep what, and in how many workers, is
+each one's own."""
 
 
 class ReasoningDataModule(LightningDataModule):
@@ -235,12 +246,24 @@ class ReasoningDataModule(LightningDataModule):
         whose sources are not named.
         """
         stage = str(getattr(stage, "value", stage))  # Lightning gives an enumeration
+        self._agree_on_settings()
         if stage in {"test", "predict"}:
             if stage not in self._prompts:
-                self._prompts[stage] = self._read_prompts(stage)
+                with together(f"reading of data.{stage}_sources"):
+                    self._prompts[stage] = self._read_prompts(stage)
+            self._agree_on_data({f"data.{stage}_sources": self._prompts[stage]})
+            self._check_prompts(stage)
             return
         if self._train is None:
             self._read_training()
+        parts = {"training": self._train or [], "validation": self._val}
+        self._agree_on_data(
+            {
+                f"{name} ({part})": examples
+                for part, found in parts.items()
+                for name, examples in zip(self.source_names, found, strict=False)
+            }
+        )
         if stage == "fit" and self._batches_trained_on() == 0:
             # Another training. One that is resumed loads its state after this.
             self._tally.start()
@@ -250,6 +273,41 @@ class ReasoningDataModule(LightningDataModule):
                 f"There is nothing to validate on: data.val_fraction={self.val_fraction} held "
                 "out no record. Set data.val_fraction, or name more data in data.sources."
             )
+
+    def _agree_on_settings(self) -> None:
+        """Compare the ranks before any does what the others might not, a broadcast say."""
+        if self.trainer is None or not several_ranks():
+            return
+        if (stopping := Stopping.of(self.trainer)) is not None:
+            stopping.agree(self.trainer)
+        else:
+            agree("settings", configuration(self.trainer))
+
+    def _agree_on_data(self, examples: dict[str, Sequence[Example]]) -> None:
+        if several_ranks():
+            with together("comparison of the data"):
+                found = {k: f"{len(v)} records, {tokens_digest(v)}" for k, v in examples.items()}
+            agree("data", found | {"lengths of the records": self._grouping.digest()})
+
+    def _check_prompts(self, stage: str) -> None:
+        """Refuse fewer prompts than ranks: one without any would not take part in what all do."""
+        world = 1 if self.trainer is None else self.trainer.world_size
+        number = len(self._prompts[stage])
+        if number < world:
+            raise RanksError(
+                f"data.{stage}_sources hold {number} prompts for {world} processes, and each needs "
+                f"one. Set trainer.devices and trainer.num_nodes to {number} processes or fewer."
+            )
+
+    def agreed_settings(self) -> dict[str, Any]:
+        """What all ranks must have in common, by configuration key; data are seen by content."""
+        own = {name: getattr(self, name) for name in _AGREED}
+        for name in ("sources", "test_sources", "predict_sources"):
+            own[name] = [
+                asdict(replace(source, path=source.path and Path(source.path).name))
+                for source in getattr(self, name)
+            ]
+        return {f"data.{key}": value for key, value in own.items()}
 
     def _of_stage(self, stage: str) -> tuple[list[Source], Purpose]:
         if stage == "test":
@@ -274,24 +332,31 @@ class ReasoningDataModule(LightningDataModule):
         return examples
 
     def _read_training(self) -> None:
-        records = self._decontaminated(
-            [load_records(source, "train", self.tasks, self.seed) for source in self.sources]
-        )
+        tested: frozenset[str] = frozenset()
+        with together("reading of data.sources"):
+            records: list[Sequence[Record]] = [
+                load_records(source, "train", self.tasks, self.seed) for source in self.sources
+            ]
+            if self.decontaminate and self.test_sources:
+                tested = questions_of(self.test_sources, self.tasks)
+        records = self._decontaminated(records, tested)
         self._content = dict(zip(self.source_names, map(content_digest, records), strict=True))
-        train, held = hold_out(records, self.val_fraction, self.seed)
-        encoder, cache = self._encoder(), cache_folder(self.cache_dir)
-        self._train, self._val = encode_sources(self.source_names, train, held, encoder, cache)
+        with together("tokenization of data.sources"):
+            train, held = hold_out(records, self.val_fraction, self.seed)
+            encoder, cache = self._encoder(), cache_folder(self.cache_dir)
+            self._train, self._val = encode_sources(self.source_names, train, held, encoder, cache)
         if self.batching != "random" or self.tokens_per_batch:
             lengths = token_lengths(self._train, exact=self.tokens_per_batch is not None)
             self._grouping = replace(self._grouping, lengths=lengths)
         self._trained_on = [self._training()]
         report_mixture(self.source_names, self._train, self._val, self._weights(), self.stop)
 
-    def _decontaminated(self, records: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
+    def _decontaminated(
+        self, records: Sequence[Sequence[Record]], tested: frozenset[str]
+    ) -> list[Sequence[Record]]:
         """Each source's records without those that are leaked test questions, if so set."""
         if not self.decontaminate or not self.test_sources:
             return list(records)
-        tested = questions_of(self.test_sources, self.tasks)
         if self.trainer is not None and self.trainer.world_size > 1:
             # A rank that did not reach the hub would train on other records than the rest.
             tested = self.trainer.strategy.broadcast(tested)

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from rosa_lightning.agreement import compare_told, settings_of, several_ranks, tell
 from rosa_lightning.gradients import (
     drop_grad,
     freeze,
@@ -220,9 +221,16 @@ class DynamicLayerSelection(Callback):
         """Refuse what is not supported, before anything is built."""
         if stage == "fit":
             check_strategy(trainer.strategy, frees_state=self.moments == "free")
+            if several_ranks():
+                # Behind the barrier that follows, each rank that has this callback has told so.
+                name = type(self).__name__
+                settings = {f"{name}.{key}": value for key, value in settings_of(self).items()}
+                tell(f"rosa/{self.state_key}", {name: "given", **settings})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers and remember what trains."""
+        """Compare the ranks, find the layers and remember what trains."""
+        if several_ranks():
+            compare_told(f"rosa/{self.state_key}", {type(self).__name__: "missing"})
         check_module(pl_module)
         check_wrapped(trainer.strategy.model or pl_module)
         self._layers = find_layers(pl_module, self.layers, self.norms, self.trainable)

@@ -1,5 +1,6 @@
 """Records to token ids, ready to train on or to answer."""
 
+import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -275,3 +276,16 @@ def _cut(
     reply = reply[: max_length - max(prefix, 1)]
     room = max_length - prefix - len(reply)
     return body[len(body) - room :] if room < len(body) else body, reply
+
+
+def tokens_digest(examples: Sequence[Example]) -> str:
+    """A digest of the token ids and answers of examples; of those on disk, of a sample of 64."""
+    step = max(1, len(examples) // 64) if isinstance(examples, Streamed) else 1
+    digest = hashlib.blake2b(digest_size=8)
+    for place in range(0, len(examples), step):
+        one = examples[place]
+        about = (len(one.prompt), len(one.response), one.answer, one.record.answer)
+        digest.update(repr(about).encode(errors="replace"))
+        digest.update(one.prompt.tobytes())
+        digest.update(one.response.tobytes())
+    return digest.hexdigest()

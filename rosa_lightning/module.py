@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -57,6 +58,7 @@ from rosa_lightning.sharding import (
     raise_together,
     spread,
 )
+from rosa_lightning.stopping import Stopping
 from rosa_lightning.surgery import (
     RoAEReport,
     check_adapter_keys,
@@ -366,6 +368,18 @@ class RoSAModule(Answering):
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What ends a run in order: by a signal, or where another rank has failed."""
+        return [Stopping.for_run(self.trainer)]
+
+    def agreed_settings(self) -> dict[str, Any]:
+        """What all ranks must have in common, by configuration key; where the base lies is not."""
+        settings = {key: value for key, value in self.hparams.items() if key != "base"}
+        roae = settings.pop("roae")
+        settings |= {f"roae.{key}": value for key, value in roae.items()}
+        settings |= {f"evaluation.{key}": v for key, v in asdict(self.evaluation).items()}
+        return {f"model.{key}": value for key, value in settings.items()}
+
     def on_fit_start(self) -> None:
         """Look at the model anew: it may have been changed since it was last run."""
         cast(Forward, self._forward).forget()
@@ -401,6 +415,10 @@ class RoSAModule(Answering):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop, or leave the step out, where loss or gradients are not finite."""
         self._guard.check(self, optimizer)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop here where a signal asks for it, after all callbacks: checkpoints are saved."""
+        cast(Stopping, Stopping.of(self.trainer)).after_batch(self.trainer)
 
     def configure_gradient_clipping(
         self,
@@ -456,6 +474,12 @@ class RoSAModule(Answering):
         cast(AnswerTokens, self._answer_tokens).update(batch["task"], scored.correct)
         if "to_answer" in batch:
             self._write_answers(batch["to_answer"])
+
+    def on_validation_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Stop here where a signal asks for it."""
+        cast(Stopping, Stopping.of(self.trainer)).after_validation_batch(self.trainer)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``, ``val/accuracy`` and ``val/answer_tokens_given_rationale``."""

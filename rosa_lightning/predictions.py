@@ -47,6 +47,7 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
         self._target = Path(PREDICTIONS)
         self._file: TextIO | None = None
+        self._count = 0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's part."""
@@ -54,6 +55,7 @@ class PredictionWriter(BasePredictionWriter):
         part = self._part(trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_new_text(part)
+        self._count = 0
 
     def write_on_batch_end(
         self,
@@ -65,11 +67,14 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append a batch."""
+        """Append a batch, each record behind its place in the input."""
         assert self._file is not None
+        places: Sequence[int] = batch_indices or range(self._count, self._count + len(prediction))
+        self._count += len(prediction)
         with writing(self._target):
-            for record in prediction:
-                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            for place, record in zip(places, prediction, strict=True):
+                line = json.dumps(record, ensure_ascii=False)
+                self._file.write(f"{dataloader_idx} {place} {line}\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the ranks' parts and give the file its name."""
@@ -77,13 +82,12 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
-        first = self._part(0)
-        with first.open("a", encoding="utf-8") as joined:
-            for rank in range(1, trainer.world_size):
-                part = self._part(rank)
-                joined.write(part.read_text(encoding="utf-8"))
-                part.unlink()
-        first.replace(self._target)
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
+        # A record that a sampler has repeated, to give ranks equal numbers, has one place.
+        found = dict(pair for part in parts for pair in _placed(part))
+        write_file(self._target, *(found[place] for place in sorted(found)))
+        for part in parts:
+            part.unlink()
         rank_zero_info(f"predictions: {self._target}")
 
     def on_exception(
@@ -224,6 +228,14 @@ class ResultWriter(Callback):
 
     def _path(self, rank: int) -> Path:
         return self._target / f"predictions.part{self._number}.rank{rank}.jsonl"
+
+
+def _placed(part: Path) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """The lines of a rank's part, each with the place of its record in the input."""
+    with open_input(part) as file:
+        for line in file:
+            loader, place, record = line.split(b" ", 2)
+            yield (int(loader), int(place)), record
 
 
 def _log_folder(trainer: Trainer) -> Path:

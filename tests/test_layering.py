@@ -9,6 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rosa_lightning"
 
 FLOORS = {
+    "agreement": 0,
+    "stopping": 0.1,
     "rope": 0,
     "rows": 0,
     "opening": 0,
@@ -184,6 +186,7 @@ def test_the_lowest_floor_needs_torch_and_the_standard_library_alone(name):
 
 
 REUSABLE = {
+    "agreement",
     "layers",
     "scores",
     "selection",
