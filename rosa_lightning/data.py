@@ -340,8 +340,8 @@ class ReasoningDataModule(LightningDataModule):
             if self.decontaminate and self.test_sources:
                 tested = questions_of(self.test_sources, self.tasks)
         records = self._decontaminated(records, tested)
-        self._content = dict(zip(self.source_names, map(content_digest, records), strict=True))
         with together("tokenization of data.sources"):
+            self._content = dict(zip(self.source_names, map(content_digest, records), strict=True))
             train, held = hold_out(records, self.val_fraction, self.seed)
             encoder, cache = self._encoder(), cache_folder(self.cache_dir)
             self._train, self._val = encode_sources(self.source_names, train, held, encoder, cache)
