@@ -1,15 +1,17 @@
 """`ReasoningDataModule`: several sources, one training stream."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from rosa_lightning.agreement import RanksError, agree, configuration, several_ranks, together
@@ -35,6 +37,7 @@ from rosa_lightning.tasks import Record, reference
 from rosa_lightning.templates import Template, check_template, stop_ids
 from rosa_lightning.token_cache import cache_folder
 from rosa_lightning.training_data import (
+    CHECKED,
     check_settings,
     content_digest,
     encode_sources,
@@ -64,6 +67,12 @@ _AGREED = (
 )
 """Settings that all ranks must have in common; where they keep what, and in how many workers, is
 each one's own."""
+_SOURCES: dict[str, Literal["train", "test"]] = {
+    "sources": "train",
+    "test_sources": "test",
+    "predict_sources": "test",
+}
+"""The settings that name sources, and which part of the demonstration each means by demo."""
 
 
 class ReasoningDataModule(LightningDataModule):
@@ -158,17 +167,15 @@ class ReasoningDataModule(LightningDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.tasks = with_own_tasks(tasks)
-        self.sources = weighted_sources(
-            source_list("sources", sources, "train", self.tasks), temperature
-        )
-        self.test_sources = source_list("test_sources", test_sources, "test", self.tasks)
-        self.predict_sources = source_list("predict_sources", predict_sources, "test", self.tasks)
+        self.temperature, self.stop = temperature, stop
+        self.tasks: Any = tasks
+        self.sources: Any = sources
+        self.test_sources: Any = test_sources
+        self.predict_sources: Any = predict_sources
         self.tokenizer = tokenizer
         self.batch_size, self.max_length = batch_size, max_length
         self.tokens_per_batch, self.batching = tokens_per_batch, batching
         self.template, self.overlong = template, overlong
-        self.temperature, self.stop = temperature, stop
         self.val_fraction, self.val_generate = val_fraction, val_generate
         self.decontaminate = decontaminate
         self.num_workers, self.cache_dir, self.seed = num_workers, cache_dir, seed
@@ -180,12 +187,33 @@ class ReasoningDataModule(LightningDataModule):
         self.cut_prompts: dict[str, int] = {}
         """Prompts of each test and predict source that lost their beginning."""
         self._train: list[Sequence[Example]] | None = None  # a sequence a source
-        self._grouping = Grouping(batching, batch_size, tokens_per_batch)  # setup adds lengths
+        self._lengths: dict[bool, NDArray[np.int32]] = {}  # of its examples; exact or estimated
         self._val: list[Sequence[Example]] = []
         self._prompts: dict[str, list[Example]] = {}
+        self._read_as: dict[str, dict[str, Any]] = {}  # each stage's settings when it was read
         self._tokenizer: Any = None
+        self._tokenizer_given: Any = None
         self.num_embeddings: int | None = None
         """Rows of the embedding that the batches are for, if there is no trainer to ask."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A setting is checked, and what follows from it will follow.
+
+        Raises ValueError or TypeError for a setting that cannot be used.
+        """
+        if name in CHECKED and "_tokenizer_given" in vars(self):  # else checked already
+            check_settings(**{**{key: getattr(self, key) for key in CHECKED}, name: value})
+        if name == "tasks" and not isinstance(value, Mapping):
+            value = with_own_tasks(value)
+        elif name in _SOURCES:
+            value = source_list(name, value, _SOURCES[name], self.tasks)
+        if name == "sources":
+            value = weighted_sources(value, self.temperature)
+        elif name == "temperature" and "sources" in vars(self):
+            weighted_sources(self.sources, value)
+        elif name == "template":
+            self._tokenizer = None  # it may have none such
+        super().__setattr__(name, value)
 
     @property
     def longest_rows(self) -> int:
@@ -240,22 +268,27 @@ class ReasoningDataModule(LightningDataModule):
                         load_records(source, "audit", self.tasks)
 
     def setup(self, stage: str) -> None:
-        """Reads and tokenizes what the stage needs; once, however often it is called.
+        """Reads and tokenizes what the stage needs; once, until a setting of that changes.
 
         Raises OSError or ValueError for sources that cannot be read, ValueError for a stage
         whose sources are not named.
         """
         stage = str(getattr(stage, "value", stage))  # Lightning gives an enumeration
         self._agree_on_settings()
-        if stage in {"test", "predict"}:
-            if stage not in self._prompts:
-                with together(f"reading of data.{stage}_sources"):
-                    self._prompts[stage] = self._read_prompts(stage)
-            self._agree_on_data({f"data.{stage}_sources": self._prompts[stage]})
-            self._check_prompts(stage)
+        what = stage if stage in {"test", "predict"} else "train"
+        with together("loading of the tokenizer"):
+            settings = self._settings_of(what)
+        if self._read_as.get(what) != settings:
+            if what == "train":
+                self._read_training()
+            else:
+                with together(f"reading of data.{what}_sources"):
+                    self._prompts[what] = self._read_prompts(what)
+            self._read_as[what] = settings
+        if what != "train":
+            self._agree_on_data({f"data.{what}_sources": self._prompts[what]})
+            self._check_prompts(what)
             return
-        if self._train is None:
-            self._read_training()
         parts = {"training": self._train or [], "validation": self._val}
         self._agree_on_data(
             {
@@ -287,7 +320,7 @@ class ReasoningDataModule(LightningDataModule):
         if several_ranks():
             with together("comparison of the data"):
                 found = {k: f"{len(v)} records, {tokens_digest(v)}" for k, v in examples.items()}
-            agree("data", found | {"lengths of the records": self._grouping.digest()})
+            agree("data", found | {"lengths of the records": self._grouping().digest()})
 
     def _check_prompts(self, stage: str) -> None:
         """Refuse fewer prompts than ranks: one without any would not take part in what all do."""
@@ -308,6 +341,19 @@ class ReasoningDataModule(LightningDataModule):
                 for source in getattr(self, name)
             ]
         return {f"data.{key}": value for key, value in own.items()}
+
+    def _settings_of(self, what: str) -> dict[str, Any]:
+        """The settings that decide what is read for train, test or predict, as they are now."""
+        names = ["tasks", "max_length", "template", "overlong", "seed", "cache_dir"]
+        if what == "train":
+            names += ["sources", "val_fraction", "decontaminate"]
+            names += ["test_sources"] if self.decontaminate else []
+        else:
+            names.append(f"{what}_sources")
+        # Lists and mappings may be changed in place.
+        return {name: copy(getattr(self, name)) for name in names} | {
+            "tokenizer": self._current_tokenizer()
+        }
 
     def _of_stage(self, stage: str) -> tuple[list[Source], Purpose]:
         if stage == "test":
@@ -345,9 +391,9 @@ class ReasoningDataModule(LightningDataModule):
             train, held = hold_out(records, self.val_fraction, self.seed)
             encoder, cache = self._encoder(), cache_folder(self.cache_dir)
             self._train, self._val = encode_sources(self.source_names, train, held, encoder, cache)
-        if self.batching != "random" or self.tokens_per_batch:
-            lengths = token_lengths(self._train, exact=self.tokens_per_batch is not None)
-            self._grouping = replace(self._grouping, lengths=lengths)
+        self._lengths = {}
+        if self._tally.names != self.source_names:
+            self._tally = Tally(self.source_names)
         self._trained_on = [self._training()]
         report_mixture(self.source_names, self._train, self._val, self._weights(), self.stop)
 
@@ -386,27 +432,31 @@ class ReasoningDataModule(LightningDataModule):
         Raises ValueError where there is none, or one without an end-of-sequence token or,
         where that is the template, without a chat template, or one of another model.
         """
-        if self._tokenizer is None:
-            given = self.tokenizer
-            if given is None:
-                module = getattr(self.trainer, "lightning_module", None)
-                given = getattr(module, "tokenizer", None)
-            if given is None:
-                raise ValueError(
-                    "There is no tokenizer: data.tokenizer is not set and the model has none. "
-                    "Set data.tokenizer to a hub id, a folder, or tiny."
-                )
-            if isinstance(given, str):
-                given = load_tokenizer(given, setting="data.tokenizer")
-            if given.eos_token_id is None:
+        given = self._current_tokenizer()
+        if given is None:
+            raise ValueError(
+                "There is no tokenizer: data.tokenizer is not set and the model has none. "
+                "Set data.tokenizer to a hub id, a folder, or tiny."
+            )
+        if self._tokenizer is None or given is not self._tokenizer_given:
+            by_name = isinstance(given, str)
+            known = load_tokenizer(given, setting="data.tokenizer") if by_name else given
+            if known.eos_token_id is None:
                 raise ValueError(
                     "The tokenizer has no end-of-sequence token, which ends each response. Set "
                     "data.tokenizer to one that has."
                 )
-            check_vocabulary(given, self._num_rows)
-            check_template(given, self.template)
-            self._tokenizer = given
+            check_vocabulary(known, self._num_rows)
+            check_template(known, self.template)
+            self._tokenizer, self._tokenizer_given = known, given
         return self._tokenizer
+
+    def _current_tokenizer(self) -> Any:
+        """The one given or the model's; without a model, what was used last."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        module = getattr(self.trainer, "lightning_module", None)
+        return getattr(module, "tokenizer", self._tokenizer_given)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -436,7 +486,7 @@ class ReasoningDataModule(LightningDataModule):
             self._weights(),
             self.source_names,
             self.seed,
-            self._grouping,
+            self._grouping(),
             stop=self.stop,
             **ranks,
         )
@@ -448,6 +498,16 @@ class ReasoningDataModule(LightningDataModule):
             collate_fn=self._collator(),
             **self._loader_options(),
         )
+
+    def _grouping(self) -> Grouping:
+        """How records are made into batches now; lengths once there are records."""
+        lengths = None
+        if self._train is not None and (self.batching != "random" or self.tokens_per_batch):
+            exact = self.tokens_per_batch is not None
+            if exact not in self._lengths:
+                self._lengths[exact] = token_lengths(self._train, exact=exact)
+            lengths = self._lengths[exact]
+        return Grouping(self.batching, self.batch_size, self.tokens_per_batch, lengths)
 
     def _batches_trained_on(self) -> int:
         """Of this training, stops included; right once Lightning has restored its loops."""
@@ -597,7 +657,9 @@ class ReasoningDataModule(LightningDataModule):
         now, then = self._order_settings(), {"batching": "random", **state_dict["order"]}
         others = other_content(now.pop("content"), then.pop("content", {}))
         changed = [key for key in now if now[key] != then.get(key, now[key])]
-        if changed or others:
+        # Without a path the trainer goes back to what it was, as after a search for a batch size.
+        resumes = self.trainer is None or self.trainer.ckpt_path is not None
+        if resumes and (changed or others):
             was = ", ".join(
                 [
                     *(f"{key} was {then.get(key)} and is {now[key]}" for key in changed),
@@ -620,6 +682,6 @@ class ReasoningDataModule(LightningDataModule):
             "tokens_per_batch": self.tokens_per_batch,
             "batching": self.batching,
             "seed": self.seed,
-            "lengths": self._grouping.digest(),
+            "lengths": self._grouping().digest(),
             "content": self._content,
         }

@@ -7,6 +7,7 @@ repeated layers of a LightningModule.
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, get_args
 
 import torch
@@ -45,6 +46,9 @@ from rosa_lightning.rules import SelectionRules, check_choice, check_type, layer
 from rosa_lightning.scores import Normalization, layer_scores
 from rosa_lightning.selection import Policy
 from rosa_lightning.selector import Selector
+
+_RULES = frozenset(field.name for field in fields(SelectionRules))
+_READ_AT_START = frozenset({"rules", "moments", "layers", "norms", "trainable"})
 
 
 class DynamicLayerSelection(Callback):
@@ -162,6 +166,24 @@ class DynamicLayerSelection(Callback):
         self.layers = layers
         self.norms = norms
         self.trainable = trainable
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            AttributeError: It is a setting, which `rules` holds, or one that a fit that runs has
+                read already.
+        """
+        if name in _RULES:
+            raise AttributeError(
+                f"{name} cannot be set on its own. Set rules = dataclasses.replace(rules, "
+                f"{name}={value!r}) before a fit, or make a new DynamicLayerSelection."
+            )
+        if name in _READ_AT_START and self._layers:
+            raise AttributeError(
+                f"{name} cannot be changed while a fit runs, which has read it. Set it before."
+            )
+        super().__setattr__(name, value)
 
     @property
     def state_key(self) -> str:

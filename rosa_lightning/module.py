@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,51 @@ if TYPE_CHECKING:
 _DEFAULT_ROAE = RoAEConfig()
 """This very object stands for settings that were not given; equal ones were."""
 _DEFAULT_EVALUATION = EvaluationConfig()
+
+
+def _check_max_new_tokens(value: int) -> None:
+    if value < 1:
+        raise ValueError(
+            f"max_new_tokens={value} is below 1. Set model.max_new_tokens; 256 is the default."
+        )
+
+
+def _check_loss_chunk(value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(
+            f"loss_chunk={value} is below 1. Set model.loss_chunk to a number of response tokens, "
+            "1024 say, or leave it out to hold the logits of all."
+        )
+
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "max_new_tokens": _check_max_new_tokens,
+    "loss_chunk": _check_loss_chunk,
+    "microbatch_tokens": check_microbatch_tokens,
+    "max_nonfinite_steps": check_max_nonfinite_steps,
+}
+"""What each setting must be, whenever it is set."""
+_OF_THE_FORWARD = frozenset(
+    {"share_prefix", "loss_chunk", "recompute_activations", "microbatch_tokens"}
+)
+"""The settings that `Forward` has of its own."""
+_OF_THE_BUILD = frozenset(
+    {
+        "base",
+        "roae",
+        "adapter",
+        "revision",
+        "dtype_of_base",
+        "quantization",
+        "attn_implementation",
+        "gradient_checkpointing",
+        "compiles",
+        "trust_remote_code",
+    }
+)
+"""The settings that the model is built with, once."""
+_NAMES = {"dtype_of_base": "dtype", "compiles": "compile"}
+"""Names of hyperparameters that differ from the attributes', which Lightning and torch take."""
 
 
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -157,20 +202,6 @@ class RoSAModule(Answering):
         lr_scheduler: LRSchedulerCallable = default_lr_scheduler,
     ) -> None:
         super().__init__()
-        if max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens} is below 1. Set model.max_new_tokens; 256 is the "
-                "default."
-            )
-        if loss_chunk is not None and loss_chunk < 1:
-            raise ValueError(
-                f"loss_chunk={loss_chunk} is below 1. Set model.loss_chunk to a number of response "
-                "tokens, 1024 say, or leave it out to hold the logits of all."
-            )
-        check_microbatch_tokens(microbatch_tokens)
-        check_max_nonfinite_steps(max_nonfinite_steps)
-        if isinstance(roae, Mapping):  # as saved in a checkpoint
-            roae = RoAEConfig(**roae)
         # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
         self.save_hyperparameters(
             ignore=["optimizer", "lr_scheduler", "roae", "adapter", "evaluation"]
@@ -178,8 +209,7 @@ class RoSAModule(Answering):
         # Known from any working folder.
         self.save_hyperparameters({"base": whole_name(base)})
         self.base = base
-        self.roae = roae
-        self._remember_roae()
+        self.roae: RoAEConfig = roae
         self.adapter = adapter
         self.revision = revision
         self.dtype_of_base = dtype
@@ -211,6 +241,43 @@ class RoSAModule(Answering):
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
         self.register_load_state_dict_post_hook(expect_adapters_alone)  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A setting is checked, and what follows from it follows.
+
+        Raises:
+            ValueError: A setting that cannot be used.
+            AttributeError: It says how the model is built, and the model is built.
+        """
+        if name in _CHECKS:
+            _CHECKS[name](value)
+        if name == "roae" and isinstance(value, Mapping):  # as saved in a checkpoint
+            value = RoAEConfig(**value)
+        is_setting = name in _OF_THE_BUILD or name in _OF_THE_FORWARD or name in _CHECKS
+        if is_setting and name in vars(self):
+            self._change(name, value)
+        super().__setattr__(name, value)
+        if name == "roae":
+            # As plain values, which load safely.
+            plain = {**asdict(value), "targets": list(value.targets)}
+            self.save_hyperparameters({"roae": plain})
+
+    def _change(self, name: str, value: Any) -> None:
+        """Let follow what was derived from a setting."""
+        if name in _OF_THE_BUILD:
+            if vars(self).get("model") is None and self._modules.get("model") is None:
+                self._tokenizer = None
+            elif value != getattr(self, name):
+                raise AttributeError(
+                    f"{name} cannot be changed to {value!r}: the model is built with {name}="
+                    f"{getattr(self, name)!r}. Make a new RoSAModule."
+                )
+        elif name in _OF_THE_FORWARD and self._forward is not None:
+            setattr(self._forward, name, value)
+            self._forward.forget()
+        remembered = _NAMES.get(name, name)
+        if remembered in self.hparams:
+            self.hparams[remembered] = whole_name(value) if name == "base" else value
 
     # The model.
 
@@ -263,7 +330,6 @@ class RoSAModule(Answering):
             )
         model, self.identity, self.report = load_once(partial(self._adapted_base, device), strategy)
         self.roae = self.report.config  # an adapter brings its own
-        self._remember_roae()
         if self.compiles:
             compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
@@ -296,11 +362,6 @@ class RoSAModule(Answering):
         given = None if self.roae is _DEFAULT_ROAE else self.roae
         self.trained_under = adapter_conditions(Path(self.adapter))
         return load_adapter(model, self.adapter, given)
-
-    def _remember_roae(self) -> None:
-        """Put the settings among the hyperparameters, as plain values that load safely."""
-        plain = {**asdict(self.roae), "targets": list(self.roae.targets)}
-        self.save_hyperparameters({"roae": plain})
 
     def to(self, *args: Any, **kwargs: Any) -> RoSAModule:
         """Move to a device; a dtype is left out unless it is float64.
@@ -414,6 +475,7 @@ class RoSAModule(Answering):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop, or leave the step out, where loss or gradients are not finite."""
+        self._guard.max_skipped = self.max_nonfinite_steps
         self._guard.check(self, optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -28,6 +28,8 @@ _CHOICES = {
     "overlong": get_args(Overlong),
     "stop": get_args(Stop),
 }
+CHECKED = (*_LEAST, *_CHOICES, "temperature", "seed", "tokens_per_batch", "val_fraction")
+"""The settings that `check_settings` looks at."""
 
 
 def check_settings(**settings: Any) -> None:

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import random
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -103,52 +100,6 @@ def test_dropout_makes_runs_of_different_seeds_differ(settings):
     fit(settings, "two", "--trainer.max_steps", "3", "--seed_everything", "4")
     first, second = (load(at_step(name, 3))["state_dict"] for name in ("one", "two"))
     assert any(not torch.equal(value, second[key]) for key, value in first.items())
-
-
-def latest(folder: Path) -> Path | None:
-    """The last complete checkpoint; one being written has no such name yet."""
-    found = folder.glob("step=*.ckpt")
-    return max(found, key=lambda path: int(path.stem.removeprefix("step=")), default=None)
-
-
-def killed(command: list[str], folder: Path, seconds: float, *, after_a_step: bool) -> None:
-    """Run, and kill without notice some time after the start, or after the next step."""
-    before = latest(folder)
-    with Path("killed.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    while after_a_step and latest(folder) == before:
-        assert process.poll() is None, Path("killed.log").read_text()[-2000:]
-        time.sleep(0.005)
-    time.sleep(seconds)
-    assert process.poll() is None, "the run ended before it was killed"
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_as_one_that_was_not(settings):
-    """Half of the kills hit the start of a process, the others its training."""
-    steps, moments = 300, random.Random(0)
-    settings["lr_scheduler"]["init_args"]["total_steps"] = steps
-    settings["data"]["num_workers"] = 0
-    settings["trainer"] |= {"max_steps": steps, "logger": False}
-    commands = {}
-    for name in ("straight", "killed"):
-        settings["trainer"]["callbacks"][1]["init_args"]["dirpath"] = name
-        Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "rosa_lightning", "fit", "--config", f"{name}.yaml"]
-        commands[name] = command
-    subprocess.run(commands["straight"], check=True, capture_output=True)
-    for kill in range(20):
-        path = latest(Path("killed"))
-        resume = ["--ckpt_path", str(path)] if path else []
-        after_a_step = kill % 2 == 0
-        seconds = moments.uniform(0.0, 0.2 if after_a_step else 5.0)
-        killed([*commands["killed"], *resume], Path("killed"), seconds, after_a_step=after_a_step)
-    resume = ["--ckpt_path", str(latest(Path("killed")))]
-    subprocess.run([*commands["killed"], *resume], check=True, capture_output=True)
-    last = f"step={steps}.ckpt"
-    assert_same(load(Path("straight", last)), load(Path("killed", last)))
 
 
 @pytest.mark.slow

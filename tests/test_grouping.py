@@ -43,10 +43,9 @@ def test_batches_of_real_records_have_little_padding_and_keep_the_shares(real_da
     for quarter in np.array_split(source, 4):
         np.testing.assert_allclose(np.bincount(quarter) / len(quarter), shares, atol=0.01)
     # Other ways of making batches, of the same records.
-    module.batching, module._grouping = "random", type(module._grouping)("random", 16)
+    module.batching = "random"
     assert padding(batches(module), lengths) > 0.3
-    tokens = type(module._grouping)("length", 16, 4096, lengths)
-    module._grouping = tokens
+    module.batching, module.tokens_per_batch = "length", 4096
     by_tokens = batches(module)
     assert padding(by_tokens, lengths) < 0.05
     filled = [lengths[batch].max() * len(batch) for batch in by_tokens]
