@@ -41,6 +41,7 @@ from rosa_lightning.data import ReasoningDataModule
 from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.errors import ConfigurationError, explain, is_configuration, one_line
 from rosa_lightning.module import RoSAModule
+from rosa_lightning.opening import writing
 from rosa_lightning.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.predictions import PredictionWriter, ResultWriter
 from rosa_lightning.remembered import remembered_settings
@@ -120,7 +121,8 @@ class SaveRunConfig(SaveConfigCallback):
                 "for a new folder, or go on with that run by --ckpt_path."
             )
         self.overwrite = True
-        super().setup(trainer, pl_module, stage)
+        with writing(path):
+            super().setup(trainer, pl_module, stage)
 
 
 class RoSACLI(LightningCLI):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ _RESTORED = {
     "restore_lr_schedulers": "lr_schedulers",
 }
 """The trainer's functions that restore an entry of a checkpoint."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full; of a library's files, they come without a name."""
 
 _OF_SETTINGS = ("Early stopping conditioned on metric",)
 """How errors of another kind begin that speak of a setting."""
@@ -69,7 +73,7 @@ def explain(error: BaseException) -> str | None:
             f"{one_line(str(error))[:300]}). It is damaged, or was written by another kind of run. "
             "Give another checkpoint as ckpt_path."
         )
-    message = one_line(str(error))
+    message = _of_file(error) if isinstance(error, OSError) else one_line(str(error))
     if isinstance(error, OSError | MisconfigurationException) or message.startswith(_OF_SETTINGS):
         return message or type(error).__name__
     return None
@@ -135,6 +139,16 @@ def _of_name(error: UnicodeEncodeError) -> str:
         f"a name is not UTF-8, and a library needs it in UTF-8: {shown}. Rename the file or "
         "folder, or give another."
     )
+
+
+def _of_file(error: OSError) -> str:
+    """What the machine says of a file; where a library wrote it, its name is not told."""
+    if error.filename is None and error.errno in _FULL:
+        return (
+            f"a file of the run cannot be written: {error.strerror}. Make room, or set "
+            "trainer.default_root_dir to another place."
+        )
+    return one_line(str(error))
 
 
 def _of_memory(error: BaseException) -> str:

@@ -41,7 +41,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield written
+        with writing(path):
+            yield written
         _open_to_others(written)
         written.rename(target)
     except BaseException:

@@ -81,3 +81,12 @@ def test_a_configuration_error_is_told_wherever_it_comes_from():
     error = raised(make)
     assert isinstance(error, ConfigurationError)
     assert explain(error) == "it cannot be made: ZeroDivisionError: by zero Mend it."
+
+
+def test_a_full_disk_without_a_name_is_said_with_what_to_do():
+    told = explain(OSError(28, "No space left on device"))
+    assert told == (
+        "a file of the run cannot be written: No space left on device. Make room, or set "
+        "trainer.default_root_dir to another place."
+    )
+    assert explain(OSError(28, "No space left on device", "a.ckpt")).endswith("'a.ckpt'")

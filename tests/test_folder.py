@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,29 @@ def test_two_who_write_one_file_at_once_do_not_mix(tmp_path, monkeypatch):
     write_file(path, b"mine, ", b"in parts")
     assert path.read_bytes() == b"mine, in parts"
     assert os.listdir(tmp_path) == ["r.json"]
+
+
+def fill_a_folder(path: Path, content: bytes) -> None:
+    with new_folder(path) as folder, (folder / "a").open("wb") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("write", [write_file, fill_a_folder])
+def test_a_full_disk_is_said_with_the_name_that_was_asked_for(tmp_path, write):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="out cannot be written: File too large"):
+            write(tmp_path / "out", bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path, make):
+    (tmp_path / "precious").write_text("kept")
+    make(tmp_path / "precious", tmp_path / "out")
+    write_file(tmp_path / "out", b"new")
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert (tmp_path / "out").read_text() == "new"
