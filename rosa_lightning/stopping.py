@@ -82,6 +82,14 @@ class Stopping(Callback):
         new._begin(trainer)
         return new
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stopping:
+        """The same: it is of a process, and callbacks that copy a module copy its trainer."""
+        return self
+
+    def __reduce__(self) -> tuple[type[Stopping], tuple[()]]:
+        """A new one: another process has its own signals."""
+        return type(self), ()
+
     # Beginning.
 
     def _begin(self, trainer: Trainer) -> None:

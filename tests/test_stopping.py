@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -12,9 +14,10 @@ import ranks
 import torch
 import yaml
 from conftest import save_base, write_records
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch.testing import assert_close
 
+from rosa_lightning import stopping
 from rosa_lightning.cli import main
 
 STEPS = 6
@@ -158,6 +161,14 @@ def test_a_signal_stops_a_training_with_a_checkpoint_that_goes_on_bit_for_bit(
     assert_equal_runs(newest("resumed"), newest(str(home / "straight")))
     found = {*validations("stopped"), *validations("resumed")}
     assert sorted(found) == validations(str(home / "straight"))
+
+
+def test_a_trainer_can_be_copied_and_sent_after_a_run_began():
+    trainer = Trainer(devices=1, accelerator="cpu", logger=False)
+    own = stopping.Stopping.for_run(trainer)
+    trainer.callbacks.append(own)
+    for other in (copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))):
+        assert stopping.Stopping.of(other) is not None
 
 
 @pytest.mark.slow
