@@ -208,10 +208,7 @@ class ChatFormat:
 
     def _around(self, user: str) -> tuple[str, str]:
         """What is written before and after the reply to a question."""
-        reply = _REPLY
-        while reply in user:
-            reply += _REPLY[-1]
-        before, _, after = self._rendered(user, reply).rpartition(reply)
+        before, _, after = self._rendered(user, _REPLY).rpartition(_REPLY)
         return before, after
 
     def _written(self, user: str, reply: str, before: str, after: str) -> tuple[str, bool]:

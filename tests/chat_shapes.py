@@ -259,11 +259,16 @@ KINDS = {
 }
 
 
-def shaped_tokenizer(name: str, kind: str = "merging bytes") -> PreTrainedTokenizerFast:
-    """A small tokenizer with the template and the special tokens of a shape."""
+def shaped_tokenizer(
+    name: str, kind: str = "merging bytes", texts: list[str] | None = None
+) -> PreTrainedTokenizerFast:
+    """A small tokenizer with the template and the special tokens of a shape.
+
+    Of bytes, it has tokens for the given texts.
+    """
     shape = SHAPES[name]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=KINDS[kind](),
+        tokenizer_object=_byte_level(texts) if texts else KINDS[kind](),
         bos_token=shape.bos,
         eos_token=shape.eos,
         extra_special_tokens=list(shape.tokens),

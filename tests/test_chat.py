@@ -140,6 +140,25 @@ def test_reply_that_alone_is_merged_with_its_prompt_is_tokenised_by_itself():
     assert made.prompt == encode.one(record()).prompt
 
 
+def test_space_before_a_reply_is_not_lost_where_the_reply_is_tokenised_by_itself():
+    tokenizer = shaped_tokenizer("llama 2", texts=[" I", "Qz", "Qz", " Qz", "] Qz"])
+    encode = Encoder(tokenizer, "chat", max_length=999)
+    made, other = encode.one(record(output="Qz.")), encode.one(record())
+    assert made.prompt == other.prompt
+    assert tokenizer.decode(made.prompt).endswith("[/INST]")
+    assert tokenizer.decode(other.response[:1]) == " I"
+    assert len(tokenizer("] Qz")["input_ids"]) == 1
+    assert tokenizer.decode(made.response) == " Qz. </s>"
+
+
+@pytest.mark.parametrize("name", ["llama 2", "llama 3"])
+def test_special_tokens_in_a_reply_leave_its_words_as_they_are(name):
+    """No space comes in where a word tokenizer starts anew."""
+    encode = encoder(name, "words")
+    made = encode.one(record(output="It</s>is<s> 4 </s></s>."))
+    assert encode.tokenizer.decode(made.response[:-1]).strip() == "It</s>is<s> 4 </s></s>."
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_answer_is_found_in_the_reply(kind, name):

@@ -110,7 +110,8 @@ def test_what_rows_begin_with_is_computed_once():
 
 
 def test_positions_of_ones_own_are_kept():
-    batch = collated("right")
+    texts = [("An instruction for all of the rows: ", reply) for reply in ("a", "bb", "c" * 9)]
+    batch = collated("right", texts)
     places = torch.arange(batch["input_ids"].shape[1])[None].expand_as(batch["input_ids"])
     check({**batch, "position_ids": places * 3})
 
