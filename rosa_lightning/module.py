@@ -480,7 +480,9 @@ class RoSAModule(Answering):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here where a signal asks for it, after all callbacks: checkpoints are saved."""
-        cast(Stopping, Stopping.of(self.trainer)).after_batch(self.trainer)
+        # A search for a batch size runs its trials without callbacks.
+        if (stopping := Stopping.of(self.trainer)) is not None:
+            stopping.after_batch(self.trainer)
 
     def configure_gradient_clipping(
         self,
@@ -541,7 +543,8 @@ class RoSAModule(Answering):
         self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stop here where a signal asks for it."""
-        cast(Stopping, Stopping.of(self.trainer)).after_validation_batch(self.trainer)
+        if (stopping := Stopping.of(self.trainer)) is not None:
+            stopping.after_validation_batch(self.trainer)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``, ``val/accuracy`` and ``val/answer_tokens_given_rationale``."""
