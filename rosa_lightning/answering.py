@@ -70,6 +70,20 @@ class Answering(LightningModule, ABC):
             )
         if stage == "test":
             self._check_exercises()
+        elif stage in ("fit", "validate"):
+            self._check_length()
+
+    def _check_length(self) -> None:
+        longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
+        context = context_length(
+            self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        if longest is not None and context is not None and longest > context:
+            rank_zero_warn(
+                f"data.max_length={longest} is beyond the {context} tokens that model.base reads: "
+                "longer records would stand at positions that it does not know. Set "
+                f"data.max_length to {context} or less."
+            )
 
     def _check_exercises(self) -> None:
         examples = getattr(getattr(self.trainer, "datamodule", None), "test_examples", [])

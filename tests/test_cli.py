@@ -590,13 +590,20 @@ def test_a_configuration_that_says_nothing_clear_ends_in_one_line_with_status_2(
         (["--data.sources", "{path: a, stream: 1}"], "Source a has stream 1; expected true"),
         (["--data.sources", "{path: a, weight: true}"], "Source a has weight True"),
         (["--data.sources", "{path: ''}"], "A data source has path ''"),
-        (["--ckpt_path", "a\0b"], "ckpt_path"),
+        (["--ckpt_path", "a\0b"], "null character"),
         (["--config", "a\0b"], "cannot be read"),
     ],
 )
 def test_more_values_that_cannot_be_are_one_line(settings, given, words, capsys):
     line = refused(capsys, "fit", settings, *given)
     assert re.search(words, line), line
+
+
+def test_records_longer_than_the_base_reads_are_warned_of_in_a_training_too(settings):
+    given = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+    with pytest.warns(UserWarning, match=r"data.max_length=513 is beyond the 512 tokens"):
+        run("fit", settings, "--data.max_length", "513", *given)
+    assert run("fit", settings, "--data.max_length", "512", *given) == 0
 
 
 def test_a_monitor_that_nothing_logs_is_one_line(settings, capsys):
