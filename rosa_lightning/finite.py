@@ -67,8 +67,9 @@ def check_states(states: Sequence[Any]) -> None:
     Raises:
         ValueError: Names the entry that does.
     """
-    for name, value in _leaves("optimizer_states", list(states)):
-        if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+    leaves = _leaves("optimizer_states", list(states))
+    for name, part in ((name, part) for name, value in leaves for part in local_parts(value)):
+        if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):
             raise ValueError(
                 f"{name} of the checkpoint holds NaN, from which no training recovers. Give a "
                 "checkpoint from before it appeared."
@@ -91,6 +92,8 @@ def local_parts(value: Any) -> list[Any]:
         return [value.to_local()]
     if hasattr(value, "local_shards"):  # a ShardedTensor, as FSDP1 saves them
         return [shard.tensor for shard in value.local_shards()]
+    if hasattr(value, "_load_tensor"):  # as Lightning reads whole ones for FSDP1: at first use
+        return [value._load_tensor()]
     return [value]
 
 

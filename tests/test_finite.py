@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.fabric.utilities.load import _lazy_load
 from safetensors.torch import load_file, save_file
 from test_module import data, module, trainer
 
 from rosa_lightning import RoAEConfig, RoSAModule
 from rosa_lightning.base import load_base
+from rosa_lightning.finite import check_states, check_weights
 
 
 @pytest.fixture
@@ -155,3 +157,19 @@ def test_a_base_of_the_command_line_is_refused_in_one_line(
     folder = spoilt_base(base_folder, tmp_path / "bad", "lm_head.weight", math.nan)
     for command in ("fit", "validate"):
         assert "lm_head.weight" in refused(capsys, command, config(folder, sources))
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan])
+def test_tensors_that_are_read_at_first_use_are_looked_at_too(value, tmp_path):
+    """Lightning reads a whole checkpoint so for FSDP1."""
+    weights = {"a": torch.ones(3), "b": torch.tensor([1.0, value])}
+    torch.save({"state_dict": weights, "states": [{"state": {0: weights}}]}, tmp_path / "c.ckpt")
+    lazy = _lazy_load(tmp_path / "c.ckpt")
+    if value == 0.5:
+        check_weights(lazy["state_dict"])
+        check_states(lazy["states"])
+        return
+    with pytest.raises(ValueError, match=r"^b holds values that are not finite"):
+        check_weights(lazy["state_dict"])
+    with pytest.raises(ValueError, match=r"optimizer_states\.0\.state\.0\.b .*holds NaN"):
+        check_states(lazy["states"])
