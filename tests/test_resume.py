@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint
@@ -250,3 +251,27 @@ def test_a_shipped_configuration_resumes_wherever_it_stopped(name, changes, sour
     if "reload_dataloaders_every_n_epochs" in str(changes):
         changes = {**changes, "trainer__max_epochs": 4}
     assert_resumes(shipped(name, sources, **changes), EVERYWHERE)
+
+
+def on_two_ranks(folder: Path) -> dict[str, Any]:
+    """What differs on a rank for each stop, in a step that has had some of its batches too."""
+    sys.argv = ["rosa"]
+    sources = yaml.safe_load((folder / "sources.yaml").read_text())
+    found = {}
+    for accumulate, moments in ((1, ["batch-3", "batch-6"]), (3, ["batch-5"])):
+        machine = {"trainer__devices": 2, "trainer__strategy": "ddp", "data__num_workers": 2}
+        machine["trainer__accumulate_grad_batches"] = accumulate
+        config = shipped("rosa", sources, **machine)
+        seen, end = fit(config, moments)
+        for moment in moments:
+            rest, resumed_end = fit(config, ckpt_path=Path("straight", f"{moment}.ckpt"))
+            same_records = rest == seen[int(moment.partition("-")[2]) :]
+            found[accumulate, moment] = [*differences(end, resumed_end), same_records]
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_resume_where_they_stopped(sources, tmp_path):
+    Path("sources.yaml").write_text(yaml.safe_dump(sources))
+    for found in ranks.launch("test_resume:on_two_ranks", tmp_path):
+        assert found == {(1, "batch-3"): [True], (1, "batch-6"): [True], (3, "batch-5"): [True]}
