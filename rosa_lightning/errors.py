@@ -143,7 +143,8 @@ def _of_name(error: UnicodeEncodeError) -> str:
 
 def _of_file(error: OSError) -> str:
     """What the machine says of a file; where a library wrote it, its name is not told."""
-    if error.filename is None and error.errno in _FULL:
+    # One that names the file in its own words has an errno, but no strerror.
+    if error.filename is None and error.strerror and error.errno in _FULL:
         return (
             f"a file of the run cannot be written: {error.strerror}. Make room, or set "
             "trainer.default_root_dir to another place."

@@ -155,6 +155,7 @@ def command(base_folder, *more: str) -> list[str]:
     return ["bench", "--model.base", str(base_folder), *demo, *more]
 
 
+@pytest.mark.filterwarnings("ignore:data.max_length=1024 is beyond the 512 tokens")
 def test_the_command_prints_ratios_and_the_machine_and_keeps_nothing(base_folder, capsys, tmp_path):
     status, printed, _ = run(capsys, *command(base_folder, "--steps", "1", "--rounds", "1"))
     assert status == 0

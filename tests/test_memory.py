@@ -245,7 +245,7 @@ def test_more_targets_and_dropout_are_in_the_figures():
 
 @pytest.mark.parametrize("inactive", [(), (0, 1)])
 def test_where_adapters_are_most_of_it_their_gradients_are_counted_when_they_are_there(inactive):
-    roae = RoAEConfig(rank=512, targets=("q", "k", "v", "o", "gate", "up", "down"))
+    roae = RoAEConfig(rank=160, targets=("q", "k", "v", "o", "gate", "up", "down"))
     module, estimate = both("float32", 1, 8, 2, roae=roae)
     active = [index for index in range(4) if index not in inactive]
     measured = measure(module, 1, 8, 2, inactive=inactive)
@@ -361,7 +361,7 @@ def test_parts_of_a_batch_are_in_the_figures(scoring):
 
 
 def test_the_gradients_of_parts_that_are_done_are_in_the_figures():
-    roae = RoAEConfig(rank=512, targets=("q", "k", "v", "o", "gate", "up", "down"))
+    roae = RoAEConfig(rank=160, targets=("q", "k", "v", "o", "gate", "up", "down"))
     module, estimate = both("float32", 4, 8, 2, roae=roae)
     module._forward.microbatch_tokens = 8
     module._forward.forget()
