@@ -759,6 +759,7 @@ def test_lightning_leaves_the_training_loader_as_it_is_under_ddp(folder):
     assert connector._prepare_dataloader(loader, True, RunningStage.TRAINING) is loader
 
 
+@pytest.mark.slow
 def test_real_mixture_is_within_two_points_of_its_weights(real_data):
     weights = {"boolq": 0.3, "openbookqa": 0.2, "arc_easy": 0.1, "arc_challenge": 0.1}
     given = [

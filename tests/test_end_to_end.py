@@ -25,7 +25,11 @@ def settings(base_folder, sources) -> dict:
     every_step = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
     return {
         "seed_everything": 3,
-        "model": {"base": str(base_folder), "roae": {"rank": 4, "dropout": 0.1}},
+        "model": {
+            "base": str(base_folder),
+            "roae": {"rank": 4, "dropout": 0.1},
+            "max_new_tokens": 8,
+        },
         "data": {"sources": sources, "batch_size": 4, "num_workers": 2, "val_fraction": 0.1},
         "lr_scheduler": {
             "class_path": "rosa_lightning.schedule.WarmupCosine",

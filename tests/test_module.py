@@ -44,6 +44,7 @@ def data(sources, **options) -> ReasoningDataModule:
 
 
 def module(base_folder: Path, **options) -> RoSAModule:
+    options = {"max_new_tokens": 8, **options}  # a base of random weights ends no answer
     return RoSAModule(str(base_folder), RoAEConfig(rank=4), **options)
 
 

@@ -204,9 +204,8 @@ def test_a_signal_ends_what_trains_nothing_at_once(home, command):
         assert json.loads(results.read_text())["resumed_answers"] == 2
 
 
-@pytest.mark.parametrize(
-    "logger", ["of the job", pytest.param("of the configuration", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["of the job", "of the configuration"])
 def test_slurm_requeues_a_training_that_goes_on_bit_for_bit(home, logger, monkeypatch):
     called = Path("called")
     Path("bin").mkdir()
