@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_records
+from torch import nn
 
 from rosa_lightning.cli import main
 from rosa_lightning.entries import check_entries
@@ -63,6 +65,38 @@ def test_what_was_written_passes(checkpoint):
     for dropped in ("rosa/nonfinite_steps", "ReasoningDataModule/trained_on", "rosa/conditions"):
         older = changed(content, dropped)
         check_entries(older, shapes(content), content["state_dict"].keys())
+
+
+OPTIMIZERS = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and kind is not torch.optim.Optimizer
+)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_any_optimizer_of_torch_remembers_passes(checkpoint, name):
+    weights = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 2))]
+    optimizer = getattr(torch.optim, name)(weights)
+    for weight in weights:
+        grad = torch.ones_like(weight)
+        weight.grad = grad.to_sparse() if name == "SparseAdam" else grad
+    optimizer.step(lambda: torch.tensor(1.0))
+    state = torch.load(saved(optimizer.state_dict()), weights_only=True)
+    content = changed(checkpoint[1], "optimizer_states", [state])
+    check_entries(content, [(3, 4), (2, 2)], content["state_dict"].keys())
+
+
+def saved(content: Any) -> io.BytesIO:
+    torch.save(content, file := io.BytesIO())
+    file.seek(0)
+    return file
+
+
+def test_states_of_callbacks_of_others_are_not_looked_at(checkpoint):
+    for state in ([1, 2], "x", torch.zeros(2)):
+        content = changed(checkpoint[1], "callbacks/Theirs", state)
+        check_entries(content, shapes(content), content["state_dict"].keys())
 
 
 MISSING = ["epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers"]
