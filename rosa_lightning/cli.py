@@ -373,7 +373,8 @@ def refused(what: str, mend: str = "") -> Iterator[None]:
     except Exception as error:
         told = explain(error)
         if told is None or mend:
-            told = f"{what}: {told or f'{type(error).__name__}: {error}'} {mend}"
+            reason = one_line(told or f"{type(error).__name__}: {error}").rstrip(".;")
+            told = f"{what}: {reason}. {mend}"
         raise ConfigurationError(one_line(told)) from error
 
 

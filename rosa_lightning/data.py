@@ -657,9 +657,8 @@ class ReasoningDataModule(LightningDataModule):
         now, then = self._order_settings(), {"batching": "random", **state_dict["order"]}
         others = other_content(now.pop("content"), then.pop("content", {}))
         changed = [key for key in now if now[key] != then.get(key, now[key])]
-        # Without a path the trainer goes back to what it was, as after a search for a batch size.
-        resumes = self.trainer is None or self.trainer.ckpt_path is not None
-        if resumes and (changed or others):
+        # Where nothing was trained on, as before a search for a batch size, nothing would follow.
+        if any(state_dict["seen"].values()) and (changed or others):
             was = ", ".join(
                 [
                     *(f"{key} was {then.get(key)} and is {now[key]}" for key in changed),

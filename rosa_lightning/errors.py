@@ -11,6 +11,7 @@ from types import TracebackType
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from rosa_lightning.opening import printable
@@ -54,12 +55,8 @@ def explain(error: BaseException) -> str | None:
     same classes: its message would not say what to mend.
     """
     for link in _chain(error):
-        if (told := _of_logs(link)) is not None:
+        if (told := _of_machine(link)) is not None:
             return told
-        if isinstance(link, torch.OutOfMemoryError | MemoryError):
-            return _of_memory(link)
-        if isinstance(link, UnicodeEncodeError) and link.reason == "surrogates not allowed":
-            return _of_name(link)
         if isinstance(link, ValueError | TypeError | ImportError) and _is_refusal(link, _PACKAGE):
             return one_line(str(link))
         if isinstance(link, ValueError) and _is_refusal(link, _LIGHTNING):
@@ -77,6 +74,17 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError | MisconfigurationException) or message.startswith(_OF_SETTINGS):
         return message or type(error).__name__
     return None
+
+
+def _of_machine(error: BaseException) -> str | None:
+    """What the machine lacks: room, memory, a name that it can spell, another process."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return _of_memory(error)
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return f"another process of the run cannot be reached: {one_line(str(error))[:300]}"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return _of_name(error)
+    return _of_logs(error)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

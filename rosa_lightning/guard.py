@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from rosa_lightning.agreement import several_ranks
 from rosa_lightning.finite import local_parts
-from rosa_lightning.sharding import several_ranks
 
 _MOST_RECORDS = 20
 """Record numbers of a source that a message lists."""

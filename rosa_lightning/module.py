@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -264,10 +265,11 @@ class RoSAModule(Answering):
 
     def _change(self, name: str, value: Any) -> None:
         """Let follow what was derived from a setting."""
-        if name in _OF_THE_BUILD:
+        if name in _OF_THE_BUILD and value != getattr(self, name):
             if vars(self).get("model") is None and self._modules.get("model") is None:
-                self._tokenizer = None
-            elif value != getattr(self, name):
+                if name in ("base", "revision", "trust_remote_code"):
+                    self._tokenizer = self._num_embeddings = None
+            else:
                 raise AttributeError(
                     f"{name} cannot be changed to {value!r}: the model is built with {name}="
                     f"{getattr(self, name)!r}. Make a new RoSAModule."
@@ -548,10 +550,8 @@ class RoSAModule(Answering):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``, ``val/accuracy`` and ``val/answer_tokens_given_rationale``."""
-        values = {
-            "loss": self._val_loss.compute(),
-            **cast(AnswerTokens, self._answer_tokens).compute(),
-        }
+        tokens = cast(AnswerTokens, self._answer_tokens).compute()
+        values = {"loss": self._val_loss.compute(), **dict(islice(tokens.items(), 1))}
         if self._written is not None:
             written = self._written.compute()
             values |= {name: v for name, v in written.items() if not name.startswith("macro")}

@@ -86,9 +86,7 @@ def short_message(message: str) -> str:
     )
     # A command's own keys carry its name, which no user writes.
     message = re.sub(r"(are required: )\w+\.", r"\1--", message)
-    group = re.match(
-        r'Parser key "([\w.]+)": Unable to load config (.+?)( - Parser key .+)?$', message
-    )
+    group = _GROUP.match(message)
     if group is not None:
         inner = (group[3] or "").removeprefix(" - ")
         if inner and "Unable to load config" not in inner:

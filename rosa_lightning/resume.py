@@ -53,7 +53,8 @@ def why_nothing_to_train(trainer: Trainer) -> str:
         why = f"{' and '.join(reached)} {'is' if len(reached) == 1 else 'are'} reached"
     else:
         why, names = "a callback has stopped the run", "the limits of trainer.callbacks"
+    anew = ", or leave out ckpt_path to begin anew" if trainer.ckpt_path else ""
     return (
         f"nothing was trained: the run stands at step {trainer.global_step} after {epochs} whole "
-        f"epochs, and {why}. Raise {names} to go on, or leave out ckpt_path to begin anew."
+        f"epochs, and {why}. Raise {names} to go on{anew}."
     )

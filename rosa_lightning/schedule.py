@@ -31,7 +31,7 @@ class WarmupCosine(LRScheduler):
         total_steps: int | None = None,
         final_ratio: float = 0.0,
     ) -> None:
-        if warmup < 0 or (warmup >= 1 and int(warmup) != warmup):
+        if not 0 <= warmup < math.inf or (warmup >= 1 and int(warmup) != warmup):
             raise ValueError(
                 f"warmup={warmup} is neither a whole number of steps nor a share below 1. Set "
                 "lr_scheduler.init_args.warmup."
@@ -46,6 +46,9 @@ class WarmupCosine(LRScheduler):
                 f"final_ratio={final_ratio} is outside [0, 1]. Set "
                 "lr_scheduler.init_args.final_ratio."
             )
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise ValueError(f"lr={rates[0]} is no learning rate. Set optimizer.init_args.lr.")
         self.warmup = warmup
         self.total_steps = total_steps
         self.final_ratio = final_ratio

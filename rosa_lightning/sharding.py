@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rosa_lightning.agreement import several_ranks
 from rosa_lightning.quantization import is_packed
 from rosa_lightning.roae import RoAELinear
 
@@ -30,11 +31,6 @@ SHARDED_METADATA = "meta.pt"
 def is_sharded(strategy: Strategy | None) -> bool:
     """Whether a strategy keeps the parameters in shards."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
-
-
-def several_ranks() -> bool:
-    """Whether this process is one of several that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def raise_together(error: Exception | None) -> None:

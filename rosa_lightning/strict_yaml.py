@@ -15,6 +15,7 @@ MAX_BYTES = 4 * 2**20
 _MAX_ALIASED = 10_000
 """Most values that aliases may add to those that are written out."""
 _MAX_DEPTH = 64
+_MAX_DIGITS = 1000
 _TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value", "timestamp")
 """What values of a configuration are; the other tags of YAML would make objects."""
 
@@ -114,6 +115,8 @@ class _Check:
             self._check_keys(node, keys)
         elif isinstance(node, yaml.ScalarNode) and "\0" in node.value:
             self._refuse(node, f"{_dotted(keys)} holds a NUL character, which no name has.")
+        elif node.tag.endswith(":int") and len(node.value) > _MAX_DIGITS:
+            self._refuse(node, f"{_dotted(keys)} has more than {_MAX_DIGITS} digits.")
         for inner, inner_keys in _inner(node, keys):
             size += self.visit(inner, inner_keys, depth + 1)
             if size > _MAX_ALIASED + self.written:

@@ -48,6 +48,11 @@ def test_what_the_machine_lacks_is_told():
         assert "\n" not in explain(raised(raise_, error))
 
 
+def test_a_process_that_cannot_be_reached_is_told():
+    told = explain(raised(raise_, torch.distributed.DistNetworkError("failed to recv\n0 bytes")))
+    assert told == "another process of the run cannot be reached: failed to recv 0 bytes"
+
+
 def test_what_lightning_calls_a_misconfiguration_is_told():
     told = explain(raised(raise_, MisconfigurationException("no\n  such monitor")))
     assert told == "no such monitor"
@@ -80,7 +85,7 @@ def test_a_configuration_error_is_told_wherever_it_comes_from():
 
     error = raised(make)
     assert isinstance(error, ConfigurationError)
-    assert explain(error) == "it cannot be made: ZeroDivisionError: by zero Mend it."
+    assert explain(error) == "it cannot be made: ZeroDivisionError: by zero. Mend it."
 
 
 def test_a_full_disk_without_a_name_is_said_with_what_to_do():

@@ -47,6 +47,8 @@ def test_a_length_given_later_is_the_same_as_one_given_at_once():
     ("options", "message"),
     [
         ({"warmup": -1}, "warmup=-1"),
+        ({"warmup": math.nan}, "warmup=nan"),
+        ({"warmup": math.inf}, "warmup=inf"),
         ({"warmup": 1.5}, "warmup=1.5"),
         ({"total_steps": 0}, "total_steps=0"),
         ({"final_ratio": 2.0}, "final_ratio=2.0"),

@@ -10,6 +10,7 @@ from conftest import write_records
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.tuner import Tuner
 
+import rosa_lightning.module
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -53,6 +54,7 @@ def first_batch(data, module=None):
     return next(iter(data.train_dataloader()))
 
 
+@pytest.mark.filterwarnings("error:The data differ")
 def test_the_tuner_trains_each_trial_on_the_batch_size_that_it_tries(data, tmp_path):
     module, data.batch_size = Model(), 2  # where the tuner begins
     run = trainer(tmp_path)
@@ -64,6 +66,38 @@ def test_the_tuner_trains_each_trial_on_the_batch_size_that_it_tries(data, tmp_p
     module.rows.clear()
     run.fit(module, datamodule=data)
     assert max(module.rows) == found
+
+
+def test_what_is_known_of_a_base_follows_it(base_folder):
+    module = RoSAModule("tiny")
+    before = module.num_embeddings, module.tokenizer
+    module.base = str(base_folder)
+    assert module.num_embeddings == 258 != before[0]
+    assert module.tokenizer is not before[1]
+    other = module.tokenizer
+    module.roae = RoAEConfig(rank=2)
+    module.attn_implementation = "eager"
+    assert module.tokenizer is other
+
+
+def test_a_command_reads_its_data_and_its_tokenizer_once(data, tmp_path, monkeypatch):
+    """Also where it validates first."""
+    calls = []
+    places = {"_read_training": ReasoningDataModule, "load_tokenizer": rosa_lightning.module}
+    for name, place in places.items():
+        monkeypatch.setattr(place, name, counted(getattr(place, name), calls))
+    module, run = RoSAModule("tiny", RoAEConfig(rank=2), max_new_tokens=2), trainer(tmp_path)
+    run.validate(module, datamodule=data, verbose=False)
+    run.fit(module, datamodule=data)
+    assert sorted(calls) == ["_read_training", "load_tokenizer"]
+
+
+def counted(function, calls):
+    def count(*args, **kwargs):
+        calls.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return count
 
 
 CHANGES = {

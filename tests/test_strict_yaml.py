@@ -21,6 +21,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("a: " + "[" * 90 + "]" * 90, "nested deeper than 64"),
         ("a: " + "[" * 20_000 + "]" * 20_000, "depth"),
         ("\n".join("  " * n + "a:" for n in range(200)), "nested deeper than 64"),
+        ("a: 1\nb:\n- " + "9" * 5000, "line 3: b.0 has more than 1000 digits"),
         ('model:\n  base: "a\\0b"', "line 2: model.base holds a NUL"),
         ("a: [\n", "line 2, column 1"),
         ("a: !!python/object:os.system {}", "line 1: a has the tag tag:yaml.org,2002:python"),
