@@ -14,7 +14,8 @@ def settle_epoch(loops: Mapping[str, Any]) -> None:
 
     Lightning takes an epoch that `max_steps` or a callback has cut short for a whole one. Under
     `max_steps` it begins the next one with the count of batches of the last one, and ends it after
-    a single batch.
+    a single batch. Where the checkpoint was saved right behind an epoch's last batch, it takes the
+    next epoch for the one that is over, and so do all checkpoints of that epoch.
 
     Args:
         loops: The entry of that name of a Lightning checkpoint; changed in place.
@@ -23,14 +24,22 @@ def settle_epoch(loops: Mapping[str, Any]) -> None:
     epochs, batches = fit.get("epoch_progress"), fit.get("epoch_loop.batch_progress")
     if epochs is None or batches is None:
         return
-    if epochs["total"]["processed"] < epochs["total"]["started"]:
-        return  # saved within an epoch
+    last, all_batches = batches["is_last_batch"], batches["total"]
+    if all_batches["completed"] < all_batches["processed"]:  # saved in `on_train_batch_end`
+        if not last:
+            return
+        for kind in ("total", "current"):
+            epochs[kind]["processed"] = epochs[kind]["started"]
+        all_batches["completed"] = all_batches["processed"]
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # loggers count by it
+    elif epochs["total"]["processed"] < epochs["total"]["started"]:
+        return  # saved within an epoch, in a validation
     for kind in ("total", "current"):
-        if batches["is_last_batch"]:
+        if last:
             epochs[kind]["completed"] = epochs[kind]["processed"]
         elif epochs[kind]["processed"] > 0:
             epochs[kind]["processed"] = epochs[kind]["completed"] = epochs[kind]["started"] - 1
-    if batches["is_last_batch"]:
+    if last:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
 

@@ -114,16 +114,21 @@ def differences(straight: Path, resumed: Path) -> list[str]:
     ]
 
 
-def assert_resumes(config: dict[str, Any], moments: Sequence[str]) -> None:
-    """From each of these moments, named by the batches that went before."""
+def assert_resumes(config: dict[str, Any], moments: Sequence[str], again: str = "") -> None:
+    """From each of these moments, named by the batches that went before.
+
+    From `batch-8`, the end of the first epoch, the run also goes on to the moment `again`, and from
+    there once more.
+    """
     seen, end = fit(config, moments)
     wrong, resumed = {}, []
-    for path in [
-        path for moment in moments if (path := Path("straight", f"{moment}.ckpt")).exists()
-    ]:
-        moment = path.stem
-        done = int(moment.partition("-")[2])
-        rest, resumed_end = fit(config, ckpt_path=path)
+    paths = [Path("straight", f"{moment}.ckpt") for moment in moments]
+    stops = [(path.stem, path) for path in paths if path.exists()]
+    while stops:
+        moment, path = stops.pop()
+        done = int(path.stem.partition("-")[2])
+        later = [again] if again and moment == "batch-8" else []
+        rest, resumed_end = fit(config, later, ckpt_path=path)
         found = differences(end, resumed_end)
         if rest != seen[done:]:
             found.append(f"{len(seen) - done} batches were to come and {len(rest)} came")
@@ -131,6 +136,8 @@ def assert_resumes(config: dict[str, Any], moments: Sequence[str]) -> None:
             wrong[moment] = found
         resumed_end.unlink()
         resumed.append(moment)
+        if later and (path := Path("resumed", f"{again}.ckpt")).exists():
+            stops.append((f"{moment}, {again}", path))
     assert not wrong
     assert len(resumed) >= min(len(moments), 6)
 
@@ -149,6 +156,11 @@ EVERYWHERE += ["validation-5", "validation-8", "validation-10", "epoch-8"]
 @pytest.mark.parametrize("name", ["tiny", "rosa"])
 def test_a_shipped_configuration_resumes_in_its_second_epoch(name, sources):
     assert_resumes(shipped(name, sources), ["batch-13", "epoch-8"])
+
+
+def test_a_run_resumed_at_an_epochs_end_resumes_in_the_next_epoch(sources):
+    config = shipped("tiny", sources, trainer__limit_val_batches=0)
+    assert_resumes(config, ["batch-8"], again="batch-13")
 
 
 def test_a_step_that_had_some_of_its_batches_gets_the_others_when_resumed(sources):
@@ -250,7 +262,7 @@ def test_going_on_with_a_finished_run_trains_where_its_limits_are_raised(finishe
 def test_a_shipped_configuration_resumes_wherever_it_stopped(name, changes, sources):
     if "reload_dataloaders_every_n_epochs" in str(changes):
         changes = {**changes, "trainer__max_epochs": 4}
-    assert_resumes(shipped(name, sources, **changes), EVERYWHERE)
+    assert_resumes(shipped(name, sources, **changes), EVERYWHERE, again="batch-9")
 
 
 def on_two_ranks(folder: Path) -> dict[str, Any]:
