@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from rosa_lightning.agreement import several_ranks
+from rosa_lightning.agreement import RanksError, several_ranks
 from rosa_lightning.finite import local_parts
 
 _MOST_RECORDS = 20
@@ -163,7 +163,7 @@ class StepGuard:
         step = trainer.global_step
         if self.skipped >= self.max_skipped:
             before = f", after {self.skipped} that were left out" if self.skipped else ""
-            raise ValueError(
+            raise RanksError(
                 f"optimizer step {step} is not finite{before}: {where}. The weights are as they "
                 "were before it. Look at these records, lower optimizer.lr, set "
                 "trainer.gradient_clip_val, or let model.max_nonfinite_steps such steps be left "
