@@ -37,7 +37,7 @@ from rosa_lightning.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
 from rosa_lightning.checkpoint_io import check_outputs, write_checkpoints_whole
 from rosa_lightning.compiled import compile_layers
 from rosa_lightning.conditions import Conditions
-from rosa_lightning.entries import check_entries
+from rosa_lightning.entries import check_entries, check_states_fit
 from rosa_lightning.evaluate import EvaluationConfig
 from rosa_lightning.finite import check_states, check_weights
 from rosa_lightning.forward import Forward
@@ -237,6 +237,8 @@ class RoSAModule(Answering):
         self._forward: Forward | None = None
         self._guard = StepGuard(max_nonfinite_steps)
         self._to_restore: RankState | None = None
+        self._to_fit: Mapping[str, Any] | None = None
+        """A checkpoint to compare with the optimizers, once there are some."""
         self._has_trained = False
         self._said_float64 = False
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
@@ -408,6 +410,7 @@ class RoSAModule(Answering):
     def setup(self, stage: str) -> None:
         """See to how checkpoints are written, and refuse what cannot be before loading."""
         super().setup(stage)
+        self._to_fit = None
         write_checkpoints_whole(self.trainer.strategy)
         if stage == "fit":
             check_outputs(self.trainer)
@@ -447,6 +450,9 @@ class RoSAModule(Answering):
         """Look at the model anew: it may have been changed since it was last run."""
         cast(Forward, self._forward).forget()
         self._has_trained = False
+        if self._to_fit is not None:
+            checkpoint, self._to_fit = self._to_fit, None
+            check_states_fit(checkpoint, self.trainer)
 
     def on_fit_end(self) -> None:
         """Refuse to pass for a training where a run that was to go on had come to its end.
@@ -604,7 +610,10 @@ class RoSAModule(Answering):
         if fits:
             weights = [] if is_sharded(self.trainer.strategy) else list(self.parameters())
             shapes = [tuple(weight.shape) for weight in weights if weight.requires_grad]
-            check_entries(checkpoint, shapes, {name for name, _ in self.named_parameters()})
+            names = {name for name, _ in self.named_parameters()}
+            check_entries(checkpoint, self.trainer, shapes, names)
+            if not self.trainer.strategy.restore_checkpoint_after_setup:
+                self._to_fit = checkpoint
             check_states(checkpoint.get("optimizer_states", ()))
             settle_epoch(checkpoint.get("loops", {}))
         self._to_restore = unpack(

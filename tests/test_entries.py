@@ -4,15 +4,17 @@ import copy
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import write_records
+from lightning.pytorch import Trainer
 from torch import nn
 
 from rosa_lightning.cli import main
-from rosa_lightning.entries import check_entries
+from rosa_lightning.entries import check_entries, check_states_fit
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,15 @@ def shapes(content: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(value.shape) for value in content["state_dict"].values()]
 
 
+def a_trainer() -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
+
+
+def check(content: dict[str, Any], shapes: list[tuple[int, ...]]) -> None:
+    check_entries(content, a_trainer(), shapes, content["state_dict"].keys())
+
+
 def changed(content: dict[str, Any], path: str, *value: Any) -> dict[str, Any]:
     """A copy with another value at a path, or without it."""
     content = copy.deepcopy(content)
@@ -61,10 +72,10 @@ def changed(content: dict[str, Any], path: str, *value: Any) -> dict[str, Any]:
 
 def test_what_was_written_passes(checkpoint):
     content = checkpoint[1]
-    check_entries(content, shapes(content), content["state_dict"].keys())
+    check(content, shapes(content))
     for dropped in ("rosa/nonfinite_steps", "ReasoningDataModule/trained_on", "rosa/conditions"):
         older = changed(content, dropped)
-        check_entries(older, shapes(content), content["state_dict"].keys())
+        check(older, shapes(content))
 
 
 OPTIMIZERS = sorted(
@@ -84,7 +95,14 @@ def test_what_any_optimizer_of_torch_remembers_passes(checkpoint, name):
     optimizer.step(lambda: torch.tensor(1.0))
     state = torch.load(saved(optimizer.state_dict()), weights_only=True)
     content = changed(checkpoint[1], "optimizer_states", [state])
-    check_entries(content, [(3, 4), (2, 2)], content["state_dict"].keys())
+    check(content, [(3, 4), (2, 2)])
+    check_states_fit(content, a_run(optimizer))
+    forgotten = changed(content, "optimizer_states/0/state", {})
+    if state["state"]:
+        with pytest.raises(ValueError, match="state is empty after 1 steps"):
+            check_states_fit(forgotten, a_run(optimizer))
+    else:
+        check_states_fit(forgotten, a_run(optimizer))
 
 
 def saved(content: Any) -> io.BytesIO:
@@ -96,10 +114,21 @@ def saved(content: Any) -> io.BytesIO:
 def test_states_of_callbacks_of_others_are_not_looked_at(checkpoint):
     for state in ([1, 2], "x", torch.zeros(2)):
         content = changed(checkpoint[1], "callbacks/Theirs", state)
-        check_entries(content, shapes(content), content["state_dict"].keys())
+        check(content, shapes(content))
+
+
+def test_states_that_a_strategy_has_taken_from_shards_are_not_missed(checkpoint, tmp_path):
+    content = changed(checkpoint[1], "optimizer_states")
+    run = SimpleNamespace(ckpt_path=tmp_path, fit_loop=a_trainer().fit_loop)
+    run.datamodule = None
+    check_entries(content, run, shapes(content), content["state_dict"].keys())
+    run.ckpt_path = tmp_path / "a file"
+    with pytest.raises(ValueError, match="holds no entry optimizer_states"):
+        check_entries(content, run, shapes(content), content["state_dict"].keys())
 
 
 MISSING = ["epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers"]
+LOOPS = ["epoch_loop.automatic_optimization.optim_progress", "epoch_loop.batch_progress"]
 WRONG = [
     ("rosa/rng", None),
     ("rosa/rng", [{}]),
@@ -111,6 +140,12 @@ WRONG = [
     ("rosa/nonfinite_steps", "many"),
     ("loops", []),
     ("loops/fit_loop", None),
+    ("loops/fit_loop", {}),
+    ("loops/fit_loop/epoch_loop.batch_progress/is_last_batch", 3),
+    ("callbacks/DynamicLayerSelection", {}),
+    ("ReasoningDataModule", {}),
+    ("ReasoningDataModule/seen", {}),
+    ("global_step", 10**15),
     ("loops/fit_loop/epoch_progress", 3),
     ("loops/fit_loop/epoch_progress/total/completed", "two"),
     ("loops/fit_loop/epoch_loop.batch_progress/current", 0),
@@ -137,7 +172,7 @@ WRONG = [
 def test_an_entry_that_is_missing_is_named(checkpoint, name):
     content = changed(checkpoint[1], name)
     with pytest.raises(ValueError, match=f"holds no entry {name}"):
-        check_entries(content, shapes(content), content["state_dict"].keys())
+        check(content, shapes(content))
 
 
 @pytest.mark.parametrize(("path", "value"), WRONG, ids=[path for path, _ in WRONG])
@@ -145,7 +180,7 @@ def test_an_entry_that_holds_something_else_is_named(checkpoint, path, value):
     content = changed(checkpoint[1], path, value)
     before = torch.get_rng_state()
     with pytest.raises(ValueError, match="the checkpoint's entry ") as caught:
-        check_entries(content, shapes(content), content["state_dict"].keys())
+        check(content, shapes(content))
     entry = str(caught.value).split("entry ")[1]
     assert entry.startswith("/".join(path.split("/")[:1]))
     assert "\n" not in str(caught.value)
@@ -158,9 +193,11 @@ def test_an_entry_that_holds_something_else_is_named(checkpoint, path, value):
         ("callbacks", "holds no entry callbacks"),
         ("rosa/rng/0/python", "entry rosa.rng"),
         ("optimizer_states/0/state/15/exp_avg", "optimizer_states[0].state.15 lacks exp_avg"),
-        # Found by what restores it.
-        ("loops/fit_loop/epoch_loop.scheduler_progress/current", "entry loops cannot be restored"),
-        ("lr_schedulers/0", "entry lr_schedulers is empty"),
+        *((f"loops/fit_loop/{name}", f"loops.fit_loop lacks {name}") for name in LOOPS),
+        ("lr_schedulers/0", "entry lr_schedulers holds 0 states, and the run 1"),
+        ("lr_schedulers/0/last_epoch", "lr_schedulers[0] lacks last_epoch"),
+        ("ReasoningDataModule", "entry ReasoningDataModule is None"),
+        ("optimizer_states/0/state", "optimizer_states[0] holds no state"),
     ],
 )
 def test_a_training_that_goes_on_from_it_ends_in_one_line(
@@ -172,3 +209,43 @@ def test_a_training_that_goes_on_from_it_ends_in_one_line(
     assert main(["fit", *given, "--ckpt_path", str(tmp_path / "damaged.ckpt")]) == 1
     (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
     assert words in line
+
+
+def a_run(optimizer: torch.optim.Optimizer, schedulers: int = 1) -> Any:
+    """As much of a trainer as is looked at."""
+    schedule = SimpleNamespace(scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer))
+    return SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[schedule] * schedulers)
+
+
+def test_states_are_compared_with_those_they_are_restored_to(checkpoint):
+    content = checkpoint[1]
+    weights = [nn.Parameter(torch.zeros(shape)) for shape in shapes(content)]
+    adam = a_run(torch.optim.AdamW(weights))
+    check_states_fit(content, adam)
+    group = "optimizer_states/0/param_groups/0"
+    for path, value, entry in [
+        ("optimizer_states", content["optimizer_states"] * 2, "optimizer_states holds 2 states"),
+        ("optimizer_states/0/state", {}, r"optimizer_states\[0\].state is empty after 1 steps"),
+        ("lr_schedulers", [], "lr_schedulers holds 0 states"),
+        ("lr_schedulers", [{}], r"lr_schedulers\[0\] lacks _last_lr"),
+        (f"{group}/eps", "x", "param_groups.eps is 'x', and no number"),
+        (f"{group}/weight_decay", None, "param_groups.weight_decay is None, and no number"),
+        (f"{group}/betas", 0.9, "param_groups.betas is 0.9, and not 2 values"),
+    ]:
+        with pytest.raises(ValueError, match=f"the checkpoint's entry .*{entry}"):
+            check_states_fit(changed(content, path, value), adam)
+
+
+def test_states_that_are_empty_for_a_reason_pass(checkpoint):
+    content = changed(checkpoint[1], "optimizer_states/0/state", {})
+    weights = [nn.Parameter(torch.zeros(shape)) for shape in shapes(content)]
+    check_states_fit(content, a_run(torch.optim.SGD(weights)))
+    adam = a_run(torch.optim.AdamW(weights))
+    for reason in (
+        {"rosa": {**content["rosa"], "nonfinite_steps": 1}},
+        {"MixedPrecision": {}},
+        {"global_step": 0},
+    ):
+        check_states_fit({**content, **reason}, adam)
+    none = changed(checkpoint[1], "lr_schedulers", [])
+    check_states_fit(none, a_run(torch.optim.AdamW(weights), schedulers=0))
