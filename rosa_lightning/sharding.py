@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rosa_lightning.agreement import several_ranks
+from rosa_lightning.agreement import mark_told, several_ranks
 from rosa_lightning.quantization import is_packed
 from rosa_lightning.roae import RoAELinear
 
@@ -45,6 +45,7 @@ def raise_together(error: Exception | None) -> None:
         dist.all_gather_object(errors, error)
     for found in errors:
         if found is not None:
+            mark_told(found)
             raise found from (error if error is not None and found is not error else None)
 
 
