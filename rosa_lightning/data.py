@@ -657,8 +657,9 @@ class ReasoningDataModule(LightningDataModule):
         now, then = self._order_settings(), {"batching": "random", **state_dict["order"]}
         others = other_content(now.pop("content"), then.pop("content", {}))
         changed = [key for key in now if now[key] != then.get(key, now[key])]
-        # Where nothing was trained on, as before a search for a batch size, nothing would follow.
-        if any(state_dict["seen"].values()) and (changed or others):
+        # A trainer goes back to a state before the first batch after a search for a batch size.
+        follows = self.trainer is None or any(state_dict["seen"].values())
+        if follows and (changed or others):
             was = ", ".join(
                 [
                     *(f"{key} was {then.get(key)} and is {now[key]}" for key in changed),
