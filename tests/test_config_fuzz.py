@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import random
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import write_records
+from hostile import limited
 
 from rosa_lightning.cli import RoSACLI, main
 
@@ -90,20 +89,6 @@ def mutated(config: dict[str, Any], draw: random.Random) -> tuple[str, str]:
         top = draw.choice(list(config))
         text += yaml.safe_dump({top: config[top]})
     return text, f"{kind} {dotted}"
-
-
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"no end after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def given(text: str) -> dict[tuple[str, ...], Any]:

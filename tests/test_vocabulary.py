@@ -89,8 +89,12 @@ def test_answers_are_found_without_a_row_for_padding(base, tmp_path, evaluation)
 
 
 def test_padding_that_records_spell_is_text(base, tmp_path):
-    module = RoSAModule(str(base))
-    trainer(tmp_path).fit(module, data(tmp_path, "[PAD] {}"))
+    run, records = trainer(tmp_path), data(tmp_path, "[PAD] {}")
+    run.fit(RoSAModule(str(base)), records)
+    assert run.global_step
+    example = records._train[0][0]
+    assert max(example.response) < ROWS  # five characters and no padding token
+    assert len(example.response) > len("[PAD]")
 
 
 def test_an_added_token_without_a_row_is_refused_where_it_is_used(base, tmp_path):
