@@ -39,6 +39,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: It cannot be written, or the disk is full; names the file. One that was there
                 is there still.
+            ValueError: It could not be loaded again; names the entry, as a callback's state.
         """
         local = _local(path)
         if local is None or storage_options is not None:
@@ -47,7 +48,31 @@ class WholeCheckpointIO(TorchCheckpointIO):
         # Not straight into the file: torch's writer hides what the file system says.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
+        if _unsafe(buffer):
+            raise ValueError(_why_unsafe(checkpoint))
         write_file(local, buffer.getbuffer())
+
+
+def _unsafe(buffer: io.BytesIO) -> list[str]:
+    """The classes in a saved file that loading it without running code refuses."""
+    buffer.seek(0)
+    return torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+
+
+def _why_unsafe(checkpoint: dict[str, Any]) -> str:
+    entries = {f"entry {name}": value for name, value in checkpoint.items() if name != "callbacks"}
+    states = checkpoint.get("callbacks", {})
+    entries |= {f"state of callback {name}": value for name, value in states.items()}
+    holds = []
+    for name, value in entries.items():
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        if found := _unsafe(buffer):
+            holds.append(f"{name} holds {', '.join(found)}")
+    return (
+        "the checkpoint is not saved, since it could not be loaded again: the "
+        f"{'; the '.join(holds)}. Let it return numbers, strings, lists, dictionaries and tensors."
+    )
 
 
 def write_checkpoints_whole(strategy: Strategy) -> None:

@@ -47,7 +47,12 @@ from rosa_lightning.metrics import AnswerTokens
 from rosa_lightning.microbatches import MicrobatchTokens, check_microbatch_tokens
 from rosa_lightning.packing import num_rows
 from rosa_lightning.quantization import Quantization, check_trainable, is_packed
-from rosa_lightning.resume import settle_epoch, why_nothing_to_train
+from rosa_lightning.resume import (
+    begin_due_validation,
+    due_validation,
+    settle_epoch,
+    why_nothing_to_train,
+)
 from rosa_lightning.rng import set_rng_state
 from rosa_lightning.roae import RoAEConfig
 from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
@@ -597,6 +602,9 @@ class RoSAModule(Answering):
         checkpoint[CHECKPOINT_KEY]["nonfinite_steps"] = self._guard.skipped
         if self._trainer is not None:
             checkpoint[CHECKPOINT_KEY]["conditions"] = self.conditions().to_dict()
+        if training:
+            due = due_validation(self.trainer, checkpoint.get("loops", {}))
+            checkpoint[CHECKPOINT_KEY]["validation_due"] = due
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
@@ -615,7 +623,9 @@ class RoSAModule(Answering):
             if not self.trainer.strategy.restore_checkpoint_after_setup:
                 self._to_fit = checkpoint
             check_states(checkpoint.get("optimizer_states", ()))
-            settle_epoch(checkpoint.get("loops", {}))
+            due = checkpoint.get(CHECKPOINT_KEY, {}).get("validation_due")
+            begin_due_validation(self.trainer, checkpoint["loops"], due)
+            settle_epoch(checkpoint["loops"])
         self._to_restore = unpack(
             checkpoint,
             cast(BaseIdentity, self.identity),

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
+from rosa_lightning.stopping import validation_is_due
+
 
 def settle_epoch(loops: Mapping[str, Any]) -> None:
     """Make the counts of a checkpoint that was saved at an epoch's end those of its last batch.
@@ -42,6 +44,57 @@ def settle_epoch(loops: Mapping[str, Any]) -> None:
     if last:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
+
+
+def due_validation(trainer: Trainer, loops: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint must remember of a validation that follows on the batch it was saved at.
+
+    Args:
+        trainer: Of the training that is saved.
+        loops: The entry of that name of its checkpoint.
+
+    Returns:
+        The settings that made the validation due; None where none is, or where a clock or a
+        request to stop has made it due, of which a resumed run does not know.
+    """
+    by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+    if not _is_behind_batch(loops) or trainer.should_stop or by_clock:
+        return None
+    return _validation_settings(trainer) if validation_is_due(trainer) else None
+
+
+def begin_due_validation(
+    trainer: Trainer, loops: Mapping[str, Any], due: Mapping[str, Any] | None
+) -> None:
+    """Let a run go on with the validation that was due; Lightning leaves it out.
+
+    Args:
+        trainer: Of the run that goes on. Where its settings are others, no validation may be due.
+        loops: The entry of that name of the checkpoint; changed in place.
+        due: What `due_validation` has returned.
+    """
+    if due is None or due != _validation_settings(trainer) or not _is_behind_batch(loops):
+        return
+    fit = loops["fit_loop"]
+    batches = fit["epoch_loop.batch_progress"]
+    for counts in (batches["total"], batches["current"]):
+        counts["completed"] = counts["processed"]
+    validated = fit["epoch_loop.val_loop.batch_progress"]
+    done = validated["total"]["completed"]
+    begun = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+    first = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    validated |= {"total": begun, "current": first}
+
+
+def _is_behind_batch(loops: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was saved in `on_train_batch_end`."""
+    batches = loops.get("fit_loop", {}).get("epoch_loop.batch_progress")
+    return batches is not None and batches["total"]["completed"] < batches["total"]["processed"]
+
+
+def _validation_settings(trainer: Trainer) -> dict[str, Any]:
+    names = ("val_check_interval", "check_val_every_n_epoch", "limit_val_batches")
+    return {name: getattr(trainer, name) for name in (*names, "limit_train_batches")}
 
 
 def why_nothing_to_train(trainer: Trainer) -> str:

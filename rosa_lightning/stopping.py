@@ -190,8 +190,7 @@ class Stopping(Callback):
         if loop._should_accumulate():
             return
         asked = self._highest(self._asked)
-        validates = loop.val_loop._max_batches and not loop.val_loop.skip
-        if asked and not (validates and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)):
+        if asked and not validation_is_due(trainer):
             self._obey(trainer, asked)
 
     def after_validation_batch(self, trainer: Trainer) -> None:
@@ -341,6 +340,13 @@ def requeued(trainer: Trainer) -> bool:
     """Whether this training goes on from where SLURM has stopped it."""
     hpc = trainer._checkpoint_connector._hpc_resume_path
     return SLURMEnvironment.detect() and hpc is not None
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation follows on the batch that has been trained."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    validates = loop.val_loop._max_batches and not loop.val_loop.skip
+    return bool(validates and loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
 @contextmanager

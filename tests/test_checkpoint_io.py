@@ -276,6 +276,20 @@ def test_a_log_folder_that_cannot_be_written_is_one_line(
     assert "trainer.logger.init_args.save_dir" in error
 
 
+class KeepsAPath(Callback):
+    """One whose state is no plain value."""
+
+    def state_dict(self):
+        return {"folder": Path("here")}
+
+
+def test_a_state_that_could_not_be_loaded_again_is_not_saved(base_folder, sources, tmp_path):
+    options = {"callbacks": [KeepsAPath()], "enable_checkpointing": True, "max_steps": 1}
+    with pytest.raises(ValueError, match="state of callback KeepsAPath holds pathlib"):
+        trainer(tmp_path, **options).fit(module(base_folder), data(sources))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 class Fills(Callback):
     """Leaves no room on a file system, once training has begun."""
 

@@ -25,12 +25,13 @@ class SaveEverything(Checkpoint):
     """
 
     seen: list[list[tuple[int, int]]]
+    validated: list[int]
 
     def __init__(self, folder: str, moments: list[str] | None = None) -> None:
         self.folder, self.moments = Path(folder), moments
 
     def on_fit_start(self, trainer, pl_module):
-        type(self).seen = []
+        type(self).seen, type(self).validated = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.seen.append(list(zip(batch["source"].tolist(), batch["index"].tolist(), strict=True)))
@@ -45,6 +46,7 @@ class SaveEverything(Checkpoint):
         self.save(trainer, "batch")
 
     def on_validation_end(self, trainer, pl_module):
+        self.validated.append(trainer.global_step)
         self.save(trainer, "validation")
 
     def on_train_epoch_end(self, trainer, pl_module):
@@ -193,6 +195,29 @@ def test_a_run_that_averages_weights_resumes_and_is_tested(average, sources):
     assert not same(saved["state_dict"], saved["current_model_state"])
     options = ["--config", "straight/config.yaml", "--ckpt_path", "straight/batch-5.ckpt"]
     assert main(["test", *options]) == 0
+
+
+@pytest.mark.parametrize("interval", [4, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_validation_that_was_due_when_a_run_was_saved_is_made_when_it_resumes(interval, sources):
+    config = shipped("tiny", sources, trainer__val_check_interval=interval)
+    config["data"]["val_generate"] = 0
+    moments = ["batch-8", f"batch-{interval}"]
+    assert_resumes(config, moments)
+    for moment in moments:
+        done = int(moment.partition("-")[2])
+        fit(config, ckpt_path=Path("straight", f"{moment}.ckpt"))
+        due = [step for step in range(interval, 17, interval) if step >= done]
+        assert [step for step in SaveEverything.validated if step] == due
+
+
+def test_a_validation_that_was_due_is_left_out_where_a_resumed_run_validates_otherwise(sources):
+    config = shipped("tiny", sources, trainer__val_check_interval=4)
+    config["data"]["val_generate"] = 0
+    seen, _ = fit(config, ["batch-8"])
+    config["trainer"]["limit_val_batches"] = 0
+    rest, _ = fit(config, ckpt_path=Path("straight", "batch-8.ckpt"))
+    assert SaveEverything.validated == []
+    assert rest == seen[8:]
 
 
 @pytest.fixture
