@@ -8,8 +8,6 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
-from rosa_lightning.stopping import validation_is_due
-
 
 def settle_epoch(loops: Mapping[str, Any]) -> None:
     """Make the counts of a checkpoint that was saved at an epoch's end those of its last batch.
@@ -44,6 +42,13 @@ def settle_epoch(loops: Mapping[str, Any]) -> None:
     if last:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation follows on the batch that has been trained."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    validates = loop.val_loop._max_batches and not loop.val_loop.skip
+    return bool(validates and loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
 def due_validation(trainer: Trainer, loops: Mapping[str, Any]) -> dict[str, Any] | None:

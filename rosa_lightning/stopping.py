@@ -39,6 +39,7 @@ from rosa_lightning.agreement import (
     several_ranks,
     shared_store,
 )
+from rosa_lightning.resume import validation_is_due
 
 LOOK_S = 0.5
 """How often a rank looks whether another has left, in seconds."""
@@ -340,13 +341,6 @@ def requeued(trainer: Trainer) -> bool:
     """Whether this training goes on from where SLURM has stopped it."""
     hpc = trainer._checkpoint_connector._hpc_resume_path
     return SLURMEnvironment.detect() and hpc is not None
-
-
-def validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation follows on the batch that has been trained."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    validates = loop.val_loop._max_batches and not loop.val_loop.skip
-    return bool(validates and loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
 @contextmanager
