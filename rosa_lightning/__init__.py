@@ -8,17 +8,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rosa_lightning.adapter import load_adapter
-    from rosa_lightning.data import ReasoningDataModule
-    from rosa_lightning.dls import DynamicLayerSelection
-    from rosa_lightning.evaluate import EvaluationConfig
-    from rosa_lightning.export import export_adapter
+    from rosa_lightning.adapters.export import export_adapter
+    from rosa_lightning.adapters.files import load_adapter
+    from rosa_lightning.data.datamodule import ReasoningDataModule
+    from rosa_lightning.dls.callback import DynamicLayerSelection
+    from rosa_lightning.evaluation.evaluator import EvaluationConfig
+    from rosa_lightning.evaluation.writers import ResultWriter
+    from rosa_lightning.inspection.run_monitor import RunMonitor
+    from rosa_lightning.inspection.throughput import ThroughputMonitor
     from rosa_lightning.module import RoSAModule
-    from rosa_lightning.monitor import RunMonitor
-    from rosa_lightning.predictions import ResultWriter
-    from rosa_lightning.roae import RoAEConfig, RoAELinear
-    from rosa_lightning.surgery import RoAEReport, inject_roae, merge_roae
-    from rosa_lightning.throughput import ThroughputMonitor
+    from rosa_lightning.roae.inject import RoAEReport, inject_roae, merge_roae
+    from rosa_lightning.roae.layer import RoAEConfig, RoAELinear
 
 __all__ = [
     "DynamicLayerSelection",
@@ -40,20 +40,20 @@ __all__ = [
 __version__ = version("rosa-lightning")
 
 _HOMES = {
-    "DynamicLayerSelection": "dls",
-    "EvaluationConfig": "evaluate",
-    "ReasoningDataModule": "data",
-    "ResultWriter": "predictions",
-    "RoAEConfig": "roae",
-    "RoAELinear": "roae",
-    "RoAEReport": "surgery",
+    "DynamicLayerSelection": "dls.callback",
+    "EvaluationConfig": "evaluation.evaluator",
+    "ReasoningDataModule": "data.datamodule",
+    "ResultWriter": "evaluation.writers",
+    "RoAEConfig": "roae.layer",
+    "RoAELinear": "roae.layer",
+    "RoAEReport": "roae.inject",
     "RoSAModule": "module",
-    "RunMonitor": "monitor",
-    "ThroughputMonitor": "throughput",
-    "export_adapter": "export",
-    "inject_roae": "surgery",
-    "load_adapter": "adapter",
-    "merge_roae": "surgery",
+    "RunMonitor": "inspection.run_monitor",
+    "ThroughputMonitor": "inspection.throughput",
+    "export_adapter": "adapters.export",
+    "inject_roae": "roae.inject",
+    "load_adapter": "adapters.files",
+    "merge_roae": "roae.inject",
 }
 
 

@@ -5,7 +5,7 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    from rosa_lightning.cli import main as run
+    from rosa_lightning.cli.main import main as run
 
     sys.exit(run())
 

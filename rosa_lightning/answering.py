@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rosa_lightning.base import BaseIdentity, Dtype, context_length, whole_name
-from rosa_lightning.conditions import Conditions, tokenizer_digest
-from rosa_lightning.evaluate import (
+from rosa_lightning.adapters.conditions import Conditions, tokenizer_digest
+from rosa_lightning.evaluation.evaluator import (
     Evaluation,
     EvaluationConfig,
     check_exercises,
     generate,
     weights_digest,
 )
-from rosa_lightning.quantization import Quantization
-from rosa_lightning.sharding import is_sharded
-from rosa_lightning.tasks import TASKS, extract_answer
+from rosa_lightning.models.loading import BaseIdentity, Dtype, context_length, whole_name
+from rosa_lightning.models.quantization import Quantization
+from rosa_lightning.tasks.records import TASKS, extract_answer
+from rosa_lightning.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

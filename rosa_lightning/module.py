@@ -21,9 +21,17 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from rosa_lightning.adapter import adapter_conditions, load_adapter
+from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
+from rosa_lightning.adapters.conditions import Conditions
+from rosa_lightning.adapters.entries import check_entries, check_states_fit
+from rosa_lightning.adapters.files import adapter_conditions, load_adapter
 from rosa_lightning.answering import Answering
-from rosa_lightning.base import (
+from rosa_lightning.data.packing import num_rows
+from rosa_lightning.dls.gradients import held_gradients, hold_gradients
+from rosa_lightning.evaluation.evaluator import EvaluationConfig
+from rosa_lightning.evaluation.metrics import AnswerTokens
+from rosa_lightning.models.finite import check_states, check_weights
+from rosa_lightning.models.loading import (
     BaseIdentity,
     Dtype,
     enable_checkpointing,
@@ -33,30 +41,29 @@ from rosa_lightning.base import (
     vocabulary_size,
     whole_name,
 )
-from rosa_lightning.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
-from rosa_lightning.checkpoint_io import check_outputs, write_checkpoints_whole
-from rosa_lightning.compiled import compile_layers
-from rosa_lightning.conditions import Conditions
-from rosa_lightning.entries import check_entries, check_states_fit
-from rosa_lightning.evaluate import EvaluationConfig
-from rosa_lightning.finite import check_states, check_weights
-from rosa_lightning.forward import Forward
-from rosa_lightning.gradients import held_gradients, hold_gradients
-from rosa_lightning.guard import StepGuard, check_clipping, check_max_nonfinite_steps
-from rosa_lightning.metrics import AnswerTokens
-from rosa_lightning.microbatches import MicrobatchTokens, check_microbatch_tokens
-from rosa_lightning.packing import num_rows
-from rosa_lightning.quantization import Quantization, check_trainable, is_packed
-from rosa_lightning.resume import (
+from rosa_lightning.models.quantization import Quantization, check_trainable, is_packed
+from rosa_lightning.models.vocabulary import num_embeddings
+from rosa_lightning.roae.inject import (
+    RoAEReport,
+    check_adapter_keys,
+    expect_adapters_alone,
+    inject_roae,
+    is_adapter_key,
+)
+from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.training.checkpoint_io import check_outputs, write_checkpoints_whole
+from rosa_lightning.training.compile import compile_layers
+from rosa_lightning.training.guard import StepGuard, check_clipping, check_max_nonfinite_steps
+from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.microbatches import MicrobatchTokens, check_microbatch_tokens
+from rosa_lightning.training.resume import (
     begin_due_validation,
     due_validation,
     settle_epoch,
     why_nothing_to_train,
 )
-from rosa_lightning.rng import set_rng_state
-from rosa_lightning.roae import RoAEConfig
-from rosa_lightning.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.sharding import (
+from rosa_lightning.training.schedule import WarmupCosine, lightning_scheduler
+from rosa_lightning.training.sharding import (
     clip,
     is_sharded,
     leave_packed_out,
@@ -64,15 +71,8 @@ from rosa_lightning.sharding import (
     raise_together,
     spread,
 )
-from rosa_lightning.stopping import Stopping
-from rosa_lightning.surgery import (
-    RoAEReport,
-    check_adapter_keys,
-    expect_adapters_alone,
-    inject_roae,
-    is_adapter_key,
-)
-from rosa_lightning.vocabulary import num_embeddings
+from rosa_lightning.utils.rng import set_rng_state
+from rosa_lightning.utils.stopping import Stopping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

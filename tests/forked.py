@@ -21,10 +21,10 @@ class Commands:
     """Starts `python -m rosa_lightning` with arguments, without the wait for imports."""
 
     def __init__(self, config: Path) -> None:
-        paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        root = str(Path(__file__).parents[1])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
         self._warm = subprocess.Popen(
-            [sys.executable, __file__, str(config)],
+            [sys.executable, "-m", "tests.forked", str(config)],
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -61,7 +61,7 @@ class Commands:
 
 
 def run(arguments: list[str], log: str, cwd: str) -> int:
-    from rosa_lightning.cli import main
+    from rosa_lightning.cli.main import main
 
     os.setsid()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -75,7 +75,7 @@ def run(arguments: list[str], log: str, cwd: str) -> int:
 def serve(config: str) -> None:
     import docstring_parser
 
-    from rosa_lightning.cli import main
+    from rosa_lightning.cli.main import main
 
     for name in ("parse", "parse_from_object"):
         setattr(docstring_parser, name, functools.cache(getattr(docstring_parser, name)))

@@ -26,16 +26,16 @@ def launch(work: str, folder: Path, timeout: float = 600.0) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    root = str(Path(__file__).parents[1])
     common = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "NODE_RANK": "0",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": root,
     }
-    command = [sys.executable, __file__, work, str(folder)]
+    command = [sys.executable, "-m", "tests.ranks", work, str(folder)]
     logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
     processes = []
     for rank, log in enumerate(logs):

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SMALL, byte_tokenizer, save_base
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -19,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from rosa_lightning import ReasoningDataModule, RoAEConfig, RoSAModule
-from rosa_lightning.surgery import is_adapter_key
+from rosa_lightning.roae.inject import is_adapter_key
+from tests.conftest import SMALL, byte_tokenizer, save_base
 
 
 def trainer(tmp_path: Path, **options) -> Trainer:
@@ -383,7 +383,8 @@ def test_predict_returns_a_record_for_each_prompt(base_folder, tmp_path):
 
 def test_generated_answers_are_scored_by_their_tasks(base_folder, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "rosa_lightning.evaluate.generate", lambda *_, **__: ["the answer is 3", "it is false"] * 2
+        "rosa_lightning.evaluation.evaluator.generate",
+        lambda *_, **__: ["the answer is 3", "it is false"] * 2,
     )
     built = module(base_folder)
     built.configure_model()

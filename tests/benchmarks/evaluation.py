@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rosa_lightning.base import load_base, load_tokenizer
-from rosa_lightning.batching import PromptCollator
-from rosa_lightning.encoding import Example, encode
-from rosa_lightning.evaluate import generate
-from rosa_lightning.greedy import write_greedily
-from rosa_lightning.likelihood import in_full, log_likelihoods
-from rosa_lightning.records import load_records
-from rosa_lightning.sources import Source
-from rosa_lightning.tasks import candidates
+from rosa_lightning.data.collators import PromptCollator
+from rosa_lightning.data.records import load_records
+from rosa_lightning.data.sources import Source
+from rosa_lightning.data.tokenization import Example, encode
+from rosa_lightning.evaluation.evaluator import generate
+from rosa_lightning.evaluation.generation import write_greedily
+from rosa_lightning.evaluation.likelihood import in_full, log_likelihoods
+from rosa_lightning.models.loading import load_base, load_tokenizer
+from rosa_lightning.tasks.records import candidates
 
 PAD = 0
 Ways = dict[str, Callable[[], list[Any]]]

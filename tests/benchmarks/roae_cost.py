@@ -39,7 +39,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosa_lightning import DynamicLayerSelection, RoAEConfig, inject_roae
-from rosa_lightning.recompute import recomputable, recomputed
+from rosa_lightning.training.recompute import recomputable, recomputed
 
 TOKENS, ANSWER = 100, 8
 LORA = "PEFT LoRA on q, k, v, up, down"

@@ -92,7 +92,7 @@ def save_base(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    from rosa_lightning import tiny
+    from rosa_lightning.models import tiny
 
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32_000, **SHAPE)
@@ -105,7 +105,7 @@ def save_tokenised(records: Path, base: Path, folder: Path) -> Path:
     """The records in token ids, as the baseline takes them."""
     from datasets import Dataset
 
-    from rosa_lightning.base import load_tokenizer
+    from rosa_lightning.models.loading import load_tokenizer
 
     rows = encoded([str(records)], load_tokenizer(str(base)), max_length=512)
     Dataset.from_list(rows).save_to_disk(folder)

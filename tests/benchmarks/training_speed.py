@@ -143,7 +143,7 @@ def train_rosa(job: Job, turns: Turns) -> None:
     from lightning.pytorch import Callback, Trainer
 
     from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule
-    from rosa_lightning.flops import lowest_active
+    from rosa_lightning.inspection.flops import lowest_active
 
     class Gate(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -216,10 +216,10 @@ def train_lora(job: Job, turns: Turns) -> None:
 
 def encoded(paths: list[str], tokenizer: Any, max_length: int = 1024) -> list[dict[str, list[int]]]:
     """The records as `ReasoningDataModule` encodes them, prompts without loss."""
-    from rosa_lightning.batching import IGNORED
-    from rosa_lightning.encoding import encode
-    from rosa_lightning.records import load_records
-    from rosa_lightning.sources import Source
+    from rosa_lightning.data.collators import IGNORED
+    from rosa_lightning.data.records import load_records
+    from rosa_lightning.data.sources import Source
+    from rosa_lightning.data.tokenization import encode
 
     records = [r for path in paths for r in load_records(Source(path=path), "train")]
     examples, _ = encode(records, tokenizer, max_length=max_length)
@@ -241,7 +241,7 @@ def compare_floor(job: Job, turns: Turns) -> None:
     import torch
 
     from rosa_lightning import ReasoningDataModule, RoSAModule
-    from rosa_lightning.bench import frozen_floor
+    from rosa_lightning.cli.bench import frozen_floor
 
     torch.manual_seed(0)
     adapted, floor = RoSAModule(job.base), frozen_floor(RoSAModule(job.base))
@@ -536,7 +536,7 @@ def main() -> None:
 
 
 def on_cpu(options: argparse.Namespace) -> None:
-    from rosa_lightning.bench_tables import machine
+    from rosa_lightning.cli.bench_tables import machine
 
     print(f"{machine()}, {options.threads} threads a process")
     print(f"{options.records} records, batches of {options.batch_size}, {options.rounds} rounds")

@@ -20,9 +20,9 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import nn
 
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
-from rosa_lightning.bench_tables import machine
-from rosa_lightning.flops import flops_per_token, head_flops
-from rosa_lightning.forward import Forward
+from rosa_lightning.cli.bench_tables import machine
+from rosa_lightning.inspection.flops import flops_per_token, head_flops
+from rosa_lightning.training.loss import Forward
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-0.6B": (

@@ -1,0 +1,1 @@
+"""What is saved, and for whom: checkpoints, adapter folders, PEFT LoRA and merged models."""

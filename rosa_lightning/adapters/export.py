@@ -1,0 +1,221 @@
+"""What was trained, for use without this package: a PEFT LoRA, or a merged model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import torch
+from safetensors import SafetensorError
+
+from rosa_lightning.adapters.conditions import Conditions
+from rosa_lightning.adapters.files import check_plain_model, write_adapter, write_as_lora
+from rosa_lightning.models.finite import check_weights
+from rosa_lightning.models.quantization import is_quantized
+from rosa_lightning.roae.inject import innermost, merged, roae_layers, roae_report
+from rosa_lightning.utils.files import new_folder
+from rosa_lightning.utils.modules import in_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Format = Literal["peft", "rosa", "merged"]
+
+_SAMPLE = (2, 32)
+"""Rows and tokens on which a merged model is compared with the adapted one."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_adapter` wrote."""
+
+    folder: Path
+    format: Format
+    num_bytes: int
+    """Size of all files."""
+    logit_difference: float | None = None
+    """Merged: largest difference between the logits of the adapted and the merged model."""
+    largest_logit: float | None = None
+    """Merged: the largest logit's absolute value, to hold that against."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the folder."""
+
+    def __str__(self) -> str:
+        """One line for people."""
+        line = f"{self.format}: {self.folder}, {self.num_bytes / 2**20:.2f} MiB"
+        if self.logit_difference is not None:
+            rows, tokens = _SAMPLE
+            line += (
+                f"; largest logit difference {self.logit_difference:.2g} on {rows} x {tokens} "
+                f"random tokens (largest logit {self.largest_logit:.3g})"
+            )
+        return "; ".join((line, *self.notes))
+
+
+def export_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    format: Format = "peft",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: str | None = None,
+    dequantize: bool = False,
+    trained: Conditions | None = None,
+) -> ExportReport:
+    """Write what was trained into a new folder. The model stays as it is.
+
+    Args:
+        model: A base with RoAE; of a `RoSAModule` its ``model``.
+        folder: Where to; must not exist. It appears when all files are written.
+        format: ``peft``: a LoRA for PEFT, vLLM or llama.cpp. ``merged``: the base with the terms
+            folded in, in float32 and cast once, as `AutoModelForCausalLM.from_pretrained` loads it.
+            ``rosa``: weights and settings for `load_adapter`.
+        tokenizer: Saved beside a merged model.
+        max_shard_size: Largest weights file of a merged model; 5GB if not given.
+        dequantize: Merge into a quantised base by making a plain model of it, in the dtype of its
+            configuration.
+        trained: How it was trained, which ``peft`` and ``rosa`` remember.
+
+    Returns:
+        Size, and for ``merged`` how far the logits moved.
+
+    Raises:
+        ValueError: No RoAE in the model, a term that the format cannot hold, an unknown format, an
+            option of another format, or a folder that exists.
+        OSError: The disk is full, or refuses. Nothing is left behind.
+    """
+    check_options(format, max_shard_size=max_shard_size, dequantize=dequantize)
+    if tokenizer is not None and format != "merged":
+        raise ValueError(_of_merged("tokenizer", format))
+    check_plain_model(model, "export_adapter")
+    _check_terms(model, format, dequantize)
+    differences: tuple[float | None, float | None] = None, None
+    try:
+        with new_folder(folder) as written:
+            if format == "merged":
+                differences = _write_merged(model, written, max_shard_size or "5GB", dequantize)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(str(written))
+            elif format == "rosa":
+                write_adapter(model, written, trained)
+            else:
+                write_as_lora(model, written, trained)
+            num_bytes = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{folder} cannot be written: {' '.join(str(error).split())}. Nothing was left behind. "
+            "Make room, or give a folder that can be made."
+        ) from error
+    notes = _loading_note(model) if format == "merged" else ()
+    return ExportReport(Path(folder), format, num_bytes, *differences, notes)
+
+
+def check_options(
+    format: str, *, max_shard_size: str | None = None, dequantize: bool = False
+) -> None:
+    """Check what `export_adapter` is told before a model is loaded for it.
+
+    Raises:
+        ValueError: An unknown format, an option of another format, or no size.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is unknown. Set one of {', '.join(get_args(Format))}.")
+    for name, given in (("max_shard_size", max_shard_size is not None), ("dequantize", dequantize)):
+        if given and format != "merged":
+            raise ValueError(_of_merged(name, format))
+    if max_shard_size is None:
+        return
+    size = re.fullmatch(r"\s*(\d+(\.\d+)?)\s*[KMGT]B\s*", str(max_shard_size), re.IGNORECASE)
+    if size is None or float(size[1]) == 0:
+        raise ValueError(
+            f"max_shard_size={max_shard_size!r} is no size of a file. Give a number above 0 with "
+            "KB, MB, GB or TB, such as 5GB."
+        )
+
+
+def _of_merged(option: str, format: str) -> str:
+    return (
+        f"{option} is an option of format merged, and format is {format}. Leave it out, or set "
+        "format to merged."
+    )
+
+
+def _check_terms(model: PreTrainedModel, format: Format, dequantize: bool) -> None:
+    """Check that the terms of a model are numbers and that a format can hold them."""
+    for name, layer in roae_layers(model):
+        check_weights({f"{name}.roae_A": layer.roae_A, f"{name}.roae_B": layer.roae_B})
+    after_norm = [term for term in roae_report(model).projections if term.norm]
+    if format != "rosa" and after_norm:
+        what = "a LoRA" if format == "peft" else "a merged weight"
+        raise ValueError(
+            f"placement=state adds the term of {after_norm[0].projection} after "
+            f"{after_norm[0].norm}, which {what} cannot express. Export with format rosa, or train "
+            "with model.roae.placement=projection."
+        )
+    packed = any(is_quantized(innermost(layer)) for _, layer in roae_layers(model))
+    if format == "merged" and packed and not dequantize:
+        raise ValueError(
+            "the base is quantised, and rounding the sum to so few bits would lose much of what "
+            "was trained. Export with dequantize=True (on the command line: --dequantize true) for "
+            "a plain model, or with format peft or rosa."
+        )
+
+
+def _write_merged(
+    model: PreTrainedModel, folder: Path, max_shard_size: str, dequantize: bool
+) -> tuple[float, float]:
+    """Save the merged model; the largest difference of its logits, and the largest logit."""
+    adapted = _sample_logits(model)
+    with merged(model, dequantize=dequantize):
+        difference = (_sample_logits(model) - adapted).abs().max().item()
+        _save(model, folder, max_shard_size)
+    return difference, adapted.abs().max().item()
+
+
+def _loading_note(model: PreTrainedModel) -> tuple[str, ...]:
+    """What loads the saved model, where `AutoModelForCausalLM` does not.
+
+    Of some vision-language models it makes the language model alone, whose own configuration it
+    does not know.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+
+    known: Any = CAUSAL.get(type(model.config), ())
+    own_code = "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {})
+    if own_code or type(model) in (known if isinstance(known, tuple) else (known,)):
+        return ()
+    library, name = type(model).__module__.partition(".")[0], type(model).__name__
+    return (f"AutoModelForCausalLM does not load it, {library}.{name}.from_pretrained does",)
+
+
+def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    """Save a model with its generation settings as the base has them.
+
+    `transformers` refuses to save settings that contradict each other, which many bases carry.
+    """
+    from transformers import GenerationConfig
+
+    own: Any = model.generation_config
+    if own is None:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    finally:
+        model.generation_config = own
+    own.to_json_file(folder / "generation_config.json")
+
+
+@torch.no_grad()
+def _sample_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits on some random tokens, the same at every call, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
+    vocabulary = embeddings.weight.shape[0]
+    ids = torch.randint(vocabulary, _SAMPLE, generator=generator)
+    with in_mode(model, training=False):
+        logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits.float()

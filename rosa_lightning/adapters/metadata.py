@@ -1,0 +1,159 @@
+"""What an adapter was trained on: the base, its settings, and how the base rotated at each term."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rosa_lightning.models.loading import BaseIdentity, base_name, identify
+from rosa_lightning.roae.inject import RoAEReport, roae_report
+from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.roae.rope import PairTable
+
+
+@dataclass(frozen=True)
+class TrainedTerm:
+    """Where one term stood when it was trained; the fields are those of `ProjectionReport`."""
+
+    name: str
+    target: str
+    projection: str
+    norm: str
+    table: PairTable
+    low_pairs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter was trained on."""
+
+    base: dict[str, Any]
+    """The base's identity, as plain values."""
+    config: RoAEConfig
+    terms: tuple[TrainedTerm, ...]
+    """In the order of the model's layers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values: ``base``, ``roae``, ``tables`` (each once) and ``terms``."""
+        tables = list(dict.fromkeys(term.table for term in self.terms))
+        return {
+            "base": self.base,
+            "roae": asdict(self.config),
+            "tables": [asdict(table) for table in tables],
+            "terms": [{**vars(term), "table": tables.index(term.table)} for term in self.terms],
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Any) -> Origin:
+        """From the values of `to_dict`, which may have gone through JSON and other hands.
+
+        Raises:
+            ValueError: Something is missing, of another type, or makes no sense.
+        """
+        try:
+            base = asdict(BaseIdentity(**plain["base"]))
+            base["samples"] = {
+                str(name): [float(value) for value in values]
+                for name, values in base["samples"].items()
+            }
+            tables = [_table(table) for table in plain["tables"]]
+            terms = tuple(_term(term, tables) for term in plain["terms"])
+            return cls(base, RoAEConfig(**plain["roae"]), terms)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"what it was trained on is not told as export tells it; {type(error).__name__}: "
+                f"{error}"
+            ) from error
+
+    def check_base(self, model: nn.Module) -> None:
+        """Compare a base, with RoAE or without, with the one that the adapter was trained on.
+
+        Raises:
+            ValueError: The weights differ; names the first that does.
+        """
+        identify(model, base_name(model)).check(self.base, what="adapter")
+
+    def check_rotation(self, model: nn.Module) -> None:
+        """Refuse a base with the same weights and another rotation, scaled for longer text say.
+
+        Args:
+            model: The base with RoAE. Under settings other than the adapter's own, only the terms
+                that both have are compared.
+
+        Raises:
+            ValueError: Names the first term that stands elsewhere.
+        """
+        report = roae_report(model)
+        own_settings = replace(report.config, dropout=self.config.dropout) == self.config
+        here = {(term.projection, term.target): term for term in _terms(report)}
+        trained = {(term.projection, term.target): term for term in self.terms}
+        if own_settings and (here.keys() != trained.keys() or len(here) != len(self.terms)):
+            raise ValueError(
+                f"the adapter lists {len(self.terms)} terms, and its settings make {len(here)} of "
+                f"this {type(model).__name__}, or on other projections. Export the adapter again."
+            )
+        for key in (key for key in here if key in trained):
+            own, other = here[key], trained[key]
+            same = not own_settings or (own.norm, own.low_pairs) == (other.norm, other.low_pairs)
+            if not (same and _alike(own.table, other.table)):
+                raise ValueError(
+                    f"the adapter was trained where {other.projection} rotates other dimensions, "
+                    f"or at other frequencies, than in this {type(model).__name__}. Give the base "
+                    "that it was trained on, with the same rope settings in its config.json."
+                )
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """The origin of the adapter that a model carries.
+
+    Raises:
+        ValueError: It carries no RoAE.
+    """
+    report = roae_report(model)
+    return Origin(identify(model, base_name(model)).to_dict(), report.config, _terms(report))
+
+
+def _terms(report: RoAEReport) -> tuple[TrainedTerm, ...]:
+    return tuple(
+        TrainedTerm(
+            term.name, term.target, term.projection, term.norm, term.table, tuple(term.low_pairs)
+        )
+        for term in report.projections
+    )
+
+
+def _table(plain: Mapping[str, Any]) -> PairTable:
+    pairs = tuple((operator.index(a), operator.index(b)) for a, b in plain["pairs"])
+    return PairTable(operator.index(plain["head_dim"]), pairs, tuple(map(float, plain["inv_freq"])))
+
+
+def _term(plain: Mapping[str, Any], tables: list[PairTable]) -> TrainedTerm:
+    number = operator.index(plain["table"])
+    if number not in range(len(tables)):
+        raise ValueError(f"there is no table {number}")
+    return TrainedTerm(
+        name=str(plain["name"]),
+        target=str(plain["target"]),
+        projection=str(plain["projection"]),
+        norm=str(plain["norm"]),
+        table=tables[number],
+        low_pairs=tuple(map(operator.index, plain["low_pairs"])),
+    )
+
+
+def _alike(ours: PairTable, theirs: PairTable) -> bool:
+    """The same dimensions, at the same frequencies up to the rounding of the measurement."""
+    return (
+        ours.pairs == theirs.pairs
+        and len(ours.inv_freq) == len(theirs.inv_freq)
+        and (
+            torch.allclose(
+                torch.tensor(ours.inv_freq), torch.tensor(theirs.inv_freq), rtol=1e-3, atol=1e-9
+            )
+        )
+    )

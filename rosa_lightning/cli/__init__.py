@@ -1,0 +1,1 @@
+"""The command line: Lightning's commands and those of this package."""

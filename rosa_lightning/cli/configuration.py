@@ -1,0 +1,144 @@
+"""What is checked of a configuration before anything is made of it: numbers, and what it calls."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rosa_lightning.utils.errors import ConfigurationError
+
+_LEAST = {
+    "accumulate_grad_batches": (1, "1 takes a step after each batch"),
+    "check_val_every_n_epoch": (1, "null counts val_check_interval over all epochs"),
+    "log_every_n_steps": (0, "0 logs nothing"),
+    "max_steps": (-1, "-1 goes on to max_epochs"),
+    "min_steps": (0, "null asks for none"),
+    "min_epochs": (0, "null asks for none"),
+    "num_sanity_val_steps": (-1, "-1 takes all batches, 0 none"),
+    "gradient_clip_val": (0, "null clips nothing"),
+}
+"""The least that a setting can be, and what a special value means."""
+_GROUPS = ("model", "model.roae", "model.evaluation", "data", "trainer")
+"""Settings that have settings of their own."""
+_MADE: dict[str, tuple[type, ...]] = {
+    "optimizer": (Optimizer,),
+    "lr_scheduler": (LRScheduler, ReduceLROnPlateau),
+}
+"""What the settings that are called later must make."""
+
+
+def check_trainer_settings(trainer: Mapping[str, Any]) -> None:
+    """Refuse numbers that lead to a division by zero, to silence, or to nothing.
+
+    Raises:
+        ConfigurationError: Names the setting, and what it can be.
+    """
+    for key, (least, special) in _LEAST.items():
+        value = trainer.get(key)
+        if isinstance(value, int | float) and not value >= least:  # NaN is none either
+            raise ConfigurationError(
+                f"trainer.{key}={value} is below {least}. Set trainer.{key}; {special}."
+            )
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, int | float) and interval == 0:
+        raise ConfigurationError(
+            f"trainer.val_check_interval={interval} is no interval. Set it to a number of batches "
+            "or a share of an epoch; trainer.limit_val_batches: 0 leaves validation out."
+        )
+
+
+def check_groups(values: Any) -> None:
+    """Refuse a value where a group of settings belongs, such as ``model: 2``.
+
+    Args:
+        values: Of a configuration file, of one command or by commands.
+
+    Raises:
+        ConfigurationError: Names the group.
+    """
+    for settings in (values, *(values.values() if isinstance(values, dict) else ())):
+        for group in _GROUPS:
+            value, known = settings, True
+            for name in group.split("."):
+                known = known and isinstance(value, dict) and name in value
+                value = value[name] if known else None
+            if known and not isinstance(value, dict):
+                raise ConfigurationError(
+                    f"{group} is {value!r}; expected a mapping of its settings. Write {group}: and "
+                    "its settings below it, indented, one a line, or leave it out."
+                )
+
+
+def check_classes(config: Mapping[str, Any]) -> None:
+    """Refuse a ``class_path`` that is no class, or not one of the kind that its setting makes.
+
+    jsonargparse checks most; it would call any function that stands where a callable is expected.
+
+    Args:
+        config: Of a command, parsed: what it names has been imported.
+
+    Raises:
+        ConfigurationError: Names the setting and the class.
+    """
+    for key, value in config.items():
+        kinds = _MADE.get(key)
+        made = value.get("class_path") if isinstance(value, Mapping) or _is_spec(value) else None
+        if kinds and made and not _is_of(named(made), kinds):
+            names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+            raise ConfigurationError(
+                f"{key}.class_path={made} is no subclass of {names}. Set {key} to one, such as "
+                f"{'torch.optim.AdamW' if key == 'optimizer' else 'ConstantLR'}."
+            )
+        _check_no_function(key, value)
+
+
+def _check_no_function(key: str, value: Any) -> None:
+    if isinstance(value, list | tuple):
+        for inner in value:
+            _check_no_function(key, inner)
+        return
+    if not isinstance(value, Mapping) and not _is_namespace(value):
+        return
+    if _is_spec(value):
+        found = named(value["class_path"])
+        if found is not None and not inspect.isclass(found):
+            raise ConfigurationError(
+                f"{key}: class_path={value['class_path']} is no class. A configuration names "
+                "classes, and calls no functions."
+            )
+    for name, inner in vars(value).items() if _is_namespace(value) else value.items():
+        _check_no_function(f"{key}.{name}", inner)
+
+
+def named(path: str) -> Any:
+    """What an import path names, if its module is loaded; None otherwise. Imports nothing."""
+    module, found = path, None
+    rest: list[str] = []
+    while module and found is None:
+        found = sys.modules.get(module)
+        if found is None:
+            module, _, name = module.rpartition(".")
+            rest.insert(0, name)
+    for name in rest:
+        found = getattr(found, name, None)
+    return found
+
+
+def _is_of(found: Any, kinds: tuple[type, ...]) -> bool:
+    return inspect.isclass(found) and issubclass(found, kinds)
+
+
+def _is_namespace(value: Any) -> bool:
+    return isinstance(value, Namespace)
+
+
+def _is_spec(value: Any) -> bool:
+    is_mapping = isinstance(value, Mapping) or _is_namespace(value)
+    return is_mapping and isinstance(value.get("class_path"), str)

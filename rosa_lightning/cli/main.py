@@ -1,0 +1,553 @@
+"""The command line: LightningCLI for the trainer's commands, and beside them our own."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from argparse import SUPPRESS
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import get_loader, set_loader, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerCallable,
+    OptimizerCallable,
+    SaveConfigCallback,
+)
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from rosa_lightning.adapters.conditions import contradictions
+from rosa_lightning.adapters.files import adapter_settings
+from rosa_lightning.adapters.remembered import remembered_settings
+from rosa_lightning.cli.commands import NO_BASE, Setting, audit, bench, export, inspect, report
+from rosa_lightning.cli.configuration import check_classes, check_trainer_settings
+from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
+from rosa_lightning.cli.strict_yaml import check_yaml, read_configuration
+from rosa_lightning.data.datamodule import ReasoningDataModule
+from rosa_lightning.dls.callback import DynamicLayerSelection
+from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
+from rosa_lightning.module import RoSAModule
+from rosa_lightning.training.checkpoint_io import check_outputs
+from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration, one_line
+from rosa_lightning.utils.opening import writing
+from rosa_lightning.utils.stopping import requeued
+
+DESCRIPTION = (
+    "RoSA fine-tuning: RoAE adapters on the low-frequency RoPE dimensions of Q and K, trained in "
+    "the layers that Dynamic Layer Selection picks."
+)
+COMMANDS = {
+    "fit": "Train adapters.",
+    "validate": "Loss and accuracy on the held-out records.",
+    "test": "Write answers to the test sources and score them.",
+    "predict": "Write answers to the predict sources into predictions.jsonl.",
+    "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
+    "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
+    "audit": "Look at the training data: lengths, duplicates, leaked test questions.",
+    "bench": "Measure a training beside PEFT LoRA and the frozen base.",
+    "report": "Write what a run has logged as one HTML page, or as pictures.",
+}
+"""What each command does, for ``--help``."""
+TOOLS: dict[str, Callable[..., None]] = {
+    "export": export,
+    "inspect": inspect,
+    "audit": audit,
+    "bench": bench,
+    "report": report,
+}
+"""The commands that the trainer does not run. They read the same configuration."""
+_OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
+_OF_A_STEP = (
+    "model.attn_implementation",
+    "model.gradient_checkpointing",
+    "data.batch_size",
+    "data.tokens_per_batch",
+)
+SHOWN: dict[str, tuple[str, ...]] = {
+    "export": tuple(f"model.{name}" for name in _OF_A_BASE),
+    "inspect": (
+        *(f"model.{name}" for name in _OF_A_BASE),
+        *(*_OF_A_STEP, "data.max_length", "data.sources", "trainer.precision"),
+    ),
+    "audit": (
+        *("model.base", "model.revision", "model.trust_remote_code", "model.adapter"),
+        *("data.sources", "data.test_sources", "data.tokenizer", "data.template"),
+        *("data.max_length", "data.decontaminate"),
+    ),
+    "bench": ("model.", "data.", "optimizer", "lr_scheduler", "trainer."),
+    "report": (),
+}
+"""The keys of a training that mean something to such a command, or how they begin."""
+_load_yaml = get_loader("yaml")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration beside a run's logs, and nowhere else.
+
+    Lightning would write config.yaml into the working folder where a run has no logger, and refuse
+    to run a second time.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it when training starts.
+
+        Raises:
+            FileExistsError: Another run has logged there, and this one does not go on from it.
+        """
+        if stage != "fit" or trainer.logger is None or self.already_saved:
+            return
+        path = Path(trainer.log_dir or ".") / self.config_filename
+        # Rank 0 says so for all: it may have written the file when the others look.
+        taken = trainer.strategy.broadcast(path.exists())
+        if taken and self.config.get("ckpt_path") is None and not requeued(trainer):
+            raise FileExistsError(
+                f"{path.parent} holds the logs of another run. Leave trainer.logger.version out "
+                "for a new folder, or go on with that run by --ckpt_path."
+            )
+        self.overwrite = True
+        with writing(path):
+            super().setup(trainer, pl_module, stage)
+
+
+class RoSACLI(LightningCLI):
+    """LightningCLI over `RoSAModule` and `ReasoningDataModule`.
+
+    Args:
+        given: The command line, without the program's name.
+    """
+
+    def __init__(self, *args: Any, given: Sequence[str], **kwargs: Any):
+        self.given = given
+        self.wanted = wanted_commands(given)
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Optimizer and schedule at the top level, given to the model."""
+        # Not required: a checkpoint or an adapter may name it. `parse_arguments` asks for it.
+        parser.set_defaults({"model.base": ""})
+        next(action for action in parser._actions if action.dest == "model.base").required = False
+        parser.add_argument(
+            "--validate_first",
+            type=bool,
+            default=False,
+            help="Validate before a training starts, so that its curves begin with the base.",
+        )
+        parser.add_argument(
+            "--optimizer",
+            type=OptimizerCallable,
+            default={
+                "class_path": "torch.optim.AdamW",
+                "init_args": {"lr": 1e-3, "weight_decay": 0.0},
+            },
+            help="Any torch optimizer, over the adapters.",
+        )
+        parser.add_argument(
+            "--lr_scheduler",
+            type=LRSchedulerCallable,
+            default={"class_path": "rosa_lightning.training.schedule.WarmupCosine"},
+            help="Any torch learning rate schedule, stepped once an optimizer step.",
+        )
+        parser.link_arguments("optimizer", "model.optimizer")
+        parser.link_arguments("lr_scheduler", "model.lr_scheduler")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with what a checkpoint or an adapter knows of its model as defaults.
+
+        Where they stand, on the command line or in a file, is known after parsing alone.
+        """
+        with refused("the configuration cannot be read"):
+            self.given = read_pipes(self.given)  # which can be read once
+            quiet = [arg for arg in self.given if not arg.startswith("--print_config")]
+            config = parser.parse_args(quiet)
+        command = config.subcommand
+        ckpt_path = config[command].get("ckpt_path")
+        if command not in TOOLS and ckpt_path is not None and found_by_trainer(ckpt_path):
+            ckpt_path = None
+        known: dict[str, Any] = {}
+        if SHOWN.get(command) != ():
+            known = remembered_settings(ckpt_path, config[command].model)
+            self._subcommand_parsers[command].set_defaults(known)
+        learnt = bool(known) or quiet != self.given
+        self.config = parser.parse_args(self.given) if learnt else config
+        if ckpt_path is not None and self.config[command].model.adapter is not None:
+            self.config[command].model.adapter = None
+            rank_zero_info("model.adapter is left out, as ckpt_path holds an adapter.")
+        elif command in ("validate", "test", "predict") and config[command].model.adapter:
+            hold_lora(self.config[command].model, known)
+        if command in TOOLS:
+            shown = {k: self.config[command].get(k) for k in known if k.startswith(SHOWN[command])}
+            for line in contradictions(known, shown, "the adapter"):
+                rank_zero_warn(line)
+        if command not in TOOLS and not self.config[command].model.base:
+            parser.error(NO_BASE)
+
+    def before_fit(self) -> None:
+        """Validate the base, if that was asked for and this run is not the rest of another."""
+        check_outputs(self.trainer)  # before anything is logged
+        config = self.config_init["fit"]
+        nothing = not (self.trainer.limit_val_batches and self.datamodule.val_fraction)
+        goes_on = config["ckpt_path"] is not None or requeued(self.trainer)
+        if nothing or not config["validate_first"] or goes_on:
+            return
+        # Logged here, and without callbacks: a validation ends by closing the event file, and
+        # callbacks would take it for the run.
+        trainer: Any = self.trainer  # `callbacks` is there, but not declared
+        loggers, callbacks = trainer.loggers, trainer.callbacks
+        trainer.loggers = []
+        trainer.callbacks = [item for item in callbacks if isinstance(item, ProgressBar)]
+        (metrics,) = trainer.validate(self.model, self.datamodule, verbose=False)
+        trainer.loggers, trainer.callbacks = loggers, callbacks
+        for logger in loggers:
+            logger.log_metrics(dict(metrics), step=0)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Describe the commands in this package's words; Lightning's are cut after two lines."""
+        own = {name: {**kwargs.get(name, {}), "description": COMMANDS[name]} for name in COMMANDS}
+        super()._add_subcommands(parser, **own)
+        listed: Any = parser._subcommands_action
+        for name in TOOLS:
+            self._subcommand_parsers[name] = self._prepare_tool_parser(name, **own[name])
+            listed.add_subcommand(name, self._subcommand_parsers[name], help=COMMANDS[name])
+        for action in listed._choices_actions:
+            action.help = COMMANDS[action.dest]
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Build the parser of a command that is asked for; the others need only their names.
+
+        Each full parser reads the docstrings of the whole trainer, which takes 0.4 s.
+        """
+        if subcommand in self.wanted:
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            if subcommand == "test":
+                parser.set_defaults({"verbose": False})  # our own table is shown
+            return parser
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
+
+    def _prepare_tool_parser(self, name: str, **kwargs: Any) -> LightningArgumentParser:
+        """Build the parser of a command that is not the trainer's.
+
+        It takes any configuration of a training, and shows what means something to the command.
+        """
+        parser = self.init_parser(**kwargs)
+        if name not in self.wanted:
+            return parser
+        self._add_arguments(parser)
+        parser.add_argument("--weights_only", type=bool | None, default=None)
+        for group in parser._action_groups[1:]:
+            about_model = group.title and "RoSAModule" in group.title and SHOWN[name]
+            group.title, group.description = "model" if about_model else None, None
+        for action in parser._actions:
+            if not action.dest.startswith(("help", "config", *SHOWN[name])):
+                action.help = SUPPRESS
+        own = parser.add_function_arguments(
+            TOOLS[name], skip={"setting", "all_models"}, as_positional=name == "report"
+        )
+        parser._action_groups[-1].title = name
+        if name == "inspect":
+            # Without a value, unlike jsonargparse's own switches.
+            parser._action_groups[-1].add_argument(
+                "--all-models",
+                "--all_models",  # as the other options are spelt
+                action="store_true",
+                help="Instead, try every causal language model of transformers, built small.",
+            )
+            own = [*own, "all_models"]
+        self._subcommand_method_arguments[name] = own
+        return parser
+
+    def _set_seed(self) -> None:
+        """Seed; in silence where nothing is trained."""
+        with refused("seed_everything cannot be used", "Set another number."):
+            if self.subcommand in TOOLS:
+                seed_everything(self._get(self.config, "seed_everything"), verbose=False)
+            else:
+                super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Make what the command needs; one that trains not needs no trainer."""
+        config = self.config[self.subcommand]
+        with refused("the configuration cannot be used"):
+            check_classes(config)
+            if "trainer" in config:  # not for a command that takes no configuration
+                check_trainer_settings(config.trainer)
+            if self.subcommand in TOOLS:
+                self.config_init = self.parser.instantiate_classes(self.config)
+            else:
+                super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a command of the trainer, or another."""
+        config = self.config_init[subcommand]
+        if subcommand not in TOOLS:
+            with termination():
+                check_found(self.trainer, subcommand, config.get("ckpt_path"))
+                super()._run_subcommand(subcommand)
+            return
+        options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
+        setting = Setting(config["model"], config["data"], config["trainer"])
+        with termination():
+            TOOLS[subcommand](setting, **options)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as the user gave it.
+
+        Lightning would overwrite it with the checkpoint's in silence. Here a checkpoint's settings
+        are defaults, and one that does not fit what was given is an error.
+        """
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; what Lightning refuses is the user's to mend."""
+        if self._get(self.config_init, "trainer.strategy") == ModelParallelStrategy.__name__:
+            # Lightning knows the other strategies by short names, and this one by its class alone.
+            kwargs["strategy"] = ModelParallelStrategy()
+        with refused("the trainer cannot be made", "Mend trainer."):
+            trainer = super().instantiate_trainer(**kwargs)
+        complete_strategy(trainer)
+        return trainer
+
+
+def hold_lora(model: Any, known: Mapping[str, Any]) -> None:
+    """Take the settings that hold a LoRA from elsewhere, which is not trained here, and say so.
+
+    The configuration's are those of another adapter, trained or to be trained with it.
+    """
+    if adapter_settings(Path(model.adapter))[2] is not None:
+        return  # it knows its own, which must agree
+    names = [name for name in known if name.startswith("model.roae.")]
+    values = {name.removeprefix("model.roae."): known[name] for name in names}
+    given = {name: getattr(model.roae, name) for name in values}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    if plain != {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}:
+        changed = ", ".join(f"{name}={value}" for name, value in plain.items())
+        rank_zero_info(f"model.roae as given does not apply to {model.adapter}: it has {changed}")
+    for name, value in values.items():
+        setattr(model.roae, name, value)
+
+
+def complete_strategy(trainer: Trainer) -> None:
+    """Set what a strategy needs here and the user has left open, and say so."""
+    strategy: Any = trainer.strategy
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    selects = any(isinstance(item, DynamicLayerSelection) for item in callbacks)
+    if isinstance(strategy, DDPStrategy) and selects:
+        if "find_unused_parameters" not in strategy._ddp_kwargs:
+            strategy._ddp_kwargs["find_unused_parameters"] = True
+            rank_zero_info("DDP with find_unused_parameters=True, since layers are frozen.")
+    elif isinstance(strategy, ModelParallelStrategy):
+        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+        if sizes == ("auto", "auto"):
+            strategy._data_parallel_size, strategy._tensor_parallel_size = trainer.world_size, 1
+            rank_zero_info(f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1.")
+
+
+@contextmanager
+def refused(what: str, mend: str = "") -> Iterator[None]:
+    """Take errors of parsing and of making objects for what they speak of: the configuration.
+
+    Raises:
+        ConfigurationError: In place of any error but those of files and of memory.
+    """
+    try:
+        yield
+    except (ConfigurationError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        told = explain(error)
+        if told is None or mend:
+            reason = one_line(told or f"{type(error).__name__}: {error}").rstrip(".;")
+            told = f"{what}: {reason}. {mend}"
+        raise ConfigurationError(one_line(told)) from error
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that nothing half-written stays behind."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    0; 1 for a failure, 2 for a wrong command line, 130 for Ctrl-C; SIGTERM exits with 143.
+    """
+    # Lightning still uses a name that torch 2.13 deprecates; no user can do anything about it.
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec\)` is deprecated")
+    quiet_quantizers()
+    # Nothing is called but what a type of ours or of Lightning asks for, and nothing is imported
+    # that jsonargparse counts as dangerous, such as os and subprocess.
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=[],
+    )
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
+    # Names of files may hold bytes that are not UTF-8; they are shown as the error stream does.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with quiet_log_writers():
+        return _run(args)
+
+
+def _run(args: Sequence[str] | None) -> int:
+    try:
+        RoSACLI(
+            RoSAModule,
+            ReasoningDataModule,
+            save_config_callback=SaveRunConfig,
+            parser_class=RoSAParser,
+            parser_kwargs={"prog": "python -m rosa_lightning", "description": DESCRIPTION},
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={
+                "callbacks": [PredictionWriter(), ResultWriter()],
+                # The module's validation needs no rehearsal before every training.
+                "num_sanity_val_steps": 0,
+            },
+            given=sys.argv[1:] if args is None else args,
+            args=None if args is None else list(args),
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 128 + signal.SIGINT
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, KeyboardInterrupt):
+            raise
+        sys.stderr.write("interrupted\n")  # as Lightning hands it on
+        return 128 + signal.SIGINT
+    except Exception as error:
+        told = explain(error)
+        if told is None or os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        sys.stderr.write(f"error: {told}\n")
+        return 2 if is_configuration(error) else 1
+    return 0
+
+
+@contextmanager
+def quiet_log_writers() -> Iterator[None]:
+    """Show no traceback of TensorBoard's thread, whose error the next value logged raises."""
+    before = threading.excepthook
+
+    def unless_told_later(args: threading.ExceptHookArgs) -> None:
+        is_writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and issubclass(args.exc_type, OSError)):
+            before(args)
+
+    threading.excepthook = unless_told_later
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def load_yaml(text: str) -> Any:
+    """Values of YAML that passes `check_yaml`."""
+    check_yaml(text)
+    return _load_yaml(text)
+
+
+def quiet_quantizers() -> None:
+    """Leave out what quantization libraries log whoever imports them, and repeat nothing.
+
+    `transformers` imports torchao wherever it is installed. It says which kernels of other devices
+    it cannot load, and torch speaks to its authors. bitsandbytes names a cast at every product.
+    """
+    beside = ("Failed to load", "Skipping import of cpp extensions", "<enum '")
+    said: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in said
+        said.add(message)
+        return is_new and not message.startswith(beside)
+
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).addFilter(first)
+
+
+def wanted_commands(args: Sequence[str]) -> Collection[str]:
+    """The commands that stand on a command line; all, if it may leave them to a file."""
+    named = [command for command in COMMANDS if command in args]
+    return named if named or {"-h", "--help"} & set(args) else tuple(COMMANDS)
+
+
+def read_pipes(args: Sequence[str]) -> list[str]:
+    """A command line with the content of a configuration that is a pipe in place of its name."""
+    read = list(args)
+    for index, arg in enumerate(args):
+        option, equals, name = arg.partition("=")
+        if option != "--config" or (not equals and index + 1 == len(args)):
+            continue
+        name = name if equals else args[index + 1]  # or the configuration itself
+        try:
+            is_pipe = os.path.exists(name) and not (os.path.isfile(name) or os.path.isdir(name))
+        except ValueError:  # a NUL
+            is_pipe = False
+        if is_pipe:
+            text = read_configuration(name)
+            read[index + (not equals)] = f"--config={text}" if equals else text
+    return read
+
+
+def found_by_trainer(ckpt_path: str) -> bool:
+    """Whether a checkpoint is one that the trainer finds: "last", or a file elsewhere, say."""
+    is_word = ckpt_path.partition(":")[0] in ("best", "last", "hpc", "registry")
+    return (is_word and not Path(ckpt_path).exists()) or "://" in ckpt_path
+
+
+def check_found(trainer: Trainer, command: str, ckpt_path: str | None) -> None:
+    """Check that there is a checkpoint where a word asks the trainer to find one.
+
+    Lightning would evaluate the base if there is no last one. Of a training it says that it begins
+    anew, so that the command of the first run is that of the next.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if ckpt_path not in ("best", "last", "hpc") or Path(ckpt_path).exists():
+        return
+    connector = trainer._checkpoint_connector
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said in other words
+            found = connector._parse_ckpt_path(
+                TrainerFn(command), ckpt_path, model_provided=True, model_connected=False
+            )
+    except (ValueError, MisconfigurationException):
+        found = None
+    if found is None and not (command == "fit" and ckpt_path == "last"):
+        callbacks: list[Any] = trainer.checkpoint_callbacks
+        folders = [str(item.dirpath) for item in callbacks if getattr(item, "dirpath", None)]
+        looked = f" in {', '.join(folders)}" if folders and ckpt_path == "last" else ""
+        raise ValueError(
+            f"ckpt_path={ckpt_path}: there is no such checkpoint{looked}, as this command is no "
+            "part of the run that wrote it. Give its path, such as "
+            "lightning_logs/version_0/checkpoints/last.ckpt."
+        )

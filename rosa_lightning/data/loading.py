@@ -1,0 +1,179 @@
+"""Samplers that say which records a rank gets, and the loader that saves its place."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
+
+from rosa_lightning.data.grouping import Grouping
+from rosa_lightning.data.sampling import Stop, epoch_counts, epoch_length, epoch_order
+from rosa_lightning.data.tokenization import Example
+
+
+class LongestFirst(DistributedSampler[int]):
+    """This rank's share of prompts, the longest first: batches hold prompts of like length.
+
+    So little is padded, and what does not fit into memory shows at once. No prompt is repeated to
+    give ranks equal numbers, as that one would count twice. Lightning puts a sampler of its own,
+    which repeats, around any but a `DistributedSampler`, which this is.
+    """
+
+    def __init__(self, lengths: Sequence[int], num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(
+            range(len(lengths)),  # type: ignore[arg-type]
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=False,
+        )
+        order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+        self._mine = order[rank::num_replicas]
+
+    def __iter__(self) -> Iterator[int]:
+        """Positions of this rank's prompts."""
+        return iter(self._mine)
+
+    def __len__(self) -> int:
+        """How many prompts this rank has."""
+        return len(self._mine)
+
+
+class MixtureSampler(DistributedSampler[list[int]]):
+    """This rank's batches of `epoch_order`, as `grouping` makes them.
+
+    An epoch has `epoch_length` records, a multiple of the ranks, and all ranks have the same
+    number of batches of the same numbers of records.
+
+    It yields whole batches and so belongs in a loader without a batch size. Lightning puts a
+    sampler of its own around any loader whose sampler is not a `DistributedSampler`, as this is;
+    that of a loader with a batch sampler never is.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        names: Sequence[str],
+        seed: int,
+        grouping: Grouping,
+        num_replicas: int = 1,
+        rank: int = 0,
+        stop: Stop = "total",
+    ) -> None:
+        super().__init__(
+            range(sum(sizes)),  # type: ignore[arg-type]
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=False,
+            seed=seed,
+        )
+        self.sizes, self.names = tuple(sizes), tuple(names)
+        self.grouping = grouping
+        self.total_size = epoch_length(sizes, weights, stop, num_replicas)
+        self.num_samples = self.total_size // num_replicas
+        self.counts = epoch_counts(weights, self.total_size)
+        self._start = 0
+        self._known: dict[int, int] = {}  # batches of epochs
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """The next pass begins at this batch of `epoch`."""
+        self.epoch, self._start = epoch, batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: when resuming, Lightning calls it after the iterator was made."""
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches of an epoch; where they are made by tokens, no two epochs need have as many."""
+        number = self.grouping.num_steps(self.total_size, self.num_replicas)
+        if number is not None:
+            return number
+        if epoch not in self._known:
+            self._known[epoch] = len(self._steps(epoch)[1])
+        return self._known[epoch]
+
+    def __len__(self) -> int:
+        """Batches of the first epoch."""
+        return self.num_batches(0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batches of positions in the sources laid end to end."""
+        order, ends = self._steps(self.epoch)
+        starts = np.concatenate([[0], ends[:-1]])[self._start :]
+        for start, end in zip(starts, ends[self._start :], strict=True):
+            yield order[start + self.rank : end : self.num_replicas].tolist()
+
+    def _steps(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        order = epoch_order(self.sizes, self.counts, self.names, self.seed, epoch).numpy()
+        return self.grouping.steps(order, self.num_replicas, self.seed, epoch)
+
+
+class Batched(ConcatDataset[Example]):
+    """Sources laid end to end, of which many records are asked for at once."""
+
+    def __getitem__(self, positions: list[int]) -> list[Example]:  # type: ignore[override]
+        """The records at these positions."""
+        one = super().__getitem__
+        return [one(position) for position in positions]  # type: ignore[no-untyped-call]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A `DataLoader` over a `MixtureSampler` that saves its place and goes on from there.
+
+    A pass has `len(loader)` batches, which is what the first epoch has, so that a trainer knows
+    the length of its run. It begins where the last one ended, so that passes which the trainer
+    cuts short (`limit_train_batches`) still go through all records, and epochs with more or fewer
+    batches than the first are gone through whole.
+
+    A trainer knows how many batches it has trained on, and may restore that after the loader was
+    made. `position` asks it, each time a pass hands out its first batch; what `seek` or
+    `load_state_dict` said then no longer counts.
+
+    Raises TypeError for any other sampler.
+    """
+
+    sampler: MixtureSampler
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: MixtureSampler,
+        position: Callable[[], int] | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(sampler, MixtureSampler):
+            raise TypeError(
+                f"A ResumableLoader takes a MixtureSampler, not a {type(sampler).__name__}."
+            )
+        super().__init__(dataset, sampler=sampler, batch_size=None, **options)
+        self.position = position
+        self._epoch = self._batch = 0
+
+    def seek(self, batch: int) -> None:
+        """The next pass begins at this batch, counted from the beginning of the training."""
+        self._epoch, self._batch = 0, batch
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches; those that workers have prepared ahead do not count as seen."""
+        if self.position is not None:
+            self.seek(self.position())
+        remaining = len(self)
+        while remaining:
+            while self._batch >= (number := self.sampler.num_batches(self._epoch)):
+                self._epoch, self._batch = self._epoch + 1, self._batch - number
+            self.sampler.seek(self._epoch, self._batch)
+            for batch in super().__iter__():
+                # Counted before it is handed out: a checkpoint saved after its step has it done.
+                self._batch += 1
+                remaining -= 1
+                yield batch
+                if not remaining:
+                    break
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from a saved place."""
+        self._epoch, self._batch = state_dict["epoch"], state_dict["batch"]

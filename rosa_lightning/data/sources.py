@@ -1,0 +1,218 @@
+"""What a data source is: a local file or a hub data set, of a task, with a weight."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from rosa_lightning.tasks.custom import nearest
+from rosa_lightning.tasks.records import TASKS, Task, find_task
+
+Purpose = Literal["train", "test", "predict", "audit"]
+"""What records are for: a response to train on, a gold answer, only a question, or to be looked at
+whatever they lack."""
+
+_TEXTS = ("name", "path", "hub", "subset", "split", "revision", "task")
+"""The fields of a source that are texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data source: a local file (`path`) or a Hugging Face data set (`hub`)."""
+
+    name: str | None = None
+    """Name in logs and tables; by default the file's name or the hub id's last part."""
+    path: str | None = None
+    """Local file: .json (a list of objects), .jsonl, .parquet; to predict also .txt."""
+    hub: str | None = None
+    """Hugging Face data set id, such as openai/gsm8k."""
+    subset: str | None = None
+    """Configuration of the hub data set, where it has several."""
+    split: str = "train"
+    """Split of the hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set."""
+    task: str | None = None
+    """Benchmark, which sets the answer format; by default told from the name, else text."""
+    weight: float | None = None
+    """Share in training, relative to the other sources; by default the number of records."""
+    max_examples: int | None = None
+    """Most records to use, chosen by data.seed; by default all."""
+    stream: bool | None = None
+    """To train: leave the records on disk and read each when it is its turn. By default, from
+    256 MiB on. Not for .json, which is read whole."""
+
+    @cached_property
+    def label(self) -> str:
+        """The name, given or told from the path or hub id."""
+        return self.name or (Path(self.path).stem if self.path else str(self.hub).split("/")[-1])
+
+    @cached_property
+    def benchmark(self) -> str:
+        """The task, given or told from label, hub id or subset; `text` where these name none."""
+        if self.task is not None:
+            return find_task(self.task) or self.task  # or the user's own
+        told = (self.label, (self.hub or "").split("/")[-1], self.subset or "")
+        return next((task for name in told if (task := find_task(name))), "text")
+
+    @property
+    def place(self) -> str:
+        """Where the records are, for messages."""
+        return self.path or f"hub data set {self.hub}"
+
+
+def as_source(
+    value: Source | Mapping[str, Any] | str | Path, tasks: Mapping[str, Task] = TASKS
+) -> Source:
+    """A `Source` from itself, from its fields in a mapping, or from a path; checked.
+
+    Its task is one of `tasks`, and named as there where it is the user's own.
+
+    Raises TypeError for another type, of a field too, and for a field that a source does not have,
+    ValueError for fields that contradict each other or lie outside their range.
+    """
+    if isinstance(value, str | Path):
+        value = {"path": str(value)}
+    if isinstance(value, Mapping):
+        known = [field.name for field in fields(Source)]
+        for key in value:
+            if key not in known:
+                raise TypeError(
+                    f"A data source has no field {key!r}{nearest(str(key), known)}. "
+                    f"Its fields are {', '.join(known)}."
+                )
+        is_path = isinstance(value.get("path"), Path)
+        value = Source(**{**value, "path": str(value["path"])} if is_path else value)
+    if not isinstance(value, Source):
+        raise TypeError(
+            f"A data source is given as {value!r}; expected its fields, such as "
+            "{path: FILE, weight: 0.5}."
+        )
+    _check_types(value)
+    _check_fields(value, tasks)
+    own = find_task(value.task or value.label, {k: v for k, v in tasks.items() if k not in TASKS})
+    return value if own is None else replace(value, task=own)
+
+
+# Not in __post_init__: jsonargparse would wrap these errors in twenty lines of its own.
+def _check_types(source: Source) -> None:
+    """Check what a file or a command line may hold in place of a text or a truth value."""
+    for key in _TEXTS:
+        given = getattr(source, key)
+        if given is None and key != "split":
+            continue
+        if not isinstance(given, str):
+            raise TypeError(
+                f"A data source has {key} {given!r}; expected a text, in quotes where it looks "
+                f"like something else, such as {key}: 'five'."
+            )
+        if not given or "\0" in given:
+            raise ValueError(
+                f"A data source has {key} {given!r}, which is no name. Give one, or leave it out."
+            )
+    if source.stream is not None and not isinstance(source.stream, bool):
+        raise TypeError(
+            f"Source {source.label} has stream {source.stream!r}; expected true or false, without "
+            "quotes. Leave it out to stream files from 256 MiB on."
+        )
+
+
+def _check_fields(source: Source, tasks: Mapping[str, Task]) -> None:
+    if (source.path is None) == (source.hub is None):
+        given = "neither path nor hub" if source.path is None else "both path and hub"
+        raise ValueError(
+            f"A data source names {given}. Give exactly one: path: FILE, or hub: OWNER/NAME."
+        )
+    weight = source.weight
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 <= weight < math.inf):
+        raise ValueError(
+            f"Source {source.label} has weight {weight!r}. A weight is a number of at least 0; "
+            "leave it out to weigh the source by its number of records."
+        )
+    limit = source.max_examples
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(
+            f"Source {source.label} has max_examples {limit!r}. It is a whole number of at least "
+            "1; leave it out to use all records, or the source to use none."
+        )
+    if source.stream and Path(source.path or "").suffix.lower() == ".json":
+        raise ValueError(
+            f"Source {source.label} has stream: true, but a .json file is one list, read whole. "
+            "Write it one object a line as .jsonl, or as .parquet, or leave stream out."
+        )
+    if source.task is not None and find_task(source.task, tasks) is None:
+        raise ValueError(
+            f"Source {source.label} has task {source.task!r}{nearest(source.task, tasks)}. "
+            f"There are {', '.join(tasks)}. Define others under data.tasks."
+        )
+
+
+def demo_source(split: Literal["train", "test"]) -> Source:
+    """The embedded demonstration set, which `data.sources: demo` means."""
+    file = resources.files("rosa_lightning") / "models" / "tiny" / f"demo_{split}.jsonl"
+    return Source(name="demo", path=str(file), task="demo")
+
+
+def source_list(
+    key: str, given: Any, demo: Literal["train", "test"], tasks: Mapping[str, Task] = TASKS
+) -> list[Source]:
+    """The sources that a setting names, one or a list; names must differ, as counts go by them."""
+    if given is None:
+        return []
+    if isinstance(given, str | Path | Mapping | Source):
+        given = [given]
+    if not isinstance(given, Sequence):
+        raise TypeError(
+            f"{key} is {given!r}; expected demo, a source or a list of sources. "
+            f"Set data.{key}: [{{path: FILE.jsonl}}]."
+        )
+    sources = [
+        demo_source(demo) if isinstance(value, str) and value == "demo" else as_source(value, tasks)
+        for value in given
+    ]
+    names = [source.label for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"Two sources in data.{key} are named {name!r}. Give each a name: "
+                "[{name: first, path: ...}, {name: second, path: ...}]."
+            )
+    for source in sources:
+        if source.stream and key != "sources":
+            raise ValueError(
+                f"Source {source.label} in data.{key} has stream: true; only training sources "
+                "are streamed. Leave it out."
+            )
+    return sources
+
+
+def weighted_sources(sources: list[Source], temperature: float | None = None) -> list[Source]:
+    """The sources that take part in training.
+
+    Raises ValueError if there is none, if some have a weight and others not, or if shares are
+    said twice, by weights and by a temperature.
+    """
+    if not sources:
+        raise ValueError("data.sources names no source. Set it to demo or to a list of sources.")
+    weighted = [source.label for source in sources if source.weight is not None]
+    if temperature is not None and weighted:
+        raise ValueError(
+            f"data.temperature={temperature} sets the shares by size, but there are weights in "
+            f"data.sources ({', '.join(weighted)}). Take out one or the other."
+        )
+    without = [source.label for source in sources if source.weight is None]
+    if without and len(without) < len(sources):
+        raise ValueError(
+            f"In data.sources some sources have a weight and others not ({', '.join(without)}). "
+            "Give each one a weight, or none."
+        )
+    used = [source for source in sources if source.weight != 0]
+    if not used:
+        raise ValueError(
+            "The weights in data.sources sum to zero. Give one source a weight above 0."
+        )
+    return used

@@ -1,0 +1,1 @@
+"""Answers and scores: generation, likelihood, metrics and result files."""

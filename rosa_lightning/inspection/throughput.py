@@ -1,0 +1,282 @@
+"""`ThroughputMonitor`: how fast a training runs, and what of it is padding."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from rosa_lightning.data.collators import IGNORED
+from rosa_lightning.dls.layers import find_layers
+from rosa_lightning.inspection.flops import flops_per_token, head_flops, lowest_active, uncounted
+
+Counts = dict[str, Tensor | int]
+
+RATES = ("examples", "tokens", "supervised_tokens")
+"""Counts that are shown per second."""
+
+
+class Stopwatch:
+    """Adds up counts, and the seconds that they took; it can be held.
+
+    Counts stay on their device until they are read, to spare a synchronisation a step.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counts = {}
+        """What was counted since the start."""
+        self._since = time.perf_counter()
+        self._held_at: float | None = None
+
+    def hold(self) -> None:
+        """Stop the clock, for a validation."""
+        self._held_at = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Let the clock run on."""
+        if self._held_at is not None:
+            self._since += time.perf_counter() - self._held_at
+            self._held_at = None
+
+    def add(self, counts: Mapping[str, Tensor | int]) -> None:
+        """Count more, under any names."""
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def seconds(self) -> float:
+        """Seconds since the start, but for those when it was held."""
+        return time.perf_counter() - self._since
+
+
+class ThroughputMonitor(Callback):
+    """Shows how fast a training runs, in the progress bar and to every logger.
+
+    Every ``trainer.log_every_n_steps`` optimizer steps, over the batches since the last time, of
+    all devices and without the time of validations: ``throughput/examples_per_s``;
+    ``throughput/tokens_per_s``, padding left out; ``throughput/supervised_tokens_per_s``, those of
+    the responses; ``throughput/padding_share`` of what the batches hold; and ``throughput/mfu``
+    where the device's peak is known: the operations that the training needs (`flops.py`), as a
+    share of that peak. Beside it ``memory/peak_mib``, the peak so far: PyTorch's on a CUDA device,
+    else all of the process's. The progress bar also names the lowest layer that trains, where the
+    backward pass stops.
+
+    Batches are those of `ReasoningDataModule`, padded or packed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latest: dict[str, float] = {}
+        """The last figures of the last fit, by their tags."""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Hold nothing of a model or a fit."""
+        self._watch = Stopwatch()
+        self._blocks: list[nn.Module] = []
+        self._head_flops = 0
+        self._peak_flops: float | None = None
+        self._step = 0
+        self._bar: Any = None
+        self._shown: dict[str, str] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers and the device's peak, and start the clock."""
+        self._forget()
+        self.latest = {}
+        self._find_layers(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._join(trainer.progress_bar_callback)
+        self._watch = Stopwatch()
+
+    def _find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            path = find_layers(pl_module)[0].name.rpartition(".")[0]
+        except ValueError:  # of another shape: nothing to say of layers
+            return
+        self._blocks = list(pl_module.get_submodule(path).children())
+        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        peak = peak_flops(trainer, self._blocks)
+        model = next((m for m in pl_module.modules() if hasattr(m, "get_output_embeddings")), None)
+        if peak is None or model is None:
+            return
+        reason = "weights are in shards" if sharded else uncounted(self._blocks)
+        if reason is not None:
+            rank_zero_info(f"MFU is not shown: {reason}.")
+            return
+        self._peak_flops, self._head_flops = peak, head_flops(model)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the step, by which Lightning logs."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and show the figures where they are due."""
+        counts = batch_counts(batch)
+        if self._peak_flops is not None:
+            per_token = flops_per_token(self._blocks)
+            in_head = self._head_flops * counts["supervised_tokens"]
+            counts["flops"] = per_token * counts["tokens"] + in_head
+        self._watch.add(counts)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        # Steps, not batches: under accumulation most batches end no step.
+        if every and trainer.global_step // every != self._step // every:
+            self._report(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the time of validation out."""
+        self._watch.hold()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the clock run on."""
+        self._watch.go_on()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the model; the progress bar keeps what it shows."""
+        self._blocks = []
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of all: after an exception there is no teardown."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of all, the progress bar included."""
+        if self._bar is not None:
+            del self._bar.get_metrics
+        self._forget()
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = list(self._watch.counts)
+        own = torch.stack([torch.as_tensor(c).cpu().double() for c in self._watch.counts.values()])
+        total = trainer.strategy.reduce(own.to(pl_module.device, torch.float32), reduce_op="sum")
+        counts = dict(zip(names, total.tolist(), strict=True))
+        peak = None if self._peak_flops is None else self._peak_flops * trainer.world_size
+        self.latest = rates(counts, self._watch.seconds(), peak)
+        if (memory := peak_mib(pl_module.device)) is not None:
+            self.latest["memory/peak_mib"] = memory
+        self._shown = words(self.latest, lowest_active(self._blocks))
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(self.latest), step=self._step)
+        self._watch = Stopwatch()
+
+    def _join(self, bar: Any) -> None:
+        """Put the figures beside what the progress bar shows, each with its unit.
+
+        What modules log for the bar are bare numbers, to Rich's with three decimals each.
+        """
+        if bar is None:
+            return
+        self._bar, own = bar, bar.get_metrics
+
+        def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+            items = own(trainer, pl_module)
+            whole = {name: str(value) for name, value in items.items() if isinstance(value, int)}
+            return {**items, **whole, **self._shown}
+
+        bar.get_metrics = get_metrics
+
+
+def batch_counts(batch: Any) -> Counts:
+    """What a batch of `ReasoningDataModule` holds: examples, tokens, and the places they stand in.
+
+    Raises:
+        TypeError: It is another kind of batch.
+    """
+    try:
+        mask, labels = batch["attention_mask"], batch["labels"]
+        examples = len(batch.get("row_lengths", labels))
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise TypeError(
+            f"ThroughputMonitor cannot count a batch of {type(batch).__name__}: it takes those of "
+            "ReasoningDataModule, with attention_mask and labels. Take it out of trainer.callbacks."
+        ) from error
+    return {
+        "examples": examples,
+        "tokens": mask.sum(),
+        "supervised_tokens": (labels != IGNORED).sum(),
+        "places": mask.numel(),
+    }
+
+
+def rates(
+    counts: Mapping[str, float], seconds: float, peak_flops: float | None = None
+) -> dict[str, float]:
+    """Figures by their tags.
+
+    Args:
+        counts: As `batch_counts` has them, added up, and flops where their peak is known.
+        seconds: The time that this took.
+        peak_flops: Operations a second that all devices can do.
+    """
+    figures = {f"throughput/{name}_per_s": counts[name] / seconds for name in RATES}
+    figures["throughput/padding_share"] = 1 - counts["tokens"] / counts["places"]
+    if peak_flops is not None:
+        figures["throughput/mfu"] = counts["flops"] / seconds / peak_flops
+    return figures
+
+
+def words(figures: Mapping[str, float], lowest: int | None) -> dict[str, str]:
+    """Figures as a progress bar shows them, and the lowest layer that trains."""
+    named = {
+        "examples/s": _short(figures["throughput/examples_per_s"]),
+        "tokens/s": _short(figures["throughput/tokens_per_s"]),
+        "supervised/s": _short(figures["throughput/supervised_tokens_per_s"]),
+        "padding": f"{figures['throughput/padding_share']:.0%}",
+    }
+    if lowest is not None:
+        named["lowest layer"] = str(lowest)
+    if "memory/peak_mib" in figures:
+        named["memory"] = f"{_short(figures['memory/peak_mib'])}MiB"
+    if "throughput/mfu" in figures:
+        named["MFU"] = f"{figures['throughput/mfu']:.0%}"
+    return named
+
+
+def _short(value: float) -> str:
+    """Three digits, thousands and millions by letter."""
+    for limit, letter in ((999_500, "M"), (9_995, "k")):
+        if value >= limit:
+            scaled = value / (1e6 if letter == "M" else 1e3)
+            return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f}{letter}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+def peak_flops(trainer: Trainer, blocks: list[nn.Module]) -> float | None:
+    """Operations a second that a device can do in the type that layers compute in, if known."""
+    precision = str(trainer.precision)
+    weights = (p for block in blocks for p in block.parameters() if p.is_floating_point())
+    dtype = next((weight.dtype for weight in weights), torch.float32)
+    if precision.startswith(("bf16", "16")):
+        dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of devices that Lightning has no figure for
+        return get_available_flops(trainer.strategy.root_device, dtype)
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """Peak memory so far, MiB: PyTorch's on a CUDA device, else resident memory of the process.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB

@@ -1,0 +1,406 @@
+"""RoAE on a whole model: wrap the projections, freeze the base, merge; the adapter's state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rosa_lightning.models.finite import check_weights
+from rosa_lightning.models.quantization import (
+    check_dequantizable,
+    dequantize_model,
+    dequantized_linear,
+    dtype_of,
+    is_quantized,
+    num_parameters,
+    quantized_modules,
+    ready_four_bit_layers,
+)
+from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, RoAENorm, Target
+from rosa_lightning.roae.rope import PairTable
+from rosa_lightning.roae.rows import find_blocks, spans
+from rosa_lightning.roae.targets import Term, plan_terms
+
+_REPORT = "_roae_report"
+"""Attribute under which an adapted model keeps what was done to it."""
+
+ADAPTER_WEIGHTS = ("roae_A", "roae_B")
+"""Names of the trainable parameters; all others belong to the base."""
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """One term on one projection."""
+
+    name: str
+    """Dotted path of the RoAE layer in the model: the projection's own path, or below it where a
+    fused projection takes several terms."""
+    target: Target
+    table: PairTable
+    """All RoPE pairs of a head in this layer; empty for targets other than q and k."""
+    low_pairs: tuple[int, ...]
+    """Indices of the adapted pairs in ``table.pairs``."""
+    num_heads: int
+    num_parameters: int
+    """Trainable parameters of the term."""
+    layer: str
+    """Dotted path of the layer's attention module."""
+    rows: tuple[int, ...]
+    """The output rows of the projection that take the term, ascending."""
+    norm: str
+    """Dotted path of the norm after which the term is added; empty: right after the projection."""
+    projection: str
+    """Dotted path of the projection in the base, as it is without RoAE."""
+    num_rows: int
+    """All output rows of the projection."""
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The adapted head dimensions, ascending; none for targets other than q and k."""
+        return tuple(sorted(dim for i in self.low_pairs for dim in self.table.pairs[i]))
+
+    @property
+    def border(self) -> tuple[float | None, float | None]:
+        """Fastest adapted and slowest other frequency, radians per token; None if there is none."""
+        low = [self.table.inv_freq[i] for i in self.low_pairs]
+        others = [f for i, f in enumerate(self.table.inv_freq) if i not in self.low_pairs]
+        return max(low, default=None), min(others, default=None)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        where = f"{self.name} ({self.target}{', after ' + self.norm if self.norm else ''})"
+        if not self.low_pairs:
+            return f"{where}: all {len(self.rows)} rows; {self.num_parameters:,} parameters"
+        low, other = ("-" if f is None else f"{f:.3g}" for f in self.border)
+        return (
+            f"{where}: {len(self.low_pairs)} of {len(self.table.pairs)} pairs, dimensions "
+            f"{spans(self.dims)} of {self.table.head_dim} in {self.num_heads} heads, up to {low} "
+            f"radians a token (next {other}); {self.num_parameters:,} parameters"
+        )
+
+
+@dataclass(frozen=True)
+class RoAEReport:
+    """What `inject_roae` did."""
+
+    config: RoAEConfig
+    """What was asked for."""
+    projections: tuple[ProjectionReport, ...]
+    """The terms, layer by layer in the model's order."""
+    num_trainable: int
+    """Trainable parameters."""
+    num_total: int
+    """All parameters of the adapted model."""
+    notes: tuple[str, ...] = ()
+    """What a layer does without, and why."""
+
+    def __str__(self) -> str:
+        """One line for people."""
+        rotated = [p for p in self.projections if p.low_pairs]
+        dims = (
+            f", {len(rotated[0].dims)} of {rotated[0].table.head_dim} dimensions a head"
+            if rotated
+            else ""
+        )
+        return (
+            f"RoAE on {len(self.projections)} projections{dims}; {self.num_trainable:,} trainable "
+            f"of {self.num_total:,} parameters "
+            f"({100 * self.num_trainable / self.num_total:.2f} %)"
+        )
+
+    def describe(self) -> str:
+        """One line for each term, and one for each note."""
+        return "\n".join([*map(str, self.projections), *self.notes])
+
+
+def inject_roae(
+    model: nn.Module, config: RoAEConfig, weights: Mapping[str, Tensor] | None = None
+) -> RoAEReport:
+    """Freeze a causal language model and wrap its Q and K projections with RoAE, in place.
+
+    Where Q and K stand in one fused projection, each has a term of its own on its own rows.
+
+    Args:
+        model: A `transformers` language model with a rotary position embedding.
+        config: What to add.
+        weights: What will be loaded into it, if that is known: checked before anything is made.
+
+    Returns:
+        The adapted projections with their pairs, dimensions and parameter counts, and what layers
+        do without.
+
+    Raises:
+        ValueError: The model is adapted already, does not rotate its queries and keys, rotates
+            them in a way that cannot be read, or has no room for what the configuration asks; or
+            the weights do not fit. The model is left as it was.
+    """
+    if any(True for _ in roae_layers(model)):
+        raise ValueError(
+            f"{type(model).__name__} carries RoAE already. Call merge_roae first, or load a fresh "
+            "base."
+        )
+    ready_four_bit_layers(model)
+    terms, notes = plan_terms(model, config)
+    if weights is not None:
+        _check_fit(_weight_shapes(terms, config), weights)
+    model.requires_grad_(False)
+    layers = [_wrap(model, term, config) for term in terms]
+    # A later term on the same projection stands around an earlier one, so paths come last.
+    paths = {layer: path for path, layer in roae_layers(model)}
+    reports = tuple(
+        ProjectionReport(
+            name=paths[layer],
+            target=term.target,
+            table=term.table or PairTable(0, (), ()),
+            low_pairs=term.low_pairs,
+            num_heads=term.num_heads,
+            num_parameters=layer.roae_A.numel() + layer.roae_B.numel(),
+            layer=term.layer,
+            rows=term.rows,
+            norm=term.norm,
+            projection=term.projection,
+            num_rows=term.num_rows,
+        )
+        for term, layer in zip(terms, layers, strict=True)
+    )
+    total = num_parameters(model)
+    trainable = sum(report.num_parameters for report in reports)
+    report = RoAEReport(config, reports, trainable, total, tuple(notes))
+    setattr(model, _REPORT, report)
+    return report
+
+
+def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
+    """Put a RoAE layer in the place of one projection, and of its norm if the term waits for it."""
+    base = model.get_submodule(term.projection)
+    blocks = find_blocks(term.rows, term.num_rows, term.num_heads)
+    layer = RoAELinear(
+        base,
+        in_features=term.in_features,
+        num_heads=blocks.count,
+        head_dims=[dim for run in blocks.runs for dim in range(*run)],
+        config=config,
+        start=blocks.start,
+        stride=blocks.stride,
+        defer=bool(term.norm),
+        # A quantised projection may hold buffers alone.
+        device=next(chain(base.parameters(), base.buffers())).device,
+    ).train(base.training)
+    model.set_submodule(term.projection, layer)
+    if term.norm and term.table:
+        norm = RoAENorm(
+            model.get_submodule(term.norm),
+            layer,
+            layout=term.norm_layout,
+            num_heads=term.num_heads,
+            head_dim=term.table.head_dim,
+            head_dims=term.dims,
+        )
+        model.set_submodule(term.norm, norm)
+    return layer
+
+
+def _weight_shapes(terms: Sequence[Term], config: RoAEConfig) -> dict[str, tuple[int, ...]]:
+    """The RoAE weights that terms will have, by name, and their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, term in enumerate(terms):
+        # A later term on the same projection stands around an earlier one.
+        after = sum(other.projection == term.projection for other in terms[number + 1 :])
+        name = term.projection + ".base" * after
+        shapes[f"{name}.roae_A"] = (config.rank, term.in_features)
+        shapes[f"{name}.roae_B"] = (len(term.rows), config.rank)
+    return shapes
+
+
+def roae_layers(model: nn.Module) -> Iterator[tuple[str, RoAELinear]]:
+    """The wrapped projections of a model, with their dotted paths."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoAELinear):
+            yield name, module
+
+
+def roae_report(model: nn.Module) -> RoAEReport:
+    """What `inject_roae` did to a model.
+
+    Raises:
+        ValueError: The model carries no RoAE.
+    """
+    report: RoAEReport | None = getattr(model, _REPORT, None)
+    if report is None:
+        raise ValueError(f"{type(model).__name__} carries no RoAE. Call inject_roae first.")
+    return report
+
+
+def merge_roae(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
+    """Fold every RoAE term into its projection, in float32, and unwrap; in place.
+
+    Args:
+        model: As `inject_roae` left it, trained or not.
+        dequantize: Of a quantised base make a plain model, in the dtype of its configuration.
+
+    Raises:
+        ValueError: The model carries no RoAE, carries terms after a norm, which no weight can
+            hold, or adapts quantised weights without ``dequantize``. The model is left as it was.
+    """
+    roae_report(model)
+    for _, layer in roae_layers(model):
+        layer.check_mergeable(dequantize=dequantize)
+    if dequantize:
+        check_dequantizable(model)
+    for _, wrapper in outermost_wrappers(model):
+        _merge_terms(wrapper, dtype_of(model))
+    remove_roae(model)
+    if dequantize:
+        dequantize_model(model)
+    return model
+
+
+def _merge_terms(wrapper: nn.Module, dtype: torch.dtype) -> None:
+    """Fold all terms of one projection; a quantised one becomes a plain one of a dtype."""
+    terms = []
+    while isinstance(wrapper, RoAELinear):
+        terms.append(wrapper)
+        wrapper = wrapper.base
+    quantized = is_quantized(wrapper)
+    if quantized:
+        terms[-1].base = dequantized_linear(cast(nn.Linear, wrapper))
+    for term in terms:
+        term.merge()
+    if quantized:
+        terms[-1].base.to(dtype)
+
+
+def remove_roae(model: nn.Module) -> nn.Module:
+    """Unwrap every projection and norm and drop the terms; in place.
+
+    The base is as it was before `inject_roae`, and stays frozen.
+
+    Raises:
+        ValueError: The model carries no RoAE.
+    """
+    roae_report(model)
+    for path, wrapper in outermost_wrappers(model):
+        model.set_submodule(path, innermost(wrapper))
+    delattr(model, _REPORT)
+    return model
+
+
+@contextmanager
+def merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[nn.Module]:
+    """The model as `merge_roae` would leave it, for the length of a ``with`` block.
+
+    Afterwards it is adapted again, and its weights are bit for bit as they were.
+
+    Raises:
+        ValueError: As `merge_roae`.
+    """
+    report, wrappers = roae_report(model), outermost_wrappers(model)
+    layers = [layer for _, layer in roae_layers(model)]
+    bases = [(layer, layer.base) for layer in layers]
+    rows = [
+        (layer.weight, layer.rows, layer.weight.detach()[layer.rows.to(layer.weight.device)])
+        for layer in layers
+        if not is_quantized(innermost(layer))
+    ]
+    quantized = list(quantized_modules(model)) if dequantize else []
+    settings = dict(vars(model)), dict(vars(getattr(model, "config", model)))
+    try:
+        yield merge_roae(model, dequantize=dequantize)
+    finally:
+        with torch.no_grad():
+            for weight, index, values in rows:
+                weight[index.to(weight.device)] = values
+        for layer, base in bases:
+            layer.base = base
+        for path, wrapper in wrappers:
+            model.set_submodule(path, wrapper)
+        for path, module in quantized:
+            model.set_submodule(path, module)
+        # Without its quantization a model and its configuration lose some plain attributes.
+        vars(model).update(settings[0])
+        vars(getattr(model, "config", model)).update(settings[1])
+        setattr(model, _REPORT, report)
+
+
+def base_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules of the base, with the dotted paths that they have without RoAE."""
+    module = innermost(module)
+    yield path, module
+    for name, child in module.named_children():
+        yield from base_modules(child, f"{path}.{name}" if path else name)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module of the base that stands within RoAE's, or the module itself."""
+    while isinstance(module, RoAELinear | RoAENorm):
+        module = module.base
+    return module
+
+
+def outermost_wrappers(model: nn.Module) -> list[tuple[str, RoAELinear | RoAENorm]]:
+    """The RoAE layers that stand in no other, with their dotted paths: those of the base."""
+    wrappers = [(p, m) for p, m in model.named_modules() if isinstance(m, RoAELinear | RoAENorm)]
+    inner = {id(wrapper.base) for _, wrapper in wrappers}
+    return [(path, wrapper) for path, wrapper in wrappers if id(wrapper) not in inner]
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a state dict's key names a RoAE weight."""
+    return key.rpartition(".")[2] in ADAPTER_WEIGHTS
+
+
+def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Check that a state dict holds the RoAE weights of a model and no other, fit to be used.
+
+    Raises:
+        ValueError: Names the weights that are missing, unknown, of another shape, or no finite
+            floating-point numbers.
+    """
+    expected = {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
+    _check_fit({key: tuple(value.shape) for key, value in expected.items()}, given)
+
+
+def _check_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
+    problems = [f"{key} is missing" for key in expected if key not in given]
+    problems += [f"{key} is unknown" for key in given if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(given[key].shape)}, not {shape}"
+        for key, shape in expected.items()
+        if hasattr(given.get(key), "shape") and tuple(given[key].shape) != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the adapter does not fit the model: {'; '.join(problems[:3])}{more}. Give the base "
+            "and the model.roae settings that it was trained with."
+        )
+    check_weights(given)
+
+
+def expect_adapters_alone(model: nn.Module, keys: Any) -> None:
+    """Not miss the base's weights when a state dict of adapters is loaded.
+
+    A hook for `register_load_state_dict_post_hook`. It serves models that hold the adapted one,
+    as that of weight averaging does, and load it as a part of their own.
+
+    Args:
+        model: The adapted model.
+        keys: Has a list `missing_keys`, which may begin with the model's own name.
+    """
+    named: tuple[tuple[str, Tensor], ...] = (
+        *model.named_parameters(remove_duplicate=False),  # second names are missing, too
+        *model.named_buffers(remove_duplicate=False),
+    )
+    base = {name for name, _ in named if not is_adapter_key(name)}
+
+    def is_of_base(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[start:]) in base for start in range(len(parts)))
+
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not is_of_base(key)]

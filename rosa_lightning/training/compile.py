@@ -1,0 +1,70 @@
+"""Decoder layers compiled one by one, so that freezing and thawing them needs few graphs.
+
+The compiler makes a graph for each way in which a layer's inputs and weights require gradients.
+Layers alike share graphs, so that there are a handful, whatever layers are active; a model
+compiled as a whole would need one for every set of active layers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import nn
+
+from rosa_lightning.training.sharding import decoder_layers, is_sharded
+
+NUM_GRAPHS = 64
+"""Graphs that layers of all kinds may need in all. Gradients make 6 of each kind of layer, masks
+and precisions twice as many; torch's own limit is 8, beyond which it runs code uncompiled."""
+
+
+def compile_layers(
+    model: nn.Module, strategy: Strategy | None = None, backend: str = "inductor"
+) -> None:
+    """Compile each decoder layer of an adapted model, in place; names of weights stay.
+
+    In training only, where shapes and the numbers of rows may change from batch to batch. In
+    evaluation mode layers run as they are, and so do those that are given a cache, whose graph
+    would hold for one layer alone.
+
+    Args:
+        model: As `inject_roae` left it, on one device or before DDP wraps it.
+        strategy: The trainer's, if there is one.
+        backend: Of `torch.compile`.
+
+    Raises:
+        ValueError: The strategy shards the model, or layers are to be recomputed in the backward
+            pass, which Inductor (torch 2.13) refuses for attention.
+    """
+    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    if checkpointed and backend == "inductor":
+        raise ValueError(
+            "model.compile=true does not go with model.gradient_checkpointing=true: the compiler "
+            "cannot recompute attention in the backward pass. Set one of them to false."
+        )
+    if is_sharded(strategy):
+        raise ValueError(
+            f"model.compile=true does not go with {type(strategy).__name__}, which gathers weights "
+            "in the midst of a layer. Set model.compile to false, or trainer.strategy to "
+            "ddp_find_unused_parameters_true."
+        )
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, NUM_GRAPHS)
+    for path in decoder_layers(model):
+        layer = model.get_submodule(path)
+        layer.compile(fullgraph=True, dynamic=True, backend=backend)
+        # Where torch keeps it: neither in copies nor in files of the model.
+        layer._compiled_call_impl = partial(_call, layer, layer._compiled_call_impl)
+
+
+def _call(layer: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer, compiled in training and without a cache."""
+    from transformers import Cache
+
+    # By its class: releases differ in what they call it.
+    cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    run = layer._call_impl if cached or not layer.training else compiled
+    return run(*args, **kwargs)

@@ -1,0 +1,213 @@
+"""Optimizer steps with a loss or a gradient that is not finite: stopped, or left out.
+
+One look at the numbers and one wait for the device an optimizer step, on all ranks alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from rosa_lightning.models.finite import local_parts
+from rosa_lightning.utils.agreement import RanksError, several_ranks
+
+_MOST_RECORDS = 20
+"""Record numbers of a source that a message lists."""
+
+
+def check_max_nonfinite_steps(value: Any) -> None:
+    """Check the setting.
+
+    Raises:
+        ValueError: It is no whole number from 0 up.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"max_nonfinite_steps={value!r} is no whole number from 0 up. Set "
+            "model.max_nonfinite_steps to the number of such steps that a run may leave out; 0 "
+            "stops at the first."
+        )
+
+
+def check_clipping(value: float | None) -> None:
+    """Check what gradients are clipped at, which Lightning does not.
+
+    Raises:
+        ValueError: It is below 0, which would clip nothing, or NaN, which would spoil all.
+    """
+    if value is not None and not value >= 0:
+        raise ValueError(
+            f"gradient_clip_val={value} clips nothing. Set trainer.gradient_clip_val to a number "
+            "above 0, 1.0 say, or to null for no clipping."
+        )
+
+
+class StepGuard:
+    """Looks at each optimizer step before it is taken.
+
+    A gradient counts as not finite, too, where the sum of its squares is not in its data type:
+    clipping and Adam's moments need it.
+
+    Args:
+        max_skipped: Steps of a run that are left out; the next such step is an error.
+    """
+
+    def __init__(self, max_skipped: int) -> None:
+        self.max_skipped = max_skipped
+        self.skipped = 0
+        """Steps left out so far in this run."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new window of micro-batches."""
+        self._losses: list[Tensor] = []
+        self._batches: list[Mapping[str, Any]] = []
+
+    def add(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
+        """Remember a micro-batch of the step, without waiting for the device."""
+        self._losses.append(loss.detach().float())
+        self._batches.append({k: batch[k] for k in ("source", "index") if k in batch})
+
+    def check(self, module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the step's losses and gradients, which stand in the parameters; all ranks must.
+
+        Raises:
+            ValueError: One is not finite, and no step may be left out any more. Says on every rank
+                which, and of which records.
+        """
+        if problem := self._look(module, optimizer):
+            self._skip(module.trainer, problem)
+            _drop(optimizer, has_scaler=_scaler(module.trainer) is not None)
+        self.forget()
+
+    def check_begun(self, module: LightningModule) -> None:
+        """Look at a step that has begun before its gradients are saved; all ranks must.
+
+        Raises:
+            ValueError: It will stop the run, as soon as all of its batches are there.
+        """
+        for optimizer in module.trainer.optimizers if self.skipped >= self.max_skipped else ():
+            if problem := self._look(module, optimizer):
+                self._skip(module.trainer, problem)
+
+    def _look(self, module: LightningModule, optimizer: Optimizer) -> str:
+        """What is not finite, on any rank; empty if nothing is.
+
+        Under a gradient scaler infinite gradients are normal, and it passes over their step. They
+        count only once it scales by less than 1.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        bad_loss, bad_gradient = self._flags(parameters, module.trainer.strategy.root_device)
+        scaler = _scaler(module.trainer)
+        if bad_gradient and not bad_loss and scaler is not None:
+            bad_gradient = scaler.get_scale() < 1
+        return self._describe(module, bad_loss) if bad_loss or bad_gradient else ""
+
+    def _flags(self, parameters: Iterable[Tensor], device: torch.device) -> tuple[bool, bool]:
+        """Whether any loss, and any gradient, of any rank is not finite."""
+        gradients = [
+            part for p in parameters if p.grad is not None for part in local_parts(p.grad.detach())
+        ]
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(1, device=device)
+        norm = get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+        bad = ~torch.stack([losses.isfinite().all(), norm.to(losses.device).isfinite()])
+        flags = bad.to(device, torch.float32)
+        if several_ranks():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        loss, gradient = flags.tolist()
+        return bool(loss), bool(gradient)
+
+    def _describe(self, module: LightningModule, bad_loss: bool) -> str:
+        """What is not finite, and on which records, on all ranks that have seen it."""
+        own = self._bad_losses(module) if bad_loss else self._bad_gradients(module)
+        if not several_ranks():
+            return own
+        texts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, own)
+        return "; ".join(f"on rank {rank} {text}" for rank, text in enumerate(texts) if text)
+
+    def _bad_losses(self, module: LightningModule) -> str:
+        bad = [
+            (loss.item(), batch)
+            for loss, batch in zip(self._losses, self._batches, strict=True)
+            if not loss.isfinite()
+        ]
+        return "; ".join(f"the loss is {value} {_records(module, [b])}" for value, b in bad)
+
+    def _bad_gradients(self, module: LightningModule) -> str:
+        names = [
+            name
+            for name, parameter in module.named_parameters()
+            if parameter.grad is not None
+            and any(not get_total_norm([g]).isfinite() for g in local_parts(parameter.grad))
+        ]
+        if not names:  # in another rank's shards, or in all of them together
+            return "" if several_ranks() else "the norm of the gradients is not finite"
+        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        losses = ", ".join(f"{loss.item():.4g}" for loss in self._losses)
+        return (
+            f"the gradient of {names[0]}{more} is not finite {_records(module, self._batches)}, "
+            f"with a loss of {losses}"
+        )
+
+    def _skip(self, trainer: Trainer, where: str) -> None:
+        """Count the step, or stop."""
+        step = trainer.global_step
+        if self.skipped >= self.max_skipped:
+            before = f", after {self.skipped} that were left out" if self.skipped else ""
+            raise RanksError(
+                f"optimizer step {step} is not finite{before}: {where}. The weights are as they "
+                "were before it. Look at these records, lower optimizer.lr, set "
+                "trainer.gradient_clip_val, or let model.max_nonfinite_steps such steps be left "
+                "out."
+            )
+        self.skipped += 1
+        rank_zero_warn(
+            f"Optimizer step {step} is left out, {self.skipped} of model.max_nonfinite_steps="
+            f"{self.max_skipped}: {where}."
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics({"train/nonfinite_steps": self.skipped}, step=step)
+
+
+def _scaler(trainer: Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _drop(optimizer: Optimizer, has_scaler: bool) -> None:
+    """Leave the optimizer nothing to do."""
+    # A scaler that has not unscaled the gradients yet looks for infinity in them.
+    unscales = has_scaler and getattr(optimizer, "_step_supports_amp_scaling", False)
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if parameter.grad is not None and unscales:
+            parameter.grad.fill_(torch.nan)
+        else:
+            parameter.grad = None
+
+
+def _records(module: LightningModule, batches: Sequence[Mapping[str, Any]]) -> str:
+    """Which records batches hold, by source."""
+    names = getattr(getattr(module.trainer, "datamodule", None), "source_names", ())
+    found: dict[str, list[int]] = {}
+    for batch in batches:
+        if "source" in batch and "index" in batch:
+            pairs = zip(batch["source"].tolist(), batch["index"].tolist(), strict=True)
+            for source, index in pairs:
+                name = names[source] if source < len(names) else f"source {source}"
+                found.setdefault(name, []).append(index)
+    if not found:
+        return f"in batch {module.trainer.fit_loop.batch_idx}"
+    texts = []
+    for name, numbers in found.items():
+        listed = ", ".join(map(str, sorted(numbers)[:_MOST_RECORDS]))
+        more = f" and {len(numbers) - _MOST_RECORDS} more" if len(numbers) > _MOST_RECORDS else ""
+        texts.append(f"{listed}{more} of {name}")
+    return f"on records {'; '.join(texts)}"

@@ -1,0 +1,256 @@
+"""A model's head on chosen positions alone, through the model's own forward.
+
+What stands between the decoder and the logits (the head, soft-capping, scaling) is left to the
+model. The decoder's answer is narrowed on its way there. So is what the last layer's feed-forward
+block is given: behind it no token looks at another.
+
+Axes: B rows, T tokens, N chosen positions, D features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_lightning.utils.modules import in_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SAMPLE = 8
+"""Tokens of a row that the narrowed head is compared on."""
+
+
+def logits_at(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    places_N: Tensor,
+    block: nn.Module | None = None,
+) -> Tensor:
+    """Logits at some positions.
+
+    Args:
+        model: The causal language model; `why_not_narrowed` finds nothing against it.
+        inputs: What its forward takes.
+        places_N: Indices into the flattened (B, T) of the inputs, each once.
+        block: What `last_block` found, to be run at these positions alone.
+
+    Returns:
+        Logits, shape (N, V), in the model's own dtype.
+    """
+    narrowed = _changed(decoder_of(model), lambda output: _at(output, places_N))
+    with narrowed, _narrowed(block, places_N):
+        logits: Tensor = model(**inputs).logits
+    return logits[0]
+
+
+def states_at(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    places_N: Tensor,
+    block: nn.Module | None = None,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the head is given at some positions, and the head.
+
+    Args:
+        model: As for `logits_at`.
+        inputs: As for `logits_at`.
+        places_N: As for `logits_at`.
+        block: As for `logits_at`.
+
+    Returns:
+        States, shape (N, D), and a function of some of them, (n, D), to logits, (n, V). It calls
+        the model with the decoder's answer given, so it may be run again in the backward pass.
+    """
+    answers: list[Any] = []
+
+    def one_position(output: Any) -> Any:
+        answers.append(_at(output, places_N))
+        return _with_states(answers[0], answers[0].last_hidden_state[:, :1])
+
+    with _changed(decoder_of(model), one_position), _narrowed(block, places_N):
+        model(**inputs)
+    answer = answers[0]
+
+    def head(states_ND: Tensor) -> Tensor:
+        with _answered(decoder_of(model), _with_states(answer, states_ND[None])):
+            logits: Tensor = model(**inputs).logits
+        return logits[0]
+
+    return answer.last_hidden_state[0], head
+
+
+@torch.no_grad()
+def why_not_narrowed(model: PreTrainedModel, ids_BT: Tensor) -> str:
+    """Why a model's head cannot be given fewer positions; empty if it can.
+
+    Args:
+        model: The causal language model, in any mode.
+        ids_BT: Token ids to compare the narrowed head with the whole one on.
+    """
+    if decoder_of(model) is model:
+        return f"{type(model).__name__} has no decoder apart from its head"
+    ids = ids_BT[:2, -_SAMPLE:]
+    inputs = {"input_ids": ids, "use_cache": False}
+    places_N = torch.arange(1, ids.numel(), 2, device=ids.device)
+    with in_mode(model, False):
+        whole_NV = model(**inputs).logits.flatten(0, 1)[places_N]
+        try:
+            found = logits_at(model, inputs, places_N)
+            states_ND, head = states_at(model, inputs, places_N)
+            found_again = head(states_ND)
+        except Exception as error:
+            return f"the head of {type(model).__name__} refuses fewer: {_line(error)}"
+    for one in (found, found_again):
+        if one.shape != whole_NV.shape or not close(one, whole_NV):
+            return f"the head of {type(model).__name__} answers otherwise where it is given fewer"
+    return ""
+
+
+@torch.no_grad()
+def last_block(model: PreTrainedModel, ids_BT: Tensor, *, compare: bool = True) -> nn.Module | None:
+    """The last layer's feed-forward block, if it may be run at the needed positions alone.
+
+    It may where that is seen to change no logits there.
+
+    Args:
+        model: As for `logits_at`.
+        ids_BT: Token ids to try it on.
+        compare: Whether to look at the logits. Of tensors without numbers, only the shapes can be.
+    """
+    block = _candidate(model)
+    if block is None:
+        return None
+    ids = ids_BT[:2, -_SAMPLE:]
+    # With a mask, as batches have one: some mixtures of experts count by it.
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    places_N = torch.arange(1, ids.numel(), 2, device=ids.device)
+    with in_mode(model, False):
+        try:
+            found_NV = logits_at(model, inputs, places_N, block)
+        except Exception:  # it takes or gives more than one tensor, or looks at other tokens
+            return None
+        same = not compare or close(found_NV, logits_at(model, inputs, places_N))
+    return block if same else None
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """What a model gives its head the answers of; the model itself where that cannot be told."""
+    found: nn.Module = model.base_model
+    if found is model:  # some name a prefix that they have no module of
+        parts = [part for part in model.children() if hasattr(part, "config")]
+        return parts[0] if len(parts) == 1 else model
+    return found
+
+
+def close(found: Tensor, wanted: Tensor, half: float = 0.02) -> bool:
+    """Whether two results differ by no more than rounding in the precision they were made in.
+
+    Args:
+        found: Of the same shape as `wanted`.
+        wanted: What to compare with.
+        half: Bound on the relative difference where there are 16 bits.
+    """
+    bound = 2e-4 if torch.get_float32_matmul_precision() == "highest" else 5e-3
+    if torch.is_autocast_enabled(wanted.device.type) or wanted.element_size() < 4:
+        bound = half
+    wanted, found = wanted.double(), found.double()
+    return bool((found - wanted).norm() <= bound * wanted.norm())
+
+
+def _candidate(model: PreTrainedModel) -> nn.Module | None:
+    """What looks like the last layer's feed-forward block, None where it must run on all tokens.
+
+    So it must where a layer is run again for the backward pass, whole, or compiled.
+    """
+    if any(
+        getattr(module, "gradient_checkpointing", False) or module._compiled_call_impl is not None
+        for module in model.modules()
+    ):
+        return None
+    stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList)]
+    if not stacks or not len(stacks[-1]):
+        return None
+    # Weights in few bits may be buffers.
+    weights = {
+        part: [*part.parameters(), *part.buffers()]
+        for part in stacks[-1][-1].children()
+        if not any(hasattr(module, "roae_A") for module in part.modules())
+    }
+    sizes = {
+        part: sum(weight.numel() for weight in held)
+        for part, held in weights.items()
+        if any(weight.ndim > 1 for weight in held)  # no norm: attention may follow it
+    }
+    return max(sizes, key=lambda part: sizes[part], default=None)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _at(output: Any, places_N: Tensor) -> Any:
+    states_BTD: Tensor = output.last_hidden_state
+    return _with_states(output, states_BTD.flatten(0, 1).index_select(0, places_N)[None])
+
+
+def _with_states(output: Any, states: Tensor) -> Any:
+    """A copy of a decoder's answer with other states."""
+    changed = copy.copy(output)
+    changed.last_hidden_state = states
+    return changed
+
+
+@contextmanager
+def _changed(decoder: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Let what a decoder answers be changed before its caller sees it."""
+    handle = decoder.register_forward_hook(lambda _module, _args, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _narrowed(block: nn.Module | None, places_N: Tensor) -> Iterator[None]:
+    """Let a block that takes each token for itself run at some, and answer zero elsewhere."""
+    if block is None:
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (states_BTD,) = args
+        shape[:] = [states_BTD.shape]
+        return (states_BTD.flatten(0, 1).index_select(0, places_N)[None],)
+
+    def after(_: nn.Module, args: Any, output_1ND: Tensor) -> Tensor:
+        batch, tokens = shape[0][:2]
+        zeros = output_1ND.new_zeros(batch * tokens, output_1ND.shape[-1])
+        return zeros.index_copy(0, places_N, output_1ND[0]).view(batch, tokens, -1)
+
+    handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _answered(decoder: nn.Module, answer: Any) -> Iterator[None]:
+    """Let a decoder give an answer that it has given before, and compute nothing."""
+    own = vars(decoder).get("forward")
+    decoder.forward = lambda *args, **kwargs: answer
+    try:
+        yield
+    finally:
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own

@@ -1,0 +1,227 @@
+"""A batch taken in parts, one after another, whose activations are never alive together.
+
+The gradients of all parts but the last are taken as soon as their loss is known, and handed on when
+the backward pass comes. So whoever calls for it, Lightning or DDP, sees one loss and one backward
+pass.
+
+Rows are run beside others than in the whole batch. What looks at all rows that are run together
+sees those of a part: a dropout's draws, the outliers of ``llm_int8``, a rotation that follows the
+longest row (``dynamic``, ``longrope``).
+
+Axes: B rows, T tokens, P tokens of a beginning that is computed once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rosa_lightning.data.collators import IGNORED
+from rosa_lightning.data.packing import is_packed_batch
+from rosa_lightning.models.quantization import num_parameters
+
+MicrobatchTokens = int | Literal["auto"] | None
+"""Most tokens of a part; ``auto`` for what `busy_tokens` says; None for batches as they are."""
+
+_FEW = 2048
+"""Tokens of a part under ``auto``."""
+_LARGE = 2e9
+"""Weights of a base that takes an accelerator longer to run over so many tokens (8 TFLOP forward,
+as much backward) than to launch the kernels."""
+_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
+_BOUNDS = ("num_label_positions", "num_shared")
+"""What is said of all rows of a padded batch and so of any of them."""
+
+
+def check_microbatch_tokens(num_tokens: Any) -> None:
+    """Check the setting.
+
+    Raises:
+        ValueError: It is no `MicrobatchTokens`, or below 1.
+    """
+    is_number = isinstance(num_tokens, int) and not isinstance(num_tokens, bool)
+    if num_tokens is None or num_tokens == "auto" or (is_number and num_tokens >= 1):
+        return
+    raise ValueError(
+        f"microbatch_tokens={num_tokens!r} is no whole number from 1 up. Set "
+        "model.microbatch_tokens to a number of tokens, 2048 say, to auto, or to null for batches "
+        "as they are."
+    )
+
+
+def busy_tokens(model: nn.Module, device: str) -> int | None:
+    """Tokens enough to keep a device busy, so that more at once make nothing faster.
+
+    Args:
+        model: The base; weights may be missing or packed.
+        device: Type of the device, such as cpu or cuda.
+
+    Returns:
+        A number of tokens; None for small models on an accelerator, which would wait for kernels
+        to be launched.
+    """
+    return _FEW if device == "cpu" or num_parameters(model) >= _LARGE else None
+
+
+def rows_at_once(batch_size: int, width: int, num_tokens: int | None) -> int:
+    """Rows of the largest part of a batch whose rows are all equally long."""
+    if num_tokens is None:
+        return batch_size
+    return max(map(len, _groups([width] * batch_size, sum, num_tokens)))
+
+
+def microbatches(
+    batch: dict[str, Any], num_tokens: int, num_shared: int = 0
+) -> list[dict[str, Any]]:
+    """A batch in parts of at most so many tokens, padding included, or of one row.
+
+    There are as few parts as can be, and they are as small as so few can be. Padded rows of like
+    length come together, and a part is as wide as its longest row. Parts that carry no loss are
+    left out.
+
+    Args:
+        batch: As `TrainCollator` or `PackedCollator` makes it.
+        num_tokens: At least 1.
+        num_shared: P, tokens of a padded batch's rows that each part computes once.
+
+    Returns:
+        Batches with what a loss is computed from; the given one alone, if it is no larger.
+    """
+    is_packed = is_packed_batch(batch)
+    rows, width = (1, batch["labels"].numel()) if is_packed else batch["labels"].shape
+    if num_shared + rows * (width - num_shared) <= num_tokens:
+        return [batch]
+    parts = _packed(batch, num_tokens) if is_packed else _padded(batch, num_tokens, num_shared)
+    if len(parts) == 1:
+        return [batch]
+    return [part for part in parts if (part["labels"][:, 1:] != IGNORED).any()] or [batch]
+
+
+def _padded(batch: dict[str, Any], num_tokens: int, num_shared: int) -> list[dict[str, Any]]:
+    lengths_B, order_B = batch["attention_mask"].sum(1).sort(descending=True, stable=True)
+
+    def size(group: Sequence[int]) -> int:
+        return num_shared + len(group) * (group[0] - num_shared)
+
+    groups = _groups(lengths_B.tolist(), size, num_tokens)
+    width = batch["labels"].shape[1]
+    common: dict[str, Any] = {name: batch[name] for name in _BOUNDS if name in batch}
+    return [
+        {**common, **{name: batch[name][rows, width - group[0] :] for name in _PER_TOKEN}}
+        for rows, group in zip(order_B.split([*map(len, groups)]), groups, strict=True)
+    ]
+
+
+def _packed(batch: dict[str, Any], num_tokens: int) -> list[dict[str, Any]]:
+    groups = _groups(batch["row_lengths"].tolist(), sum, num_tokens)
+    sizes = [*map(sum, groups)]
+    columns = zip(*(batch[name].split(sizes, dim=1) for name in _PER_TOKEN), strict=True)
+    return [
+        {
+            **dict(zip(_PER_TOKEN, tensors, strict=True)),
+            "row_lengths": batch["row_lengths"].new_tensor(group),
+        }
+        for group, tensors in zip(groups, columns, strict=True)
+    ]
+
+
+def _groups(
+    lengths: Sequence[int], size: Callable[[Sequence[int]], int], most: int
+) -> list[list[int]]:
+    """Lengths in groups, in their order: as few as can be, and the largest as small as can be."""
+
+    def filled(most: int) -> list[list[int]]:
+        groups: list[list[int]] = []
+        for length in lengths:
+            if groups and size([*groups[-1], length]) <= most:
+                groups[-1].append(length)
+            else:
+                groups.append([length])
+        return groups
+
+    fewest = len(filled(most))
+    return filled(bisect_left(range(most), True, key=lambda less: len(filled(less)) <= fewest))
+
+
+def sum_of_parts(
+    parts: Sequence[dict[str, Any]], loss: Callable[[dict[str, Any]], Tensor]
+) -> Tensor:
+    """Sum of the parts' losses, with the graph of the last part alone.
+
+    Its gradients are those of all parts for every leaf that any of them reached, parameters and
+    others. It can be differentiated once. For other tensors than leaves, and for graphs that parts
+    have in common, there is but the last part.
+
+    Args:
+        parts: At least one.
+        loss: Of one part, a scalar.
+    """
+    *early, last = parts
+    if not early:
+        return loss(last)
+    # Weak, as some leaves are of a part's graph: the output of a frozen embedding, say.
+    gradients: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+    known = [_add_gradients(loss(part), gradients) for part in early]
+    last_loss = loss(last)
+    leaves = [*gradients]
+    total: Tensor = _Known.apply(  # type: ignore[no-untyped-call]
+        torch.stack(known).sum(), [gradients[leaf] for leaf in leaves], *leaves
+    )
+    return last_loss + total
+
+
+def _add_gradients(loss: Tensor, gradients: MutableMapping[Tensor, Tensor]) -> Tensor:
+    """Add the gradients of all leaves that a loss depends on; returns it without its graph."""
+    leaves = _leaves(loss)
+    if not leaves:
+        return loss.detach()
+    # As the backward pass is run, outside.
+    with torch.autocast(loss.device.type, enabled=False):
+        try:
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        except RuntimeError as error:
+            error.add_note(
+                "The batch is taken in parts, each with a backward pass of its own. Set "
+                "model.microbatch_tokens to null, if this comes of it."
+            )
+            raise
+    for leaf, gradient in zip(leaves, found, strict=True):
+        if gradient is not None:
+            known = gradients.get(leaf)
+            gradients[leaf] = gradient if known is None else known + gradient
+    return loss.detach()
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """What gradients of a loss end in, each once."""
+    found, seen, waiting = [], set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad":
+            found.append(cast(Any, node).variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients are known already, one for each leaf, of the leaf's shape."""
+
+    @staticmethod
+    def forward(ctx: Any, number: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return number.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        # Not in place: a graph that is retained is run again.
+        return None, None, *(gradient * scale for gradient in ctx.saved_tensors)

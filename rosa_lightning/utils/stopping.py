@@ -1,0 +1,382 @@
+"""The end of a run: by a signal to any of its processes, or where another rank has failed.
+
+A signal is only noted while a training runs. All ranks stop together after the optimizer step, with
+a checkpoint to go on from. Where nothing is trained, a signal ends the process at once, and a
+thread of each rank looks whether another one has left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from rosa_lightning.utils.agreement import (
+    RanksError,
+    agree,
+    configuration,
+    file_digest,
+    is_told,
+    mark_told,
+    new_run,
+    optimization,
+    several_ranks,
+    shared_store,
+)
+
+LOOK_S = 0.5
+"""How often a rank looks whether another has left, in seconds."""
+GRACE_S = 10.0
+"""How long a rank may take to follow another that has left, in seconds."""
+
+_REQUEUE, _INTERRUPT, _TERMINATE = 1, 2, 3
+"""What was asked for; of several the highest counts."""
+
+
+class Stopping(Callback):
+    """Ends a run of several ranks, or of one, in order. `RoSAModule` brings it along.
+
+    It also compares the ranks before they work together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+        self._training = False
+        self._over = False
+        self._agreed = False
+        self._key = ""
+        self._news: dict[str, Any] | None = None
+        self._done = threading.Event()
+        self._before: dict[int, Any] = {}
+        self._group: Any = None
+        self._common_batches = 0
+
+    @classmethod
+    def of(cls, trainer: Trainer | None) -> Stopping | None:
+        """The one of a trainer's run, if there is one."""
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        return next((one for one in callbacks if isinstance(one, cls)), None)
+
+    @classmethod
+    def for_run(cls, trainer: Any) -> Stopping:
+        """A new one for the run that a trainer begins, in place of that of the run before."""
+        trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, cls)]
+        new = cls()
+        new._begin(trainer)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stopping:
+        """The same: it is of a process, and callbacks that copy a module copy its trainer."""
+        return self
+
+    def __reduce__(self) -> tuple[type[Stopping], tuple[()]]:
+        """A new one: another process has its own signals."""
+        return type(self), ()
+
+    # Beginning.
+
+    def _begin(self, trainer: Trainer) -> None:
+        # Lightning's own waits, within the handler, for what other ranks will not do.
+        connector: Any = trainer._signal_connector
+        connector._sigterm_notifier_fn = self._on_signal
+        if trainer.world_size < 2:
+            return
+        self._key = f"rosa/left/{new_run()}"
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
+        threading.Thread(target=self._look, name="other-ranks", daemon=True).start()
+
+    def agree(self, trainer: Trainer) -> None:
+        """Compare the ranks' configurations, once a run.
+
+        Raises:
+            RanksError: Names what differs.
+        """
+        if not self._agreed:
+            self._agreed = True
+            agree("settings", configuration(trainer))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare the ranks, where the data module has not."""
+        self.agree(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare what has been made since."""
+        if several_ranks():
+            agree("optimizers", optimization(trainer) | _checkpoint(trainer))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on signals wait for the end of a step."""
+        if several_ranks() and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")  # no wait for the device
+        self._training = True
+        if threading.current_thread() is threading.main_thread():
+            for number in self._deferred(trainer):
+                signal.signal(number, self._on_signal)  # Lightning puts the former ones back
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the batches that all ranks have, and set right what a resumed one has counted."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._agree_on_checkpoint(trainer)
+        elif not trainer.sanity_checking:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            number = min(sum(loop.max_batches), 2**31)
+            self._common_batches = -self._highest(-int(number))
+            total: Any = loop.batch_progress.total
+            total.ready = total.started = total.processed = total.completed
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the checkpoints."""
+        self._agree_on_checkpoint(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the checkpoints."""
+        self._agree_on_checkpoint(trainer)
+
+    def _agree_on_checkpoint(self, trainer: Trainer) -> None:
+        if several_ranks():
+            agree("checkpoint", _checkpoint(trainer))
+
+    # Signals.
+
+    def _deferred(self, trainer: Trainer) -> list[int]:
+        own: list[int] = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            own.append(signal.SIGINT)
+        requeue = _requeue_signal(trainer)
+        return own if requeue is None else [*own, requeue]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._over:
+            before = self._before.get(number)
+            if callable(before):
+                before(number, frame)
+            return
+        if self._news is not None:
+            _follow(self._news)
+        if not self._training:
+            if number == signal.SIGTERM:
+                raise SIGTERMException(128 + number)
+            return
+        if number == signal.SIGINT and self._asked >= _INTERRUPT:
+            raise KeyboardInterrupt  # asked for again: at once
+        kinds = {signal.SIGTERM: _TERMINATE, signal.SIGINT: _INTERRUPT}
+        self._asked = max(self._asked, kinds.get(signal.Signals(number), _REQUEUE))
+
+    def after_batch(self, trainer: Trainer) -> None:
+        """Stop here, where that was asked of any rank; all ranks must call this.
+
+        Not between the batches of one optimizer step, nor before a validation that is due: what
+        comes next in it is where to stop then.
+        """
+        loop: Any = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        asked = self._highest(self._asked)
+        if asked and not validation_is_due(trainer):
+            self._obey(trainer, asked)
+
+    def after_validation_batch(self, trainer: Trainer) -> None:
+        """Stop in a validation of a training, which is made anew when the training goes on."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        if progress.current.processed > self._common_batches:
+            return  # other ranks have no such batch
+        asked = self._highest(self._asked)
+        if asked:
+            with _before_its_first_batch(progress):
+                self._obey(trainer, asked)
+
+    def _obey(self, trainer: Trainer, asked: int) -> None:
+        self._asked = 0
+        if asked == _REQUEUE:
+            # All of it at this place: a checkpoint in the midst of a step would be of no state.
+            connector: Any = trainer._signal_connector
+            connector._slurm_sigusr_handler_fn(_requeue_signal(trainer), None)
+            return
+        path = _save(trainer)
+        name = "SIGTERM" if asked == _TERMINATE else "Ctrl-C"
+        advice = (
+            f"Go on with --ckpt_path {path}" if path else "There is no checkpoint to go on from"
+        )
+        rank_zero_info(f"{name}: stopped after step {trainer.global_step}. {advice}.")
+        ending: BaseException = KeyboardInterrupt()
+        if asked == _TERMINATE:
+            ending = SIGTERMException(128 + signal.SIGTERM)
+        mark_told(ending)
+        raise ending
+
+    def _highest(self, value: int) -> int:
+        """The highest value of all ranks."""
+        if not several_ranks():
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
+        return int(shared)
+
+    # Other ranks.
+
+    def _look(self) -> None:
+        """Look now and then whether another rank has left, and see to it that this one follows."""
+        store = None
+        while not self._done.wait(LOOK_S):
+            try:
+                if store is None and dist.is_initialized():
+                    store = shared_store().clone()  # not held up by what waits in the other
+                if store is None or not store.check([self._key]):
+                    continue
+                news = json.loads(store.get(self._key))
+                if news["rank"] != dist.get_rank():
+                    store.add(f"{self._key}/seen", 1)
+            except Exception:  # the store went with rank 0
+                news = {"rank": 0, "status": 1, "reason": "its process has ended"}
+            if not self._done.is_set() and news["rank"] != dist.get_rank():
+                self._leave(news)
+            return
+
+    def _leave(self, news: dict[str, Any]) -> None:
+        self._news = news
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._done.wait(GRACE_S):
+            # Stuck where Python handles no signal, waiting for the one that has left.
+            sys.stderr.write(f"error: {_in_words(news)}\n")
+            sys.stderr.flush()
+            os._exit(news["status"])
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Tell the other ranks that this one leaves; or say which one left first.
+
+        Raises:
+            RanksError: Another rank has failed, and this one because of that.
+        """
+        self._done.set()
+        over, self._over = self._over, True
+        if over or not several_ranks() or is_told(exception):
+            return
+        news = self._news or self._tell(exception)
+        if news is not None and not isinstance(exception, SIGTERMException):
+            _follow(news, exception)
+
+    def _tell(self, exception: BaseException) -> dict[str, Any] | None:
+        """Tell that this rank leaves; returns what another one told before."""
+        said = str(exception).strip().splitlines()
+        status = 1
+        if isinstance(exception, SystemExit) and isinstance(exception.code, int):
+            status = exception.code or 1
+        elif isinstance(exception, KeyboardInterrupt):
+            status = 128 + signal.SIGINT
+        reason = said[0] if said else type(exception).__name__
+        own = {"rank": dist.get_rank(), "status": status, "reason": reason}
+        with suppress(Exception):  # the store may be gone
+            store = shared_store()
+            first = json.loads(store.compare_set(self._key, "", json.dumps(own)))
+            if first["rank"] != own["rank"]:
+                return dict(first)
+            until = time.monotonic() + 4 * LOOK_S
+            while own["rank"] == 0 and time.monotonic() < until:
+                if int(store.add(f"{self._key}/seen", 0)) >= dist.get_world_size() - 1:
+                    break
+                time.sleep(0.01)
+        return None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """All is done: no rank leaves before the others have stopped to look."""
+        self._done.set()
+        self._training = False
+        if several_ranks():
+            trainer.strategy.barrier("ended")
+        self._over = True
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+
+def _follow(news: dict[str, Any], cause: BaseException | None = None) -> NoReturn:
+    """Leave as another rank has left."""
+    if news["status"] > 128:
+        raise SIGTERMException(news["status"]) from cause
+    raise RanksError(_in_words(news)) from cause
+
+
+def _in_words(news: dict[str, Any]) -> str:
+    if news["status"] > 128:
+        return f"rank {news['rank']} was stopped by {signal.Signals(news['status'] - 128).name}."
+    return f"rank {news['rank']} failed: {news['reason']}"
+
+
+def _checkpoint(trainer: Trainer) -> dict[str, Any]:
+    return {"ckpt_path": file_digest(trainer.ckpt_path)}
+
+
+def _requeue_signal(trainer: Trainer) -> int | None:
+    """The signal by which SLURM asks for a checkpoint to go on from, if it may."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
+
+
+def requeued(trainer: Trainer) -> bool:
+    """Whether this training goes on from where SLURM has stopped it."""
+    hpc = trainer._checkpoint_connector._hpc_resume_path
+    return SLURMEnvironment.detect() and hpc is not None
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation follows on the batch that has been trained."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    validates = loop.val_loop._max_batches and not loop.val_loop.skip
+    return bool(validates and loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+
+
+@contextmanager
+def _before_its_first_batch(progress: Any) -> Iterator[None]:
+    """Let a validation look as if it had begun its first batch: so it begins anew when resumed."""
+    now = progress.state_dict()
+    total, current = progress.total, progress.current
+    total.processed = total.completed = total.ready - current.ready
+    total.ready = total.started = total.completed + 1
+    current.ready = current.started = 1
+    current.processed = current.completed = 0
+    try:
+        yield
+    finally:
+        progress.load_state_dict(now)
+
+
+def _save(trainer: Trainer) -> str | None:
+    """Save the last checkpoint of the first callback that saves any; all ranks must call this."""
+    saving: list[Any] = [
+        one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)
+    ]
+    saving.sort(key=lambda one: not one.save_last)
+    if not saving:
+        return None
+    callback = saving[0]
+    kept = callback.save_last, callback.save_weights_only
+    callback.save_last, callback.save_weights_only = True, False
+    try:
+        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+    finally:
+        callback.save_last, callback.save_weights_only = kept
+    return str(callback.last_model_path)

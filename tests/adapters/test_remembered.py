@@ -1,0 +1,110 @@
+"""Checkpoints are read without running code, and in bounds."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from rosa_lightning import ReasoningDataModule, RoAEConfig, RoSAModule
+from rosa_lightning.adapters.remembered import read_checkpoint, remembered_settings
+from tests.hostile import KINDS, limited, put
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "a.ckpt"
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(max_steps=1, accelerator="cpu", limit_val_batches=0, **options)
+    trainer.fit(RoSAModule("tiny", RoAEConfig(rank=2)), ReasoningDataModule(batch_size=2))
+    trainer.save_checkpoint(path)
+    return path
+
+
+def message(path: Path | str) -> str:
+    with limited(), pytest.raises(ValueError) as caught:  # noqa: PT011
+        read_checkpoint(str(path))
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 500
+    return text
+
+
+def test_what_a_checkpoint_knows_is_read(checkpoint):
+    known = remembered_settings(str(checkpoint), {"base": None, "adapter": None})
+    assert (known["model.base"], known["model.roae.rank"]) == ("tiny", 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_is_said_at_once(tmp_path, kind):
+    assert "is no file" in message(put(kind, tmp_path / "it"))
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_nor_does_a_folder_of_shards_hang(tmp_path, kind):
+    put(kind, tmp_path / "meta.pt")
+    assert "is no file" in message(tmp_path)
+
+
+def test_a_null_character_is_shown():
+    assert re.search(r"a\\x00b' holds a null character", message("a\0b"))
+
+
+def test_a_checkpoint_that_unpacks_to_thousands_of_times_its_size_is_not_unpacked(
+    checkpoint, tmp_path
+):
+    bomb = tmp_path / "bomb.ckpt"
+    with (
+        zipfile.ZipFile(checkpoint) as whole,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for part in whole.infolist():
+            out.writestr(part.filename, whole.read(part))
+        with out.open("a/data/99", "w", force_zip64=True) as part:
+            for _ in range(100):
+                part.write(bytes(2**20))
+    assert bomb.stat().st_size < 2**20
+    assert re.search(r"bomb\.ckpt has [\d,]+ bytes and unpacks to 10\d,\d{3},\d{3}", message(bomb))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no checkpoint", pickle.dumps({"rosa": 1}), b"PK\x03\x04" + bytes(100)],
+    ids=["empty", "text", "pickled", "half an archive"],
+)
+def test_what_torch_has_not_written_is_refused(tmp_path, content):
+    (tmp_path / "it").write_bytes(content)
+    assert "is not whole, or no file of torch's format" in message(tmp_path / "it")
+
+
+def test_the_old_format_which_may_claim_any_size_is_refused(checkpoint, tmp_path):
+    old = io.BytesIO()
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content, old, _use_new_zipfile_serialization=False)
+    (tmp_path / "it").write_bytes(old.getvalue())
+    assert "no file of torch's format since 1.6" in message(tmp_path / "it")
+
+
+def test_a_cut_checkpoint_is_refused(checkpoint, tmp_path):
+    whole = checkpoint.read_bytes()
+    for length in (10, len(whole) // 2, len(whole) - 30):
+        (tmp_path / "it").write_bytes(whole[:length])
+        assert "can be read safely" in message(tmp_path / "it")
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_code_in_a_checkpoint_is_not_run(checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "more": Code()}, tmp_path / "it")
+    assert "can be read safely" in message(tmp_path / "it")
+    assert "run" not in capsys.readouterr().out

@@ -1,0 +1,709 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from lightning.pytorch.accelerators import CPUAccelerator
+from torch import nn
+
+from rosa_lightning.adapters.export import export_adapter
+from rosa_lightning.adapters.files import load_adapter
+from rosa_lightning.adapters.peft_format import read_lora, write_lora
+from rosa_lightning.cli import commands
+from rosa_lightning.cli.main import main
+from rosa_lightning.models.loading import load_base
+from rosa_lightning.module import RoSAModule
+from rosa_lightning.roae.inject import inject_roae, roae_layers
+from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.utils.files import new_folder
+from tests.conftest import SMALL, save_base
+
+
+@pytest.fixture(autouse=True)
+def _as_a_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, list[str]]:
+    """Status, what was printed, and the error lines of a command."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    streams = capsys.readouterr()
+    errors = [line for line in streams.err.splitlines() if line.startswith("error: ")]
+    return status, streams.out, errors
+
+
+@pytest.fixture(scope="module")
+def trained(base_folder, sources, tmp_path_factory) -> Path:
+    """The folder of a short run: config.yaml and last.ckpt."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = {
+        "model": {"base": str(base_folder), "roae": {"rank": 4, "low_freq_ratio": 0.5}},
+        "data": {"sources": sources, "batch_size": 4, "val_fraction": 0.1},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 3,
+            "limit_val_batches": 0,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": str(folder), "name": "", "version": "run"},
+            },
+        },
+    }
+    (folder / "given.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rosa"])
+        assert main(["fit", "--config", str(folder / "given.yaml")]) == 0
+    (checkpoint,) = (folder / "run" / "checkpoints").glob("*.ckpt")
+    checkpoint.rename(folder / "run" / "last.ckpt")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def expected(trained) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and the trained model's logits on them."""
+    module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
+    ids_BT = torch.randint(200, (2, 12), generator=torch.Generator().manual_seed(0))
+    assert any(layer.roae_B.any() for _, layer in roae_layers(module))
+    return ids_BT, module.eval()(ids_BT).logits
+
+
+def test_a_checkpoint_alone_is_enough_to_merge(trained, expected, capsys):
+    arguments = ["--ckpt_path", str(trained / "last.ckpt"), "--output", "out/merged"]
+    status, printed, _ = run(capsys, "export", "--format", "merged", *arguments)
+    assert status == 0
+    assert "largest logit difference" in printed
+    merged = transformers.AutoModelForCausalLM.from_pretrained("out/merged").eval()
+    ids_BT, logits = expected
+    torch.testing.assert_close(merged(ids_BT).logits, logits, atol=1e-5, rtol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained("out/merged").eos_token == "<eos>"
+
+
+def test_a_merged_model_has_its_base_s_own_tokenizer(base_folder, tmp_path, capsys):
+    shutil.copytree(base_folder, "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("base")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained("base")
+    inject_roae(model := load_base("base"), RoAEConfig(rank=2))
+    export_adapter(model, "adapter", "rosa")
+    merge = ["--model.adapter", "adapter", "--format", "merged"]
+    assert run(capsys, "export", *merge, "--output", "out")[0] == 0
+    files = [path.name for path in Path("base").glob("*token*")]
+    assert len(files) >= 2
+    for name in files:
+        assert Path("out", name).read_bytes() == Path("base", name).read_bytes()
+
+    # One that training was told to take instead.
+    Path("config.yaml").write_text(f"data: {{tokenizer: {base_folder}}}")
+    given = ["--config", "config.yaml", "--output", "given"]
+    assert run(capsys, "export", *merge, *given)[0] == 0
+    assert transformers.AutoTokenizer.from_pretrained("given").pad_token == "<pad>"
+
+    for name in files:
+        Path("base", name).unlink()
+    status, printed, _ = run(capsys, "export", *merge, "--output", "bare")
+    assert status == 0
+    assert "; without a tokenizer, as the base has none" in printed
+    assert len(printed.splitlines()) == 1
+    assert not list(Path("bare").glob("*token*"))
+    transformers.AutoModelForCausalLM.from_pretrained("bare")
+
+
+@pytest.mark.parametrize("format", ["rosa", "peft"])
+def test_an_exported_adapter_goes_on_in_every_command(
+    format, trained, base_folder, expected, capsys
+):
+    # The configuration that the run has saved, too.
+    config = ["--config", str(trained / "config.yaml")]
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
+    run(capsys, "export", *config, *checkpoint, "--format", format, "--output", "out")
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    report = load_adapter(base, "out")
+    ids_BT, logits = expected
+    assert torch.equal(base(ids_BT).logits, logits)
+    assert report.config.low_freq_ratio == 0.5
+
+    again = ["--model.adapter", "out", "--format", "merged", "--output", "merged"]
+    assert run(capsys, "export", *again)[0] == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+    torch.testing.assert_close(merged(ids_BT).logits, logits, atol=1e-5, rtol=1e-5)
+
+    more = ["--model.adapter", "out", "--trainer.logger", "false", "--trainer.max_steps", "1"]
+    assert run(capsys, "fit", *config, *more)[0] == 0
+
+
+def test_a_module_with_an_adapter_trains_on_from_it_and_forgets_the_folder(
+    trained, base_folder, expected, tmp_path
+):
+    module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
+    export_adapter(module.model, tmp_path / "adapter", "rosa")
+    other = RoSAModule(str(base_folder), adapter=str(tmp_path / "adapter"))
+    ids_BT, logits = expected
+    assert torch.equal(other.eval()(ids_BT).logits, logits)
+    assert other.roae == RoAEConfig(rank=4, low_freq_ratio=0.5)
+    assert other.hparams["roae"]["rank"] == 4
+    assert "adapter" not in other.hparams
+    with pytest.raises(ValueError, match=r"model\.roae\.rank=4, and 8 is given"):
+        RoSAModule(
+            str(base_folder), RoAEConfig(rank=8), adapter=str(tmp_path / "adapter")
+        ).configure_model()
+
+
+def test_another_base_is_refused_and_nothing_is_written(trained, tmp_path, capsys):
+    other = save_base(tmp_path / "other", seed=1)
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt"), "--model.base", str(other)]
+    status, _, errors = run(capsys, "export", *checkpoint, "--output", "out")
+    assert status == 1
+    assert len(errors) == 1
+    assert "is another one: model.embed_tokens.weight differs" in errors[0]
+    assert not Path("out").exists()
+
+
+def test_a_missing_base_is_refused(trained, capsys):
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt"), "--model.base", "no/such"]
+    status, _, errors = run(capsys, "export", *checkpoint, "--output", "out")
+    assert status == 1
+    assert len(errors) == 1
+    assert "base 'no/such' could not be loaded" in errors[0]
+
+
+def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
+    checkpoint = str(trained / "last.ckpt")
+    Path("text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, "bare.ckpt")
+    torch.save([1], "list.ckpt")
+    Path("there").mkdir()
+    cases = {
+        ("--ckpt_path", checkpoint, "--output", "there"): "output=there exists already",
+        ("--ckpt_path", checkpoint): "required: --output",
+        ("--ckpt_path", checkpoint, "--output", "o", "--format", "gguf"): "Got value: gguf",
+        ("--ckpt_path", "none.ckpt", "--output", "o"): "ckpt_path=none.ckpt is no file",
+        ("--ckpt_path", "text.ckpt", "--output", "o"): "text.ckpt is no checkpoint",
+        ("--ckpt_path", "bare.ckpt", "--output", "o"): "bare.ckpt holds no RoSA adapter",
+        ("--ckpt_path", "list.ckpt", "--output", "o"): "list.ckpt holds no RoSA adapter",
+        ("--output", "o"): "no base is given. Set model.base",
+        ("--output", "o", "--model.base", "tiny"): "no adapter is given. Set ckpt_path",
+        ("--output", "o", "--model.adapter", "there", "--model.base", "tiny"): "holds no adapter",
+        (
+            "--output",
+            "o",
+            "--max_shard_size",
+            "5GB",
+        ): "max_shard_size is an option of format merged",
+        ("--output", "o", "--dequantize", "true"): "dequantize is an option of format merged",
+        ("--output", "o", "--format", "merged", "--max_shard_size", "5XB"): "is no size of a file",
+        ("--output", "o", "--model.adapter", "gone"): "there is no such folder. Give a folder",
+        ("--output", "o", "--model.bse", "tiny"): "Did you mean model.base?",
+    }
+    for arguments, message in cases.items():
+        status, _, errors = run(capsys, "export", *arguments)
+        assert status in (1, 2), arguments
+        assert len(errors) == 1, arguments
+        assert message in errors[0]
+    assert not Path("o").exists()
+
+
+def test_a_checkpoint_cannot_switch_remote_code_on(trained, base_folder, capsys, monkeypatch):
+    content = torch.load(trained / "last.ckpt", weights_only=True)
+    content["hyper_parameters"]["trust_remote_code"] = True
+    torch.save(content, "evil.ckpt")
+    trusted = []
+
+    def load_base(*_, trust_remote_code, **__):
+        trusted.append(trust_remote_code)
+        raise OSError
+
+    monkeypatch.setattr("rosa_lightning.module.load_base", load_base)
+    run(capsys, "export", "--ckpt_path", "evil.ckpt", "--output", "o")
+    assert trusted == [False]
+
+
+def test_commands_of_our_own_stand_in_the_same_help(capsys):
+    _, printed, _ = run(capsys, "--help")
+    assert all(command in printed for command in ("fit", "predict", "export", "audit"))
+    _, printed, _ = run(capsys, "export", "--help")
+    assert all(key in printed for key in ("--config", "--model.base", "--ckpt_path", "--output"))
+    assert "--trainer" not in printed
+    assert "--data" not in printed
+
+
+@pytest.fixture(scope="module")
+def adapters(trained, tmp_path_factory) -> Path:
+    """Folders ``rosa`` and ``peft`` as exported, and ``foreign`` as if made by PEFT."""
+    folder = tmp_path_factory.mktemp("adapters")
+    module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
+    export_adapter(module.model, folder / "rosa", "rosa")
+    export_adapter(module.model, folder / "peft", "peft")
+    (folder / "foreign").mkdir()
+    files = read_lora(folder / "peft")
+    write_lora(replace(files, metadata={"format": "pt"}), folder / "foreign")
+    return folder
+
+
+ONE_STEP = ["--trainer.logger", "false", "--trainer.max_steps", "1"]
+
+
+def data_alone(trained: Path, **more) -> list[str]:
+    """The configuration of the run but for its model."""
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    kept = {"data": settings["data"], "trainer": settings["trainer"], **more}
+    Path("data.yaml").write_text(yaml.safe_dump(kept))
+    return ["--config", "data.yaml"]
+
+
+@pytest.mark.parametrize("name", ["rosa", "peft", "foreign"])
+def test_an_adapter_brings_its_base_and_settings_to_every_command(name, trained, adapters, capsys):
+    adapter = ["--model.adapter", str(adapters / name), "--model.roae.dropout", "0.1"]
+    config = data_alone(trained)
+    assert run(capsys, "validate", *config, *adapter, "--trainer.logger", "false")[0] == 0
+    status, printed, _ = run(capsys, "fit", *config, *adapter, "--print_config")
+    roae = yaml.safe_load(printed)["model"]["roae"]
+    assert status == 0
+    assert roae["rank"] == 4
+    assert roae["low_freq_ratio"] == 0.5
+    assert roae["dropout"] == 0.1
+    assert run(capsys, "fit", *config, *adapter, *ONE_STEP)[0] == 0
+
+
+def test_settings_that_an_adapter_was_not_trained_with_are_refused_defaults_too(
+    trained, adapters, capsys
+):
+    default = str(RoAEConfig().low_freq_ratio)
+    adapter = ["--model.adapter", str(adapters / "rosa"), "--model.roae.low_freq_ratio", default]
+    status, _, errors = run(capsys, "fit", *data_alone(trained), *adapter, *ONE_STEP)
+    assert status == 1
+    assert f"low_freq_ratio=0.5, and {default} is given" in errors[0]
+
+
+def test_a_run_begun_from_an_adapter_goes_on_without_its_folder(
+    trained, adapters, capsys, tmp_path
+):
+    shutil.copytree(adapters / "foreign", "mine")
+    logged = ["--trainer.logger.save_dir", "logs", "--trainer.logger.version", "a"]
+    config = data_alone(trained)
+    run(capsys, "fit", *config, "--model.adapter", "mine", *logged, "--trainer.max_steps", "1")
+    shutil.rmtree("mine")
+    (checkpoint,) = map(str, Path("logs/a/checkpoints").glob("*.ckpt"))
+    again = ["--config", "logs/a/config.yaml", "--ckpt_path", checkpoint]
+    more = ["--trainer.logger", "false", "--trainer.max_steps", "2"]
+    assert run(capsys, "fit", *again, *more)[0] == 0
+    exported = ["--format", "rosa", "--output", "out"]
+    assert run(capsys, "export", *again, *exported)[0] == 0
+
+
+def test_a_checkpoint_named_in_a_file_brings_its_base(trained, capsys):
+    config = data_alone(trained, ckpt_path=str(trained / "last.ckpt"))
+    assert run(capsys, "validate", *config, "--trainer.logger", "false")[0] == 0
+    Path("export.yaml").write_text(yaml.safe_dump({"ckpt_path": str(trained / "last.ckpt")}))
+    assert run(capsys, "export", "--config", "export.yaml", "--output", "out")[0] == 0
+
+
+def test_no_base_and_no_such_checkpoint_are_one_line_before_anything_is_loaded(trained, capsys):
+    cases = {
+        (): "no base is given. Set model.base",
+        ("--model.adapter", "."): "holds no adapter: neither",
+        ("--model.adapter", "data.yaml"): "holds no adapter: it is a file",
+        ("--ckpt_path", "last_run/none.ckpt"): "ckpt_path=last_run/none.ckpt is no file",
+        ("--ckpt_path", "none.ckpt"): "ckpt_path=none.ckpt is no file",
+        ("--ckpt", "none.ckpt"): "Did you mean ckpt_path?",
+    }
+    for arguments, message in cases.items():
+        status, _, errors = run(capsys, "fit", *data_alone(trained), *arguments)
+        assert status in (1, 2)
+        assert len(errors) == 1
+        assert message in errors[0]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_export_that_is_stopped_leaves_nothing_behind(
+    number, status, adapters, capsys, monkeypatch
+):
+    def slow(model, folder, *_, **__):
+        with new_folder(folder) as written:
+            (written / "half").write_text("...")
+            os.kill(os.getpid(), number)
+            signal.sigtimedwait([], 5)  # let the handler run
+
+    monkeypatch.setattr("rosa_lightning.cli.commands.export_adapter", slow)
+    handler = signal.getsignal(signal.SIGTERM)
+    adapter = ["--model.adapter", str(adapters / "rosa")]
+    # In the background of a shell Ctrl-C is ignored from the start.
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(capsys, "export", *adapter, "--output", "deep/out")[0] == status
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
+    assert not list(Path().iterdir())
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_checkpoint_goes_before_an_adapter_and_says_so(trained, adapters, capsys, caplog):
+    both = ["--ckpt_path", str(trained / "last.ckpt"), "--model.adapter", str(adapters / "peft")]
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        assert run(capsys, "export", *both, "--output", "out")[0] == 0
+    assert "model.adapter is left out" in caplog.text
+
+
+def test_a_configuration_from_a_pipe_is_read(trained, capsys):
+    os.mkfifo("pipe")
+    settings = f"model: {{base: tiny}}\ndata: {{batch_size: 3}}\nckpt_path: {trained / 'last.ckpt'}"
+    writer = threading.Thread(target=Path("pipe").write_text, args=(settings,))
+    writer.start()
+    base = ["--model.base", str(trained_base(trained))]
+    status, printed, _ = run(capsys, "inspect", "--config", "pipe", *base)
+    writer.join()
+    assert status == 0
+    assert "Batch of 3 x" in printed
+    assert "4 of 8 pairs" in printed
+
+
+def trained_base(trained: Path) -> str:
+    return str(yaml.safe_load((trained / "config.yaml").read_text())["model"]["base"])
+
+
+def test_damaged_checkpoints_are_one_line_and_one_without_settings_is_not(trained, capsys):
+    content = torch.load(trained / "last.ckpt", weights_only=True)
+    rosa = content["rosa"]
+    cases = {
+        "partial": {**content, "rosa": {"base": "tiny"}},
+        "none": {**content, "rosa": {**rosa, "roae": None}},
+        "unknown": {**content, "rosa": {**rosa, "roae": {"rank": 4, "colour": 1}}},
+    }
+    for name, damaged in cases.items():
+        torch.save(damaged, name)
+        status, _, errors = run(capsys, "export", "--ckpt_path", name, "--output", "o")
+        assert (status, len(errors)) == (1, 1)
+        assert f"{name} is damaged" in errors[0]
+    torch.save({k: v for k, v in content.items() if k != "hyper_parameters"}, "bare")
+    assert run(capsys, "export", "--ckpt_path", "bare", "--output", "out")[0] == 0
+
+
+def test_an_adapter_that_is_not_finite_is_not_exported(trained, capsys):
+    content = torch.load(trained / "last.ckpt", weights_only=True)
+    for value in content["state_dict"].values():
+        value.fill_(torch.nan)
+    torch.save(content, "nan.ckpt")
+    for format in ("rosa", "peft", "merged"):
+        status, _, errors = run(
+            capsys, "export", "--ckpt_path", "nan.ckpt", "--format", format, "--output", "o"
+        )
+        assert (status, len(errors)) == (1, 1)
+        assert "holds values that are not finite in float32" in errors[0]
+    assert not Path("o").exists()
+
+
+def test_merging_a_base_whose_tokenizer_is_damaged_is_refused(trained, capsys):
+    shutil.copytree(trained_base(trained), "base")
+    Path("base/tokenizer.json").write_text("{")
+    merge = ["--model.base", "base", "--format", "merged", "--output", "o"]
+    status, _, errors = run(capsys, "export", "--ckpt_path", str(trained / "last.ckpt"), *merge)
+    assert (status, len(errors)) == (1, 1)
+    assert "the tokenizer of base 'base' could not be loaded" in errors[0]
+    assert not Path("o").exists()
+
+
+def test_the_base_of_an_adapter_is_known_by_its_folder(trained, base_folder, capsys):
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
+    run(capsys, "export", *checkpoint, "--format", "rosa", "--output", "adapter")
+    status, printed, _ = run(
+        capsys, "export", "--model.adapter=adapter", "--format=merged", "--output=merged"
+    )
+    assert status == 0
+    assert printed.startswith("merged: ")
+
+
+def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
+    (tmp_path / "shell").mkdir()
+    (tmp_path / "shell" / "config.json").write_text((base_folder / "config.json").read_text())
+    step = ["--data.batch_size", "2", "--data.max_length", "16", "--response_length", "4"]
+    step += ["--trainer.accelerator", "cpu", "--model.microbatch_tokens", "16"]
+    status, printed, _ = run(capsys, "inspect", "--model.base", "shell", *step)
+    assert status == 0
+    for expected in (
+        "self_attn.q_proj",
+        "2 of 8 pairs",
+        "Trainable",
+        "in parts of 1 row\n",
+        "peak",
+    ):
+        assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "wanted"),
+    [
+        ("auto", {"accelerator": "cpu"}, 2048),
+        (100, {"accelerator": "cpu"}, 100),
+        (None, {"accelerator": "cpu"}, None),
+        ("auto", {"accelerator": "gpu"}, None),
+        (100, {"accelerator": "gpu"}, 100),
+        (100, {"accelerator": "cpu", "precision": "16-mixed"}, 100),  # Lightning takes bfloat16
+        (100, {"accelerator": "gpu", "precision": "16-mixed"}, None),
+        (100, {"accelerator": "gpu", "precision": "bf16-mixed"}, 100),
+        (100, {"accelerator": "cpu", "strategy": "fsdp"}, None),
+        (100, {"accelerator": "cpu", "strategy": "ModelParallelStrategy"}, None),
+        (100, {"accelerator": "cpu", "strategy": "ddp"}, 100),
+        ("auto", {"accelerator": CPUAccelerator()}, 2048),
+    ],
+)
+def test_inspect_knows_how_many_tokens_a_training_runs_at_once(given, settings, wanted):
+    module = RoSAModule("tiny", microbatch_tokens=given)
+    assert commands._tokens_at_once(module, settings, nn.Linear(2, 2)) == wanted
+
+
+def test_inspect_of_a_checkpoint_and_of_an_adapter_show_what_was_trained(trained, capsys):
+    checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
+    _, by_checkpoint, _ = run(capsys, "inspect", *checkpoint)
+    assert "4 of 8 pairs" in by_checkpoint
+    run(capsys, "export", *checkpoint, "--format", "peft", "--output", "adapter")
+    _, by_adapter, _ = run(capsys, "inspect", "--model.adapter", "adapter")
+    assert by_adapter == by_checkpoint
+
+
+def test_inspect_draws_the_rotated_states(trained, sources, capsys):
+    pytest.importorskip("matplotlib")
+    more = ["--ckpt_path", str(trained / "last.ckpt"), "--activations", "deep/norms.png"]
+    status, printed, _ = run(
+        capsys, "inspect", "--config", str(trained / "config.yaml"), *more, "--num_batches", "1"
+    )
+    assert status == 0
+    assert Path("deep/norms.png").read_bytes().startswith(b"\x89PNG")
+    assert "tensorboard --logdir deep/norms" in printed
+    assert list(Path("deep/norms").glob("events.out.tfevents.*"))
+    status, _, errors = run(capsys, "inspect", "--model.base", "tiny", "--activations", "a.jpg")
+    assert status == 1
+    assert "is not the name of a PNG file" in errors[0]
+
+
+def line_of(printed: str, name: str) -> str:
+    return next(line for line in printed.splitlines() if line.strip().startswith(name))
+
+
+def test_inspect_of_a_mixture_of_experts_has_an_estimate_and_says_nothing_else(tmp_path, capfd):
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=4)
+    config.save_pretrained(tmp_path / "experts")
+    step = ["--data.batch_size", "2", "--data.max_length", "16"]
+    for dtype in ("float32", "bfloat16"):
+        base = ["--model.base", "experts", "--model.dtype", dtype]
+        assert main(["inspect", *base, *step]) == 0
+        streams = capfd.readouterr()
+        assert "KiB" in line_of(streams.out, f"weights, {dtype}")
+        assert line_of(streams.out, "peak")
+        assert streams.err == ""
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["nf4", *(pytest.param(s, marks=pytest.mark.slow) for s in ("int8", "llm_int8", "fp4"))],
+)
+def test_inspect_of_a_quantised_base_needs_no_weights_and_no_library(
+    scheme, capsys, monkeypatch, base_folder
+):
+    monkeypatch.setattr("rosa_lightning.models.loading.quantization_config", None)
+    base = ["--model.base", str(base_folder)]
+    _, plain, _ = run(capsys, "inspect", *base)
+    status, printed, _ = run(capsys, "inspect", *base, "--model.quantization", scheme)
+    assert status == 0
+    assert "KiB" in line_of(printed, f"weights, {scheme}")
+    assert "KiB" in line_of(printed, "weights, float32")
+    parameters, _, _ = plain.partition("Batch of")
+    assert printed.startswith(parameters)
+
+
+def test_inspect_shows_the_figures_of_double_precision(capsys, base_folder):
+    base = ["--model.base", str(base_folder), "--data.max_length", "16"]
+    status, printed, _ = run(capsys, "inspect", *base, "--trainer.precision", "64")
+    assert status == 0
+    assert line_of(printed, "weights, float64")
+    assert "float32" not in printed
+    both = ["--trainer.precision", "64-true", "--model.quantization", "nf4"]
+    status, printed, errors = run(capsys, "inspect", *base, *both)
+    assert (status, printed, len(errors)) == (1, "", 1)
+    assert "64-true cannot be had with model.quantization=nf4" in errors[0]
+
+
+def test_inspect_refuses_in_one_line_before_it_prints(base_folder, capsys):
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    Path("text").mkdir()
+    Path("text/config.json").write_text("no JSON")
+    config = json.loads((base_folder / "config.json").read_text())
+    Path("packed").mkdir()
+    packed = {**config, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    Path("packed/config.json").write_text(json.dumps(packed))
+    base = ["--model.base", str(base_folder)]
+    cases = {
+        (*base, "--response_length", "512"): "length=512 and response_length=512 make no batch",
+        (*base, "--response_length", "0"): "response_length=0 make no batch",
+        ("--model.base", "broken"): "base 'broken' could not be loaded",
+        ("--model.base", "text"): "base 'text' could not be loaded",
+        ("--model.base", "nowhere"): "base 'nowhere' could not be loaded",
+        ("--model.base", "packed", "--model.quantization", "nf4"): "is quantised already",
+    }
+    for arguments, message in cases.items():
+        status, printed, errors = run(capsys, "inspect", *arguments)
+        assert (status, printed, len(errors)) == (1, "", 1), arguments
+        assert message in errors[0]
+
+
+def test_inspect_draws_over_nothing(base_folder, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(RoSAModule, "configure_model", None)
+    for path in ("there.png", "file", "other"):
+        Path(path).write_text("mine")
+    Path("folder").mkdir()
+    cases = {
+        "there.png": "there.png exists already",
+        "other.png": "other exists already",
+        "folder.png": "folder exists already",
+        "file/a.png": "file is no folder",
+        "file/deep/a.png": "file is no folder",
+        "folder": "is not the name of a PNG file",
+    }
+    for path, message in cases.items():
+        status, printed, errors = run(
+            capsys, "inspect", "--model.base", str(base_folder), "--activations", path
+        )
+        assert (status, printed, len(errors)) == (1, "", 1), path
+        assert message in errors[0]
+    drawing = ["--activations", "a.png", "--num_batches", "0"]
+    status, printed, errors = run(capsys, "inspect", "--model.base", str(base_folder), *drawing)
+    assert (status, printed, len(errors)) == (1, "", 1)
+    assert all(Path(path).read_text() == "mine" for path in ("there.png", "file", "other"))
+
+
+def test_the_sweep_of_all_models_is_found_under_either_spelling(capsys, monkeypatch):
+    monkeypatch.setattr("rosa_lightning.cli.commands.sweep_models", list)
+    for option_ in ("--all-models", "--all_models"):
+        status, printed, errors = run(capsys, "inspect", option_)
+        assert (status, errors) == (0, [])
+        assert "0 classes of transformers" in printed
+    for option_ in ("--all-modles", "--all_modles"):
+        status, _, errors = run(capsys, "inspect", option_)
+        assert status == 2
+        assert errors == [f"error: unrecognized arguments: {option_}. Did you mean all_models?"]
+
+
+@pytest.fixture
+def leaky(tmp_path) -> list[str]:
+    """The arguments of an audit: one record of three is leaked, and one has no output."""
+    rows = [("Say 1.", "1"), ("Say 2.", "2"), ("Say 3.", "")]
+    train = [{"instruction": asked, "output": output} for asked, output in rows]
+    Path("mine.json").write_text(json.dumps(train))
+    Path("gsm8k.json").write_text(json.dumps([{"instruction": "say 2", "answer": "2"}]))
+    data = {"sources": [{"path": "mine.json"}], "test_sources": [{"path": "gsm8k.json"}]}
+    Path("audit.yaml").write_text(yaml.safe_dump({"data": data}))
+    return ["--config", "audit.yaml"]
+
+
+def words(printed: str) -> list[str]:
+    return [" ".join(line.split()) for line in printed.splitlines()]
+
+
+def test_audit_needs_no_weights_and_writes_its_figures(leaky, base_folder, capsys):
+    shutil.copytree(base_folder, "shell", ignore=shutil.ignore_patterns("*.safetensors"))
+    more = ["--model.base", "shell", "--output", "deep/audit.json"]
+    status, printed, errors = run(capsys, "audit", *leaky, *more)
+    assert (status, errors) == (0, [])
+    assert "Lengths in tokens" in printed
+    assert "gsm8k 1 1 0 mine" in words(printed)
+    assert printed.endswith("\ndeep/audit.json\n")
+    figures = json.loads(Path("deep/audit.json").read_text())
+    (source,), (benchmark,) = figures["sources"], figures["benchmarks"]
+    assert (source["records"], source["empty"], source["leaked"]) == (3, [3], [2])
+    assert (benchmark["questions"], benchmark["leaked_exact"], benchmark["leaked_near"]) == (
+        1,
+        1,
+        0,
+    )
+    assert benchmark["exact"] == [{"record": 1, "source": "mine", "source_record": 2}]
+    assert [path.name for path in Path("deep").iterdir()] == ["audit.json"]
+
+
+def test_audit_prints_a_line_a_benchmark_of_the_published_data(real_data, capsys):
+    train = [{"path": str(real_data / "train" / "math_data.json")}]
+    names = ("aqua", "gsm8k", "mawps", "piqa")
+    tests = [{"path": str(real_data / "test" / f"{name}.json")} for name in names]
+    given = ["--data.sources", json.dumps(train), "--data.test_sources", json.dumps(tests)]
+    _, printed, _ = run(capsys, "audit", *given)
+    lines = words(printed)
+    assert "math_data 3,260 80 0 0 3" in lines
+    assert {"aqua 152 152 0 math_data", "gsm8k 791 791 0 math_data"} <= set(lines)
+    assert {"mawps 142 75 2 math_data", "piqa 1,102 0 0"} <= set(lines)
+
+
+def test_audit_takes_the_tokenizer_of_a_checkpoint_or_of_the_data_or_none(leaky, trained, capsys):
+    for more in (["--ckpt_path", str(trained / "last.ckpt")], ["--data.tokenizer", "tiny"]):
+        status, printed, _ = run(capsys, "audit", *leaky, *more)
+        assert status == 0
+        assert "Lengths in tokens" in printed
+    status, printed, _ = run(capsys, "audit", *leaky)
+    assert status == 0
+    assert "Lengths in words" in printed
+
+
+def test_an_audit_that_cannot_be_made_ends_in_one_line(leaky, capsys):
+    cases = {
+        ("--output", "audit.txt"): "output=audit.txt is not the name of a JSON file",
+        ("--model.base", "no/such"): "base 'no/such'",
+        ("--data.tokenizer", "no/such"): "data.tokenizer",
+        ("--data.sources", "[{path: none.json}]"): "none.json",
+        ("--data.decontaminte", "false"): "Did you mean data.decontaminate?",
+    }
+    for arguments, message in cases.items():
+        status, _, errors = run(capsys, "audit", *leaky, *arguments)
+        assert status in (1, 2), arguments
+        assert len(errors) == 1, arguments
+        assert message in errors[0]
+
+
+def test_audit_shows_the_settings_that_it_looks_at(capsys):
+    _, printed, _ = run(capsys, "audit", "--help")
+    for key in ("model.base", "data.sources", "data.test_sources", "data.decontaminate", "output"):
+        assert f"--{key}" in printed
+    assert "--model.roae" not in printed
+    assert "--trainer" not in printed
+
+
+def test_training_and_validating_leave_out_the_questions_of_the_test(trained, capsys):
+    tested = ["--data.test_sources", "[{path: gsm8k.json}]"]
+    given = [*data_alone(trained), "--model.base", "tiny", *ONE_STEP, *tested]
+
+    def both(number_of_questions: int) -> list[tuple[int, str]]:
+        rows = [{"instruction": f"say {n}", "answer": "1"} for n in range(number_of_questions)]
+        Path("gsm8k.json").write_text(json.dumps(rows))
+        found = [run(capsys, command, *given) for command in ("fit", "validate")]
+        return [(status, " ".join(errors)) for status, _, errors in found]
+
+    assert both(5) == [(0, ""), (0, "")]
+    for status, error in both(50):
+        assert status == 1
+        assert "source numbers: the questions of all 40 records stand in" in error
+
+
+def test_report_writes_a_page_of_a_run_and_needs_no_base(trained, capsys):
+    pytest.importorskip("matplotlib")
+    status, printed, _ = run(capsys, "report", str(trained), "--output", "page.html")
+    assert status == 0
+    assert printed.strip() == "page.html"
+    assert "train/loss" in Path("page.html").read_text()
+    status, _, errors = run(capsys, "report", "nowhere")
+    assert status == 1
+    assert "run=nowhere is no folder" in errors[0]

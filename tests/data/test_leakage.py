@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rosa_lightning.data.leakage import (
+    leaked,
+    leaked_benchmarks,
+    normalise,
+    question_key,
+    question_keys,
+    split_leaked,
+)
+from rosa_lightning.tasks.records import Record
+
+
+def ask(instruction: str, input: str = "", index: int = 1) -> Record:
+    return Record(instruction, input, "The answer is 4.", "4", "gsm8k", "source", index)
+
+
+def by_hand(text: str) -> str:
+    """Character by character, without regular expressions."""
+    kept = "".join(c if c in "abcdefghijklmnopqrstuvwxyz0123456789" else " " for c in text.lower())
+    return " ".join(kept.split())
+
+
+@given(st.text() | st.text("aB3 .,\n-é"))
+def test_normalised_text_is_words_of_ascii_letters_and_digits_with_single_spaces(text):
+    assert normalise(text) == by_hand(text)
+    assert re.fullmatch(r"([a-z0-9]+( [a-z0-9]+)*)?", normalise(text))
+    assert normalise(normalise(text)) == normalise(text)
+
+
+def test_case_punctuation_and_white_space_do_not_tell_questions_apart_but_the_input_does():
+    assert question_key(ask(" How many\n apples?")) == question_key(ask("how many: Apples"))
+    assert question_key(ask("How many", "apples?")) == question_key(ask("How many apples?"))
+    assert question_key(ask("How many?", "2 apples")) != question_key(ask("How many?", "3 apples"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("小明有3个苹果?", "小红有3个梨?"),
+        ("Сколько 3 + 4?", "Почему 3, 4?"),
+        ("7 + 5 =", "7 - 5 ="),
+    ],
+)
+def test_questions_of_which_normalising_leaves_too_little_stay_apart(one, other):
+    assert normalise(one) == normalise(other)
+    assert not leaked([ask(one)], [ask(other)]).exact
+    assert leaked([ask(one)], [ask(f" {one.upper()}\n")]).exact == {0: (0,)}
+
+
+# Near matches against brute force.
+
+WORDS = ["a", "b", "c", "d", "7", "8"]
+QUESTION = st.lists(st.sampled_from(WORDS), min_size=1, max_size=14)
+QUESTIONS = st.lists(QUESTION, max_size=8) | st.lists(QUESTION, min_size=11, max_size=14)
+
+
+def near_by_brute_force(train: list[str], test: list[str]) -> dict[int, tuple[int, ...]]:
+    """Every training question against every test question."""
+
+    def pairs(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        if len(words) == 1:
+            return {tuple(words)}
+        return {(words[i], words[i + 1]) for i in range(len(words) - 1)}
+
+    shares = {}
+    for pair in set().union(*map(pairs, test)):
+        shares[pair] = sum(pair in pairs(question) for question in test)
+    frame = {pair for pair, n in shares.items() if n > 10 and n > len(test) / 10}
+    found: dict[int, list[int]] = {}
+    for (i, tested), (j, trained) in product(enumerate(test), enumerate(train)):
+        a, b = pairs(tested) - frame, pairs(trained) - frame
+        same_numbers = set(re.findall(r"\d+", tested)) == set(re.findall(r"\d+", trained))
+        if tested not in train and a and same_numbers and 10 * len(a & b) >= 7 * len(a | b):
+            found.setdefault(i, []).append(j)
+    return {i: tuple(places) for i, places in found.items()}
+
+
+@given(QUESTIONS, QUESTIONS, st.sampled_from(["", "choose the best one "]))
+def test_near_matches_are_all_those_of_a_comparison_of_every_pair(train, test, frame):
+    # Letters come first, so that normalising leaves enough.
+    trained = [f"q {frame}{' '.join(words)}" for words in train]
+    tested = [f"q {frame}{' '.join(words)}" for words in test]
+    found = leaked(map(ask, trained), list(map(ask, tested)))
+    exact = {
+        i: tuple(j for j, other in enumerate(trained) if other == question)
+        for i, question in enumerate(tested)
+        if question in trained
+    }
+    assert found.exact == exact
+    assert found.near == near_by_brute_force(trained, tested)
+
+
+STORY = "Ada has 3 apples and Ben gives her 4 more, so how many apples has she now"
+
+
+def test_a_reworded_question_is_near_and_one_with_other_numbers_is_another():
+    reworded = STORY.replace("and Ben gives", "and then Ben gives")
+    assert leaked([ask(reworded)], [ask(STORY)]).near == {0: (0,)}
+    assert not leaked([ask(STORY.replace("4", "5"))], [ask(STORY)]).near
+    assert not leaked([ask("Bea has 3 pears and buys 4 plums. How many?")], [ask(STORY)]).near
+
+
+def test_an_exact_match_is_not_counted_as_near_too():
+    found = leaked([ask(STORY), ask(STORY.replace("and", "and then", 1))], [ask(STORY), ask("b")])
+    assert found.exact == {0: (0,)}
+    assert found.near == {}
+
+
+FRAME = "Please choose the correct answer to the question, true or false, and give a reason"
+
+
+@pytest.mark.parametrize(("count", "near"), [(10, 10), (11, 0), (200, 0)])
+def test_what_most_questions_of_a_benchmark_share_does_not_make_them_alike(count, near):
+    tested = [ask(f"{FRAME}: is {'x' * n}a so?") for n in range(count)]
+    assert len(leaked([ask(f"{FRAME}: was z so?")], tested).near) == near
+
+
+def test_the_frame_is_each_benchmarks_own():
+    many = [ask(f"{FRAME}: is {'x' * n}a so?") for n in range(11)]
+    few = [ask(f"{FRAME}: was y so?")]
+    first, second = leaked_benchmarks([ask(f"{FRAME}: was z so?")], [many, few])
+    assert not first.near
+    assert second.near == {0: (0,)}
+
+
+def test_a_question_that_lacks_the_rarest_words_of_another_is_found():
+    # 7 of 10 word pairs, which is just enough; the first three in the alphabet are missing.
+    assert leaked([ask("d e f g h i j k")], [ask("a b c d e f g h i j k")]).near == {0: (0,)}
+    assert not leaked([ask("e f g h i j k")], [ask("a b c d e f g h i j k")]).near
+
+
+def test_training_data_may_be_a_stream_and_every_repetition_counts():
+    found = leaked((ask(text) for text in ("a b", "c d", "A, b!")), [ask("a b"), ask("a b")])
+    assert found.exact == {0: (0, 2), 1: (0, 2)}
+
+
+def test_decontaminated_records_hold_no_test_question_and_keep_their_order():
+    records = [ask(text, index=n) for n, text in enumerate(("a b", "c", "A: B", "d e", "c"))]
+    kept, dropped = split_leaked(records, question_keys([ask("a b")]))
+    assert [record.index for record in kept] == [1, 3, 4]
+    assert [record.index for record in dropped] == [0, 2]
+    assert split_leaked(kept, question_keys([ask("a b")])) == (kept, [])
+    assert not leaked(kept, [ask("a b")]).exact
+
+
+# The published data.
+
+LEAKED = {
+    "aqua": (152, 152),
+    "addsub": (237, 237),
+    "multiarith": (360, 360),
+    "svamp": (600, 600),
+    "singleeq": (304, 304),
+    "gsm8k": (791, 791),
+    "mawps": (75, 142),
+    "piqa": (0, 1102),
+}
+
+
+def read(path) -> list[Record]:
+    rows = json.loads(path.read_text())
+    return [ask(row["instruction"], row["input"], index) for index, row in enumerate(rows, 1)]
+
+
+def test_the_leaks_of_math_data_are_found(real_data):
+    train = read(real_data / "train" / "math_data.json")
+    tests = [read(real_data / "test" / f"{name}.json") for name in LEAKED]
+    found = leaked_benchmarks(train, tests)
+    sizes = [(len(leak.exact), len(test)) for leak, test in zip(found, tests, strict=True)]
+    assert dict(zip(LEAKED, sizes, strict=True)) == LEAKED
+    assert {name: len(leak.near) for name, leak in zip(LEAKED, found, strict=True)} == {
+        **dict.fromkeys(LEAKED, 0),
+        "mawps": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "near", "size"),
+    [
+        ("arc_easy", 2, 5, 1425),
+        ("boolq", 1, 38, 1962),
+        ("openbookqa", 0, 4, 300),
+        ("arc_challenge", 0, 1, 703),
+    ],
+)
+def test_the_leaks_of_a_benchmark_from_its_own_training_file_are_found(
+    name, exact, near, size, real_data
+):
+    test = read(real_data / "test" / f"{name}.json")
+    found = leaked(read(real_data / "train" / f"{name}.json"), test)
+    assert (len(found.exact), len(found.near), len(test)) == (exact, near, size)
+
+
+def test_other_benchmarks_have_no_questions_in_common(real_data):
+    train = read(real_data / "train" / "arc_easy.json")
+    names = ("arc_challenge", "openbookqa", "boolq", "gsm8k")
+    for leak in leaked_benchmarks(train, [read(real_data / "test" / f"{n}.json") for n in names]):
+        assert not leak.exact
+        assert not leak.near
+
+
+def test_stories_of_multiarith_that_differ_in_their_numbers_are_not_near(real_data):
+    test = read(real_data / "test" / "multiarith.json")
+    worded = [replace(one, instruction=re.sub(r"\d+", "some", one.instruction)) for one in test]
+    assert len(leaked(test[::2], test[1::2]).near) <= 2
+    found = leaked(worded[::2], worded[1::2])
+    assert len(found.exact) + len(found.near) > 50

@@ -1,0 +1,195 @@
+"""Packed batches against padded ones and single rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rosa_lightning import RoAEConfig, inject_roae
+from rosa_lightning.data.collators import TrainCollator
+from rosa_lightning.data.packing import PackedCollator, check_can_pack, is_packed_batch
+from rosa_lightning.data.tokenization import Example, encode
+from rosa_lightning.tasks.records import Record
+from rosa_lightning.training import loss as forward
+from rosa_lightning.training.loss import Forward
+from tests.conftest import FAMILIES, build
+from tests.data.test_collators import byte_tokenizer
+
+LENGTHS = [(3, 2), (14, 5), (1, 1), (8, 9)]
+
+
+def examples(lengths=LENGTHS):
+    """Rows of random tokens, as many of a prompt and of a response; the answer is the last."""
+    from array import array
+
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for number, (prompt, response) in enumerate(lengths):
+        record = Record("", "", "", "", "boolq", "a", number + 1)
+        ids = torch.randint(3, 96, (prompt + response,), generator=generator).tolist()
+        rest = array("i", ids[prompt:])
+        made.append(Example(record, array("i", ids[:prompt]), rest, response - 1))
+    return made
+
+
+def padded_loss(model, batch):
+    names = ("input_ids", "attention_mask", "position_ids")
+    logits = model(**{name: batch[name] for name in names}, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def gradients(model, loss):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.autograd.grad(loss, trained)
+
+
+def adapted(family, **changes):
+    model = build(family, **changes)
+    inject_roae(model, RoAEConfig(rank=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+KERNELS = ["eager", "sdpa"]
+NO_SUCH = ("gemma2", "sdpa")
+SLIDING = {"sliding_window": 6}
+CASES = [
+    *((family, {}) for family in FAMILIES),
+    ("gemma2", SLIDING),
+    ("gemma3", SLIDING),
+    ("mistral", SLIDING),
+    # Frequencies that depend on the longest row: of the batch, padded or packed.
+    (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "long_factor": [4.0] * 8,
+                "short_factor": [1.0] * 8,
+                "original_max_position_embeddings": 12,
+            },
+            "original_max_position_embeddings": 12,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kernel"),
+    [(*case, kernel) for case in CASES for kernel in KERNELS if (case[0], kernel) != NO_SUCH],
+)
+def test_packed_rows_have_the_loss_and_gradients_of_padded_rows(
+    monkeypatch, family, changes, kernel
+):
+    model = adapted(family, attn_implementation=kernel, **changes)
+    if "original_max_position_embeddings" in changes:  # the check's rows are longer than that
+        monkeypatch.setattr(forward, "check_can_pack", lambda *_: None)
+    rows = examples()
+    expected = padded_loss(model, TrainCollator(("a",), pad_id=0)(rows))
+    loss = Forward(model).loss(PackedCollator(("a",))(rows))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    pairs = zip(gradients(model, loss), gradients(model, expected), strict=True)
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("narrows", [True, False])
+def test_every_way_to_the_head_gives_the_same_loss(monkeypatch, narrows):
+    model, rows = build("llama"), examples()
+    expected = padded_loss(model, TrainCollator(("a",), pad_id=0)(rows))
+    if not narrows:
+        monkeypatch.setattr(forward, "why_not_narrowed", lambda *_: "it is told not to")
+    for loss_chunk in (None, 3):
+        loss = Forward(model, loss_chunk=loss_chunk).loss(PackedCollator(("a",))(rows))
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+
+
+def test_packed_batch_says_what_the_padded_one_says():
+    tokenizer = byte_tokenizer()
+    records = [
+        Record("One?", "", "It is 1.", "1", "svamp", "b", 4),
+        Record("Two or three?", "", "It is 23.", "23", "gsm8k", "a", 2),
+    ]
+    rows, _ = encode(records, tokenizer)
+    padded, packed = TrainCollator(("a", "b"), 0)(rows), PackedCollator(("a", "b"))(rows)
+    kept = padded["attention_mask"].bool()
+    for name in ("input_ids", "position_ids", "labels", "answer_mask"):
+        assert torch.equal(packed[name][0], padded[name][kept]), name
+    for name in ("source", "index"):
+        assert torch.equal(packed[name], padded[name])
+    assert packed["task"] == padded["task"] == ["svamp", "gsm8k"]
+    assert packed["row_lengths"].tolist() == kept.sum(1).tolist()
+    assert packed["attention_mask"].shape == packed["input_ids"].shape
+    assert packed["attention_mask"].sum() == padded["attention_mask"].sum()
+    assert is_packed_batch(packed)
+    assert not is_packed_batch(padded)
+
+
+def test_answers_are_right_row_by_row():
+    model, rows = build("llama"), examples()
+    padded = TrainCollator(("a",), pad_id=0)(rows)
+    with torch.no_grad():
+        logits = model(**{n: padded[n] for n in ("input_ids", "attention_mask", "position_ids")})
+    written = [int(i) for i in logits.logits[:, -2].argmax(-1)]
+    # The model's own choice as the last token of the second and the fourth row.
+    for row in (1, 3):
+        rows[row].response[-1] = written[row]
+    packed, padded = PackedCollator(("a",))(rows), TrainCollator(("a",), pad_id=0)(rows)
+    for batch in (packed, padded):
+        batch["answer_mask"][:] = False
+    ends = packed["row_lengths"].cumsum(0) - 1
+    packed["answer_mask"][0, ends] = True
+    padded["answer_mask"][:, -1] = True
+    for batch in (packed, padded):
+        assert Forward(model).score(batch).correct.tolist() == [False, True, False, True]
+
+
+# Models that cannot.
+
+
+def mixing(name, **changes):
+    import transformers
+
+    from tests.conftest import SMALL
+
+    config = getattr(transformers, name)(**{**SMALL, **changes})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+HYBRIDS = {
+    "JambaConfig": {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2},
+    "Qwen3NextConfig": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+    },
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"]},
+    "FalconH1Config": {},
+    "BloomConfig": {},
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_model_with_a_state_across_rows_is_refused_in_one_line(name):
+    model = mixing(name, **HYBRIDS[name])
+    with pytest.raises(ValueError, match=r"it mixes packed rows.*Set data\.batching: len") as e:
+        check_can_pack(model, "it")
+    assert "\n" not in str(e.value)
+
+
+def test_check_leaves_modes_and_generators_as_they_are():
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = torch.get_rng_state()
+    check_can_pack(model, "it")
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_half_precision_is_no_mixing(dtype):
+    for family in ("llama", "gemma2", "neox"):
+        check_can_pack(build(family, dtype), family)

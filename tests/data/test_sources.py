@@ -1,0 +1,455 @@
+"""Files and hub data sets read into records, and the held-out split."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rosa_lightning.data.records import load_records
+from rosa_lightning.data.sampling import hold_out, normalised_prompt
+from rosa_lightning.data.sources import Source, as_source, demo_source
+from rosa_lightning.data.streamed import Streamed
+from rosa_lightning.tasks.records import TASKS, Record
+
+ROW = {"instruction": "What is 2 + 2?", "input": "", "output": "It is 4.", "answer": "4"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file and returns its path; rows go as JSON or as JSON lines by the file's name."""
+
+    def write(name, content):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_text(content, "utf-8")
+        elif name.endswith(".json"):
+            path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+        else:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in content]
+            path.write_text("".join(lines), "utf-8")
+        return str(path)
+
+    return write
+
+
+def load(path, purpose="train", **fields):
+    return load_records(Source(path=path, **fields), purpose)
+
+
+def message(path, purpose="train", error=ValueError, **fields):
+    with pytest.raises(error) as caught:
+        load(path, purpose, **fields)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def record(instruction, source="s", index=1):
+    return Record(instruction, "", "output", None, "text", source, index)
+
+
+# What a source is.
+
+
+def test_name_and_task_are_told_from_the_path():
+    source = Source(path="/data/ARC-Easy.json")
+    assert (source.label, source.benchmark) == ("ARC-Easy", "arc_easy")
+
+
+def test_name_and_task_are_told_from_the_hub_id():
+    source = Source(hub="openai/gsm8k", subset="main")
+    assert (source.label, source.benchmark) == ("gsm8k", "gsm8k")
+
+
+def test_unknown_names_are_of_the_task_text():
+    assert Source(path="notes.jsonl").benchmark == "text"
+
+
+def test_given_name_and_task_win():
+    source = Source(path="boolq.json", name="mine", task="GSM8K")
+    assert (source.label, source.benchmark) == ("mine", "gsm8k")
+
+
+def test_source_is_made_from_its_fields_and_from_a_path():
+    assert as_source({"path": "a.json", "weight": 2}) == Source(path="a.json", weight=2)
+    assert as_source("a.json") == Source(path="a.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"pth": "a"}, TypeError, ["'pth'", "did you mean path?", "weight"]),
+        ({}, ValueError, ["neither path nor hub", "exactly one"]),
+        ({"path": "a", "hub": "b/c"}, ValueError, ["both path and hub"]),
+        ({"path": "a.json", "weight": -1}, ValueError, ["a has weight -1", "at least 0"]),
+        ({"path": "a.json", "weight": float("nan")}, ValueError, ["weight nan"]),
+        ({"path": "a.json", "task": "bolq"}, ValueError, ["'bolq'", "did you mean boolq?"]),
+        ({"path": "a.json", "max_examples": 0}, ValueError, ["a has max_examples 0", "at least 1"]),
+        ({"path": "a.json", "max_examples": -3}, ValueError, ["max_examples -3"]),
+        ({"path": "a.json", "max_examples": 2.5}, ValueError, ["max_examples 2.5"]),
+        ({"path": "a.json", "max_examples": True}, ValueError, ["max_examples True"]),
+        ({"path": "a.json", "stream": True}, ValueError, ["a has stream: true", ".jsonl"]),
+        (7, TypeError, ["7", "expected its fields"]),
+    ],
+)
+def test_wrong_source_is_an_error_that_says_how_to_mend_it(fields, error, words):
+    with pytest.raises(error) as caught:
+        as_source(fields)
+    assert all(word in str(caught.value) for word in words)
+
+
+# Files that are as they should be.
+
+
+@pytest.mark.parametrize("name", ["boolq.json", "boolq.jsonl"])
+def test_records_of_json_files(write, name):
+    rows = [ROW, {**ROW, "input": "Add.", "answer": 4.0}]
+    assert load(write(name, rows)) == [
+        Record("What is 2 + 2?", "", "It is 4.", "4", "boolq", "boolq", 1),
+        Record("What is 2 + 2?", "Add.", "It is 4.", "4.0", "boolq", "boolq", 2),
+    ]
+
+
+def test_records_of_parquet_files(tmp_path):
+    import datasets
+
+    path = str(tmp_path / "svamp.parquet")
+    datasets.Dataset.from_list([ROW, {**ROW, "input": None}]).to_parquet(path)
+    assert load(path) == [
+        Record("What is 2 + 2?", "", "It is 4.", "4", "svamp", "svamp", number) for number in (1, 2)
+    ]
+
+
+def test_gsm8k_rows_become_the_solution_and_its_final_number(write):
+    solution = "2 + 2 = <<2+2=4>>4\n#### 1,004"
+    (found,) = load(write("gsm8k.jsonl", [{"question": "How many?", "answer": solution}]))
+    assert found == Record("How many?", "", solution, "1,004", "gsm8k", "gsm8k", 1)
+
+
+def test_outputs_keep_their_leading_line_break(write):
+    (found,) = load(write("a.json", [{**ROW, "output": "\nA: 4. "}]))
+    assert found.output == "\nA: 4. "
+
+
+def test_truth_values_become_labels(write):
+    (found,) = load(write("boolq.json", [{**ROW, "answer": True}]))
+    assert found.answer == "true"
+
+
+def test_byte_order_mark_blank_lines_and_line_separators_in_text_are_fine(write):
+    text = "\ufeff" + json.dumps({**ROW, "output": "a\u2028b"}, ensure_ascii=False)
+    found = load(write("a.jsonl", f"{text}\r\n\n{json.dumps(ROW)}\n"))
+    assert [(r.output, r.index) for r in found] == [("a\u2028b", 1), ("It is 4.", 2)]
+
+
+def test_tests_need_no_output_where_there_is_an_answer(write):
+    (found,) = load(write("mawps.json", [{**ROW, "output": ""}]), "test")
+    assert (found.output, found.answer) == ("", "4")
+
+
+def test_prompts_are_read_from_records_without_output_and_from_text_lines(write):
+    asked = load(write("a.jsonl", [{"instruction": "One?"}, {"question": "Two?"}]), "predict")
+    assert [r.instruction for r in asked] == ["One?", "Two?"]
+    lines = load(write("a.txt", "One?\r\n\nTwo {x}?\n"), "predict")
+    assert [(r.instruction, r.index) for r in lines] == [("One?", 1), ("Two {x}?", 2)]
+
+
+@pytest.mark.parametrize(("split", "size"), [("train", 1000), ("test", 100)])
+def test_demonstration_set_is_read(split, size):
+    from pathlib import Path
+
+    source = demo_source(split)
+    if not Path(source.place).exists():
+        pytest.skip("the demonstration set is not built")
+    records = load_records(source, split)
+    assert len(records) >= size
+    assert {(r.task, r.source) for r in records} == {("demo", "demo")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_records_beyond_max_examples_are_left_out_as_the_seed_chooses(write, stream):
+    path = write("a.jsonl", [{**ROW, "answer": str(number)} for number in range(50)])
+    source = Source(path=path, max_examples=20, stream=stream)
+    chosen = list(load_records(source, seed=1))
+    assert len(chosen) == 20
+    assert chosen == list(load_records(source, seed=1)) != list(load_records(source, seed=2))
+    assert chosen == sorted(set(chosen), key=lambda one: one.index)
+    assert all(one.index == int(str(one.answer)) + 1 for one in chosen)
+    assert len(load_records(replace(source, max_examples=51))) == 50
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_empty_file_on_disk_or_not_holds_no_records(write, stream):
+    assert "holds no records" in message(write("a.jsonl", "\n\n"), stream=stream)
+
+
+def test_streamed_records_are_those_in_memory(write):
+    path = write("a.jsonl", [{**ROW, "answer": number} for number in range(50)])
+    assert list(load(path, stream=True)) == load(path)
+    assert load(path, "test", stream=True) == load(path, "test")  # only training is streamed
+
+
+def test_broken_parquet_on_disk_is_one_line(write):
+    assert "cannot be read as Parquet" in message(write("a.parquet", "none"), stream=True)
+
+
+# Files that are not.
+
+
+def test_missing_file(tmp_path):
+    assert "none.json does not exist" in message(
+        str(tmp_path / "none.json"), error=FileNotFoundError
+    )
+
+
+def test_folder_instead_of_a_file(tmp_path):
+    assert "is a folder. Name one file" in message(str(tmp_path), error=IsADirectoryError)
+
+
+def test_unreadable_file(write, monkeypatch):
+    path = write("a.json", [ROW])
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("rosa_lightning.utils.opening.os.open", refuse)
+    assert "a.json cannot be read: Permission denied" in message(path, error=OSError)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", "[{]", ["a.json is not JSON: line 1, column 3", "list of objects"]),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', ["Extra data", "name it .jsonl"]),
+        ("a.json", '{"a": 1}', ["holds an object at the top", "list of objects"]),
+        ("a.json", "[3]", ["record 1 is a number", "expected an object"]),
+        ("a.json", "[]", ["a.json (task text) holds no records"]),
+        ("svamp.jsonl", "", ["svamp.jsonl (task svamp) holds no records"]),
+        ("a.jsonl", "", ["holds no records"]),
+        ("a.jsonl", '{"instruction": 1}', ["record 1", "'instruction' is a number"]),
+        ("a.jsonl", "\n{]\n", ["a.jsonl, line 2 is not JSON"]),
+        ("a.json", b'["\xff"]', ["is not UTF-8 text (byte 2)"]),
+        ("a.parquet", "no parquet", ["cannot be read as Parquet"]),
+        ("a.csv", "a,b", ["ends in '.csv'", ".jsonl"]),
+        ("a.txt", "One?", ["holds prompts only", "data.predict_sources"]),
+    ],
+)
+def test_file_of_wrong_shape(write, name, content, words):
+    text = message(write(name, content))
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("row", "purpose", "words"),
+    [
+        ({"instruction": "a", "answer": "b"}, "train", ["'output' is missing"]),
+        ({**ROW, "output": " \n"}, "train", ["'output' is empty"]),
+        ({**ROW, "output": ["a"]}, "train", ["'output' is a list", "expected text"]),
+        ({**ROW, "instruction": ""}, "predict", ["'instruction' is empty"]),
+        ({**ROW, "answer": {"a": 1}}, "train", ["'answer' is an object"]),
+        ({**ROW, "answer": "", "output": ""}, "test", ["'answer' is missing or empty"]),
+        ({"sentence": "a", "label": 1}, "train", ["fields sentence, label", "instruction, input"]),
+        ({"question": "a", "answer": "42"}, "train", ["'answer' is '42'", "#### 42"]),
+        ({"question": "a"}, "test", ["'answer' is missing"]),
+        (None, "train", ["is nothing"]),
+    ],
+)
+def test_wrong_record_is_named_with_file_number_and_field(write, row, purpose, words):
+    path = write("set.jsonl", [ROW, row])
+    text = message(path, purpose)
+    assert f"{path}, record 2" in text
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        (
+            "gsm8k",
+            {**ROW, "answer": "many"},
+            "gold answer is 'many'; its prompt asks for a number",
+        ),
+        ("boolq", {**ROW, "answer": "maybe"}, "asks for one of true, false"),
+        ("aqua", {**ROW, "answer": "F"}, "asks for one of A, B, C, D, E"),
+        (
+            "arc_easy",
+            {**ROW, "instruction": "Which?\n\nAnswer format: answer1/answer2", "answer": "answer3"},
+            "asks for one of answer1, answer2",
+        ),
+        (
+            "arc_easy",
+            {**ROW, "instruction": "Which?\n\nAnswer format: answer1/answer1/answer2"},
+            "the prompt offers 'answer1' twice",
+        ),
+    ],
+)
+def test_gold_answers_that_the_format_cannot_express_are_named(write, task, row, words):
+    good = {**ROW, "answer": {"boolq": "true", "aqua": "A", "arc_easy": "answer1"}.get(task, "4")}
+    path = write("set.jsonl", [good, row])
+    text = message(path, "test", task=task)
+    assert f"{path}, record 2 (task {task})" in text
+    assert words in text
+    assert len(load(path, "train", task=task)) == 2  # to train, the response alone counts
+
+
+# The hub.
+
+
+def test_hub_data_set_that_cannot_be_reached_is_one_line_naming_the_way_out():
+    with pytest.raises(OSError, match=r"no-such-owner/none") as caught:
+        load_records(Source(hub="no-such-owner/none", split="test"))
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "split test" in text
+    assert "{path: FILE.jsonl}" in text
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Puts rows in place of the hub; holds what was asked for."""
+    import datasets
+
+    asked = {}
+
+    def serve(rows):
+        def load_dataset(name, subset, *, split, revision, **options):
+            asked.update(name=name, subset=subset, split=split, revision=revision, **options)
+            return datasets.Dataset.from_list(rows)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return asked
+
+    return serve
+
+
+def test_hub_rows_are_read_with_subset_split_and_revision(hub):
+    asked = hub([{"question": "How many?", "answer": "#### 3"}])
+    source = Source(hub="openai/gsm8k", subset="main", split="test", revision="v1")
+    (found,) = load_records(source)
+    assert found == Record("How many?", "", "#### 3", "3", "gsm8k", "gsm8k", 1)
+    assert asked == {"name": "openai/gsm8k", "subset": "main", "split": "test", "revision": "v1"}
+
+
+def test_hub_rows_on_disk_are_those_in_memory(hub):
+    hub(
+        [{"question": f"How many are {number}?", "answer": f"#### {number}"} for number in range(9)]
+    )
+    source = Source(hub="openai/gsm8k", stream=True)
+    assert isinstance(load_records(source), Streamed)
+    assert list(load_records(source)) == load_records(replace(source, stream=False))
+
+
+def test_hub_rows_of_another_schema_are_named(hub):
+    hub([{"question": "is it?", "answer": {"text": ["it is"]}, "context": "it is"}])
+    with pytest.raises(ValueError, match=r"hub data set rajpurkar/squad, record 1: .*'answer' is"):
+        load_records(Source(hub="rajpurkar/squad"))
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "subset", "task"),
+    [(row.hub, row.subset, name) for name, row in TASKS.items() if row.hub],
+)
+def test_a_hub_data_set_of_a_benchmark_is_known_by_its_id_and_subset(hub_id, subset, task):
+    assert Source(hub=hub_id, subset=subset).benchmark == task
+
+
+def test_a_hub_data_set_that_is_code_is_read_from_its_parquet_branch(hub):
+    asked = hub([{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}])
+    (found,) = load_records(Source(hub="ybisk/piqa", split="validation"), "test")
+    assert found.answer == "solution1"
+    assert asked["revision"] == "refs/convert/parquet"
+    load_records(Source(hub="ybisk/piqa", split="validation", revision="mine"), "test")
+    assert asked["revision"] == "mine"
+
+
+def test_on_the_parquet_branch_a_subset_is_a_folder(hub):
+    asked = hub([{"input": "a", "output_answer": "3"}])
+    load_records(Source(hub="allenai/lila", subset="addsub", split="test"), "test")
+    assert (asked["subset"], asked["data_dir"]) == (None, "addsub")
+
+
+# The held-out split.
+
+instructions = st.lists(st.sampled_from([f"Question {n}?" for n in range(30)]), max_size=60)
+
+
+@given(
+    sources=st.lists(instructions, min_size=1, max_size=4),
+    fraction=st.floats(0, 0.99),
+    seed=st.integers(0, 5),
+)
+def test_equal_prompts_stay_on_one_side_and_every_source_keeps_records(sources, fraction, seed):
+    records = [
+        [record(text, f"s{number}", i) for i, text in enumerate(texts)]
+        for number, texts in enumerate(sources)
+    ]
+    train, held = hold_out(records, fraction, seed)
+    for all_of_it, to_train, to_hold in zip(records, train, held, strict=True):
+        assert Counter(to_train) + Counter(to_hold) == Counter(all_of_it)
+        assert bool(to_train) == bool(all_of_it)
+    trained_on = {normalised_prompt(r) for source in train for r in source}
+    assert not trained_on & {normalised_prompt(r) for source in held for r in source}
+
+
+@given(size=st.integers(2, 300), fraction=st.floats(0.001, 0.9), seed=st.integers(0, 3))
+def test_held_out_fraction_of_different_prompts_is_exact(size, fraction, seed):
+    records = [record(f"Question {n}?", index=n) for n in range(size)]
+    _, (held,) = hold_out([records], fraction, seed)
+    assert len(held) == min(size - 1, max(1, round(size * fraction)))
+
+
+def test_what_is_held_out_depends_on_seed_and_prompt_and_not_on_order():
+    records = [record(f"Question {n}?") for n in range(100)]
+    _, (held,) = hold_out([records], 0.1, 0)
+    _, (reversed_held,) = hold_out([records[::-1]], 0.1, 0)
+    _, (other,) = hold_out([records], 0.1, 1)
+    assert set(held) == set(reversed_held) != set(other)
+
+
+def test_prompts_that_differ_in_case_and_punctuation_are_equal():
+    first, second = record("What is  2 + 2?"), record("what is 2, 2")
+    assert normalised_prompt(first) == normalised_prompt(second) == "what is 2 2"
+    assert normalised_prompt(replace(first, input="Now")) == "what is 2 2 now"
+
+
+def test_prompts_in_other_scripts_and_of_signs_alone_stay_different():
+    texts = ["你好", "再见", "+", "-"]
+    assert len({normalised_prompt(record(text)) for text in texts}) == 4
+
+
+def test_fraction_zero_holds_out_nothing():
+    _, held = hold_out([[record("a"), record("b")]], 0.0, 0)
+    assert held == [[]]
+
+
+def test_train_files_of_the_benchmarks_are_read(real_data):
+    sizes = {"boolq": 9427, "openbookqa": 4957, "arc_easy": 2251, "arc_challenge": 1119}
+    for name, size in sizes.items():
+        records = load(str(real_data / "train" / f"{name}.json"))
+        assert len(records) == size
+        assert {r.task for r in records} == {name}
+    assert len(load(str(real_data / "train" / "gsm8k.jsonl"))) == 7473
+
+
+def test_test_files_of_the_benchmarks_are_read(real_data):
+    for path in (real_data / "test").glob("*.json"):
+        assert all(r.answer for r in load(str(path), "test"))
+
+
+def test_training_on_mawps_names_its_first_empty_output(real_data):
+    text = message(str(real_data / "test" / "mawps.json"))
+    assert "mawps.json, record 1: field 'output' is empty" in text
+
+
+def test_records_to_look_at_may_lack_a_response(write):
+    rows = [{"instruction": "What?", "output": " "}, {"instruction": "Why?"}]
+    assert [r.output for r in load(write("a.json", rows), "audit")] == [" ", ""]
+    rows = [{"question": "What?", "answer": ""}, {"question": "Why?"}]
+    assert [r.output for r in load(write("b.json", rows), "audit")] == ["", ""]
+    with pytest.raises(ValueError, match=r"ends in '\.csv'"):
+        load(write("c.csv", ""), "audit")

@@ -1,0 +1,194 @@
+import peft
+import pytest
+import torch
+from torch import nn
+
+from rosa_lightning.dls.layers import find_layers
+from tests.conftest import build
+
+
+class WeightlessNorm(nn.Module):
+    pass
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+        self.q_norm = nn.RMSNorm(2)
+        # Modules of adapters inside the layers are no layers.
+        self.adapters = nn.ModuleList([nn.Linear(4, 2), nn.Linear(2, 4)])
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(4)
+        self.attention = Attention()
+        self.post_attention_layernorm = nn.LayerNorm(4)
+
+
+class Model(nn.Module):
+    def __init__(self, num_layers=3):
+        super().__init__()
+        self.layers = nn.ModuleList([Block() for _ in range(num_layers)])
+
+
+def test_the_only_stack_is_found_with_its_own_norms():
+    root = nn.ModuleDict({"model": Model()})
+    found = find_layers(root)
+    block = root["model"].layers[1]
+    assert [layer.name for layer in found] == [f"model.layers.{i}" for i in range(3)]
+    assert found[1].norms == (block.input_layernorm.weight, block.post_attention_layernorm.weight)
+    assert set(found[1].candidates.values()) == set(block.parameters())
+    assert "model.layers.1.attention.q_proj.weight" in found[1].candidates
+
+
+def test_only_parameters_that_train_are_candidates():
+    root = Model()
+    root.requires_grad_(False)
+    for block in root.layers:
+        block.attention.adapters.requires_grad_(True)
+    names = set(find_layers(root)[0].candidates)
+    adapters = "layers.0.attention.adapters"
+    assert names == {f"{adapters}.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+
+
+def test_patterns_choose_norms_and_candidates():
+    (first, *_) = find_layers(Model(), norms="*.q_norm, post_*", trainable="*q_proj*,*.bias")
+    assert [weight.numel() for weight in first.norms] == [2, 4]
+    assert {name.removeprefix("layers.0.") for name in first.candidates} == {
+        "attention.q_proj.weight",
+        "attention.q_proj.bias",
+        "attention.adapters.0.bias",
+        "attention.adapters.1.bias",
+        "post_attention_layernorm.bias",
+    }
+
+
+def test_two_stacks_are_listed_with_their_lengths():
+    root = nn.ModuleDict({"encoder": Model(3), "decoder": Model(5)})
+    with pytest.raises(ValueError, match=r"encoder.layers \(3 layers\), decoder.layers \(5 layers"):
+        find_layers(root)
+    assert len(find_layers(root, "decoder.layers")) == 5
+
+
+def test_a_frozen_tower_and_lists_without_parameters_are_no_choice():
+    root = nn.ModuleDict({"vision": Model(3), "language": Model(4), "metrics": nn.Module()})
+    root["vision"].requires_grad_(False)
+    root["metrics"].all = nn.ModuleList([nn.Identity(), nn.Identity()])
+    assert next(layer.name for layer in find_layers(root)) == "language.layers.0"
+
+
+def test_a_model_without_layers_is_told_so():
+    with pytest.raises(ValueError, match=r"found 0.*layers="):
+        find_layers(nn.Linear(2, 2))
+
+
+def test_lists_that_are_passed_over_are_named_with_the_reason():
+    root = nn.ModuleDict({"frozen": Model(2).requires_grad_(False), "one": Model(1)})
+    root["mixed"] = nn.ModuleList([Block(), nn.Linear(4, 4)])
+    root["chain"] = nn.Sequential(nn.Linear(4, 4))
+    for layer in (*root["one"].layers, root["mixed"][0]):
+        layer.attention.adapters = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="found 0") as error:
+        find_layers(root)
+    for told in (
+        "frozen.layers (nothing in it trains)",
+        "one.layers (one block alone)",
+        "mixed (of different classes: Block, Linear)",
+        "chain (a Sequential)",
+    ):
+        assert told in str(error.value)
+
+
+def test_a_pattern_names_the_one_list_whose_path_it_matches():
+    root = nn.ModuleDict({"encoder": Model(3), "decoder": Model(5)})
+    assert len(find_layers(root, "dec*.layers")) == 5
+    with pytest.raises(
+        ValueError, match=r"'\*.layers' matches 2 lists.*encoder.layers, decoder.layers"
+    ):
+        find_layers(root, "*.layers")
+    with pytest.raises(ValueError, match=r"'vision\.\*' matches nothing"):
+        find_layers(root, "vision.*")
+
+
+def test_a_path_that_matches_nothing_names_the_nearest():
+    root = nn.ModuleDict({"encoder": Model(), "decoder": Model()})
+    with pytest.raises(ValueError, match=r"'encoder.layer' matches nothing.*encoder.layers"):
+        find_layers(root, "encoder.layer")
+    with pytest.raises(ValueError, match=r"matches nothing.*The model has none"):
+        find_layers(nn.Linear(2, 2), "encoder.layers")
+
+
+def test_a_path_to_something_else_is_refused():
+    with pytest.raises(ValueError, match="is a Block; expected a ModuleList"):
+        find_layers(Model(), "layers.0")
+
+
+def test_a_sequential_of_layers_can_be_named():
+    root = nn.ModuleDict({"blocks": nn.Sequential(Block(), Block())})
+    assert [layer.name for layer in find_layers(root, "blocks")] == ["blocks.0", "blocks.1"]
+
+
+def test_a_layer_whose_norms_have_no_weight_is_named():
+    root = Model()
+    root.layers[1].input_layernorm = WeightlessNorm()
+    assert len(find_layers(root)[1].norms) == 1
+    root.layers[1].post_attention_layernorm = WeightlessNorm()
+    with pytest.raises(ValueError, match=r"Layer 'layers.1' has no norm weight.*attention.q_norm"):
+        find_layers(root)
+
+
+def test_a_layer_without_candidates_is_left_out():
+    root = Model()
+    root.layers[0].requires_grad_(False)
+    found = find_layers(root)
+    assert [layer.index for layer in found] == list(range(1, len(root.layers)))
+    with pytest.raises(ValueError, match=r"nothing to train in 'layers'.*\*lora\*"):
+        find_layers(root, trainable="*lora*")
+
+
+def test_layers_that_share_a_parameter_are_refused():
+    root = Model()
+    root.layers[2].attention = root.layers[0].attention
+    with pytest.raises(ValueError, match=r"'layers.2.attention.*also belongs to layer 'layers.0'"):
+        find_layers(root)
+
+
+def test_layers_that_share_a_frozen_norm_are_refused():
+    root = Model()
+    root.layers[0].input_layernorm.requires_grad_(False)
+    root.layers[2].input_layernorm = root.layers[0].input_layernorm
+    with pytest.raises(ValueError, match=r"scores layer 'layers.2'.*layer 'layers.0'.*norms="):
+        find_layers(root)
+    assert len(find_layers(root, norms="post*")) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("pattern", [None, "*layernorm", "*layernorm*"])
+@pytest.mark.parametrize("wrapped", [[], ["input_layernorm"], ["*"], "tuned"])
+def test_norms_that_peft_trains_score_with_the_weights_that_take_gradients(wrapped, pattern):
+    base = build("llama")
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if wrapped == "tuned":
+        config = peft.LNTuningConfig(target_modules=names)
+    else:
+        kept = names if wrapped == ["*"] else wrapped
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=kept)
+    model = peft.get_peft_model(base, config)
+    layers = find_layers(model, norms=pattern)
+    for layer in layers:
+        for norm in layer.norms:
+            norm.requires_grad_(True)
+    model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
+    assert [len(layer.norms) for layer in layers] == [2, 2]
+    assert all(norm.grad is not None for layer in layers for norm in layer.norms)
+
+
+def test_layers_wrapped_by_the_compiler_are_seen_through():
+    root = Model()
+    plain = find_layers(root)
+    for index, block in enumerate(root.layers):
+        root.layers[index] = torch.compile(block, backend="eager")
+    assert find_layers(root) == plain

@@ -1,0 +1,217 @@
+from copy import deepcopy
+
+import pytest
+import torch
+import torchao.optim
+from torch import nn, optim
+
+from rosa_lightning.dls.optimizer_state import (
+    check_moments,
+    fill_optimizer_state,
+    free_moments,
+    reset_moments,
+)
+
+OPTIMIZERS = {
+    "adamw": lambda p: optim.AdamW(p, lr=0.1),
+    "adamw foreach": lambda p: optim.AdamW(p, lr=0.1, foreach=True),
+    "adamw fused": lambda p: optim.AdamW(p, lr=0.1, fused=True),
+    "adamw capturable rate": lambda p: optim.AdamW(p, lr=torch.tensor(0.1), fused=True),
+    "adam with decay": lambda p: optim.Adam(p, lr=0.1, weight_decay=0.5),
+    "amsgrad": lambda p: optim.Adam(p, lr=0.1, amsgrad=True),
+    "nadam": lambda p: optim.NAdam(p, lr=0.1),
+    "radam": lambda p: optim.RAdam(p, lr=0.1),
+    "adamax": lambda p: optim.Adamax(p, lr=0.1),
+    "adafactor": lambda p: optim.Adafactor(p, lr=0.1),
+    "muon": lambda p: optim.Muon(p, lr=0.1),
+    "sgd": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "plain sgd": lambda p: optim.SGD(p, lr=0.1),
+    "rmsprop": lambda p: optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True),
+    "adadelta": lambda p: optim.Adadelta(p, lr=0.1),
+}
+
+
+def weights():
+    source = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(3, 2, generator=source)) for _ in range(2)]
+
+
+def step(optimizer, parameters, seed):
+    source = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(3, 2, generator=source)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("forget", [reset_moments, free_moments])
+def test_a_forgotten_parameter_goes_on_as_under_a_new_optimizer(build, forget):
+    parameters = weights()
+    optimizer = build(parameters)
+    for seed in range(4):
+        step(optimizer, parameters, seed)
+    first, second = parameters
+    new, old = nn.Parameter(first.detach().clone()), deepcopy(optimizer.state.get(second))
+
+    check_moments("reset", [optimizer], parameters)
+    forget([optimizer], [first])
+    assert str(optimizer.state.get(second)) == str(old)
+    fresh = build([new])
+    for seed in range(4, 7):
+        step(optimizer, [first], seed)
+        step(fresh, [new], seed)
+        torch.testing.assert_close(first, new, rtol=0, atol=0)
+
+
+def test_keeping_moments_would_have_gone_another_way():
+    parameters = weights()
+    optimizer = OPTIMIZERS["adamw"](parameters)
+    step(optimizer, parameters, 0)
+    new = nn.Parameter(parameters[0].detach().clone())
+    step(optimizer, parameters[:1], 1)
+    step(OPTIMIZERS["adamw"]([new]), [new], 1)
+    assert not torch.equal(parameters[0], new)
+
+
+def test_a_reset_keeps_every_entry_where_it_is():
+    parameters = weights()
+    optimizer = OPTIMIZERS["adamw"](parameters)
+    step(optimizer, parameters, 0)
+    before = {key: value.data_ptr() for key, value in optimizer.state[parameters[0]].items()}
+    reset_moments([optimizer], parameters)
+    after = {key: value.data_ptr() for key, value in optimizer.state[parameters[0]].items()}
+    assert after == before
+
+
+def held_bytes(optimizer):
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    return sum(v.untyped_storage().nbytes() for v in values if isinstance(v, torch.Tensor))
+
+
+def test_freed_moments_hold_no_memory():
+    parameters = weights()
+    optimizer = OPTIMIZERS["adamw"](parameters)
+    step(optimizer, parameters, 0)
+    before = held_bytes(optimizer)
+    free_moments([optimizer], parameters[:1])
+    assert held_bytes(optimizer) == before / 2
+    # The next checkpoint holds no more either, and loads.
+    saved = optimizer.state_dict()
+    assert list(saved["state"]) == [1]
+    OPTIMIZERS["adamw"](weights()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamWFp8"])
+@torch.compiler.set_stance("force_eager")
+def test_moments_of_eight_bits_are_reset_in_place(name):
+    source = torch.Generator().manual_seed(0)
+    # Smaller weights than this have moments of 32 bits.
+    weight = nn.Parameter(torch.randn(64, 64, generator=source))
+    optimizer = getattr(torchao.optim, name)([weight], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.randn(64, 64, generator=source)
+        optimizer.step()
+    new = nn.Parameter(weight.detach().clone())
+    entry = optimizer.state[weight]["exp_avg"]
+    check_moments("reset", [optimizer], [weight])
+    reset_moments([optimizer], [weight])
+    assert optimizer.state[weight]["exp_avg"] is entry
+    fresh = getattr(torchao.optim, name)([new], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.randn(64, 64, generator=source)
+        new.grad = weight.grad.clone()
+        optimizer.step()
+        fresh.step()
+        torch.testing.assert_close(weight, new, rtol=0, atol=0)
+
+
+class Noting(optim.AdamW):
+    """An optimizer of somebody else, with an entry of its own."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["noted"] = 1
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda p: optim.Rprop(p, lr=torch.tensor(0.1), capturable=True), "prev"),
+        (optim.ASGD, "eta"),
+        (Noting, "noted"),
+    ],
+)
+def test_a_state_that_comes_with_the_first_step_is_refused_before_it(make, key):
+    parameters = weights()
+    optimizer = make(parameters)
+    with pytest.raises(ValueError, match=f"'{key}'.*Set moments='keep'"):
+        check_moments("reset", [optimizer], parameters)
+    assert not optimizer.state
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_an_optimizer_that_cannot_be_built_again_is_judged_by_the_state_it_has():
+    class Particular(optim.Rprop):
+        def __init__(self, parameters, secret):
+            super().__init__(parameters)
+
+    parameters = weights()
+    optimizer = Particular(parameters, 1)
+    check_moments("reset", [optimizer], parameters)
+    step(optimizer, parameters, 0)
+    with pytest.raises(ValueError, match="'prev'"):
+        check_moments("reset", [optimizer], parameters)
+
+
+def test_parameters_without_state_are_passed_over_and_get_none():
+    parameters = weights()
+    optimizer = OPTIMIZERS["adamw"](parameters)
+    check_moments("reset", [optimizer], parameters)
+    reset_moments([optimizer], parameters)
+    free_moments([optimizer], parameters)
+    assert len(optimizer.state) == 0
+
+
+def test_a_state_that_is_not_known_is_refused_by_name():
+    parameters = weights()
+    optimizer = optim.Adagrad(parameters, lr=0.1)
+    with pytest.raises(ValueError, match=r"'sum'.*Adagrad remembers.*moments='keep'") as error:
+        check_moments("reset", [optimizer], parameters)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"Adagrad.*moments='keep'"):
+        check_moments("free", [optimizer], parameters)
+    check_moments("keep", [optimizer], parameters)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_filled_state_changes_nothing_of_what_training_does(make):
+    """The second weight takes its first step when the first has made three."""
+    trained = []
+    for filled in (False, True):
+        pair = weights()
+        groups = [{"params": [pair[0]]}, {"params": [pair[1]], "weight_decay": 0.25}]
+        optimizer = make(groups)
+        before = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        for step in range(6):
+            if filled:  # also in the middle of training, with gradients at hand
+                held = [weight.grad for weight in pair]
+                fill_optimizer_state(optimizer)
+                assert all(a is w.grad for a, w in zip(held, pair, strict=True))
+            for index, weight in enumerate(pair):
+                weight.grad = weight.detach().sin() if index == 0 or step >= 3 else None
+            optimizer.step()
+        assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == before
+        trained.append([weight.detach().clone() for weight in pair])
+        steps = [float(optimizer.state[w].get("step", 0)) for w in pair]
+    for plain, same in zip(*trained, strict=True):
+        assert torch.equal(plain, same)
+    assert steps in ([6.0, 3.0], [0.0, 0.0])
+
+
+def test_every_weight_has_state_once_filled():
+    pair = weights()
+    optimizer = optim.AdamW(pair)
+    fill_optimizer_state(optimizer)
+    assert all(set(optimizer.state[w]) == {"step", "exp_avg", "exp_avg_sq"} for w in pair)
+    assert not any(value.any() for w in pair for value in optimizer.state[w].values())

@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from rosa_lightning import EvaluationConfig, ReasoningDataModule, RoAEConfig, RoSAModule
+from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
+from tests import ranks
+from tests.conftest import save_base, write_records
+from tests.hostile import KINDS, limited, put
+
+
+class Echo(LightningModule):
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.fail_at = fail_at
+
+    def predict_step(self, batch, batch_idx):
+        if batch_idx == self.fail_at:
+            raise RuntimeError("broken")
+        return [{"index": int(value), "response": "é"} for value in batch]
+
+
+def predict(tmp_path: Path, writer: PredictionWriter, fail_at: int | None = None) -> None:
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[writer],
+    )
+    trainer.predict(Echo(fail_at), DataLoader(torch.arange(5), batch_size=2))
+
+
+def test_every_record_is_a_line_in_order(tmp_path):
+    predict(tmp_path, PredictionWriter())
+    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["index"] for line in text.splitlines()] == [0, 1, 2, 3, 4]
+    assert "é" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+def test_the_file_goes_where_it_is_told(tmp_path):
+    predict(tmp_path, PredictionWriter(str(tmp_path / "deep" / "out.jsonl")))
+    assert (tmp_path / "deep" / "out.jsonl").exists()
+
+
+def test_a_run_that_fails_leaves_the_older_file_and_nothing_half_written(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text("older\n")
+    with pytest.raises(RuntimeError, match="broken"):
+        predict(tmp_path, PredictionWriter(), fail_at=1)
+    assert (tmp_path / "predictions.jsonl").read_text() == "older\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_in_the_place_of_a_part_is_not_written_through(tmp_path, link):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "out").mkdir()
+    link(tmp_path / "precious", tmp_path / "out" / ".predictions.jsonl.rank0")
+    predict(tmp_path, PredictionWriter(str(tmp_path / "out" / "predictions.jsonl")))
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"predictions\.jsonl cannot be written: File too large"):
+            predict(tmp_path, PredictionWriter())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_in_the_place_of_a_part_gives_way(tmp_path):
+    os.mkfifo(tmp_path / ".predictions.jsonl.rank0")
+    with limited():
+        predict(tmp_path, PredictionWriter())
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 5
+
+
+BOTH = EvaluationConfig(protocols=("generate", "likelihood"))
+
+
+class Stop(Callback):
+    """Stops an evaluation after some batches."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == self.after:
+            raise RuntimeError("stopped")
+
+
+def exercises(folder: Path, num_labels: int = 11, **options) -> ReasoningDataModule:
+    """Seven numbers and eleven labels, three of which stand in the training data."""
+    training = [
+        {"instruction": f"say  {number}!", "output": "yes", "answer": "true"}
+        for number in (3, 5, 9)
+    ]
+    (folder / "train.json").write_text(json.dumps(training))
+    numbers = write_records(folder / "gsm8k.json", 7)
+    labels = write_records(folder / "boolq.json", num_labels, "the correct answer is true", "true")
+    return ReasoningDataModule(
+        sources=[{"path": str(folder / "train.json"), "task": "boolq"}],
+        test_sources=[{"path": str(labels)}, {"path": str(numbers)}],
+        **{"batch_size": 4, "max_length": 300, **options},
+    )
+
+
+def evaluate(base: Path, folder: Path, *callbacks, data=None, module=None, logger=None, **options):
+    built = module or RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=BOTH)
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=logger or False,
+        enable_progress_bar=False,
+        callbacks=[*callbacks, ResultWriter()],
+        **options,
+    )
+    return trainer.test(built, data or exercises(folder), verbose=False)[0]
+
+
+def read(folder: Path) -> tuple[list[dict], dict]:
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], json.loads((folder / "results.json").read_text())
+
+
+def plain(results: dict) -> dict:
+    """Results without what differs from run to run."""
+    passing = ("wall_time_s", "resumed_answers", "leaked_from")
+    return {key: value for key, value in results.items() if key not in passing}
+
+
+def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
+    base_folder, tmp_path, capsys
+):
+    logged = evaluate(base_folder, tmp_path)
+    items, results = read(tmp_path)
+    assert [(item["protocol"], item["source"], item["index"]) for item in items] == [
+        *(("generate", "boolq", number) for number in range(1, 12)),
+        *(("generate", "gsm8k", number) for number in range(1, 8)),
+        *(("likelihood", "boolq", number) for number in range(1, 12)),
+    ]
+    rows = {(row["protocol"], row["task"]): row for row in results["results"]}
+    for (protocol, task), row in rows.items():
+        own = [i for i in items if (i["protocol"], i["task"]) == (protocol, task)]
+        right = [item["correct"] for item in own]
+        assert row["n"] == len(own)
+        assert row["accuracy"] == sum(right) / len(right)
+        assert row["leaked"] == (3 if task == "boolq" else 2)
+        prefix = "" if protocol == "generate" else "likelihood/"
+        assert logged[f"test/{prefix}accuracy/{task}"] == pytest.approx(row["accuracy"])
+    failed = [item["answer"] is None for item in items if item["protocol"] == "generate"]
+    assert logged["test/format_failures"] == pytest.approx(sum(failed) / len(failed))
+    assert rows["likelihood", "boolq"]["format_failure_rate"] is None
+    assert results["model"] == f"{base_folder}, without an adapter"
+    assert results["template"] == "alpaca"
+    assert results["leaked_from"] == [str(tmp_path / "train.json")]
+    assert results["cut_prompts"] == {"boolq": 0, "gsm8k": 0}
+    assert "boolq*" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*part*"))
+
+
+@pytest.mark.parametrize("decontaminate", [True, False])
+def test_leaks_are_those_of_the_training_whatever_the_configuration_says_now(
+    decontaminate, base_folder, tmp_path, capsys
+):
+    data = exercises(tmp_path, decontaminate=decontaminate)
+    more = [{"instruction": f"{n}?", "output": "no", "answer": "false"} for n in range(9)]
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps(json.loads(train.read_text()) + more))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    module = RoSAModule(str(base_folder), RoAEConfig(rank=2), max_new_tokens=2)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    other = [{"instruction": "Of no benchmark.", "output": "no", "answer": "false"}]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    tests = [{"path": str(tmp_path / "boolq.json")}, {"path": str(tmp_path / "gsm8k.json")}]
+    now = ReasoningDataModule(
+        sources=[str(tmp_path / "other.json")], test_sources=tests, batch_size=4, max_length=300
+    )
+    tester = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[ResultWriter()]
+    )
+    tester.test(module, now, ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    _, results = read(tmp_path)
+    leaked = {row["task"]: row["leaked"] for row in results["results"]}
+    assert leaked == ({"boolq": 0, "gsm8k": 0} if decontaminate else {"boolq": 3, "gsm8k": 2})
+    assert results["leaked_from"] == [str(train)]
+    assert ("boolq*" in capsys.readouterr().out) is not decontaminate
+
+
+def test_training_data_that_cannot_be_read_leave_the_leaks_unknown(base_folder, tmp_path, capsys):
+    data = exercises(tmp_path)
+    (tmp_path / "train.json").unlink()
+    evaluate(base_folder, tmp_path, data=data)
+    assert {row["leaked"] for row in read(tmp_path)[1]["results"]} == {None}
+    assert "train.json does not exist" in " ".join(capsys.readouterr().out.split())
+
+
+def count_batches(monkeypatch) -> list[int]:
+    from rosa_lightning.evaluation import evaluator as home
+
+    calls, generate = [], home.generate
+
+    def counted(model, tokenizer, batch, *arguments, **options):
+        calls.append(len(batch["task"]))
+        return generate(model, tokenizer, batch, *arguments, **options)
+
+    monkeypatch.setattr(home, "generate", counted)
+    return calls
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
+    base_folder, tmp_path, monkeypatch, caplog
+):
+    """Twice stopped, the second time with a line cut in two."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for folder in (straight, stopped):
+        folder.mkdir()
+    evaluate(base_folder, straight)
+    calls = count_batches(monkeypatch)
+    for after in (2, 4):
+        with pytest.raises(RuntimeError, match="stopped"):
+            evaluate(base_folder, stopped, Stop(after))
+    assert calls == [4, 4, 4, 4]
+    assert not (stopped / "predictions.jsonl").exists()
+    part = stopped / "predictions.part1.rank0.jsonl"
+    part.write_text(part.read_text()[:-40])
+    with caplog.at_level(logging.INFO):
+        evaluate(base_folder, stopped)
+    assert calls == [4, 4, 4, 4, 4, 2]
+    assert "going on with" in caplog.text
+    assert read(stopped)[0] == read(straight)[0]
+    assert plain(read(stopped)[1]) == plain(read(straight)[1])
+    assert not list(stopped.glob("*part*"))
+
+
+def test_an_evaluation_leaves_the_answers_of_one_that_is_still_running_alone(base_folder, tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(2))
+    part = tmp_path / "predictions.part0.rank0.jsonl"
+    running = (
+        "import fcntl, sys\n"
+        "file = open(sys.argv[1])\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True)\n"
+        "input()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", running, str(part)], **pipes) as process:
+        assert process.stdout.readline() == "locked\n"
+        evaluate(base_folder, tmp_path)
+        process.communicate("\n")
+    assert part.exists()
+    assert read(tmp_path)[1]["resumed_answers"] == 0
+
+
+def test_what_strangers_put_beside_the_parts_is_passed_over(base_folder, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(3))
+    part = tmp_path / "predictions.part0.rank0.jsonl"
+    first = json.loads(part.read_text().splitlines()[0])
+    odd = [{**first, name: value} for name in first for value in (None, [1], {}, 5)]
+    lines = [json.dumps(one) for one in odd if one["evaluation"] == first["evaluation"]]
+    lines += [json.dumps(first["evaluation"]), "[" * 50_000, "7" * 5_000, "\udcff"]
+    odd_part = tmp_path / "predictions.part1.rank0.jsonl"
+    odd_part.write_text("\n".join(lines), errors="surrogateescape")
+    for number, kind in enumerate(KINDS, start=2):
+        put(kind, tmp_path / f"predictions.part{number}.rank0.jsonl")
+    (tmp_path / "predictions.part6.rank0.jsonl").symlink_to(tmp_path / "none")
+    (tmp_path / "predictions.partX.rank0.jsonl").write_text("")
+    calls = count_batches(monkeypatch)
+    with limited(120):
+        evaluate(base_folder, tmp_path)
+    assert sum(calls) < 18
+    assert read(tmp_path)[1]["resumed_answers"] >= 12
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(
+    base_folder, tmp_path, monkeypatch
+):
+    data = exercises(tmp_path)
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(3), data=data, logger=TensorBoardLogger(tmp_path))
+    calls = count_batches(monkeypatch)
+    evaluate(base_folder, tmp_path, data=exercises(tmp_path), logger=TensorBoardLogger(tmp_path))
+    assert calls == [4, 2]
+    assert (tmp_path / "lightning_logs/version_1/results.json").exists()
+    assert not list(tmp_path.rglob("*part*"))
+
+
+def adapted(base: Path) -> RoSAModule:
+    built = RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=BOTH)
+    built.configure_model()
+    for name, parameter in built.named_parameters():
+        if name.endswith("roae_B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return built
+
+
+def other_rules(base: Path) -> RoSAModule:
+    config = EvaluationConfig(protocols=BOTH.protocols, rules="paper")
+    return RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=config)
+
+
+@pytest.mark.parametrize("make", [adapted, other_rules])
+def test_answers_of_another_evaluation_are_not_taken_over(
+    make, base_folder, tmp_path, monkeypatch, caplog
+):
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(3))
+    calls = count_batches(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        evaluate(base_folder, tmp_path, module=make(base_folder))
+    assert sum(calls) == 18
+    assert "is of an evaluation with other weights or settings; this one begins anew" in caplog.text
+    assert read(tmp_path)[1]["resumed_answers"] == 0
+    assert (tmp_path / "predictions.part0.rank0.jsonl").exists()
+
+
+def test_other_prompts_are_answered_anew(base_folder, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(base_folder, tmp_path, Stop(3))
+    data = exercises(tmp_path)
+    changed = json.loads((tmp_path / "boolq.json").read_text())
+    changed[5]["instruction"] = "Ask 5."
+    (tmp_path / "boolq.json").write_text(json.dumps(changed))
+    calls = count_batches(monkeypatch)
+    evaluate(base_folder, tmp_path, data=data)
+    assert calls == [4, 4, 2]  # the batch with the changed one, and the two that were missing
+    assert read(tmp_path)[0][5]["prompt"] == "Ask 5."
+
+
+def of_two_ranks(folder: Path) -> dict:
+    ranks_folder = folder / "ranks"
+    ranks_folder.mkdir(exist_ok=True)
+    while not (folder / "data").exists():
+        time.sleep(0.05)
+    strategy = ranks.ddp(find_unused_parameters=False)
+    data = exercises(folder / "data", num_labels=12)
+    return evaluate(folder / "base", ranks_folder, data=data, strategy=strategy, devices=2)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does_in_a_set_that_does_not_divide(tmp_path):
+    (tmp_path / "data").mkdir()
+    save_base(tmp_path / "base")
+    data = exercises(tmp_path / "data", num_labels=12, batch_size=3)
+    one = evaluate(tmp_path / "base", tmp_path, data=data)
+    two = ranks.launch("tests.evaluation.test_writers:of_two_ranks", tmp_path)
+    assert two == [one, one]
+    items, results = read(tmp_path / "ranks")
+    expected = read(tmp_path)[0]
+    assert len(expected) == 19 + 12
+    for item, other in zip(items, expected, strict=True):
+        # Sums of other batches are rounded otherwise.
+        assert item.pop("scores", []) == pytest.approx(other.pop("scores", []), abs=1e-3)
+        assert item == other
+    assert results["results"] == read(tmp_path)[1]["results"]
+    assert not list((tmp_path / "ranks").glob("*part*"))
+
+
+@pytest.mark.slow
+def test_a_killed_command_that_is_run_again_answers_what_is_missing(base_folder, tmp_path):
+    exercises(tmp_path)
+    settings = {
+        "model": {
+            "base": str(base_folder),
+            "max_new_tokens": 40,
+            "roae": {"rank": 2},
+            "evaluation": {"protocols": ["generate", "likelihood"]},
+        },
+        "data": {
+            "test_sources": [
+                {"path": str(tmp_path / f"{name}.json")} for name in ("boolq", "gsm8k")
+            ],
+            "batch_size": 1,
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "rosa_lightning", "test", "--config", str(tmp_path / "c.yaml")]
+    for name in ("killed", "straight"):
+        (tmp_path / name).mkdir()
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while sum(len(p.read_bytes()) for p in (tmp_path / "killed").rglob("*.part*")) < 2000:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.rglob("results.json"))
+    for name in ("killed", "straight"):
+        subprocess.run(command, cwd=tmp_path / name, check=True, capture_output=True)
+    (killed,) = (tmp_path / "killed").rglob("results.json")
+    (straight,) = (tmp_path / "straight").rglob("results.json")
+    assert read(killed.parent)[1]["resumed_answers"] > 0
+    assert read(killed.parent)[0] == read(straight.parent)[0]
+    assert plain(read(killed.parent)[1]) == plain(read(straight.parent)[1])

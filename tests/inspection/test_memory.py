@@ -1,0 +1,448 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import utils
+
+from rosa_lightning.cli.small import build_small
+from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
+from rosa_lightning.inspection.packed import pack_on_paper
+from rosa_lightning.models.loading import enable_checkpointing, load_skeleton
+from rosa_lightning.models.quantization import Quantization
+from rosa_lightning.module import RoSAModule
+from rosa_lightning.roae.inject import inject_roae
+from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.training.head import last_block, logits_at
+from rosa_lightning.training.loss import Forward
+from tests.conftest import build, save_base
+
+LAYERS = "model.layers"
+# bfloat16 takes a CPU several times as long.
+DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+needs_torchao = pytest.mark.skipif(
+    not utils.is_torchao_available(), reason="torchao is not installed"
+)
+needs_bitsandbytes = pytest.mark.skipif(
+    not (utils.is_bitsandbytes_available() and utils.is_accelerate_available()),
+    reason="bitsandbytes or accelerate is not installed",
+)
+
+
+def running_total(work: Callable[[], Any]) -> tuple[list[int], Any]:
+    """Bytes allocated since the start, after every allocation, by torch's own profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return list(itertools.accumulate(event.nbytes() for event in events)), result
+
+
+def make_batch(batch_size: int, length: int, response: int) -> dict[str, Any]:
+    ids_BT = torch.randint(3, 90, (batch_size, length))
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :2] = 0
+    labels_BT = torch.full_like(ids_BT, -100)
+    labels_BT[:, -response:] = ids_BT[:, -response:]
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0),
+        "labels": labels_BT,
+        "answer_mask": labels_BT != -100,
+        "num_label_positions": response,
+    }
+
+
+def bytes_of(tensors) -> int:
+    total = 0
+    for tensor in tensors:
+        # A packed one of torchao tells the size that it stands for, and holds several.
+        parts, _ = getattr(tensor, "__tensor_flatten__", lambda: ([], None))()
+        total += bytes_of(getattr(tensor, part) for part in parts) if parts else tensor.nbytes
+    return total
+
+
+def stored_beside(model: nn.Module):
+    """What layers of bitsandbytes hold that is neither parameter nor buffer."""
+    for module in model.modules():
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax)
+        elif type(module).__name__ == "Linear8bitLt":
+            yield module.state.SCB
+
+
+def measure(
+    module: RoSAModule | Forward,
+    batch_size: int,
+    length: int,
+    response: int,
+    make_optimizer=torch.optim.AdamW,
+    inactive: tuple[int, ...] = (),
+    scoring: bool = False,
+    autocast: torch.dtype | None = None,
+) -> dict[str, int]:
+    """What a real step takes, by the profiler and by summing real tensors."""
+    batch = make_batch(batch_size, length, response)
+    model = module.model
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(adapters)
+
+    def loss():
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            return module.loss(batch)
+
+    loss().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(f"{LAYERS}.{index}.") for index in inactive):
+            parameter.requires_grad_(False).grad = None
+        if scoring and name.startswith(LAYERS) and "layernorm" in name:
+            parameter.requires_grad_(True)
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    held = *model.parameters(), *model.buffers(), *stored_beside(model)
+    weights = bytes_of(held)
+    inputs = [batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels")]
+    # The profiler does not see that something older than itself is freed.
+    optimizer.zero_grad()
+
+    def two_steps():
+        for _ in range(2):
+            value = loss()
+            optimizer.zero_grad()
+            value.backward()
+            del value
+            optimizer.step()
+
+    during_steps, _ = running_total(two_steps)
+    gradients = bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+    during_forward, value = running_total(loss)
+    del value
+    vocabulary, width = model.lm_head.weight.shape
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": bytes_of(state),
+        # Of the head, the loss keeps the log-probabilities.
+        "activations": during_forward[-1] - 4 * vocabulary * batch_size * response,
+        "logits": max(head_alone(model, batch, width, autocast)),
+        "peak": weights + bytes_of(state) + bytes_of(inputs) + max(during_steps),
+    }
+
+
+def head_alone(model, batch, width: int, autocast: torch.dtype | None) -> list[int]:
+    keep = batch["num_label_positions"]
+    shape = len(batch["labels"]), keep, width
+    hidden = torch.randn(shape, dtype=model.lm_head.weight.dtype, requires_grad=True)
+
+    def work():
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            logits = model.lm_head(hidden)
+            labels = batch["labels"][:, -keep:]
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            loss = F.cross_entropy(logits.flatten(0, 1).to(dtype), labels.flatten())
+        del logits
+        loss.backward()
+
+    return running_total(work)[0]
+
+
+def check(estimate: MemoryEstimate, measured: dict[str, int]) -> None:
+    for line in ("weights", "gradients", "optimizer"):
+        assert getattr(estimate, line) == measured[line], line
+    for line, tolerance in {"activations": 0.03, "logits": 0.1, "peak": 0.1}.items():
+        assert getattr(estimate, line) == pytest.approx(measured[line], rel=tolerance), line
+
+
+def both(
+    dtype: str,
+    *shape: int,
+    checkpointing: bool = False,
+    roae: RoAEConfig | None = None,
+    base: str = "tiny",
+    quantization: Quantization | None = None,
+) -> tuple[RoSAModule, Callable[..., MemoryEstimate]]:
+    """A base, real and adapted, and the estimate of the same from its configuration."""
+    roae = roae or RoAEConfig()
+    settings: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+    module = RoSAModule(base, roae, gradient_checkpointing=checkpointing, **settings)
+    module.configure_model()
+    skeleton = load_skeleton(base, dtype=dtype)
+    inject_roae(skeleton, roae)
+    if quantization is not None:
+        pack_on_paper(skeleton, quantization)
+    if checkpointing:
+        enable_checkpointing(skeleton)
+    names = ("batch_size", "length", "response_length")
+    return module, partial(estimate_memory, skeleton, **dict(zip(names, shape, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 64, 8), (16, 128, 100), (2, 400, 300)])
+def test_every_line_is_what_a_real_step_takes(dtype, shape):
+    module, estimate = both(dtype, *shape)
+    check(estimate(), measure(module, *shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inactive", [(), (0, 1)])
+def test_gradient_checkpointing_is_in_the_figures(dtype, inactive):
+    module, estimate = both(dtype, 8, 128, 16, checkpointing=True)
+    active = [index for index in range(4) if index not in inactive]
+    measured = measure(module, 8, 128, 16, inactive=inactive)
+    check(estimate(active_layers=active), measured)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inactive", [(0, 1), (0, 1, 2), (1, 3)])
+def test_frozen_layers_save_what_they_save_in_a_real_step(dtype, inactive):
+    module, estimate = both(dtype, 8, 128, 16)
+    active = [index for index in range(4) if index not in inactive]
+    check(estimate(active_layers=active), measure(module, 8, 128, 16, inactive=inactive))
+
+
+def test_the_step_that_selects_takes_the_gradients_of_norms_as_well():
+    module, estimate = both("float32", 8, 128, 16)
+    check(estimate(scoring=True), measure(module, 8, 128, 16, scoring=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[::-1])
+def test_mixed_precision_is_in_the_figures(dtype):
+    module, estimate = both(dtype, 8, 128, 16)
+    measured = measure(module, 8, 128, 16, autocast=torch.bfloat16)
+    check(estimate(autocast=torch.bfloat16), measured)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.SGD, lr=0.1),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        partial(torch.optim.AdamW, amsgrad=True),
+        torch.optim.RMSprop,
+    ],
+)
+def test_any_optimizer_s_state_is_measured(optimizer):
+    module, estimate = both("float32", 4, 64, 8)
+    measured = measure(module, 4, 64, 8, make_optimizer=optimizer)
+    check(estimate(optimizer=optimizer), measured)
+
+
+def test_more_targets_and_dropout_are_in_the_figures():
+    roae = RoAEConfig(rank=8, targets=("q", "k", "v", "o", "gate", "up", "down"), dropout=0.1)
+    module, estimate = both("float32", 8, 128, 16, roae=roae)
+    check(estimate(), measure(module, 8, 128, 16))
+
+
+@pytest.mark.parametrize("inactive", [(), (0, 1)])
+def test_where_adapters_are_most_of_it_their_gradients_are_counted_when_they_are_there(inactive):
+    roae = RoAEConfig(rank=160, targets=("q", "k", "v", "o", "gate", "up", "down"))
+    module, estimate = both("float32", 1, 8, 2, roae=roae)
+    active = [index for index in range(4) if index not in inactive]
+    measured = measure(module, 1, 8, 2, inactive=inactive)
+    found = estimate(active_layers=active)
+    assert found.gradients == measured["gradients"]
+    # The optimizer's last temporary tensors are the highest point, on top of all gradients.
+    assert found.peak == pytest.approx(measured["peak"], rel=0.03)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "neox", "cohere", "gemma3"])
+@pytest.mark.parametrize("kernel", ["eager", "default"])
+def test_other_architectures_keep_what_the_profiler_sees(family, kernel):
+    model = build(family, hidden_size=128, intermediate_size=256)
+    if kernel == "eager":
+        model.config._attn_implementation = kernel
+    inject_roae(model, RoAEConfig(rank=4))
+    estimate = estimate_memory(model, batch_size=4, length=100, response_length=10)
+    batch = make_batch(4, 100, 10)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    inputs["use_cache"] = False
+    places = torch.arange(400).view(4, 100)[:, -11:-1].flatten()
+    block = last_block(model.train(), batch["input_ids"])
+    assert block is not None
+
+    def run() -> torch.Tensor:
+        with Forward(model).recomputing():
+            return logits_at(model, inputs, places, block)
+
+    run().sum().backward()
+    totals, logits_NV = running_total(run)
+    logits = logits_NV.nbytes
+    del logits_NV
+    # A head that caps or scales its logits keeps some of them.
+    assert estimate.activations == pytest.approx(totals[-1] - logits, abs=2 * logits, rel=0.03)
+    assert estimate.activations > 20 * logits
+
+
+QUANTIZED_STEPS = [
+    {"dtype": "float32"},
+    {"dtype": "float32", "checkpointing": True},
+    *(
+        pytest.param(step, marks=pytest.mark.slow)
+        for step in (
+            {"dtype": "bfloat16"},
+            {"dtype": "float32", "autocast": torch.bfloat16},
+            {"dtype": "bfloat16", "inactive": (0, 1)},
+            {"dtype": "bfloat16", "checkpointing": True},
+        )
+    ),
+]
+
+
+def check_quantized(base: str, quantization: Quantization, step: dict[str, Any]) -> None:
+    given = dict(step)
+    dtype, checkpointing = given.pop("dtype"), given.pop("checkpointing", False)
+    settings = {"base": base, "quantization": quantization, "checkpointing": checkpointing}
+    module, estimate = both(dtype, 8, 128, 16, **settings)
+    measured = measure(module, 8, 128, 16, **given)
+    inactive, autocast = given.get("inactive", ()), given.get("autocast")
+    active = [index for index in range(4) if index not in inactive]
+    check(estimate(active_layers=active, autocast=autocast), measured)
+
+
+@needs_torchao
+@pytest.mark.parametrize("step", QUANTIZED_STEPS)
+def test_a_base_in_int8_takes_what_it_takes_with_torchao(step):
+    check_quantized("tiny", "int8", step)
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("scheme", ["llm_int8", "nf4", "fp4"])
+@pytest.mark.parametrize("step", QUANTIZED_STEPS)
+def test_a_base_of_bitsandbytes_takes_what_it_takes_there(scheme, step, tmp_path):
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
+    check_quantized(str(save_base(tmp_path / "base", **shape)), scheme, step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", ["MixtralConfig", "Qwen2MoeConfig"])
+def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
+    model = build_small(family).to(dtype)
+    inject_roae(model, RoAEConfig(rank=4))
+    shape = {"batch_size": 4, "length": 100, "response_length": 10}
+    estimate = estimate_memory(model, **shape, autocast=autocast)
+    assert not caplog.records
+    check(estimate, measure(Forward(model.train()), 4, 100, 10, autocast=autocast))
+
+
+def test_chunks_of_logits_are_in_the_figures():
+    module, estimate = both("float32", 8, 128, 60)
+    whole = estimate()
+    module._forward.loss_chunk = 48
+    chunked = estimate(loss_chunk=48)
+    measured = measure(module, 8, 128, 60)
+    assert chunked.peak == pytest.approx(measured["peak"], rel=0.1)
+    assert chunked.logits < 0.3 * whole.logits
+    assert chunked.peak < whole.peak
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+def test_parts_of_a_batch_are_in_the_figures(scoring):
+    module, estimate = both("float32", 8, 128, 16)
+    whole = estimate(scoring=scoring)
+    module._forward.microbatch_tokens = 400  # 3, 3 and 2 rows
+    module._forward.forget()
+    parts = estimate(scoring=scoring, microbatch_tokens=400)
+    measured = measure(module, 8, 128, 16, scoring=scoring)
+    assert parts.peak == pytest.approx(measured["peak"], rel=0.05)
+    assert parts.gradients == measured["gradients"]
+    assert parts.activations < 0.45 * whole.activations
+
+
+def test_the_gradients_of_parts_that_are_done_are_in_the_figures():
+    roae = RoAEConfig(rank=160, targets=("q", "k", "v", "o", "gate", "up", "down"))
+    module, estimate = both("float32", 4, 8, 2, roae=roae)
+    module._forward.microbatch_tokens = 8
+    module._forward.forget()
+    measured = measure(module, 4, 8, 2, make_optimizer=partial(torch.optim.SGD, lr=0.1))
+    found = estimate(microbatch_tokens=8, optimizer=partial(torch.optim.SGD, lr=0.1))
+    assert found.peak == pytest.approx(measured["peak"], rel=0.03)
+
+
+def test_double_precision_is_in_the_figures():
+    module, _ = both("float32", 8, 128, 16)
+    skeleton = load_skeleton("tiny")
+    inject_roae(skeleton, RoAEConfig())
+    estimate = estimate_memory(skeleton.double(), batch_size=8, length=128, response_length=16)
+    check(estimate, measure(module.double(), 8, 128, 16))
+    assert list(estimate.base) == ["float64"]
+
+
+def test_weights_are_not_needed_and_not_touched():
+    real = build("qwen3")
+    inject_roae(real, RoAEConfig(rank=4))
+    ids = torch.tensor([[3, 4, 5]])
+    before = real(ids).logits
+    estimate = estimate_memory(real, batch_size=2, length=20, response_length=4)
+    assert torch.equal(real(ids).logits, before)
+    assert not real.training
+    assert all(p.grad is None and not isinstance(p, FakeTensor) for p in real.parameters())
+    held = [v for module in real.modules() for v in vars(module).values()]
+    assert not any(isinstance(value, FakeTensor) for value in held)
+    assert not real.lm_head._forward_pre_hooks
+    assert estimate.weights == bytes_of(real.parameters()) + bytes_of(real.buffers())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"response_length": 20}, "response_length=20 make no batch"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"active_layers": [2]}, r"active_layers=\[2\] names a layer that cannot be selected"),
+        ({"active_layers": [1], "scoring": True}, "all layers take gradients"),
+        ({"optimizer": torch.optim.Adafactor}, "fails on tensors without numbers: DataDependent"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused_with_the_reason(changes, message):
+    model = build("llama")
+    inject_roae(model, RoAEConfig(rank=4))
+    given = {"batch_size": 2, "length": 20, "response_length": 4, **changes}
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(model, **given)
+    assert not model.training
+    assert not any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
+
+
+def test_a_model_without_roae_is_refused():
+    with pytest.raises(ValueError, match="carries no RoAE"):
+        estimate_memory(build("llama"), batch_size=2, length=20, response_length=4)
+
+
+def test_quantized_weights_are_refused():
+    model = build("llama")
+    inject_roae(model, RoAEConfig(rank=4))
+    model.config.quantization_config = {"quant_method": "awq", "bits": 4}
+    with pytest.raises(ValueError, match="quantized"):
+        estimate_memory(model, batch_size=2, length=20, response_length=4)
+
+
+def test_the_estimate_describes_itself():
+    estimate = MemoryEstimate(
+        base={"bfloat16": 3 * 1024**3},
+        adapter=1024**2,
+        gradients=1024**2,
+        optimizer=2 * 1024**2,
+        activations=512 * 1024**2,
+        logits=1536,
+        peak=4 * 1024**3,
+    )
+    assert estimate.describe().splitlines() == [
+        "weights      3.00 GiB (base: bfloat16 3.00 GiB; adapter: 1.00 MiB)",
+        "gradients    1.00 MiB",
+        "optimizer    2.00 MiB",
+        "activations  512 MiB",
+        "logits       1.50 KiB",
+        "peak         4.00 GiB",
+    ]
+    assert readable_size(70 * 1024**3) == "70.0 GiB"

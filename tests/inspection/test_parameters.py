@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from rosa_lightning.cli.small import build_small
+from rosa_lightning.inspection.memory import MemoryEstimate
+from rosa_lightning.inspection.parameters import (
+    compare_memory,
+    memory_table,
+    summarize,
+    summary_tables,
+)
+from rosa_lightning.models.loading import load_skeleton
+from rosa_lightning.roae.inject import inject_roae
+from rosa_lightning.roae.layer import RoAEConfig
+from tests.conftest import build
+
+STEP = {"batch_size": 2, "length": 40, "response_length": 8}
+
+
+def printed(renderable: object, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def adapted(family: str, roae: RoAEConfig | None = None, **changes):
+    model = build(family, **changes)
+    inject_roae(model, roae or RoAEConfig(rank=2))
+    return model
+
+
+def test_every_layer_is_told_in_full():
+    model = load_skeleton("tiny")
+    inject_roae(model, RoAEConfig(rank=16, low_freq_ratio=0.25, targets=("q", "up")))
+    summary = summarize(model)
+    assert [layer.index for layer in summary.layers] == [0, 1, 2, 3]
+    for layer in summary.layers:
+        q, up = layer.terms
+        assert (q.projection, q.target, q.num_heads) == ("self_attn.q_proj", "q", 5)
+        assert q.dims == (*range(12, 16), *range(28, 32))
+        assert (q.head_dim, q.num_low_pairs, q.num_pairs) == (32, 4, 16)
+        assert q.slowest == pytest.approx(10000 ** (-30 / 32), rel=1e-4)
+        assert q.fastest == pytest.approx(10000 ** (-24 / 32), rel=1e-4)
+        assert q.next == pytest.approx(10000 ** (-22 / 32), rel=1e-4)
+        assert q.trainable == 16 * 160 + 5 * 8 * 16
+        assert q.total == 160 * 160 + 160 + q.trainable
+        assert (up.projection, up.dims, up.slowest) == ("mlp.up_proj", (), None)
+        assert up.trainable == 16 * (160 + 432)
+        assert layer.trainable == q.trainable + up.trainable
+        own = 4 * (160 * 160 + 160) + 3 * 160 * 432 + 2 * 160
+        assert layer.total == own + layer.trainable
+    assert summary.trainable == sum(layer.trainable for layer in summary.layers)
+    assert summary.total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_numbers_of_every_layer_and_of_the_model_are_printed():
+    model = load_skeleton("tiny")
+    inject_roae(model, RoAEConfig(rank=16, low_freq_ratio=0.25))
+    text = printed(summary_tables(summarize(model)))
+    lines = [line.split() for line in text.splitlines()]
+    assert ["model.layers", "0-3"] in lines
+    assert ["q", "self_attn.q_proj", "5", "3,200", "28,960", "11.05"] in lines
+    assert ["one", "layer", "6,400", "317,120", "2.02"] in lines
+    assert ["4", "layers", "25,600", "1,268,480", "2.02"] in lines
+    assert ["other", "parts", "0", "131,680", "0.00"] in lines
+    assert ["model", "25,600", "1,400,160", "1.83"] in lines
+    flat = " ".join(text.split())
+    assert "q, k: 4 of 16 pairs, dimensions 12-15, 28-31 of 32; 0.00018 to 0.001 radians" in flat
+    assert "next 0.0018" in flat
+
+
+def test_layers_that_are_alike_share_a_table_and_the_others_have_their_own():
+    text = printed(summary_tables(summarize(adapted("llama", num_hidden_layers=80))))
+    assert "model.layers 0-79" in text
+    assert len(text.splitlines()) < 25
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    text = printed(
+        summary_tables(summarize(adapted("gemma3", layer_types=kinds, num_hidden_layers=6)))
+    )
+    assert "model.layers 0-1, 3-4" in text
+    assert "model.layers 2, 5" in text
+    assert text.count("radians") == 2
+
+
+def test_a_layer_without_a_term_says_so():
+    text = printed(summary_tables(summarize(adapted("smollm3"))), width=200)
+    assert re.search(r"layers 1: no term, as no attention is rotated; 3\d,\d{3} parameters", text)
+    summary = summarize(adapted("smollm3"))
+    assert [len(layer.terms) for layer in summary.layers] == [2, 0]
+    assert summary.layers[1].trainable == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_reasons_why_a_layer_does_without_are_told_once():
+    model = build_small("Qwen2MoeConfig")
+    report = inject_roae(model, RoAEConfig(rank=2, targets=("q", "k", "gate", "up")))
+    assert len(report.notes) == 4
+    summary = summarize(model)
+    assert [len(layer.notes) for layer in summary.layers] == [2, 2]
+    text = " ".join(printed(summary_tables(summary)).split())
+    assert text.count("no term on gate, up: its routed experts") == 1
+
+
+def test_terms_on_a_fused_projection_and_after_a_norm_name_their_place():
+    text = printed(summary_tables(summarize(adapted("phi3"))))
+    assert len(re.findall(r"[qk] +self_attn\.qkv_proj +[24] ", text)) == 2
+    roae = RoAEConfig(rank=2, placement="state")
+    text = printed(summary_tables(summarize(adapted("qwen3", roae))))
+    assert "q (after self_attn.q_norm), k (after self_attn.k_norm)" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["DeepseekV3", "LongcatFlash", "GPTNeoX", "HrmText", "Moshi"])
+def test_tables_fit_80_columns_and_keep_numbers_whole(family):
+    model = build_small(f"{family}Config")
+    inject_roae(model, RoAEConfig(rank=2))
+    summary = summarize(model)
+    text = printed(summary_tables(summary))
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for layer in summary.layers:
+        for number in (layer.trainable, layer.total, *(term.total for term in layer.terms)):
+            assert f" {number:,} " in text
+
+
+def test_memory_of_the_kinds_of_steps_is_compared():
+    estimates = compare_memory(adapted("llama", num_hidden_layers=4), **STEP)
+    assert list(estimates) == ["all layers", "layers 2-3", "selecting"]
+    every, half, selecting = estimates.values()
+    assert half.activations == pytest.approx(every.activations / 2, rel=0.1)
+    assert half.gradients == every.gradients / 2
+    assert half.peak < every.peak < selecting.peak
+    text = printed(memory_table(estimates))
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for line in ("weights, float32", "adapter", "gradients", "optimizer", "logits", "peak"):
+        assert re.search(rf"^ {line} +(\S+ KiB +){{2}}\S+ KiB|^ {line} .*MiB", text, re.M)
+
+
+def test_num_active_says_how_many_layers_train_at_a_time():
+    estimates = compare_memory(adapted("llama", num_hidden_layers=4), num_active=1, **STEP)
+    assert list(estimates)[1] == "layer 3"
+
+
+def test_what_cannot_be_estimated_is_told_and_the_rest_shown():
+    estimate = MemoryEstimate(
+        base={"bfloat16": 10, "float32": 2048},
+        adapter=0,
+        gradients=0,
+        optimizer=0,
+        activations=0,
+        logits=0,
+        peak=0,
+    )
+    text = printed(memory_table({"all layers": estimate, "a": "no [1] here", "b": "no [1] here"}))
+    assert "weights, bfloat16" in text
+    assert "2.00 KiB" in text
+    assert text.splitlines()[-1].strip() == "a, b: no [1] here"
+    only = printed(memory_table({"all layers": "no way"}))
+    assert only.strip() == "all layers: no way"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_with_two_stacks_has_an_estimate_for_all_layers_alone():
+    model = build_small("HrmTextConfig")
+    inject_roae(model, RoAEConfig(rank=2))
+    estimates = compare_memory(model, **STEP)
+    assert isinstance(estimates["all layers"], MemoryEstimate)
+    assert "found 2" in estimates["selecting"]

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from rosa_lightning import (
+    DynamicLayerSelection,
+    ReasoningDataModule,
+    RoAEConfig,
+    RoSAModule,
+    ThroughputMonitor,
+)
+from rosa_lightning.inspection import throughput
+from rosa_lightning.inspection.flops import flops_per_token, head_flops
+from rosa_lightning.inspection.throughput import Stopwatch, batch_counts, peak_mib, rates, words
+
+RATES = [f"throughput/{name}_per_s" for name in ("examples", "tokens", "supervised_tokens")]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    return now
+
+
+class Ticking(Callback):
+    """Lets every batch take two seconds and every validation a hundred; keeps what it saw."""
+
+    def __init__(self, clock) -> None:
+        self.clock, self.batches, self.shown = clock, [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.clock[0] += 2
+        self.batches.append(batch)
+
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        self.clock[0] += 100
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.progress_bar_callback:
+            bar = trainer.progress_bar_callback
+            self.shown.append(bar.get_metrics(trainer, pl_module))
+
+
+def fit(base, sources, callbacks, **options) -> Trainer:
+    settings = {
+        "accelerator": "cpu",
+        "logger": False,
+        "callbacks": callbacks,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "log_every_n_steps": 2,
+        "max_steps": 4,
+    }
+    trainer = Trainer(**{**settings, **options})
+    data = ReasoningDataModule(sources=sources, batch_size=3, max_length=256, val_fraction=0.1)
+    trainer.fit(RoSAModule(str(base), RoAEConfig(rank=4)), data)
+    return trainer
+
+
+def logged(folder) -> dict[str, dict[int, float]]:
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        tag: {int(row["step"]): float(row[tag]) for row in rows if row[tag]}
+        for tag in rows[0]
+        if tag != "step"
+    }
+
+
+def test_figures_are_those_of_the_batches_and_the_seconds_between_two_logs(
+    base_folder, sources, tmp_path, clock
+):
+    ticking = Ticking(clock)
+    options = {"limit_val_batches": 1, "val_check_interval": 3, "accumulate_grad_batches": 2}
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(base_folder, sources, [ticking, ThroughputMonitor()], logger=logger, **options)
+    log = logged(tmp_path)
+    for step, batches in {1: ticking.batches[:4], 3: ticking.batches[4:]}.items():
+        assert len(batches) == 4
+        seconds = 8
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        supervised = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        assert log["throughput/examples_per_s"][step] == pytest.approx(12 / seconds)
+        assert log["throughput/tokens_per_s"][step] == pytest.approx(tokens / seconds)
+        assert log["throughput/supervised_tokens_per_s"][step] == pytest.approx(
+            supervised / seconds
+        )
+        places = sum(batch["input_ids"].numel() for batch in batches)
+        assert log["throughput/padding_share"][step] == pytest.approx(1 - tokens / places)
+    assert 0 < log["throughput/padding_share"][1] < 1
+    assert list(log["memory/peak_mib"]) == [1, 3]
+    assert log["memory/peak_mib"][3] > 50
+    assert "throughput/mfu" not in log  # of a CPU
+
+
+def test_utilisation_is_the_operations_by_what_the_device_could_have_done(
+    base_folder, sources, clock, monkeypatch
+):
+    asked = []
+
+    def available(device, dtype):
+        asked.append((device.type, dtype))
+        return 1e9
+
+    monkeypatch.setattr(throughput, "get_available_flops", available)
+    monitor, ticking = ThroughputMonitor(), Ticking(clock)
+    pick = DynamicLayerSelection(policy="fixed", fixed_layers=[2, 3], interval=1000)
+    trainer = fit(base_folder, sources, [pick, monitor, ticking], log_every_n_steps=4)
+    assert asked == [("cpu", torch.float32)]
+    model = trainer.lightning_module.model
+    blocks = list(model.model.layers)
+    for block in blocks[:2]:  # as in the run, whose end thawed them
+        block.requires_grad_(False)
+    wanted = 0
+    for batch in ticking.batches:
+        wanted += int(batch["attention_mask"].sum()) * flops_per_token(blocks)
+        wanted += int((batch["labels"] != -100).sum()) * head_flops(model)
+    assert monitor.latest["throughput/mfu"] == pytest.approx(wanted / 8 / 1e9, rel=1e-5)
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_the_progress_bar_shows_figures_with_their_units(base_folder, sources, tmp_path, bar):
+    shown = bar()
+    clock = [0.0]
+    ticking = Ticking(clock)
+    pick = DynamicLayerSelection(policy="fixed", fixed_layers=[3], interval=1000)
+    fit(
+        base_folder,
+        sources,
+        [pick, ThroughputMonitor(), ticking, shown],
+        enable_progress_bar=True,
+        logger=CSVLogger(tmp_path),
+        max_steps=3,
+    )
+    assert "examples/s" not in ticking.shown[0]
+    # From the second step on, and after the step that logs nothing.
+    for items in ticking.shown[1:]:
+        assert list(items)[-6:] == [
+            "examples/s",
+            "tokens/s",
+            "supervised/s",
+            "padding",
+            "lowest layer",
+            "memory",
+        ]
+        assert items["lowest layer"] == "3"
+        assert items["v_num"] == "0"
+        assert items["padding"].endswith("%")
+    assert "get_metrics" not in vars(shown)
+
+
+def test_after_an_exception_nothing_of_the_fit_is_held(base_folder, sources):
+    class Fails(Callback):
+        def on_train_batch_end(self, *_) -> None:
+            raise RuntimeError("no more")
+
+    shown, monitor = RichProgressBar(), ThroughputMonitor()
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(base_folder, sources, [monitor, shown, Fails()], enable_progress_bar=True)
+    assert "get_metrics" not in vars(shown)
+
+
+def test_without_an_interval_nothing_is_shown(base_folder, sources):
+    monitor = ThroughputMonitor()
+    fit(base_folder, sources, [monitor], log_every_n_steps=0)
+    assert monitor.latest == {}
+
+
+def test_a_second_fit_begins_anew(base_folder, sources, clock):
+    monitor = ThroughputMonitor()
+    fit(base_folder, sources, [monitor, Ticking(clock)], max_steps=3)
+    first = monitor.latest
+    clock[0] += 1000
+    fit(base_folder, sources, [monitor, Ticking(clock)], max_steps=3)
+    assert {tag: monitor.latest[tag] for tag in RATES} == {tag: first[tag] for tag in RATES}
+
+
+def test_a_packed_batch_counts_its_rows():
+    batch = {
+        "input_ids": torch.zeros(1, 9, dtype=torch.int64),
+        "attention_mask": torch.ones(1, 9, dtype=torch.int64),
+        "labels": torch.tensor([[-100, -100, 1, -100, 2, 3, -100, -100, 4]]),
+        "row_lengths": torch.tensor([3, 3, 3]),
+    }
+    counts = {name: int(count) for name, count in batch_counts(batch).items()}
+    assert counts == {"examples": 3, "tokens": 9, "supervised_tokens": 4, "places": 9}
+    assert rates(counts, 2.0) == {
+        "throughput/examples_per_s": 1.5,
+        "throughput/tokens_per_s": 4.5,
+        "throughput/supervised_tokens_per_s": 2.0,
+        "throughput/padding_share": 0.0,
+    }
+
+
+def test_other_batches_are_refused_in_one_line():
+    class Plain(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(3, 3)
+
+        def training_step(self, batch, batch_idx):
+            return self.map(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    loader = torch.utils.data.DataLoader(torch.randn(4, 3), batch_size=2)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=1,
+        callbacks=[ThroughputMonitor()],
+    )
+    with pytest.raises(TypeError, match="cannot count a batch of Tensor: it takes those of"):
+        trainer.fit(Plain(), loader)
+
+
+def test_the_clock_runs_but_for_when_it_is_held(clock):
+    watch = Stopwatch()
+    clock[0] += 1
+    watch.hold()
+    clock[0] += 50
+    watch.go_on()
+    clock[0] += 2
+    watch.go_on()  # of a validation before the start
+    assert watch.seconds() == 3
+
+
+def test_numbers_are_short():
+    figures = dict(zip(RATES, (8.674, 12_345.6, 999_600.0), strict=True))
+    figures |= {"throughput/padding_share": 0.126, "throughput/mfu": 0.4149}
+    figures["memory/peak_mib"] = 9_994.7
+    assert words(figures, None) == {
+        "examples/s": "8.67",
+        "tokens/s": "12.3k",
+        "supervised/s": "1.00M",
+        "padding": "13%",
+        "memory": "9995MiB",
+        "MFU": "41%",
+    }
+    figures["throughput/tokens_per_s"] = 123_456.0
+    figures["memory/peak_mib"] = 120_000.0
+    assert words(figures, 0)["tokens/s"] == "123k"
+    assert words(figures, 0)["memory"] == "120kMiB"
+
+
+def test_peak_memory_grows_with_what_the_process_holds():
+    before = peak_mib(torch.device("cpu"))
+    block = torch.ones(400 * 2**18)  # 400 MiB
+    after = peak_mib(torch.device("cpu"))
+    assert before is not None
+    assert after is not None
+    assert 0 <= after - before <= 450
+    assert after >= block.numel() * 4 / 2**20
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_a_cuda_device_is_what_torch_allocated():
+    device = torch.device("cuda", 0)
+    torch.cuda.reset_peak_memory_stats(device)
+    block = torch.ones(64 * 2**18, device=device)  # 64 MiB
+    assert peak_mib(device) >= block.numel() * 4 / 2**20

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rosa_lightning.cli.main import main
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_the_two_configurations_are_there():
+    assert [path.stem for path in CONFIGS] == ["rosa", "tiny"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_every_configuration_parses_for_every_command(path, command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--config", str(path), "--print_config"])
+    assert exit_.value.code == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load(path.read_text())
+    assert parsed["model"]["roae"] == {**parsed["model"]["roae"], **written["model"]["roae"]}
+    assert parsed["model"]["base"] == written["model"]["base"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_field_of_a_configuration_is_explained(path):
+    """Each setting has a comment on its line or above the run of lines that it stands in."""
+    lines = path.read_text().splitlines()
+    structure = re.compile(r"^\s*(- )?(class_path|init_args|name|hub|subset|split|weight|path)\b")
+    for number, line in enumerate(lines):
+        setting = re.match(r"^\s*(?:- )?[\w.]+: .+", line)
+        if not setting or structure.match(line) or "#" in line:
+            continue
+        above = number - 1
+        while above >= 0 and not lines[above].strip().startswith("#") and lines[above].strip():
+            above -= 1
+        assert above >= 0, f"{path.name}:{number + 1}"
+        assert lines[above].strip().startswith("#"), f"{path.name}:{number + 1} {line}"

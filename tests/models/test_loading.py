@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from rosa_lightning.models.loading import (
+    base_name,
+    enable_checkpointing,
+    identify,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+    whole_name,
+)
+from tests.conftest import SMALL, build, save_base
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_base_is_loaded_in_the_dtype_asked_for_whatever_the_default(base_folder, dtype):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = load_base(str(base_folder), dtype=dtype)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_a_base_is_known_again_in_another_dtype(base_folder):
+    first = identify(load_base(str(base_folder)), "one")
+    for dtype in ("bfloat16", "float16"):
+        identify(load_base(str(base_folder), dtype=dtype), "two").check(first.to_dict())
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}])
+def test_another_base_is_refused_and_named(base_folder, tmp_path, changes):
+    first = identify(load_base(str(base_folder)), "the first")
+    other = identify(load_base(str(save_base(tmp_path / "other", **changes))), "the other")
+    with pytest.raises(ValueError, match="'the first', and the base given, 'the other'"):
+        other.check(first.to_dict())
+
+
+def test_a_fine_tuned_copy_of_the_same_shape_is_another_base(base_folder):
+    model = load_base(str(base_folder))
+    first = identify(model, "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    with pytest.raises(ValueError, match="is another one"):
+        identify(model, "tuned").check(first.to_dict())
+
+
+def test_other_projections_in_a_deep_model_are_another_base():
+    """Whatever the period of the layers' weights: no weight is left unseen."""
+    model = build("llama", num_hidden_layers=32)
+    first = identify(model, "base")
+    torch.nn.init.normal_(model.model.layers[17].self_attn.k_proj.weight)
+    with pytest.raises(ValueError, match=r"layers\.17\.self_attn\.k_proj\.weight differs"):
+        identify(model, "merged").check(first.to_dict())
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_path):
+    tokenizer = load_tokenizer(str(base_folder))
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<eos>"
+    assert load_tokenizer(str(tmp_path), for_training=False).pad_token is None
+
+
+def test_a_reason_of_several_lines_is_told_to_its_end(tmp_path):
+    build("llama").save_pretrained(tmp_path)  # and no tokenizer
+    with pytest.raises(ValueError, match=r"from one of: \(1\) a .* \(3\) .* Set model") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+def test_remote_code_is_not_run_unless_asked_for(load, tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}'
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load(str(tmp_path))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "own"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_a_skeleton_runs_the_code_of_its_base_when_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.syspath_prepend(str(tmp_path / "c"))
+    # transformers registers the class for good.
+    monkeypatch.setattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {})
+    config = transformers.LlamaConfig(**SMALL, dtype="float32").to_dict()
+    places = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "code.py").write_text(CODE)
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": places})
+    )
+    for _ in range(2):
+        model = load_skeleton(str(tmp_path), revision="abc", trust_remote_code=True)
+        assert type(model).__name__ == "Model"
+        assert all(weight.is_meta for weight in model.parameters())
+
+
+def test_a_skeleton_of_a_known_class_does_without_the_code_that_comes_with_it(tmp_path):
+    config = transformers.LlamaConfig(**SMALL, dtype="float32").to_dict()
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}})
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
+    assert type(load_skeleton(str(tmp_path))) is transformers.LlamaForCausalLM
+
+
+def test_checkpointing_leaves_the_embeddings_without_a_gradient():
+    model = build("llama").train().requires_grad_(False)
+    enable_checkpointing(model)
+    assert not model(torch.tensor([[3, 4]])).logits.requires_grad
+
+
+def test_a_skeleton_needs_a_configuration_only_and_has_the_base_s_shapes(base_folder, tmp_path):
+    whole = load_base(str(base_folder))
+    whole.config.save_pretrained(tmp_path)
+    empty = load_skeleton(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert all(weight.is_meta for weight in empty.parameters())
+    assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in whole.named_parameters()
+    }
+    assert not empty.training
+
+
+@pytest.mark.parametrize("family", ["llama", "yarn", "llama3", "gemma3", "phi3", "neox"])
+def test_a_skeleton_s_buffers_are_those_of_the_model(family, tmp_path):
+    whole = build(family)
+    whole.save_pretrained(tmp_path)
+    expected = dict(load_base(str(tmp_path)).named_buffers())
+    buffers = dict(load_skeleton(str(tmp_path)).named_buffers())
+    assert buffers.keys() == expected.keys()
+    assert expected
+    assert all(torch.equal(buffers[name], expected[name]) for name in expected)
+
+
+def test_a_skeleton_takes_the_dtype_and_kernel_asked_for(base_folder):
+    empty = load_skeleton(str(base_folder), dtype="bfloat16", attn_implementation="eager")
+    assert {weight.dtype for weight in empty.parameters()} == {torch.bfloat16}
+    assert empty.config._attn_implementation == "eager"
+    assert {weight.dtype for weight in load_skeleton("tiny").parameters()} == {torch.float32}
+
+
+def test_a_skeleton_without_a_dtype_or_a_configuration_is_refused(tmp_path):
+    transformers.LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not say the data type .* Set model\.dtype"):
+        load_skeleton(str(tmp_path))
+    with pytest.raises(ValueError, match=r"configuration of base .* could not be loaded"):
+        load_skeleton(str(tmp_path / "nothing"))
+
+
+def test_a_base_with_code_of_its_own_and_a_missing_folder_say_how_to_mend_it(tmp_path):
+    auto_map = {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": auto_map}))
+    with pytest.raises(ValueError, match=r"Set model\.trust_remote_code to true"):
+        load_base(str(tmp_path))
+    with pytest.raises(ValueError, match=r"/none' could not be loaded: there is no such folder\."):
+        load_base(str(tmp_path / "none"))
+
+
+def test_a_damaged_base_and_one_that_lacks_weights_are_refused(base_folder, tmp_path):
+    for name in ("cut", "partial"):
+        shutil.copytree(base_folder, tmp_path / name)
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model of base .* could not be loaded"):
+        load_base(str(tmp_path / "cut"))
+    weights = load_file(tmp_path / "partial" / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "partial" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights: model\.layers\.1\.self_attn\.q_proj"):
+        load_base(str(tmp_path / "partial"))
+
+
+def test_a_local_base_is_known_by_its_whole_path(base_folder, monkeypatch):
+    monkeypatch.chdir(base_folder.parent)
+    assert whole_name(base_folder.name) == str(base_folder)
+    assert base_name(load_base(base_folder.name)) == str(base_folder)
+    assert whole_name("tiny") == "tiny"
+    assert whole_name("owner/model") == "owner/model"
+
+
+PEAK = """
+import sys
+from rosa_lightning.models.loading import load_base
+def resident(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+load_base("tiny")  # imports what a load needs
+before = resident("VmRSS")
+model = load_base(sys.argv[1], dtype=sys.argv[2])
+peak = resident("VmHWM") - before  # not getrusage's, which begins with what the parent held
+print(peak, sum(weight.nbytes for weight in model.parameters()) / 2**20)
+"""
+
+
+@pytest.mark.slow  # a process of its own, as a peak is of a whole process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_base_is_loaded_without_a_second_copy_of_its_weights(tmp_path, dtype):
+    model = build("llama", torch.bfloat16, hidden_size=512, vocab_size=64000, num_hidden_layers=8)
+    model.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", PEAK, str(tmp_path), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, weights = map(float, done.stdout.split()[-2:])
+    assert weights > 100
+    assert peak < 1.2 * weights

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, RoAENorm
+from rosa_lightning.roae.rows import contiguous_runs
+
+
+def layer(bias: bool = False, dtype: torch.dtype = torch.float32, **config) -> RoAELinear:
+    base = nn.Linear(12, 24, bias=bias).to(dtype).requires_grad_(False)
+    return RoAELinear(
+        base,
+        in_features=12,
+        num_heads=3,
+        head_dims=(2, 3, 6),
+        config=RoAEConfig(**{"rank": 4, "alpha": 8.0, **config}),
+    )
+
+
+def with_random_term(made: RoAELinear) -> RoAELinear:
+    nn.init.normal_(made.roae_B)
+    return made
+
+
+LOW_ROWS = [head * 8 + dim for head in range(3) for dim in (2, 3, 6)]
+
+
+def dense_reference(made: RoAELinear, x: torch.Tensor) -> torch.Tensor:
+    """z + scale * S B A x, with S as an explicit 0/1 matrix, in float64."""
+    scatter = torch.zeros(24, 9, dtype=torch.float64)
+    scatter[LOW_ROWS, torch.arange(9)] = 1
+    update = 2.0 * scatter @ made.roae_B.double() @ made.roae_A.double()
+    bias = None if made.bias is None else made.bias.double()
+    return F.linear(x.double(), made.weight.double() + update, bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_equals_the_formula_with_a_dense_scatter(bias):
+    made = with_random_term(layer(bias))
+    x = torch.randn(2, 5, 12)
+    assert_close(made(x).double(), dense_reference(made, x), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_equal_those_of_the_formula_with_a_dense_scatter():
+    made = with_random_term(layer())
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    target = torch.randn(2, 5, 24)
+    wanted = torch.autograd.grad(
+        (dense_reference(made, x) * target.double()).sum(), [x, made.roae_A, made.roae_B]
+    )
+    got = torch.autograd.grad((made(x) * target).sum(), [x, made.roae_A, made.roae_B])
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_the_handwritten_addition_pass_gradcheck():
+    made = with_random_term(layer()).double()
+    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: made(x).sin(), (x,))
+
+
+def test_outputs_off_the_low_frequency_dimensions_stay_bit_for_bit():
+    made = with_random_term(layer())
+    x = torch.randn(2, 5, 12)
+    change = made(x) != made.base(x)
+    assert change[..., LOW_ROWS].all()
+    rest = [row for row in range(24) if row not in LOW_ROWS]
+    assert not change[..., rest].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_new_layer_equals_its_base_bit_for_bit(dtype):
+    made = layer(dtype=dtype)
+    x = torch.randn(2, 5, 12, dtype=dtype)
+    assert torch.equal(made(x), made.base(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_float32_and_take_float32_gradients_on_a_half_precision_base(dtype):
+    made = with_random_term(layer(dtype=dtype))
+    out = made(torch.randn(2, 5, 12, dtype=dtype))
+    out.float().sum().backward()
+    assert out.dtype == dtype
+    assert made.roae_A.dtype == made.roae_B.dtype == torch.float32
+    assert made.roae_A.grad.dtype == torch.float32
+
+
+def test_inside_autocast_the_term_is_computed_in_the_autocast_dtype():
+    made = with_random_term(layer())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert made.low_rank(torch.randn(2, 5, 12)).dtype == torch.bfloat16
+    assert made.low_rank(torch.randn(2, 5, 12, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_weights_are_float32_under_another_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = layer()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.roae_A.dtype == made.roae_B.dtype == torch.float32
+
+
+def test_dropout_acts_on_the_term_in_training_only():
+    made = with_random_term(layer(dropout=0.5))
+    x = torch.ones(2, 5, 12)
+    assert not torch.equal(made.train()(x), made(x))
+    assert torch.equal(made.eval()(x), made(x))
+
+
+def test_merging_folds_the_same_function_into_the_base():
+    made = with_random_term(layer(bias=True))
+    x = torch.randn(2, 5, 12)
+    before = made(x)
+    base = made.merge()
+    assert isinstance(base, nn.Linear)
+    assert_close(base(x), before)
+
+
+def test_compiled_forward_and_backward_have_no_graph_break():
+    made = with_random_term(layer())
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    wanted = torch.autograd.grad(made(x).sin().sum(), [x, made.roae_A, made.roae_B])
+    got = torch.autograd.grad(compiled(x).sin().sum(), [x, made.roae_A, made.roae_B])
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_close(ours, theirs)
+
+
+@settings(max_examples=50)
+@given(st.sets(st.integers(0, 20), min_size=1))
+def test_runs_hold_the_same_dimensions(dims):
+    runs = contiguous_runs(sorted(dims))
+    assert [dim for run in runs for dim in range(*run)] == sorted(dims)
+    assert all(first[1] < second[0] for first, second in pairwise(runs))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank=0 .*model.roae.rank"),
+        ({"rank": True}, "rank=True .*model.roae.rank"),
+        ({"low_freq_ratio": 0.0}, r"low_freq_ratio=0.0 is outside \(0, 1\]"),
+        ({"low_freq_ratio": 1.5}, r"low_freq_ratio=1.5 is outside \(0, 1\]"),
+        ({"alpha": 0.0}, "alpha=0.0 is not above 0"),
+        ({"alpha": float("nan")}, "alpha=nan is not above 0"),
+        ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
+        ({"alpha": 10**400}, "alpha=1000* is not above 0"),
+        ({"alpha": None}, "alpha=None is not above 0"),
+        ({"low_freq_ratio": "0.5"}, r"low_freq_ratio='0.5' is outside"),
+        ({"dropout": [0.1]}, r"dropout=\[0.1\] is outside"),
+        ({"targets": None}, "targets=None must name each of q, k"),
+        ({"targets": "qk"}, "targets='qk' must name each of q, k"),
+        ({"targets": [["q"]]}, "must name each of q, k"),
+        ({"targets": ("w",)}, "must name each of q, k, v"),
+        ({"targets": ()}, "must name each of q, k"),
+        ({"targets": ("q", "q")}, "must name each of q, k"),
+        ({"placement": "somewhere"}, "placement='somewhere' is unknown"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_in_one_line(values, message):
+    with pytest.raises(ValueError, match=message) as error:
+        RoAEConfig(**values)
+    assert "\n" not in str(error.value)
+
+
+def fused() -> RoAELinear:
+    """Terms on queries and keys of three heads of 8, fused with values head by head."""
+    made: nn.Module = nn.Linear(12, 72, bias=False).requires_grad_(False)
+    for start in (0, 8):
+        made = RoAELinear(
+            made,
+            in_features=12,
+            num_heads=3,
+            head_dims=[start + dim for dim in (2, 3, 6)],
+            stride=24,
+            config=RoAEConfig(rank=4, alpha=8.0),
+        )
+        nn.init.normal_(made.roae_B)
+    return made
+
+
+def test_two_terms_on_a_fused_projection_change_their_own_rows_alone():
+    made = fused()
+    x = torch.randn(2, 5, 12)
+    with torch.no_grad():
+        change = made(x) != made.base.base(x)
+    wanted = {24 * head + start + dim for head in range(3) for start in (0, 8) for dim in (2, 3, 6)}
+    assert set(change.flatten(0, 1).all(0).nonzero().flatten().tolist()) == wanted
+    assert set(change.flatten(0, 1).any(0).nonzero().flatten().tolist()) == wanted
+
+
+def test_two_terms_on_a_fused_projection_compile_without_a_graph_break():
+    made = fused()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    inputs = [x, *(p for p in made.parameters() if p.requires_grad)]
+    wanted = torch.autograd.grad(made(x).sin().sum(), inputs)
+    got = torch.autograd.grad(compiled(x).sin().sum(), inputs)
+    assert len(inputs) == 5
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_close(ours, theirs)
+
+
+LAYOUTS = {
+    "THD": lambda z: z.unflatten(-1, (3, 8)),
+    "HTD": lambda z: z.unflatten(-1, (3, 8)).transpose(1, 2),
+    "T(HD)": lambda z: z,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 3, 5])
+def test_a_deferred_term_is_added_after_the_norm_to_the_same_dimensions(layout, tokens):
+    arrange = LAYOUTS[layout]
+    config = RoAEConfig(rank=4, alpha=8.0)
+    base = nn.Linear(12, 24, bias=False)
+    sizes = {"num_heads": 3, "head_dims": (2, 3, 6)}
+    made = RoAELinear(base, in_features=12, config=config, defer=True, **sizes)
+    with_random_term(made)
+    norm = nn.RMSNorm(24 if layout == "T(HD)" else 8)
+    after = RoAENorm(norm, made, layout=layout, head_dim=8, **sizes)
+    x = torch.randn(2, tokens, 12, requires_grad=True)
+    scatter = torch.zeros(24, 9)
+    scatter[LOW_ROWS, torch.arange(9)] = 1
+    term = 2.0 * x @ made.roae_A.T @ made.roae_B.T @ scatter.T
+    wanted = norm(arrange(base(x))) + arrange(term)
+    got = after(arrange(made(x)))
+    assert_close(got, wanted)
+    weights = torch.randn_like(wanted)
+    inputs = [x, made.roae_A, made.roae_B, base.weight, norm.weight]
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weights).sum(), inputs),
+        torch.autograd.grad((wanted * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_deferred_term_cannot_be_merged():
+    made = RoAELinear(
+        nn.Linear(12, 24),
+        in_features=12,
+        num_heads=3,
+        head_dims=(2,),
+        config=RoAEConfig(),
+        defer=True,
+    )
+    with pytest.raises(ValueError, match=r"placement=state .* no weight can hold") as error:
+        made.merge()
+    assert "\n" not in str(error.value)
+
+
+class _Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"num_heads": 3, "head_dims": (2, 3, 6)}
+        config = RoAEConfig(rank=4)
+        base = nn.Linear(12, 24)
+        self.proj = RoAELinear(base, in_features=12, config=config, defer=True, **sizes)
+        self.norm = RoAENorm(nn.RMSNorm(8), self.proj, layout="HTD", head_dim=8, **sizes)
+        with_random_term(self.proj)
+
+    def forward(self, x):
+        return self.norm(self.proj(x).unflatten(-1, (3, 8)).transpose(1, 2))
+
+
+def test_a_deferred_term_compiles_without_a_graph_break():
+    made = _Normed()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    inputs = [x, made.proj.roae_A, made.proj.roae_B]
+    wanted = torch.autograd.grad(made(x).sin().sum(), inputs)
+    got = torch.autograd.grad(compiled(x).sin().sum(), inputs)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_close(ours, theirs)

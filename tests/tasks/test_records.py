@@ -1,0 +1,337 @@
+"""Prompts, responses, and answers found in text."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rosa_lightning.tasks.records import (
+    TASKS,
+    Record,
+    answer_start,
+    candidates,
+    extract_answer,
+    find_task,
+    needs_end,
+    prompt,
+    reference,
+    same_answer,
+)
+
+LABEL_TASKS = [name for name, task in TASKS.items() if task.format == "label"]
+
+
+def record(instruction="What is 2 + 2?", context="", output="4", answer="4", task="gsm8k"):
+    return Record(instruction, context, output, answer, task, "source", 1)
+
+
+def test_table_holds_eight_commonsense_and_seven_arithmetic_benchmarks():
+    groups = [task.group for task in TASKS.values()]
+    assert groups.count("commonsense") == 8
+    assert groups.count("arithmetic") == 7
+
+
+@pytest.mark.parametrize(
+    ("given_name", "name"),
+    [
+        ("ARC-Easy", "arc_easy"),
+        ("arc_easy", "arc_easy"),
+        ("ARC-c", "arc_challenge"),
+        ("OBQA", "openbookqa"),
+        ("SIQA", "social_i_qa"),
+        ("WinoGrande", "winogrande"),
+        ("GSM8K", "gsm8k"),
+        ("AQuA-RAT", "aqua"),
+        ("my notes", None),
+    ],
+)
+def test_names_of_tasks_are_found_however_they_are_spelt(given_name, name):
+    assert find_task(given_name) == name
+
+
+def test_alpaca_prompt_without_input():
+    assert prompt(record()) == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nWhat is 2 + 2?\n\n### Response:\n"
+    )
+
+
+def test_alpaca_prompt_with_input():
+    assert prompt(record(context="Add them.")) == (
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nWhat is 2 + 2?\n\n### Input:\nAdd them.\n\n### Response:\n"
+    )
+
+
+def test_plain_prompt_is_the_instruction_and_the_input():
+    assert prompt(record(), "plain") == "What is 2 + 2?\n"
+    assert prompt(record(context="Add."), "plain") == "What is 2 + 2?\nAdd.\n"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_braces_in_an_instruction_stay_as_they_are(template):
+    text = "Complete {input} and {0} and {{x}}"
+    assert text in prompt(record(text, "{instruction}"), template)
+
+
+def test_unknown_template_is_an_error_that_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'chat'; there are alpaca and plain"):
+        prompt(record(), "chat")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("task", LABEL_TASKS)
+def test_every_label_is_found_in_the_sentence_of_the_training_data(task):
+    for label in TASKS[task].labels:
+        assert extract_answer(task, f"the correct answer is {label}") == label
+        assert extract_answer(task, f"The correct answer is {label.title()}.") == label
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("arc_easy", "answer1/answer2/answer3", "answer3"),
+        ("arc_easy", "The answer is answer2. Not answer3.", "answer2"),
+        ("arc_easy", "answer12", None),
+        ("piqa", "solution3", None),
+        ("boolq", "untrue", None),
+        ("boolq", "True", "true"),
+        ("aqua", "A bag of 5. The answer is (D).", "D"),
+        ("aqua", "the answer is B", "B"),
+        ("aqua", "(C)", "C"),
+        ("aqua", "A man buys B shares.", None),
+        ("aqua", "The answer is Bob.", None),
+        ("gsm8k", "She sold 1,200 of 3,000.\n#### 1,200", "1200"),
+        ("gsm8k", "So 17-9 = 8. The answer is 8.", "8"),
+        ("gsm8k", "The answer is 17-9", "17"),
+        ("gsm8k", "it is 17-9", "9"),
+        ("gsm8k", "it is -9", "-9"),
+        ("gsm8k", "The answer is 58 + 94 = 152 inches.", "152"),
+        ("gsm8k", "The answer is $2.50. That took 3 steps.", "2.50"),
+        ("gsm8k", "\\boxed{0.5} after 3 steps", "0.5"),
+        ("gsm8k", "x2", None),
+        ("gsm8k", "", None),
+        ("text", "  anything \n", "anything"),
+        ("text", " ", None),
+    ],
+)
+def test_last_stated_answer_is_found(task, text, answer):
+    assert extract_answer(task, text) == answer
+
+
+@given(
+    number=st.decimals(-(10**7), 10**7, places=3),
+    opener=st.sampled_from(["The answer is ", "so 5 + 3 gives ", "worked out.\n#### "]),
+    closer=st.sampled_from(["", ".", "\n", " apples."]),
+)
+def test_any_number_is_found_again_however_it_is_written(number, opener, closer):
+    for written in (f"{number:,}", f"{number}", f"{number}".replace("-", "\u2212")):
+        found = extract_answer("svamp", opener + written + closer)
+        assert found is not None
+        assert float(found) == float(number)
+
+
+@given(number=st.floats(-1e6, 1e6))
+def test_numbers_are_the_same_within_a_thousandth(number):
+    assert same_answer("svamp", repr(number), repr(number + 0.0005))
+    assert not same_answer("svamp", repr(number), repr(number + 0.002))
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "second", "same"),
+    [
+        ("multiarith", "15", "15.0", True),
+        ("gsm8k", "1,200", "1200", True),
+        ("gsm8k", None, "5", False),
+        ("gsm8k", "none", "5", False),
+        ("boolq", "True", "true", True),
+        ("boolq", "true", "false", False),
+        ("text", "a  b", "A b", True),
+    ],
+)
+def test_same_answer(task, first, second, same):
+    assert same_answer(task, first, second) is same
+    assert same_answer(task, second, first) is same
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer", "rest"),
+    [
+        ("boolq", "the correct answer is true\n", "true", "true\n"),
+        ("gsm8k", "5 + 3 = 8\n#### 8", "8", "8"),
+        ("multiarith", "30 - 15. The answer is 15.", "15.0", "15."),
+        ("aqua", "The answer is (D).", "D", "D)."),
+        ("text", "it is so", "so", "so"),
+        ("gsm8k", "The answer is 15", "5", None),
+        ("gsm8k", "The answer is 16 hours.", "16", None),
+        ("gsm8k", "The answer is 7.", "8", None),
+        ("text", "it is so", None, None),
+    ],
+)
+def test_start_of_an_answer_that_ends_the_text(task, text, answer, rest):
+    start = answer_start(task, text, answer)
+    assert (None if start is None else text[start:]) == rest
+
+
+def test_reference_is_the_answer_or_what_the_output_states():
+    assert reference(record(answer="9.0")) == "9.0"
+    assert reference(record(answer=None, output="The answer is 4.")) == "4"
+    assert reference(record(answer=None, output="")) is None
+
+
+def asked(instruction, task="arc_easy", **fields):
+    return Record(instruction, "", "", None, task, "source", 1, **fields)
+
+
+def test_candidates_are_the_responses_that_the_prompt_offers():
+    says = "the correct answer is {}".format
+    three = asked("Which?\n\nAnswer format: answer1/answer2/answer3")
+    assert candidates(three) == tuple(says(f"answer{number}") for number in (1, 2, 3))
+    assert candidates(asked("Is it?", "boolq")) == (says("true"), says("false"))
+    letters = "What? Answer Choices: (A) 5 (B) (A) and more (C) 7"
+    assert candidates(asked(letters, "aqua")) == tuple(f"The answer is ({x})." for x in "ABC")
+    assert candidates(asked("How many?", "gsm8k")) == candidates(asked("Say", "text")) == ()
+
+
+def test_a_prompt_that_offers_an_answer_twice_has_no_candidates():
+    with pytest.raises(ValueError, match="offers 'answer2' twice"):
+        candidates(asked("Which?\n\nAnswer format: answer1/answer2/answer2"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "letter"),
+    [
+        ("(A) 5 (A) 6", "A"),
+        ("(A) 5 (A) 6 (B) 7 (C) 8", "A"),
+        ("(A) 5 (A) 6 (C) 7 (D) 8 (E) 9", "A"),
+        ("(A) 5 (B) 6 (C) 7 (D) 8 (A) 9", "A"),
+        ("(A) 5 (B) 6 (C) 7 (D) 8 (D) 9", "D"),
+    ],
+)
+def test_choices_that_use_a_letter_twice_are_refused(choices, letter):
+    with pytest.raises(ValueError, match=f"offers '{letter}' twice"):
+        candidates(asked(f"What? Answer Choices: {choices}", "aqua"))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        "(A) 5 (B) 6 (C) both (A) and (B) (D) neither (A) nor (B) (E) none",
+        "(A) 5 (B) 6 (C) 7 (D) 8 (E) both (A) and (C) but not (B) or (D)",
+        "(A) Both (B) and (C) hold (B) 5 (C) 6 (D) 7 (E) 8",
+        "(A) 5 (B) rule (A) holds (C) 7 (D) as (A) says (E) 8",
+        "(A) 5 (B) (A) and more (C) 7 (D) 2 x (A) (E) more than (D) is",
+    ],
+)
+def test_a_letter_in_the_text_of_a_choice_is_no_second_choice(choices):
+    asks = asked(f"Town (A) or (A) ? Answer Choices: {choices}", "aqua")
+    assert candidates(asks) == tuple(f"The answer is ({x})." for x in "ABCDE")
+
+
+def test_letters_outside_a_list_of_choices_may_occur_twice():
+    assert len(candidates(asked("From (A) to (B) , then (A) again?", "aqua"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (("good", "good enough"), True),
+        (("good enough", "bad", "good"), True),
+        (("option1", "option12", "option2"), True),
+        (("good", "goad"), False),
+        (("true", "false"), False),
+        (("enough", "good enough"), False),  # an ending
+        (("good", "good"), False),  # the same
+        ((), False),
+    ],
+)
+def test_an_end_is_needed_where_one_text_begins_another(texts, wanted):
+    assert needs_end(texts) is wanted
+
+
+@given(st.lists(st.text("ab", max_size=4)))
+def test_an_end_is_needed_as_comparing_all_pairs_says(texts):
+    pairs = [one != other and other.startswith(one) for one in texts for other in texts]
+    assert needs_end(texts) is any(pairs)
+
+
+def test_a_single_letter_in_a_question_is_no_list_of_choices():
+    assert len(candidates(asked("Town (A) is far. What? ", "aqua"))) == 5
+
+
+def test_a_task_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match="task 'mine' is none of boolq"):
+        extract_answer("mine", "5")
+
+
+class TestTable:
+    def test_responses_state_the_answer_that_they_are_made_of(self):
+        for name, task in TASKS.items():
+            for answer in task.labels or ("12.5",):
+                assert extract_answer(name, task.response.replace("{answer}", answer)) == answer
+
+    def test_test_sets_have_the_published_sizes(self, real_data):
+        """The shared files hold the first 60 % of each."""
+        seen = 0
+        for name, task in TASKS.items():
+            file = real_data / "test" / f"{name}.json"
+            if file.exists():
+                assert len(json.loads(file.read_text("utf-8"))) == task.test_size * 3 // 5
+                seen += 1
+        assert seen == 14
+
+    def test_every_benchmark_says_where_it_comes_from(self):
+        for task in TASKS.values():
+            known = (task.hub, task.split, task.fields, task.test_size, task.source, task.licence)
+            assert all(known) is (task.group != "other")
+
+
+class TestOnRealData:
+    @pytest.fixture
+    def rows(self, real_data):
+        return lambda task: json.loads((real_data / "test" / f"{task}.json").read_text("utf-8"))
+
+    @pytest.mark.parametrize("task", [name for name in LABEL_TASKS if name != "hellaswag"])
+    def test_commonsense_outputs_state_their_gold_answers(self, rows, task):
+        for row in rows(task):
+            assert extract_answer(task, row["output"]) == row["answer"]
+
+    def test_aqua_letters_are_found_where_one_is_stated(self, rows):
+        found = [(row["output"], extract_answer("aqua", row["output"])) for row in rows("aqua")]
+        stated = [(output, letter) for output, letter in found if "he answer is (" in output]
+        assert len(stated) == 150
+        for output, letter in stated:
+            assert output.rstrip().endswith(f"({letter}).")
+        assert [letter for output, letter in found if "he answer is (" not in output] == [None] * 2
+
+    @pytest.mark.parametrize("task", ["addsub", "gsm8k", "multiarith", "singleeq", "svamp"])
+    def test_number_that_follows_the_answer_is_returned(self, rows, task):
+        plain = 0
+        for row in rows(task):
+            head, _, tail = row["output"].rpartition("The answer is ")
+            words = tail.split()
+            if head and len(words) == 1 and words[0].rstrip(".").replace(".", "").isdigit():
+                plain += 1
+                assert float(extract_answer(task, row["output"])) == float(words[0].rstrip("."))
+        assert plain > 100
+
+    @pytest.mark.parametrize("task", [name for name in LABEL_TASKS if name != "hellaswag"])
+    def test_one_candidate_is_the_reference_response(self, rows, task):
+        for row in rows(task):
+            offered = candidates(asked(row["instruction"], task))
+            assert offered.count(row["output"]) == 1
+            assert len(offered) == row["instruction"].rpartition("format:")[2].count("/") + 1
+
+    @pytest.mark.parametrize("file", ["test/aqua.json", "train/math_data.json"])
+    def test_every_list_of_choices_offers_five_letters(self, real_data, file):
+        rows = json.loads((real_data / file).read_text("utf-8"))
+        asks = [row["instruction"] for row in rows if "Answer Choices:" in row["instruction"]]
+        assert len(asks) > 150
+        for instruction in asks:
+            assert len(candidates(asked(instruction, "aqua"))) == 5
+
+    @pytest.mark.parametrize("task", ["mawps", "gsm8k", "multiarith", "aqua"])
+    def test_gold_answers_fit_the_format(self, rows, task):
+        for row in rows(task):
+            assert same_answer(task, row["answer"], row["answer"])

@@ -1,0 +1,501 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GraniteConfig
+
+from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
+from rosa_lightning.cli.small import build_small, causal_models
+from rosa_lightning.models.loading import enable_checkpointing
+from rosa_lightning.training import loss as forward
+from rosa_lightning.training.head import last_block
+from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.shared_prefix import rows_behind
+from tests.conftest import FAMILIES, SMALL, build
+
+RESTS = ((9, 3), (4, 2), (14, 7))
+"""Tokens of each row behind the beginning, and how many of them are the response."""
+
+
+def batch_of(num_shared: int = 20, rests=RESTS, vocab: int = 96) -> dict[str, Any]:
+    """Random rows with a common beginning, padded on the left."""
+    start = torch.randint(3, vocab, (num_shared,))
+    rows = [torch.cat([start, torch.randint(3, vocab, (length,))]) for length, _ in rests]
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for number, (row, (_, response)) in enumerate(zip(rows, rests, strict=True)):
+        ids[number, width - len(row) :] = row
+        mask[number, width - len(row) :] = 1
+        labels[number, width - response :] = row[-response:]
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "labels": labels,
+        "answer_mask": labels != -100,
+        "num_label_positions": max(response for _, response in rests),
+        "num_shared": num_shared,
+        "task": ["boolq"] * len(rows),
+    }
+
+
+def single_rows(model, batch) -> Tensor:
+    """The loss of each row alone and without padding, through the whole head; nothing of ours."""
+    losses = []
+    for row, labels in enumerate(batch["labels"]):
+        kept = batch["attention_mask"][row].bool()
+        logits = model(input_ids=batch["input_ids"][row][kept][None], use_cache=False).logits[0]
+        wanted = labels[kept][1:]
+        losses.append(F.cross_entropy(logits[:-1], wanted, reduction="none")[wanted != -100])
+    return torch.cat(losses).mean()
+
+
+def gradients(model, loss: Tensor) -> Tensor:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    return torch.cat([torch.zeros(0), *(one.flatten() for one in found if one is not None)])
+
+
+def adapted(model, **options):
+    inject_roae(model, RoAEConfig(rank=4, **options))
+    for name, weight in model.named_parameters():
+        if name.endswith("roae_B"):
+            torch.nn.init.normal_(weight, std=0.3)
+    return model.train()
+
+
+def granite():
+    scales = {"logits_scaling": 7.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
+    config = GraniteConfig(**SMALL, **scales, attention_multiplier=0.2)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def check(model, batch, **options) -> None:
+    """Loss and gradients are those of single rows without padding."""
+    wanted = single_rows(model, batch)
+    found = Forward(model, **options).loss(batch)
+    assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert_close(gradients(model, found), gradients(model, wanted), rtol=1e-5, atol=1e-6)
+
+
+class Widths:
+    """Rows of what the head is given, and shapes of what the decoder is given, call by call."""
+
+    def __init__(self, model) -> None:
+        self.head, self.decoder = [], []
+        head = model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _, args: self.head.append(args[0].shape[:-1].numel()))
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_pre_hook(
+            lambda _, args: self.decoder.append(tuple(args[0].shape))
+        )
+
+
+HEADS = {
+    "llama": lambda: build("llama"),
+    "soft-capped": lambda: build("gemma2", final_logit_softcapping=2.0),
+    "cohere": lambda: build("cohere", logit_scale=0.3),
+    "granite": granite,
+    "without logits_to_keep": lambda: build_small("GPTNeoXJapaneseConfig"),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 12, 100])
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, chunk, said):
+    model = adapted(HEADS[kind]()).eval()
+    batch = batch_of()
+    check(model, batch, share_prefix=False, loss_chunk=chunk)
+    assert not said
+    widths, run = Widths(model), Forward(model, share_prefix=False, loss_chunk=chunk)
+    run.loss(batch)
+    widths.head.clear()
+    run.loss(batch).backward()
+    # Not the 3 x 7 of the longest response, and never more than a chunk.
+    assert max(widths.head) == min(12, chunk or 12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "neox"])
+def test_behind_the_last_attention_only_supervised_positions_are_computed(family):
+    model, batch, counts = adapted(build(family)), batch_of(), []
+    layers = (model.base_model.layers[0].mlp, model.base_model.layers[-1].mlp)
+    run = Forward(model)
+    run.loss(batch)
+    for mlp in layers:
+        mlp.register_forward_hook(lambda _mlp, args, _out: counts.append(args[0].shape[1]))
+    run.loss(batch)
+    # The beginning, then the rows.
+    assert counts == [20, 20, 14, 12]
+
+
+def test_with_terms_on_all_projections_no_other_part_passes_for_the_last_block(said):
+    model = adapted(build("llama"), targets=("q", "k", "v", "o", "gate", "up", "down"))
+    model = model.to(torch.bfloat16)  # the comparison of logits is coarse there
+    assert last_block(model, batch_of()["input_ids"]) is None
+
+
+def test_a_last_block_that_looks_at_other_tokens_is_computed_whole(monkeypatch):
+    model, batch = adapted(build("llama")), batch_of()
+    mlp = model.base_model.layers[-1].mlp
+    own = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda states: own(states + states.roll(1, dims=1)))
+    check(model, batch, share_prefix=False)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_answers_are_scored_as_the_whole_head_scores_them(chunk):
+    model = adapted(build("llama")).eval()
+    batch = batch_of(rests=((9, 3), (8, 2), (14, 7), (6, 2)))
+    for row, response in ((0, 3), (2, 7), (3, 2)):
+        mask = batch["attention_mask"][row].bool()
+        prompt = batch["input_ids"][row][mask][None, :-response]
+        written = model.generate(prompt, max_new_tokens=response, do_sample=False, eos_token_id=95)
+        batch["labels"][row, -response:] = batch["input_ids"][row, -response:] = written[
+            0, -response:
+        ]
+    batch["labels"][2, -1] = batch["input_ids"][2, -1] = 3 + (batch["labels"][2, -1] - 2) % 90
+    batch["labels"][3, -2] = batch["input_ids"][3, -2] = 3 + (batch["labels"][3, -2] - 2) % 90
+    batch["answer_mask"][3, -2] = False  # wrong, and no part of the answer
+    with torch.inference_mode():
+        scored = Forward(model, loss_chunk=chunk).score(batch)
+        last = model(input_ids=batch["input_ids"][3][batch["attention_mask"][3].bool()][None])
+    fourth = bool(last.logits[0, -2].argmax() == batch["labels"][3, -1])
+    assert scored.correct.tolist() == [True, False, False, fourth]
+    assert scored.count == 14
+    assert_close(scored.loss, single_rows(model, batch).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_head_that_looks_at_other_positions_is_given_all_of_them(said):
+    model = adapted(build("llama"))
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: head(x + x.cumsum(1) * 0.1)
+    whole = model.forward
+    # Only all columns give what single rows give: padding adds to the sum.
+    model.forward = lambda *args, logits_to_keep=0, **kwargs: whole(*args, **kwargs)
+    batch = batch_of(rests=((9, 3), (9, 2)))
+    check(model, {**batch, "num_label_positions": 28}, share_prefix=False)
+    assert [line for line in said if "answers otherwise" in line] == said
+    assert len(said) == 1
+
+
+# The shared beginning.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_behind_a_shared_beginning_loss_and_gradients_are_those_of_single_rows(family, dtype, said):
+    model = adapted(build(family)).to(dtype)
+    widths, batch = Widths(model), batch_of()
+    run = Forward(model)
+    run.loss(batch)
+    widths.decoder.clear()
+    run.loss(batch)
+    assert widths.decoder == [(1, 20), (3, 14)]
+    assert not said
+    check(model, batch)
+    check(model, batch, loss_chunk=5)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_every_kernel_goes_on_from_a_shared_beginning(kernel, said):
+    model = adapted(build("llama", attn_implementation=kernel))
+    check(model, batch_of())
+    assert not said
+
+
+def test_a_term_behind_the_norm_is_shared_too(said):
+    check(adapted(build("qwen3"), placement="state"), batch_of())
+    assert not said
+
+
+def test_under_autocast_the_first_batch_trains_what_later_ones_train():
+    model = adapted(build("llama"))
+    run, batch = Forward(model), batch_of()
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run.loss(batch)
+        found.append(gradients(model, loss))
+    assert torch.equal(*found)
+    assert len(found[0]) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_frozen_low_layers_build_no_graph_behind_a_shared_beginning():
+    model = adapted(build("llama", num_hidden_layers=4))
+    for weight in model.model.layers[:2].parameters():
+        weight.requires_grad_(False)
+    run, batch = Forward(model), batch_of()
+    check(model, batch)
+    run.loss(batch)
+    traced = [[] for _ in range(4)]
+    for layer, seen in zip(model.model.layers, traced, strict=True):
+        layer.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out.requires_grad))
+    run.loss(batch)
+    assert [set(seen) for seen in traced] == [{False}, {False}, {True}, {True}]
+
+
+def test_the_switch_and_batches_not_worth_it_compute_whole_rows(said):
+    model = adapted(build("llama"))
+    for batch, switch in (
+        (batch_of(), False),
+        (batch_of(num_shared=3), True),
+        (batch_of(rests=RESTS[:1]), True),
+    ):
+        run, widths = Forward(model, share_prefix=switch), Widths(model)
+        run.loss(batch)
+        assert widths.decoder[-1] == tuple(batch["input_ids"].shape)
+        check(model, batch, share_prefix=switch)
+    assert not said
+
+
+def test_a_model_in_shards_is_run_once_over_whole_rows(said):
+    model = adapted(build("llama"))
+    run, widths, batch = Forward(model, loss_chunk=2), Widths(model), batch_of()
+    run.sharded = True
+    assert_close(run.loss(batch), single_rows(model, batch), rtol=1e-6, atol=1e-6)
+    assert widths.decoder[0] == (3, 34)
+    assert len(said) == 2
+    assert all("shards" in line for line in said)
+    assert any("in spite of model.loss_chunk" in line for line in said)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_batch_without_loss_is_refused_in_one_line(chunk):
+    batch = batch_of()
+    batch["labels"][:] = -100
+    with pytest.raises(ValueError, match=r"3 rows has no token that carries loss: .*response"):
+        Forward(adapted(build("llama")), loss_chunk=chunk).loss(batch)
+
+
+def test_a_model_that_was_changed_is_looked_at_anew(said):
+    model, batch = adapted(build("llama")), batch_of()
+    run = Forward(model)
+    run.loss(batch)
+    enable_checkpointing(model)
+    run.forget()
+    wanted = gradients(model, single_rows(model, batch))
+    assert_close(gradients(model, run.loss(batch)), wanted, rtol=1e-5, atol=1e-6)
+    assert any("checkpointing" in line for line in said)
+
+
+def unsafe(model, batch) -> Tensor:
+    """The loss behind a shared beginning, whatever speaks against it."""
+    run = Forward(model)
+    run._can_share = lambda batch: True  # type: ignore[method-assign]
+    return run.loss(batch)
+
+
+FALL_BACKS = {
+    "a window of 24": lambda: build("mistral", sliding_window=24),
+    "a window of 16": lambda: build(
+        "gemma3", sliding_window=16, layer_types=["sliding_attention"] * 2
+    ),
+    "keeps more than keys": lambda: build_small("Qwen3NextConfig"),
+    "length of a text": lambda: build(
+        "llama",
+        rope_parameters={
+            "rope_type": "dynamic",
+            "factor": 4.0,
+            "rope_theta": 10000.0,
+        },
+        max_position_embeddings=16,
+    ),
+    "counts positions by columns": lambda: build_small("RoFormerConfig"),
+    "drop their keys and values": lambda: checkpointed(build("llama")),
+}
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reason", FALL_BACKS)
+def test_what_cannot_be_shared_is_computed_whole_and_said_once(reason, said):
+    model = adapted(FALL_BACKS[reason]())
+    if "positions" in reason:
+        model.eval()  # its dropout speaks first
+    rests = [(9, 3), (9, 2), (9, 7)] if "length" in reason else RESTS
+    batch = batch_of(rests=rests)  # without padding where that changes lengths
+    check(model, batch)
+    (line,) = said
+    assert reason in line
+    assert "\n" not in line
+    run = Forward(model)
+    run.loss(batch)
+    run.loss(batch)
+    assert len(said) == 2
+    # Sharing all the same would have been wrong.
+    wanted = gradients(model, single_rows(model, batch))
+    try:
+        wrong = gradients(model, unsafe(model, batch))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return
+    assert len(wrong) != len(wanted) or (wrong - wanted).norm() > 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("roae", {"dropout": 0.5}), ("base", {"attention_dropout": 0.5}), ("phi", {})],
+)
+def test_with_dropout_rows_are_whole_in_training_and_shared_in_evaluation(where, value, said):
+    if where == "phi":
+        model = adapted(build("phi", resid_pdrop=0.5))
+    else:
+        model = build("llama", **(value if where == "base" else {}))
+        model = adapted(model, **(value if where == "roae" else {}))
+    batch, run = batch_of(), Forward(model)
+    # Two rows that are alike draw differently, also in what they share.
+    batch = {k: v[:1].repeat(2, 1) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    states = []
+    handle = model.model.layers[0].register_forward_hook(lambda *args: states.append(args[2]))
+    run.loss(batch)
+    last = states[-1] if isinstance(states[-1], Tensor) else states[-1][0]
+    assert last.shape[:2] == batch["input_ids"].shape
+    assert not torch.equal(last[0, 6:20], last[1, 6:20])
+    handle.remove()
+    assert len(said) == 1
+    assert "0.5 would fall on all rows alike" in said[0]
+    model.eval()
+    widths = Widths(model)
+    run.loss(batch)
+    assert widths.decoder[-2:] == [(1, 20), (2, 14)]
+    check(model, batch)
+
+
+def test_a_window_that_no_batch_fills_is_no_reason(said):
+    model = adapted(build("mistral", sliding_window=34))
+    check(model, batch_of())
+    assert not said
+
+
+def test_a_model_whose_cache_is_without_gradients_computes_whole_rows(said, monkeypatch):
+    model = adapted(build("llama"))
+    real = forward.rows_behind
+
+    def detached(*args):
+        inputs = rows_behind(*args)
+        (cache,) = (value for value in inputs.values() if hasattr(value, "layers"))
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return inputs
+
+    monkeypatch.setattr("rosa_lightning.training.shared_prefix.rows_behind", detached)
+    check(model, batch_of())
+    assert "the gradients of LlamaForCausalLM are others" in said[0]
+    monkeypatch.setattr(forward, "rows_behind", detached)
+    batch = batch_of()
+    wrong = gradients(model, unsafe(model, batch))
+    assert (wrong - gradients(model, single_rows(model, batch))).norm() > 1e-3 * wrong.norm()
+    monkeypatch.setattr(forward, "rows_behind", real)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", causal_models())
+def test_every_adapted_model_gives_the_loss_of_single_rows(name, said):
+    try:
+        model = build_small(name)
+        inject_roae(model, RoAEConfig(rank=2))
+    except Exception as error:
+        pytest.skip(f"not adapted: {error}")
+    for weight_name, weight in model.named_parameters():
+        if weight_name.endswith("roae_B"):
+            torch.nn.init.normal_(weight, std=0.3)
+    batch, widths = batch_of(), Widths(model)
+    wanted = single_rows(model.eval(), batch)
+    found = Forward(model).loss(batch)
+    assert_close(found, wanted, rtol=1e-6, atol=2e-6)
+    a, b = gradients(model, found), gradients(model, wanted)
+    assert (a - b).norm() < 2e-5 * b.norm()
+    assert (widths.decoder[-1] == (3, 14)) != any("begin with" in line for line in said)
+
+
+# Training.
+
+
+def trained(folder, batches, change=lambda model: None, **options) -> list[float]:
+    """Losses over fixed batches, with the first layer frozen."""
+    torch.manual_seed(0)
+    # At a rate of 1e-2 and an eps of 1e-4 rounding alone grows to 0.05 within 100 steps.
+    optimizer = partial(torch.optim.AdamW, lr=3e-3, eps=1e-3)
+    module = RoSAModule(str(folder), RoAEConfig(rank=4), optimizer=optimizer, **options)
+    module.configure_model()
+    module.train()
+    for weight in module.model.model.layers[:1].parameters():
+        weight.requires_grad_(False)
+    change(module.model)
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    stepper, losses = module.make_optimizer(weights), []
+    for batch in batches:
+        loss = module.loss(batch)
+        stepper.zero_grad()
+        loss.backward()
+        stepper.step()
+        losses.append(loss.item())
+    return losses
+
+
+def packed(batch) -> dict[str, Any]:
+    """The same rows, laid end to end."""
+    kept_BT = batch["attention_mask"].bool()
+    names = ("input_ids", "attention_mask", "position_ids", "labels", "answer_mask")
+    flat = {name: batch[name][kept_BT][None] for name in names}
+    return {**flat, "row_lengths": kept_BT.sum(1), "task": batch["task"]}
+
+
+def with_a_backward_to_the_embedding(model) -> None:
+    model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
+
+
+def with_dense_terms(model) -> None:
+    """The term as a whole matrix, most of it zero, added to the weight."""
+    for layer in model.modules():
+        if hasattr(layer, "roae_A"):
+            layer.forward = partial(dense, layer)
+
+
+def dense(layer, x: Tensor) -> Tensor:
+    term = layer.scale * layer.roae_B @ layer.roae_A
+    whole = torch.zeros_like(layer.weight).index_copy(0, layer.rows, term)
+    return F.linear(x, layer.weight + whole, layer.bias)
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_train_alike_with_each_lever_on_and_off(base_folder, monkeypatch):
+    batches = [batch_of(vocab=250) for _ in range(4)] * 25
+    plain = {"share_prefix": False, "recompute_activations": False}
+    with monkeypatch.context() as patch:  # the head over all that is no padding
+        patch.setattr(forward, "why_not_narrowed", lambda *_: "switched off")
+        patch.setattr(forward, "forward_arguments", lambda _: frozenset())
+        wanted = trained(base_folder, batches, **plain)
+    assert wanted[-1] < wanted[0] - 0.4
+    ways = {
+        "the head": trained(base_folder, batches, **plain),
+        "the head in chunks": trained(base_folder, batches, **plain, loss_chunk=1),
+        "activations made again": trained(base_folder, batches, share_prefix=False),
+        "a shared beginning": trained(base_folder, batches),
+        "shared, in chunks": trained(base_folder, batches, loss_chunk=5),
+        "in parts": trained(base_folder, batches, microbatch_tokens=30),
+        "no early stop": trained(base_folder, batches, with_a_backward_to_the_embedding),
+        "dense terms": trained(base_folder, batches, with_dense_terms),
+        "checkpointing": trained(base_folder, batches, gradient_checkpointing=True),
+        "packed": trained(base_folder, [packed(batch) for batch in batches]),
+    }
+    for way, losses in ways.items():
+        worst = max(abs(a - b) for a, b in zip(losses, wanted, strict=True))
+        assert worst < 1e-4, f"{way}: {worst}"
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_of_nothing_is_refused(base_folder, chunk):
+    with pytest.raises(ValueError, match=r"below 1\. Set model\.loss_chunk"):
+        RoSAModule(str(base_folder), loss_chunk=chunk)
