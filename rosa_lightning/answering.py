@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rosa_lightning.adapters.conditions import Conditions, tokenizer_digest
+from rosa_lightning.adapters.metadata import BaseIdentity
 from rosa_lightning.evaluation.evaluator import (
     Evaluation,
     EvaluationConfig,
@@ -18,7 +19,7 @@ from rosa_lightning.evaluation.evaluator import (
     generate,
     weights_digest,
 )
-from rosa_lightning.models.loading import BaseIdentity, Dtype, context_length, whole_name
+from rosa_lightning.models.loading import Dtype, context_length, whole_name
 from rosa_lightning.models.quantization import Quantization
 from rosa_lightning.tasks.records import TASKS, extract_answer
 from rosa_lightning.training.sharding import is_sharded

@@ -25,6 +25,7 @@ from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY, RankState, pack, 
 from rosa_lightning.adapters.conditions import Conditions
 from rosa_lightning.adapters.entries import check_entries, check_states_fit
 from rosa_lightning.adapters.files import adapter_conditions, load_adapter
+from rosa_lightning.adapters.metadata import BaseIdentity, identify
 from rosa_lightning.answering import Answering
 from rosa_lightning.data.packing import num_rows
 from rosa_lightning.dls.gradients import held_gradients, hold_gradients
@@ -32,10 +33,8 @@ from rosa_lightning.evaluation.evaluator import EvaluationConfig
 from rosa_lightning.evaluation.metrics import AnswerTokens
 from rosa_lightning.models.finite import check_states, check_weights
 from rosa_lightning.models.loading import (
-    BaseIdentity,
     Dtype,
     enable_checkpointing,
-    identify,
     load_base,
     load_tokenizer,
     vocabulary_size,

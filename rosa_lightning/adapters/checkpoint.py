@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rosa_lightning.models.loading import BaseIdentity
+from rosa_lightning.adapters.metadata import BaseIdentity
 from rosa_lightning.roae.inject import is_adapter_key
 from rosa_lightning.utils.rng import of_all_ranks, rng_state
 

@@ -13,8 +13,9 @@ from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY
 from rosa_lightning.adapters.conditions import Conditions
 from rosa_lightning.adapters.files import adapter_conditions, adapter_settings
 from rosa_lightning.adapters.lora import from_lora
+from rosa_lightning.adapters.metadata import BaseIdentity
 from rosa_lightning.adapters.peft_format import read_lora
-from rosa_lightning.models.loading import BaseIdentity, load_skeleton
+from rosa_lightning.models.loading import load_skeleton
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.opening import check_archive, check_name, open_input
 

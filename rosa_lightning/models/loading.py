@@ -1,114 +1,25 @@
-"""The frozen base: loading it and its tokenizer, and knowing it again."""
+"""Load the frozen base model and its tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rosa_lightning.models import tiny
 from rosa_lightning.models.base_files import check_base_files, check_files
 from rosa_lightning.models.finite import check_base
-from rosa_lightning.models.quantization import (
-    Quantization,
-    is_packed,
-    is_quantized,
-    quantization_config,
-)
-from rosa_lightning.roae.inject import base_modules
+from rosa_lightning.models.quantization import Quantization, quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-_SAMPLE_SIZE = 4
-"""Values kept of every weight to recognise a base by."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseIdentity:
-    """What a checkpoint remembers of the base it was trained on."""
-
-    base: str
-    """Hub id, folder, or ``tiny``, as given."""
-    revision: str | None
-    """Commit of the hub repository, where there is one."""
-    samples: dict[str, list[float]]
-    """Middle values of every weight, by name: they tell bases apart that share name and shape. None
-    of a quantised weight, which is known by its name alone: the same base goes quantised or not."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a checkpoint."""
-        return asdict(self)
-
-    def check(self, trained_on: dict[str, Any], what: str = "checkpoint") -> None:
-        """Compare with the base that a checkpoint or an adapter remembers.
-
-        Raises:
-            ValueError: The weights differ. Another name or folder for the same weights is fine,
-                and so is another quantization of them.
-        """
-        theirs = trained_on["samples"]
-        differing = [name for name in theirs if not _alike(theirs[name], self.samples.get(name))]
-        if differing or theirs.keys() != self.samples.keys():
-            name = differing[0] if differing else next(iter(self.samples.keys() - theirs.keys()))
-            revision = f" at revision {trained_on['revision']}" if trained_on["revision"] else ""
-            raise ValueError(
-                f"the {what} was trained on base {trained_on['base']!r}{revision}, and the base "
-                f"given, {self.base!r}, is another one: {name} differs. Set model.base to the base "
-                f"that the {what} was trained on."
-            )
-
-
-def identify(model: nn.Module, base: str) -> BaseIdentity:
-    """The identity of a loaded base, with RoAE or without.
-
-    Args:
-        model: The base.
-        base: What to call it: hub id, folder, or ``tiny``.
-    """
-    samples: dict[str, list[float]] = {}
-    seen: set[Tensor] = set()
-    for path, module in base_modules(model):
-        quantized = is_quantized(module)
-        if quantized:
-            samples[f"{path}.weight"] = []
-        for name, parameter in module.named_parameters(recurse=False):
-            # Scales and the like beside a packed weight are no weights of the base.
-            if parameter not in seen and (not quantized or name == "bias"):
-                seen.add(parameter)
-                values = (
-                    [] if is_packed(parameter) or parameter.is_meta else _middle(parameter.detach())
-                )
-                samples[f"{path}.{name}"] = values
-    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return BaseIdentity(base=whole_name(base), revision=revision, samples=samples)
-
-
-def _middle(weight: Tensor) -> list[float]:
-    """A few values from the middle: the first ones are often padding or all alike."""
-    flat = weight.flatten()
-    start = max(0, flat.numel() // 2 - _SAMPLE_SIZE // 2)
-    values: list[float] = flat[start : start + _SAMPLE_SIZE].float().tolist()
-    return values
-
-
-def _alike(theirs: list[float], ours: list[float] | None) -> bool:
-    """Equal up to the rounding of a load in another dtype (bfloat16 keeps 8 bits)."""
-    if ours is None:
-        return False
-    if not ours or not theirs:  # quantised on either side
-        return True
-    if len(ours) != len(theirs):
-        return False
-    return torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=2**-8, atol=1e-6)
 
 
 def load_base(

@@ -13,13 +13,12 @@ from safetensors.torch import load_file, save_file
 from rosa_lightning.models.loading import (
     base_name,
     enable_checkpointing,
-    identify,
     load_base,
     load_skeleton,
     load_tokenizer,
     whole_name,
 )
-from tests.conftest import SMALL, build, save_base
+from tests.conftest import SMALL, build
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -31,39 +30,6 @@ def test_a_base_is_loaded_in_the_dtype_asked_for_whatever_the_default(base_folde
     finally:
         torch.set_default_dtype(torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
-
-
-def test_a_base_is_known_again_in_another_dtype(base_folder):
-    first = identify(load_base(str(base_folder)), "one")
-    for dtype in ("bfloat16", "float16"):
-        identify(load_base(str(base_folder), dtype=dtype), "two").check(first.to_dict())
-
-
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}])
-def test_another_base_is_refused_and_named(base_folder, tmp_path, changes):
-    first = identify(load_base(str(base_folder)), "the first")
-    other = identify(load_base(str(save_base(tmp_path / "other", **changes))), "the other")
-    with pytest.raises(ValueError, match="'the first', and the base given, 'the other'"):
-        other.check(first.to_dict())
-
-
-def test_a_fine_tuned_copy_of_the_same_shape_is_another_base(base_folder):
-    model = load_base(str(base_folder))
-    first = identify(model, "base")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    with pytest.raises(ValueError, match="is another one"):
-        identify(model, "tuned").check(first.to_dict())
-
-
-def test_other_projections_in_a_deep_model_are_another_base():
-    """Whatever the period of the layers' weights: no weight is left unseen."""
-    model = build("llama", num_hidden_layers=32)
-    first = identify(model, "base")
-    torch.nn.init.normal_(model.model.layers[17].self_attn.k_proj.weight)
-    with pytest.raises(ValueError, match=r"layers\.17\.self_attn\.k_proj\.weight differs"):
-        identify(model, "merged").check(first.to_dict())
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_path):

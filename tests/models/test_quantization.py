@@ -32,8 +32,9 @@ from rosa_lightning import (
 )
 from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.files import load_adapter
+from rosa_lightning.adapters.metadata import identify
 from rosa_lightning.cli.main import main, quiet_quantizers
-from rosa_lightning.models.loading import enable_checkpointing, identify, load_base
+from rosa_lightning.models.loading import enable_checkpointing, load_base
 from rosa_lightning.models.quantization import (
     is_quantized,
     quantization_config,
