@@ -15,7 +15,7 @@ from rosa_lightning.adapters.files import check_plain_model, write_adapter, writ
 from rosa_lightning.models.finite import check_weights
 from rosa_lightning.models.quantization import is_quantized
 from rosa_lightning.roae.inject import innermost, merged, roae_layers, roae_report
-from rosa_lightning.utils.files import new_folder
+from rosa_lightning.utils.files import atomic_directory
 from rosa_lightning.utils.modules import in_mode
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def export_adapter(
     _check_terms(model, format, dequantize)
     differences: tuple[float | None, float | None] = None, None
     try:
-        with new_folder(folder) as written:
+        with atomic_directory(folder) as written:
             if format == "merged":
                 differences = _write_merged(model, written, max_shard_size or "5GB", dequantize)
                 if tokenizer is not None:

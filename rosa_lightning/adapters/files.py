@@ -29,7 +29,7 @@ from rosa_lightning.roae.inject import (
     remove_roae,
 )
 from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.utils.opening import read_text
+from rosa_lightning.utils.files import read_text
 from rosa_lightning.utils.strict_json import parse
 
 CONFIG_FILE = "roae_config.json"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rosa_lightning.models.finite import check_weights
 from rosa_lightning.roae.name_patterns import check_patterns, matches
-from rosa_lightning.utils.opening import check_input, memory_bytes, read_text
+from rosa_lightning.utils.files import check_input, memory_bytes, read_text
 from rosa_lightning.utils.strict_json import parse
 
 CONFIG_FILE = "adapter_config.json"

@@ -17,7 +17,7 @@ from rosa_lightning.adapters.metadata import BaseIdentity
 from rosa_lightning.adapters.peft_format import read_lora
 from rosa_lightning.models.loading import load_skeleton
 from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.utils.opening import check_archive, check_name, open_input
+from rosa_lightning.utils.files import check_archive, check_name, open_input
 
 _SHARDED_METADATA = "meta.pt"
 """The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""

@@ -48,7 +48,7 @@ from rosa_lightning.models.loading import (
 )
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.microbatches import busy_tokens, rows_at_once
-from rosa_lightning.utils.files import write_file
+from rosa_lightning.utils.files import atomic_write
 
 _AUTOCAST = {
     **dict.fromkeys(["bf16", "bf16-mixed"], torch.bfloat16),
@@ -232,7 +232,7 @@ def audit(setting: Setting, *, ckpt_path: str | None = None, output: str | None 
     )
     Console().print(audit_tables(found))
     if output is not None:
-        write_file(Path(output), json.dumps(found.to_dict(), indent=1).encode())
+        atomic_write(Path(output), json.dumps(found.to_dict(), indent=1).encode())
         sys.stdout.write(f"\n{output}\n")
 
 

@@ -45,7 +45,7 @@ from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.checkpoint_io import check_outputs
 from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration, one_line
-from rosa_lightning.utils.opening import writing
+from rosa_lightning.utils.files import writing
 from rosa_lightning.utils.stopping import requeued
 
 DESCRIPTION = (

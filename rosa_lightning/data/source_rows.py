@@ -15,7 +15,7 @@ from rosa_lightning.data.sources import Purpose, Source
 from rosa_lightning.data.streamed import ArrowRows, Lines
 from rosa_lightning.tasks.records import Task
 from rosa_lightning.utils import strict_json
-from rosa_lightning.utils.opening import check_input, check_name, open_input, read_bytes
+from rosa_lightning.utils.files import check_input, check_name, open_input, read_bytes
 
 _STREAM_FROM = 2**28
 """Bytes from which on the records of a training source stay on disk."""

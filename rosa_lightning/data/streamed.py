@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Generic, NoReturn, Protocol, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from rosa_lightning.utils.opening import open_input, read_lines
+from rosa_lightning.utils.files import open_input, read_lines
 
 T = TypeVar("T")
 S = TypeVar("S")

@@ -32,8 +32,7 @@ from rosa_lightning.data.prompts import prompt_text
 from rosa_lightning.data.streamed import Streamed
 from rosa_lightning.data.tokenization import Encoder, Example, OverlongCount, encode_all
 from rosa_lightning.tasks.records import Record
-from rosa_lightning.utils.files import write_file
-from rosa_lightning.utils.opening import check_name, open_input, open_lock
+from rosa_lightning.utils.files import atomic_write, check_name, open_input, open_lock
 from rosa_lightning.utils.strict_json import parse
 
 ENCODING = 2
@@ -207,7 +206,7 @@ def _write(
     sizes = {"records": len(kept), "tokens": len(tokens), "checksum": checksum}
     header = json.dumps({**sizes, "count": asdict(count)}).encode()
     start = _MAGIC + len(header).to_bytes(4, "little") + header
-    write_file(path, start + bytes(-len(start) % 8), *arrays)
+    atomic_write(path, start + bytes(-len(start) % 8), *arrays)
     return _table(path, records, None)
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rosa_lightning.tasks.records import TASKS
-from rosa_lightning.utils.files import write_file
+from rosa_lightning.utils.files import atomic_write
 
 _PACKAGES = ("rosa-lightning", "torch", "transformers", "lightning", "torchmetrics")
 
@@ -137,7 +137,7 @@ def write_results(
     }
     # Names of files may hold bytes that are not UTF-8, which JSON can spell.
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_file(path, text.encode(errors="backslashreplace"))
+    atomic_write(path, text.encode(errors="backslashreplace"))
 
 
 def results_table(

@@ -16,8 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from rosa_lightning.evaluation.results import results_table, write_results
-from rosa_lightning.utils.files import write_file
-from rosa_lightning.utils.opening import open_input, open_new_text, read_lines, writing
+from rosa_lightning.utils.files import atomic_write, open_input, open_new_text, read_lines, writing
 from rosa_lightning.utils.strict_json import parse
 
 PREDICTIONS = "predictions.jsonl"
@@ -85,7 +84,7 @@ class PredictionWriter(BasePredictionWriter):
         parts = [self._part(rank) for rank in range(trainer.world_size)]
         # A record that a sampler has repeated, to give ranks equal numbers, has one place.
         found = dict(pair for part in parts for pair in _placed(part))
-        write_file(self._target, *(found[place] for place in sorted(found)))
+        atomic_write(self._target, *(found[place] for place in sorted(found)))
         for part in parts:
             part.unlink()
         rank_zero_info(f"predictions: {self._target}")
@@ -199,7 +198,7 @@ class ResultWriter(Callback):
         for item in items:
             del item["evaluation"], item["elapsed_s"], item["key"]
         lines = "".join(map(_line, items)).encode(errors="backslashreplace")
-        write_file(self._target / PREDICTIONS, lines)
+        atomic_write(self._target / PREDICTIONS, lines)
         leaked, places, reason = _leaked(trainer)
         about = module.about_evaluation() | {
             "leaked_from": places,

@@ -25,7 +25,7 @@ from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.roae.meeting import ByHand, watched_interface
 from rosa_lightning.roae.rows import contiguous_runs
 from rosa_lightning.roae.targets import plan_terms
-from rosa_lightning.utils.files import new_folder
+from rosa_lightning.utils.files import atomic_directory
 from rosa_lightning.utils.modules import in_mode
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def save_figure(figure: Figure, png: Path) -> Path:
     picture = image(TAG, pixels, dataformats="CHW")  # type: ignore[no-untyped-call]
     now = time.time()
     try:
-        with new_folder(png.with_suffix("")) as folder:
+        with atomic_directory(png.with_suffix("")) as folder:
             # Not by a SummaryWriter: its thread keeps a full disk to itself.
             events = folder / f"events.out.tfevents.{int(now)}.norms"
             with events.open("wb") as file:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rosa_lightning.utils.opening import check_input, check_name, open_input, read_lines
+from rosa_lightning.utils.files import check_input, check_name, open_input, read_lines
 
 EVENTS = "events.out.tfevents.*"
 METRICS = "metrics.csv"

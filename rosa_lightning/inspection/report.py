@@ -11,8 +11,13 @@ from typing import Literal
 
 from rosa_lightning.inspection.charts import Picture, Run, draw_charts
 from rosa_lightning.inspection.history import read_run
-from rosa_lightning.utils.files import write_file
-from rosa_lightning.utils.opening import SETTINGS_BYTES, check_name, printable, read_bytes
+from rosa_lightning.utils.files import (
+    SETTINGS_BYTES,
+    atomic_write,
+    check_name,
+    printable,
+    read_bytes,
+)
 
 Format = Literal["html", "png"]
 
@@ -91,10 +96,10 @@ def write_report(run: str, *, output: str | None = None, format: Format = "html"
     logged = read_run(folder)
     pictures = draw_charts(logged, "svg" if format == "html" else "png")
     if format == "html":
-        write_file(target, printable(_page(folder, logged, pictures)).encode())
+        atomic_write(target, printable(_page(folder, logged, pictures)).encode())
     else:
         for picture in pictures:
-            write_file(target / f"{picture.name}.{picture.kind}", picture.content)
+            atomic_write(target / f"{picture.name}.{picture.kind}", picture.content)
     return target
 
 

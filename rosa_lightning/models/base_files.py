@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rosa_lightning.utils.opening import check_archive, check_input, check_name, open_input
+from rosa_lightning.utils.files import check_archive, check_input, check_name, open_input
 
 _MOST = (
     # Each layer is built, on the meta device too; the deepest models have some hundreds.

@@ -24,8 +24,13 @@ from lightning.pytorch.strategies import Strategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rosa_lightning.training.sharding import SHARDED_METADATA, raise_together
-from rosa_lightning.utils.files import check_writable, part_beside, put_in_place, write_file
-from rosa_lightning.utils.opening import writing
+from rosa_lightning.utils.files import (
+    atomic_write,
+    check_writable,
+    part_beside,
+    put_in_place,
+    writing,
+)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -50,7 +55,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         if _unsafe(buffer):
             raise ValueError(_why_unsafe(checkpoint))
-        write_file(local, buffer.getbuffer())
+        atomic_write(local, buffer.getbuffer())
 
 
 def _unsafe(buffer: io.BytesIO) -> list[str]:

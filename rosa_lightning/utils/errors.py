@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from rosa_lightning.utils.opening import printable
+from rosa_lightning.utils.files import printable
 
 _PACKAGE = Path(__file__).parents[1]
 _LIGHTNING = Path(lightning.__file__).parent

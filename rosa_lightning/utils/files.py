@@ -1,28 +1,171 @@
-"""Folders and files that appear whole or not at all."""
+"""Reading regular files within bounds; writing files and folders that appear whole or not at all.
+
+A pipe or a device in the place of a file would hang its reader, and a link that somebody put into
+a shared folder would have another file overwritten.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
+import zipfile
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, TextIO
 from uuid import uuid4
 
-from rosa_lightning.utils.opening import check_name, writing
+SETTINGS_BYTES = 2**26
+"""Largest file of settings that is read."""
+LINE_BYTES = 2**26
+"""Longest line of a file that is read line by line."""
 
-_PART = re.compile(r"\.rosa-[0-9a-f]{8}\.part")
-"""Names of what is being written, or was when its process was killed."""
+# A pipe without a writer would block already when it is opened.
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+# Reading.
+
+
+def check_input(path: str | Path) -> None:
+    """Check that a file which a library will open is a regular one, links followed.
+
+    Raises:
+        OSError: There is none, or it is no regular file.
+        ValueError: The path holds a null character.
+    """
+    check_name(path)
+    _check_regular(path, os.stat(path).st_mode)
+
+
+def check_name(path: str | Path) -> None:
+    """Raise ValueError for a path with a null character, which no file can have."""
+    if "\0" in os.fspath(path):
+        raise ValueError(
+            f"the path {os.fspath(path)!r} holds a null character, which no file name can. Take it "
+            "out."
+        )
+
+
+def _check_regular(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        error = IsADirectoryError if stat.S_ISDIR(mode) else OSError
+        raise error(f"{path} is {kind}, and a regular file is expected. Name a file.")
+
+
+def open_input(path: str | Path) -> BufferedReader:
+    """Open a regular file to read bytes from; errors as `check_input`."""
+    check_input(path)
+    file = os.fdopen(os.open(path, _READ), "rb")
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)  # it may have been exchanged since
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """A regular file's content of at most ``most`` bytes, by default half of the machine's memory.
+
+    Raises:
+        OSError, ValueError: As `check_input`; ValueError also for a larger file.
+    """
+    limit = memory_bytes() // 2 if most is None else most
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > limit else file.read(limit + 1)
+    if max(size, len(content)) > limit:
+        raise ValueError(
+            f"{path} has {max(size, len(content)):,} bytes, and at most {limit:,} are read. Give a "
+            "smaller file."
+        )
+    return content
+
+
+def read_text(path: str | Path, most: int = SETTINGS_BYTES) -> str:
+    """A regular file's UTF-8 text, without a byte order mark; errors as `read_bytes`."""
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}). Save it in UTF-8."
+        ) from error
+
+
+def read_lines(file: IO[bytes], name: str | Path) -> Iterator[bytes]:
+    """The lines of an open file with their line breaks; ValueError for one beyond `LINE_BYTES`."""
+    number = 0
+    while line := file.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) > LINE_BYTES:
+            raise ValueError(
+                f"{name}, line {number} has more than {LINE_BYTES:,} bytes. Give a text file of "
+                "shorter lines."
+            )
+        yield line
+
+
+def check_archive(file: IO[bytes], name: str | Path) -> None:
+    """Refuse a file of torch's that would unpack to more than its own size.
+
+    torch stores the parts of a file uncompressed. It would also read compressed ones, which may
+    unpack to thousands of times their size, and its format from before 2020, which may claim any.
+
+    Args:
+        file: Open, at its start; is left there.
+        name: What messages call it.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{name} is not whole, or no file of torch's format since 1.6 ({error}). Give one that "
+            "torch.save has written."
+        ) from error
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    unpacked = sum(part.file_size for part in parts)
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or unpacked > size:
+        raise ValueError(
+            f"{name} has {size:,} bytes and unpacks to {unpacked:,}, which no file of torch does. "
+            "Do not trust it."
+        )
+
+
+def printable(name: object) -> str:
+    """Text without halves of surrogate pairs, which stand for bytes of names not in UTF-8."""
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", str(name))
+
+
+def memory_bytes() -> int:
+    """The machine's memory; 16 GiB where it cannot be told."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 2**34
+
+
+# Writing.
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Give a folder to write into, beside the final one, and rename it when all is written.
 
     After an error nothing stays behind, folders made on the way included.
@@ -43,31 +186,28 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         with writing(path):
             yield written
-        _open_to_others(written)
+        _give_usual_permissions(written)
         written.rename(target)
     except BaseException:
         if written is not None:
-            shutil.rmtree(written, ignore_errors=True)
+            _remove(written)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
         raise
 
 
-def write_file(path: Path, *content: bytes | memoryview | array[Any]) -> None:
-    """Write a file that is never seen half-written, whoever else writes it at the same time.
-
-    When this returns, the file is on the disk, and not in memory alone. What another process left
-    that was killed while writing into the same folder is removed.
+def atomic_write(path: Path, *content: bytes | memoryview | array[Any]) -> None:
+    """Write a file that is never seen half-written; when this returns, it is on the disk.
 
     Raises:
-        OSError: It cannot be written, or the disk is full; names the file. One that was there is
-            there still.
+        OSError: It cannot be written, or the disk is full; names the file. An older one of that
+            name is still there.
         ValueError: The path holds a null character.
     """
     check_name(path)
     with writing(path, beside=True), part_beside(path) as part:
-        with _open_part(part) as file:
+        with part.open("r+b") as file:
             file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
@@ -75,24 +215,19 @@ def write_file(path: Path, *content: bytes | memoryview | array[Any]) -> None:
         _sync(path.parent)
 
 
-def check_writable(folder: Path, what: str, mend: str) -> None:
-    """Check that files can be written into a folder and taken away; leaves nothing behind.
-
-    Args:
-        folder: It need not be there.
-        what: What would be written, for the message.
-        mend: The sentence that says how to mend it.
+def check_writable(folder: Path, what: str, remedy: str) -> None:
+    """Check that files can be written into a folder and removed, whether it exists yet or not.
 
     Raises:
-        OSError: They cannot.
+        OSError: They cannot; says what would be written, and the remedy.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with part_beside(folder / "any") as part, _open_part(part) as file:
-            file.write(bytes(4096))
+        with part_beside(folder / "any") as part:
+            part.write_bytes(bytes(4096))
     except OSError as error:
         said = type(error)(
-            f"{what} cannot be written to {folder}: {error.strerror or error}. {mend}"
+            f"{what} cannot be written to {folder}: {error.strerror or error}. {remedy}"
         )
         said.errno = error.errno
         raise said from error
@@ -104,34 +239,33 @@ def check_writable(folder: Path, what: str, mend: str) -> None:
 
 @contextmanager
 def part_beside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
-    """Give an empty file or folder, in the folder of another, to be written and then renamed.
+    """Give an empty file or folder beside another path, to be written and renamed to it.
 
-    Folders on the way are made.
-
-    It is locked, so that nobody takes it for what a killed process has left. What is still there at
-    the end is removed.
+    Folders on the way are made. What is still there at the end is removed, and so is what processes
+    left in this folder that were killed while writing. A lock tells those from what is in use.
     """
+    from filelock import FileLock, Timeout
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
-    while True:
-        part = path.with_name(f".rosa-{uuid4().hex[:8]}.part")  # short, whatever the name
-        part.mkdir() if is_folder else part.touch(exist_ok=False)
-        lock = _locked(part)
-        if part.exists():
-            break
-        _unlock(lock)  # taken for a leftover before it was locked
-    try:
-        yield part
-    finally:
-        _remove(part)
-        _unlock(lock)
+    for lock in path.parent.glob(".rosa-????????.part.lock"):
+        with suppress(OSError, Timeout), FileLock(lock, timeout=0):
+            _remove(lock.with_suffix(""))
+            lock.unlink()
+    part = path.with_name(f".rosa-{uuid4().hex[:8]}.part")  # short, whatever the name
+    lock = part.with_name(f"{part.name}.lock")
+    with FileLock(lock):
+        try:
+            part.mkdir() if is_folder else part.touch(exist_ok=False)
+            yield part
+        finally:
+            _remove(part)
+            _remove(lock)
 
 
 def put_in_place(part: Path, path: Path) -> None:
-    """Rename a folder that is whole, in the place of a file or folder that may be there.
+    """Rename a file or folder that is whole, in the place of what may be there.
 
-    What was there is removed when the new one has its place. Where the file system cannot exchange
-    two names at once (NFS), the older one is beside it for a moment, as ``.<name>.old-<digits>``.
+    The older one is beside it for a moment, as ``.<name>.old-<digits>``, and then removed.
 
     Raises:
         OSError: It cannot be renamed; names the path.
@@ -139,29 +273,55 @@ def put_in_place(part: Path, path: Path) -> None:
     with writing(path, beside=True):
         for inner in (*part.rglob("*"), part):
             _sync(inner)
-        if not (path.exists() or path.is_symlink()):
-            part.rename(path)
-        elif not _exchange(part, path):
-            older = path.with_name(f".{path.name}.old-{uuid4().hex[:8]}")
+        older = path.with_name(f".{path.name}.old-{uuid4().hex[:8]}")
+        if path.exists() or path.is_symlink():
             path.rename(older)
-            part.rename(path)
-            _remove(older)
+        part.rename(path)
+        _remove(older)
         _sync(path.parent)
 
 
-def _open_part(part: Path) -> BinaryIO:
-    """Open a part to write into, and no link that somebody has put in its place."""
-    return os.fdopen(os.open(part, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "wb")
+def open_new_text(path: Path) -> TextIO:
+    """Make a text file in place of an older one; no link of that name is written through.
+
+    Halves of surrogate pairs are spelt as JSON spells them.
+    """
+    path.unlink(missing_ok=True)
+    return TextIOWrapper(path.open("xb"), encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once; whether that can be done here."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    status = libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)
-    return bool(status == 0)
+def open_lock(path: Path) -> BinaryIO:
+    """Open a file to lock, made where there is none; what it holds is left alone.
+
+    Raises:
+        OSError: It cannot be opened, or is a link or no regular file.
+    """
+    flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    file = os.fdopen(os.open(path, flags, 0o666), "rb")
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+@contextmanager
+def writing(path: str | Path, *, beside: bool = False) -> Iterator[None]:
+    """Name the file in errors of the system that name none, such as that of a full disk.
+
+    ``beside``: it is written beside its place and renamed, so it is named in all errors.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not beside and (error.filename is not None or error.errno is None):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Make room, or write to another place." if full else "Write to another place."
+        named = type(error)(f"{path} cannot be written: {error.strerror or error}. {remedy}")
+        named.errno = error.errno
+        raise named from error
 
 
 def _remove(path: Path) -> None:
@@ -170,39 +330,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove parts that nobody holds: those of processes that were killed."""
-    with suppress(OSError):
-        for path in folder.iterdir():
-            if _PART.fullmatch(path.name) and not path.is_symlink():
-                lock = _locked(path, wait=False)
-                if lock is not None:
-                    _remove(path)
-                    _unlock(lock)
-
-
-def _locked(path: Path, wait: bool = True) -> int | None:
-    """Lock a file or folder; None where it is held by another, or there are no such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    with suppress(OSError):  # gone, held, or on a file system without locks
-        lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            os.close(lock)
-            raise
-        return lock
-    return None
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
 
 
 def _sync(path: Path) -> None:
@@ -218,8 +345,8 @@ def _sync(path: Path) -> None:
             os.close(number)
 
 
-def _open_to_others(folder: Path) -> None:
-    """Give what was written the permissions that the user's mask says; temporary is private."""
+def _give_usual_permissions(folder: Path) -> None:
+    """Give what was written the permissions of the user's mask; a temporary folder is private."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (folder, *folder.rglob("*")):

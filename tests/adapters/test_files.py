@@ -25,7 +25,7 @@ from rosa_lightning.models.loading import load_base
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.utils.opening import memory_bytes
+from rosa_lightning.utils.files import memory_bytes
 from tests.conftest import FAMILIES, build
 from tests.hostile import limited, put
 

@@ -20,7 +20,7 @@ from rosa_lightning.adapters.peft_format import (
     read_lora,
     target_modules,
 )
-from rosa_lightning.utils.opening import memory_bytes
+from rosa_lightning.utils.files import memory_bytes
 from tests.hostile import limited, put
 
 PATH = "model.layers.0.self_attn.q_proj"

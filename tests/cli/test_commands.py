@@ -25,7 +25,7 @@ from rosa_lightning.models.loading import load_base
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.utils.files import new_folder
+from rosa_lightning.utils.files import atomic_directory
 from tests.conftest import SMALL, save_base
 
 
@@ -336,7 +336,7 @@ def test_an_export_that_is_stopped_leaves_nothing_behind(
     number, status, adapters, capsys, monkeypatch
 ):
     def slow(model, folder, *_, **__):
-        with new_folder(folder) as written:
+        with atomic_directory(folder) as written:
             (written / "half").write_text("...")
             os.kill(os.getpid(), number)
             signal.sigtimedwait([], 5)  # let the handler run

@@ -217,7 +217,7 @@ def test_unreadable_file(write, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("rosa_lightning.utils.opening.os.open", refuse)
+    monkeypatch.setattr("rosa_lightning.utils.files.os.open", refuse)
     assert "a.json cannot be read: Permission denied" in message(path, error=OSError)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import random
@@ -25,8 +24,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from rosa_lightning import RoAEConfig, RoSAModule
 from rosa_lightning.cli.main import main
 from rosa_lightning.training.checkpoint_io import WholeCheckpointIO
-from rosa_lightning.utils import files as folder
-from rosa_lightning.utils.files import check_writable, part_beside, put_in_place, write_file
+from rosa_lightning.utils.files import atomic_write, check_writable, part_beside, put_in_place
 from tests import ranks
 from tests.conftest import save_base, write_records
 from tests.test_module import data, module, trainer
@@ -137,39 +135,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_and_the_next_save_tidies
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
-def test_what_another_process_still_writes_is_left_alone(tmp_path):
-    dead, alive, other = (tmp_path / f".rosa-{n * 8}.part" for n in "abc")
-    for path in (dead, alive):
-        path.write_bytes(b"half")
-    other.mkdir()
-    (other / "shard").touch()
-    (tmp_path / ".rosa-notours.part").touch()
-    with alive.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        write_file(tmp_path / "r.json", b"whole")
-        assert sorted(os.listdir(tmp_path)) == [alive.name, ".rosa-notours.part", "r.json"]
-    write_file(tmp_path / "r.json", b"whole")
-    assert sorted(os.listdir(tmp_path)) == [".rosa-notours.part", "r.json"]
-
-
-def test_a_part_taken_for_a_leftover_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
-    lock, taken = folder._locked, []
-
-    def late(path, wait=True):
-        if wait and not taken:
-            taken.append(path)
-            path.unlink()
-            return None
-        return lock(path, wait)
-
-    monkeypatch.setattr(folder, "_locked", late)
-    write_file(tmp_path / "r.json", b"whole")
-    assert taken
-    assert os.listdir(tmp_path) == ["r.json"]
-
-
 def test_a_name_as_long_as_can_be_is_written(tmp_path):
-    write_file(tmp_path / ("n" * 255), b"whole")
+    atomic_write(tmp_path / ("n" * 255), b"whole")
     assert os.listdir(tmp_path) == ["n" * 255]
 
 
@@ -395,11 +362,8 @@ def folder_with(path: Path, content: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("older", ["folder", "file", "link", None])
-def test_a_folder_takes_the_place_of_what_is_there(exchanges, older, tmp_path, monkeypatch):
-    if not exchanges:
-        monkeypatch.setattr(folder, "_exchange", lambda *paths: False)
+def test_a_folder_takes_the_place_of_what_is_there(older, tmp_path):
     path, kept = tmp_path / "last.ckpt", folder_with(tmp_path / "kept", "kept")
     if older == "folder":
         folder_with(path, "older")
