@@ -27,7 +27,7 @@ from rosa_lightning.adapters.entries import check_entries, check_states_fit
 from rosa_lightning.adapters.files import adapter_conditions, load_adapter
 from rosa_lightning.adapters.metadata import BaseIdentity, identify
 from rosa_lightning.answering import Answering
-from rosa_lightning.data.packing import num_rows
+from rosa_lightning.data.collators import num_rows
 from rosa_lightning.dls.gradients import held_gradients, hold_gradients
 from rosa_lightning.evaluation.evaluator import EvaluationConfig
 from rosa_lightning.evaluation.metrics import AnswerTokens
@@ -544,7 +544,7 @@ class RoSAModule(Answering):
         Answers are written to the prompts under ``to_answer``, if the batch has some.
         """
         self._built()
-        batch = cast(Forward, self._forward).completed(batch)
+        batch = cast(Forward, self._forward).complete_batch(batch)
         scored = cast(Forward, self._forward).score(batch)
         self._val_loss.update(scored.loss, weight=scored.count)
         cast(AnswerTokens, self._answer_tokens).update(batch["task"], scored.correct)

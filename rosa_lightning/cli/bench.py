@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 
-from rosa_lightning.data.collators import IGNORED
+from rosa_lightning.data.collators import IGNORE_INDEX, is_packed_batch
 from rosa_lightning.data.datamodule import ReasoningDataModule
-from rosa_lightning.data.packing import is_packed_batch
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.inspection.flops import lowest_active
 from rosa_lightning.inspection.throughput import batch_counts
@@ -324,7 +323,7 @@ def padded(rows: Sequence[Row]) -> dict[str, Tensor]:
     return {
         "input_ids": pad_sequence(list(ids), batch_first=True),
         "attention_mask": pad_sequence(ones, batch_first=True),
-        "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORED),
+        "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORE_INDEX),
     }
 
 

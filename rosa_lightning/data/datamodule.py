@@ -14,7 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from rosa_lightning.data.collators import PromptCollator, TrainCollator, ValidationCollator
+from rosa_lightning.data.collators import (
+    PackedCollator,
+    PromptCollator,
+    TrainCollator,
+    ValidationCollator,
+)
 from rosa_lightning.data.contamination import (
     questions_of,
     trained_questions,
@@ -23,7 +28,6 @@ from rosa_lightning.data.contamination import (
 )
 from rosa_lightning.data.grouping import Batching, Grouping, token_lengths
 from rosa_lightning.data.loading import Batched, LongestFirst, MixtureSampler, ResumableLoader
-from rosa_lightning.data.packing import PackedCollator
 from rosa_lightning.data.prompts import Template, check_template, stop_ids
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sampling import Stop, hold_out

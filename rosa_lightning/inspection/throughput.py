@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from rosa_lightning.data.collators import IGNORED
+from rosa_lightning.data.collators import IGNORE_INDEX
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.inspection.flops import flops_per_token, head_flops, lowest_active, uncounted
 
@@ -207,7 +207,7 @@ def batch_counts(batch: Any) -> Counts:
     return {
         "examples": examples,
         "tokens": mask.sum(),
-        "supervised_tokens": (labels != IGNORED).sum(),
+        "supervised_tokens": (labels != IGNORE_INDEX).sum(),
         "places": mask.numel(),
     }
 

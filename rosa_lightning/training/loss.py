@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from rosa_lightning.data.collators import IGNORED
-from rosa_lightning.data.own_batches import completed
-from rosa_lightning.data.packing import check_can_pack, is_packed_batch, num_rows, row_of
+from rosa_lightning.data.collators import (
+    IGNORE_INDEX,
+    complete_batch,
+    is_packed_batch,
+    num_rows,
+    row_of,
+)
 from rosa_lightning.dls.checks import is_reentrant
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
 from rosa_lightning.training.head import last_block, logits_at, states_at, why_not_narrowed
@@ -32,6 +36,7 @@ from rosa_lightning.training.microbatches import (
     microbatches,
     sum_of_parts,
 )
+from rosa_lightning.training.packing import check_can_pack
 from rosa_lightning.training.recompute import recomputable, recomputed
 from rosa_lightning.training.shared_prefix import (
     rows_behind,
@@ -121,7 +126,7 @@ class Forward:
             ValueError: No token of the batch carries loss, fields are missing or cannot be used, or
                 it is packed, and the model mixes packed rows.
         """
-        parts = self._parts(self.completed(batch))
+        parts = self._parts(self.complete_batch(batch))
         # Counted apart, which waits for the device, where parts do not know of each other.
         count = sum(_num_supervised(part) for part in parts) if len(parts) > 1 else None
 
@@ -138,7 +143,7 @@ class Forward:
         Args:
             batch: As for `loss`.
         """
-        batch = self.completed(batch)
+        batch = self.complete_batch(batch)
         total, predicted_N, rows_N, columns_N = self._read(batch, predict=True)
         labels_N = batch["labels"][rows_N, columns_N]
         missed_N = (predicted_N != labels_N) & batch["answer_mask"][rows_N, columns_N]
@@ -148,18 +153,18 @@ class Forward:
         correct_B[rows_N[missed_N]] = False
         return Scored(total / len(labels_N), len(labels_N), correct_B)
 
-    def completed(self, batch: Any) -> dict[str, Any]:
+    def complete_batch(self, batch: Any) -> dict[str, Any]:
         """The batch with all fields that `loss` and `score` need, derived where it lacks them."""
-        found: dict[str, Any] = completed(batch, self.model)
+        found: dict[str, Any] = complete_batch(batch, self.model)
         return found
 
     def _read(self, batch: dict[str, Any], predict: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Summed loss, tokens predicted (N,) if wanted, where labels stand: rows and columns."""
-        rows_N, columns_N = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+        rows_N, columns_N = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         if not len(rows_N):
             raise ValueError(
                 f"a batch of {num_rows(batch)} rows has no token that carries loss: all labels "
-                f"behind the first column are {IGNORED}. Give every row a response."
+                f"behind the first column are {IGNORE_INDEX}. Give every row a response."
             )
         labels_N = batch["labels"][rows_N, columns_N + 1]
         narrow = self._can_narrow(batch)
@@ -329,7 +334,7 @@ class Forward:
 
 
 def _num_supervised(batch: dict[str, Any]) -> int:
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
 def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

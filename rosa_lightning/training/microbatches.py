@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rosa_lightning.data.collators import IGNORED
-from rosa_lightning.data.packing import is_packed_batch
+from rosa_lightning.data.collators import IGNORE_INDEX, is_packed_batch
 from rosa_lightning.models.quantization import num_parameters
 
 MicrobatchTokens = int | Literal["auto"] | None
@@ -100,7 +99,7 @@ def microbatches(
     parts = _packed(batch, num_tokens) if is_packed else _padded(batch, num_tokens, num_shared)
     if len(parts) == 1:
         return [batch]
-    return [part for part in parts if (part["labels"][:, 1:] != IGNORED).any()] or [batch]
+    return [part for part in parts if (part["labels"][:, 1:] != IGNORE_INDEX).any()] or [batch]
 
 
 def _padded(batch: dict[str, Any], num_tokens: int, num_shared: int) -> list[dict[str, Any]]:

@@ -216,7 +216,7 @@ def train_lora(job: Job, turns: Turns) -> None:
 
 def encoded(paths: list[str], tokenizer: Any, max_length: int = 1024) -> list[dict[str, list[int]]]:
     """The records as `ReasoningDataModule` encodes them, prompts without loss."""
-    from rosa_lightning.data.collators import IGNORED
+    from rosa_lightning.data.collators import IGNORE_INDEX
     from rosa_lightning.data.records import load_records
     from rosa_lightning.data.sources import Source
     from rosa_lightning.data.tokenization import encode
@@ -227,7 +227,7 @@ def encoded(paths: list[str], tokenizer: Any, max_length: int = 1024) -> list[di
         {
             "input_ids": [*example.prompt, *example.response],
             "attention_mask": [1] * len(example.prompt + example.response),
-            "labels": [IGNORED] * len(example.prompt) + list(example.response),
+            "labels": [IGNORE_INDEX] * len(example.prompt) + list(example.response),
         }
         for example in examples
     ]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import SequentialSampler
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from rosa_lightning.data.collators import IGNORED, PromptCollator, TrainCollator
+from rosa_lightning.data.collators import IGNORE_INDEX, PromptCollator, TrainCollator
 from rosa_lightning.data.grouping import Grouping
 from rosa_lightning.data.loading import Batched, MixtureSampler, ResumableLoader
 from rosa_lightning.data.sampling import epoch_counts, epoch_order
@@ -193,7 +193,7 @@ def test_training_batch_is_right_aligned_with_loss_on_the_response_alone():
         assert WITH_BOS.decode(ids) == "<pad>" * pad + text
         assert batch["attention_mask"][row].tolist() == [0] * pad + [1] * length
         assert batch["position_ids"][row].tolist() == [0] * pad + list(range(length))
-        on = labels != IGNORED
+        on = labels != IGNORE_INDEX
         assert torch.equal(labels[on], ids[on])
         assert WITH_BOS.decode(labels[on]) == ["it is true</s>", "5</s>"][row]
         assert WITH_BOS.decode(ids[batch["answer_mask"][row]]) == ["true</s>", "5</s>"][row]

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from rosa_lightning.data.chat import ChatFormat, Ending
-from rosa_lightning.data.collators import IGNORED, TrainCollator
+from rosa_lightning.data.collators import IGNORE_INDEX, TrainCollator
 from rosa_lightning.data.prompts import prompt_text, stop_ids
 from rosa_lightning.data.tokenization import encode
 from rosa_lightning.tasks.records import Record, prompt
@@ -108,7 +108,7 @@ def test_ids_are_prompt_then_response_and_labels_are_the_response_alone(template
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     assert ids.tolist() == [*example.prompt, *example.response]
     border = len(example.prompt)
-    assert (labels[:border] == IGNORED).all()
+    assert (labels[:border] == IGNORE_INDEX).all()
     assert torch.equal(labels[border:], ids[border:])
     bos = [1] if adds and template != "chat" else []
     asked = prompt_text(given_record, template, tokenizer)

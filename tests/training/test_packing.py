@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from rosa_lightning import RoAEConfig, inject_roae
-from rosa_lightning.data.collators import TrainCollator
-from rosa_lightning.data.packing import PackedCollator, check_can_pack, is_packed_batch
+from rosa_lightning.data.collators import PackedCollator, TrainCollator, is_packed_batch
 from rosa_lightning.data.tokenization import Example, encode
 from rosa_lightning.tasks.records import Record
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.packing import check_can_pack
 from tests.conftest import FAMILIES, build
 from tests.data.test_collators import byte_tokenizer
 
