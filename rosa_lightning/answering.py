@@ -15,10 +15,9 @@ from rosa_lightning.adapters.metadata import BaseIdentity
 from rosa_lightning.evaluation.evaluator import (
     Evaluation,
     EvaluationConfig,
-    check_exercises,
-    generate,
-    weights_digest,
+    check_test_records,
 )
+from rosa_lightning.evaluation.generation import generate
 from rosa_lightning.models.loading import Dtype, context_length, whole_name
 from rosa_lightning.models.quantization import Quantization
 from rosa_lightning.tasks.records import TASKS, extract_answer
@@ -92,7 +91,7 @@ class Answering(LightningModule, ABC):
         context = context_length(
             self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
-        for task in check_exercises(exercises, self.evaluation, context):
+        for task in check_test_records(exercises, self.evaluation, context):
             rank_zero_info(f"likelihood leaves out {task}: it has no candidates to choose from.")
 
         lengths = [len(example.prompt) for example in examples]
@@ -149,19 +148,9 @@ class Answering(LightningModule, ABC):
     def on_test_start(self) -> None:
         """Get ready to answer and to count, under each protocol."""
         self.warn_of_other_conditions()
-        weights = self.state_dict() if self._is_adapted() else {}
-        self.evaluated = self._new_evaluation(
-            self.evaluation,
-            made_with={
-                "base": cast(BaseIdentity, self.identity).samples,
-                "adapter": weights_digest(weights),
-                "roae": self.hparams["roae"] if weights else None,
-                "loading": [self.dtype_of_base, self.quantization, self.attn_implementation],
-                "precision": self.trainer.precision,
-            },
-        )
+        self.evaluated = self._new_evaluation(self.evaluation)
 
-    def _new_evaluation(self, config: EvaluationConfig, **options: Any) -> Evaluation:
+    def _new_evaluation(self, config: EvaluationConfig) -> Evaluation:
         datamodule = getattr(self.trainer, "datamodule", None)
         return Evaluation(
             self._built(),
@@ -173,7 +162,6 @@ class Answering(LightningModule, ABC):
             template=getattr(datamodule, "template", None),
             stop_ids=getattr(datamodule, "stop_ids", ()),
             encode_response=getattr(datamodule, "response_ids", None),
-            **options,
         )
 
     def _write_answers(self, prompts: dict[str, Any] | None) -> None:

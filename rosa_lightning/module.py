@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +29,6 @@ from rosa_lightning.answering import Answering
 from rosa_lightning.data.collators import num_rows
 from rosa_lightning.dls.gradients import held_gradients, hold_gradients
 from rosa_lightning.evaluation.evaluator import EvaluationConfig
-from rosa_lightning.evaluation.metrics import AnswerTokens
 from rosa_lightning.models.finite import check_states, check_weights
 from rosa_lightning.models.loading import (
     Dtype,
@@ -237,7 +235,6 @@ class RoSAModule(Answering):
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._num_embeddings: int | None = None
-        self._answer_tokens: AnswerTokens | None = None
         self._forward: Forward | None = None
         self._guard = StepGuard(max_nonfinite_steps)
         self._to_restore: RankState | None = None
@@ -533,7 +530,7 @@ class RoSAModule(Answering):
     def on_validation_start(self) -> None:
         """Make the metrics for the tasks at hand."""
         self.warn_of_other_conditions()
-        self._answer_tokens = AnswerTokens(self._task_names()).to(self.device)
+        self._answer_tokens = MeanMetric().to(self.device)
         # Lightning's own mean rounds the ranks' mean number of tokens down to a whole one.
         self._val_loss = MeanMetric().to(self.device)
         self._written = None
@@ -547,7 +544,7 @@ class RoSAModule(Answering):
         batch = cast(Forward, self._forward).complete_batch(batch)
         scored = cast(Forward, self._forward).score(batch)
         self._val_loss.update(scored.loss, weight=scored.count)
-        cast(AnswerTokens, self._answer_tokens).update(batch["task"], scored.correct)
+        self._answer_tokens.update(scored.correct)
         if "to_answer" in batch:
             self._write_answers(batch["to_answer"])
 
@@ -560,8 +557,10 @@ class RoSAModule(Answering):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``, ``val/accuracy`` and ``val/answer_tokens_given_rationale``."""
-        tokens = cast(AnswerTokens, self._answer_tokens).compute()
-        values = {"loss": self._val_loss.compute(), **dict(islice(tokens.items(), 1))}
+        values: dict[str, Any] = {
+            "loss": self._val_loss.compute(),
+            "answer_tokens_given_rationale": self._answer_tokens.compute(),
+        }
         if self._written is not None:
             written = self._written.compute()
             values |= {name: v for name, v in written.items() if not name.startswith("macro")}

@@ -1,65 +1,76 @@
-"""Greedy writing, many rows at a time. Axes: B rows, V vocabulary."""
+"""Texts that a model writes, by the `generate` of transformers: greedy or by beam search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
-from rosa_lightning.evaluation.reading import read
-from rosa_lightning.models.kv_cache import Ids, new_cache
+from rosa_lightning.models.vocabulary import num_embeddings, padding_id
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_FULL_ENOUGH = 0.75
-"""Rows that have ended are taken out when no larger share is still being written."""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.no_grad()
-def write_greedily(
+def generate(
     model: PreTrainedModel,
-    prompts: Sequence[Ids],
+    tokenizer: PreTrainedTokenizerBase,
+    batch: dict[str, Any],
     max_new_tokens: int,
-    pad_id: int,
     *,
-    ends: Collection[int] = (),
-    has_ended: Callable[[Ids], bool] = lambda _: False,
-) -> list[list[int]] | None:
-    """What `transformers` writes greedily, faster, as rows that have ended are not computed on.
+    num_beams: int = 1,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+) -> list[str]:
+    """Continuations of left-padded prompts, without special tokens.
+
+    Each row ends by itself: at an end-of-sequence token of the tokenizer or the model, or where a
+    text of ``stop`` begins.
 
     Args:
         model: The causal language model, in evaluation mode.
-        prompts: Token ids of each prompt, none empty.
+        tokenizer: Its tokenizer.
+        batch: ``input_ids`` and ``attention_mask``, shape (B, T).
         max_new_tokens: Longest continuation, in tokens.
-        pad_id: Token that fills rows; it is masked.
-        ends: Tokens that end a row; they are part of it.
-        has_ended: Says of what a row has written so far whether it ends there.
-
-    Returns:
-        Token ids of each continuation; None for a model that keeps more than keys and values.
+        num_beams: Beams of the search; 1 is greedy.
+        stop: Texts that are not part of a continuation, nor is what follows them.
+        stop_ids: Tokens that end a continuation, besides those of tokenizer and model.
     """
-    text = None if new_cache(model) is None else read(model, prompts, 1, pad_id, go_on=True)
-    if text is None or text.cache is None:
-        return None
-    written: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
-    being_written = set(rows)
-    logits_BV = text.logits[:, -1]
-    while True:
-        tokens = logits_BV.argmax(-1)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if row in being_written:
-                written[row].append(token)
-                full = len(written[row]) >= max_new_tokens
-                if full or token in ends or has_ended(written[row]):
-                    being_written.remove(row)
-        if not being_written:
-            return written
-        if len(being_written) <= _FULL_ENOUGH * len(rows):
-            places = [place for place, row in enumerate(rows) if row in being_written]
-            text.select(places)
-            rows, tokens = [rows[place] for place in places], tokens[places]
-        new = tokens[:, None]
-        logits_BV = text.go_on(model, new, torch.ones_like(new))[:, -1]
+    from transformers import GenerationConfig
+
+    own: Any = model.generation_config
+    ids_of = (list(stop_ids), tokenizer.eos_token_id, own.eos_token_id)
+    ends = [one for ids in ids_of for one in (ids if isinstance(ids, list) else [ids])]
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding_id(tokenizer, num_embeddings(model)),
+        eos_token_id=list(dict.fromkeys(one for one in ends if one is not None)) or None,
+    )
+    width = batch["input_ids"].shape[1]
+    # Every token but the last few of a stop text holds a byte of it at least.
+    longest = max((len(text.encode()) for text in stop), default=0) + 4
+
+    def has_stopped(ids_BT: Tensor, scores: Any, **_: Any) -> Tensor:
+        tails = tokenizer.batch_decode(ids_BT[:, width:][:, -longest:])
+        found = [any(text in tail for text in stop) for tail in tails]
+        return torch.tensor(found, device=ids_BT.device)
+
+    # What a call leaves unset transformers takes from the model's own settings: sampling and
+    # penalties that would change the answer.
+    model.generation_config = config
+    try:
+        output = cast("Any", model).generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            stopping_criteria=[has_stopped] if stop else [],
+        )
+    finally:
+        model.generation_config = own
+    texts = list(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True))
+    for end in stop:
+        texts = [text.split(end, 1)[0] for text in texts]
+    return texts

@@ -1,20 +1,28 @@
-"""How likely a model holds each candidate answer to be.
+"""Log-likelihood of candidate answers: each prompt is read once, and shared by its candidates.
 
-Axes: B items, N candidates, R rows, T tokens, K last positions that are needed, V vocabulary.
+Axes: B items, R rows, T tokens, K last positions that are needed, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from rosa_lightning.evaluation.reading import Read, read
-from rosa_lightning.models.kv_cache import Ids, common_start
+from rosa_lightning.models.kv_cache import (
+    WORTH_SHARING,
+    Ids,
+    PreallocatedCacheLayer,
+    cache_argument,
+    common_start,
+    forward_arguments,
+    new_cache,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,9 +38,9 @@ def log_likelihoods(
     """Log-likelihood of each candidate after its prompt, in nats, summed over its tokens.
 
     The prompt and the tokens that all of its candidates begin with are read once. Where the
-    candidates then differ in one token, as labels mostly do, that is all; for longer ends the keys
-    and values of that reading are kept, and the ends alone follow. A model that keeps more than
-    these (a state, say) reads such candidates with their whole prompts instead.
+    candidates then differ in one token, as labels mostly do, that is all; longer ends follow on the
+    cached keys and values. A model that caches more than these (a recurrent state) reads such
+    candidates with their whole prompts instead.
 
     Args:
         model: The causal language model, in evaluation mode.
@@ -40,39 +48,44 @@ def log_likelihoods(
         candidates: Token ids of each candidate of each prompt, none empty.
         pad_id: Token that fills rows; it is masked.
     """
-    shared = [common_start(own) for own in candidates]
-    keep = max(len(ids) for ids in shared) + 1
-    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, shared, strict=True)]
+    starts = [common_start(own) for own in candidates]
+    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, starts, strict=True)]
+    # What each candidate ends with, beside the index of its prompt.
     ends = [
-        [ids[len(start) :] for ids in own] for start, own in zip(shared, candidates, strict=True)
+        (item, number, ids[len(starts[item]) :])
+        for item, own in enumerate(candidates)
+        for number, ids in enumerate(own)
     ]
-    longer = [
-        (item, number)
-        for item, own in enumerate(ends)
-        for number, end in enumerate(own)
-        if len(end) > 1
-    ]
-    text = read(model, rows, keep, pad_id, go_on=bool(longer))
-    log_probs_BKV = text.logits.log_softmax(-1)
+    longer = [one for one in ends if len(one[2]) > 1]
+    keep = max(map(len, starts)) + 1
+    state = prefill(model, rows, keep, pad_id, extendable=bool(longer))
+    log_probs_BKV = state.logits.log_softmax(-1)
     scores: list[list[float]] = []
-    for item, (start, own) in enumerate(zip(shared, ends, strict=True)):
-        last = log_probs_BKV[item, log_probs_BKV.shape[1] - len(start) - 1 :]
-        common = float(_picked(last, start).sum())
-        firsts = last[-1].tolist()
-        scores.append([common + (firsts[end[0]] if end else 0.0) for end in own])
-    if longer:
-        owners = [item for item, _ in longer]
-        rests = [ends[item][number] for item, number in longer]
-        if text.cache is None:
-            _say_not_shared(type(model).__name__)
-            starts = [[*rows[owner], end[0]] for owner, end in zip(owners, rests, strict=True)]
-            whole = in_full(model, starts, [[end[1:]] for end in rests], pad_id, len(rows))
-            values = [value for (value,) in whole]
-        else:
-            text.select(owners)
-            values = _after(model, text, rests, pad_id)
-        for (item, number), value in zip(longer, values, strict=True):
-            scores[item][number] += value
+    for last_KV, start, own in zip(log_probs_BKV, starts, candidates, strict=True):
+        last_KV = last_KV[len(last_KV) - len(start) - 1 :]
+        common, firsts = float(_picked(last_KV, start).sum()), last_KV[-1].tolist()
+        ids = [own_ids[len(start) :] for own_ids in own]
+        scores.append([common + (firsts[end[0]] if end else 0.0) for end in ids])
+    if not longer:
+        return scores
+    owners, rests = [item for item, _, _ in longer], [end for _, _, end in longer]
+    if state.cache is None:
+        _say_not_shared(type(model).__name__)
+        whole = [[*rows[owner], end[0]] for owner, end in zip(owners, rests, strict=True)]
+        found = in_full(model, whole, [[end[1:]] for end in rests], pad_id, len(rows))
+        values = [value for (value,) in found]
+    else:
+        state.select(owners)
+        width = max(map(len, rests)) - 1
+        padding = [width - len(end) + 1 for end in rests]
+        ids_RT = [[*end[:-1], *[pad_id] * n] for end, n in zip(rests, padding, strict=True)]
+        mask_RT = [[1] * (width - n) + [0] * n for n in padding]
+        ends_RT = torch.tensor([ids_RT, mask_RT], device=model.device)
+        logits_RTV = state.extend(model, ends_RT[0], ends_RT[1])
+        log_probs = zip(logits_RTV.log_softmax(-1), rests, strict=True)
+        values = [float(_picked(own_TV, end[1:]).sum()) for own_TV, end in log_probs]
+    for (item, number, _), value in zip(longer, values, strict=True):
+        scores[item][number] += value
     return scores
 
 
@@ -95,26 +108,10 @@ def in_full(
         part = flat[start : start + batch_size]
         keep = max(len(ids) for _, _, ids in part)
         rows = [[*prompt, *ids[:-1]] for _, prompt, ids in part]
-        log_probs_RKV = read(
-            model, rows, keep, pad_id, go_on=False, share=False
-        ).logits.log_softmax(-1)
-        for row, (item, _, ids) in enumerate(part):
-            own = log_probs_RKV[row, log_probs_RKV.shape[1] - len(ids) :]
-            scores[item].append(float(_picked(own, ids).sum()))
+        state = prefill(model, rows, keep, pad_id, extendable=False, share=False)
+        for own_KV, (item, _, ids) in zip(state.logits.log_softmax(-1), part, strict=True):
+            scores[item].append(float(_picked(own_KV[len(own_KV) - len(ids) :], ids).sum()))
     return scores
-
-
-def _after(model: PreTrainedModel, text: Read, ends: Sequence[Ids], pad_id: int) -> list[float]:
-    """What the tokens after each end's first add, read after the row that it belongs to."""
-    width = max(len(end) for end in ends) - 1
-    ids = torch.tensor([[*end[:-1], *[pad_id] * (width - len(end) + 1)] for end in ends])
-    own = torch.tensor([[1] * (len(end) - 1) + [0] * (width - len(end) + 1) for end in ends])
-    logits_RTV = text.go_on(model, ids.to(model.device), own.to(model.device))
-    log_probs_RTV = logits_RTV.log_softmax(-1)
-    return [
-        float(_picked(own_TV, end[1:]).sum())
-        for own_TV, end in zip(log_probs_RTV, ends, strict=True)
-    ]
 
 
 def _picked(log_probs_KV: Tensor, ids: Ids) -> Tensor:
@@ -129,3 +126,101 @@ def _say_not_shared(kind: str) -> None:
         f"likelihood: what {kind} keeps of a prompt cannot be shared, so candidates that differ in "
         "more than one token are read with their whole prompts."
     )
+
+
+@dataclass
+class PrefillState:
+    """Rows that a model has read, and the cache to read on from."""
+
+    logits: Tensor
+    """After the last positions, float32, shape (R, K, V)."""
+    cache: Any
+    """Keys and values, or None if they cannot be shared."""
+    mask: Tensor
+    """Which cached positions hold a token, shape (R, T)."""
+    lengths: Tensor
+    """Tokens of each row, shape (R,)."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep some rows, in this order; one may come more than once."""
+        index = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        self.mask, self.lengths = self.mask[index], self.lengths[index]
+
+    def extend(self, model: PreTrainedModel, ids_RT: Tensor, mask_RT: Tensor) -> Tensor:
+        """Read more tokens after the rows, padded on the right.
+
+        Returns:
+            Logits after each position, float32, shape (R, T, V).
+        """
+        positions_RT = self.lengths[:, None] + torch.arange(ids_RT.shape[1], device=ids_RT.device)
+        self.mask = torch.cat([self.mask, mask_RT], dim=1)
+        self.lengths = self.lengths + mask_RT.sum(1)
+        output = model(
+            input_ids=ids_RT,
+            attention_mask=self.mask,
+            position_ids=positions_RT,
+            use_cache=True,
+            **{cache_argument(model): self.cache},
+        )
+        logits: Tensor = output.logits.float()
+        return logits
+
+
+def prefill(
+    model: PreTrainedModel,
+    rows: Sequence[Ids],
+    keep: int,
+    pad_id: int,
+    *,
+    extendable: bool,
+    share: bool = True,
+) -> PrefillState:
+    """Read rows of any lengths.
+
+    What all rows begin with, an instruction template say, is read once, if the model caches nothing
+    but keys and values of all tokens. The rest is padded on the left, after that beginning.
+
+    Args:
+        model: The causal language model, in evaluation mode.
+        rows: Token ids of each row, none empty.
+        keep: Last positions whose logits are needed; of rows that are shorter, all.
+        pad_id: Token that fills rows; it is masked.
+        extendable: Whether more will be read after them.
+        share: Whether a common beginning may be read once.
+    """
+    cache = new_cache(model) if share or extendable else None
+    device = model.device
+    start: Ids = ()
+    if cache is not None and all(type(layer) is PreallocatedCacheLayer for layer in cache.layers):
+        start = common_start(rows)[: max(0, min(map(len, rows)) - keep)]
+    if len(start) < WORTH_SHARING or len(rows) == 1:
+        start = ()
+    options: dict[str, Any] = {"use_cache": bool(start or extendable) and cache is not None}
+    if options["use_cache"]:
+        options[cache_argument(model)] = cache
+    if start:
+        assert cache is not None
+        _forward(model, torch.tensor([start], device=device), 1, options)
+        cache.batch_select_indices(torch.zeros(len(rows), dtype=torch.long, device=device))
+    rests = [row[len(start) :] for row in rows]
+    width = max(map(len, rests))
+    ids_RT = torch.tensor([[pad_id] * (width - len(rest)) + list(rest) for rest in rests])
+    mask_RT = torch.tensor(
+        [[1] * len(start) + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
+    )
+    positions_RT = (mask_RT.cumsum(1) - 1).clamp(min=0)[:, len(start) :]
+    options |= {"attention_mask": mask_RT.to(device), "position_ids": positions_RT.to(device)}
+    output = _forward(model, ids_RT.to(device), keep, options)
+    return PrefillState(
+        logits=output.logits[:, -keep:].float(),
+        cache=cache if output.get(cache_argument(model)) is cache else None,
+        mask=options["attention_mask"],
+        lengths=options["attention_mask"].sum(1),
+    )
+
+
+def _forward(model: PreTrainedModel, ids_RT: Tensor, keep: int, options: dict[str, Any]) -> Any:
+    if "logits_to_keep" in forward_arguments(model):
+        options = {**options, "logits_to_keep": keep}
+    return model(input_ids=ids_RT, **options)

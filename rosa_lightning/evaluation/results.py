@@ -1,10 +1,10 @@
-"""What an evaluation came to: scores of tasks, their averages, a table and ``results.json``."""
+"""Scores of tasks, their averages, the printed table and ``results.json``."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from rosa_lightning.evaluation.metrics import wilson_interval
 from rosa_lightning.tasks.records import TASKS
 from rosa_lightning.utils.files import atomic_write
 
@@ -34,7 +35,7 @@ class Score:
     interval: tuple[float, float]
     """95 % interval of the accuracy (Wilson)."""
     format_failure_rate: float | None
-    """Share of texts that state no answer, each counted as wrong; None where none is written."""
+    """Share of texts that state no answer, each counted as wrong; None for ``likelihood``."""
     n: int
     """Records."""
 
@@ -54,35 +55,23 @@ class Average:
     n: int
 
 
-def scores_of(protocol: str, values: Mapping[str, Any]) -> list[Score]:
-    """The score of each task that has any record, in the order of `TASKS`.
-
-    Args:
-        protocol: What found the answers.
-        values: What a collection of `TaskAccuracy`, `AccuracyInterval`, `TaskCount` and, where
-            texts were written, `FormatFailures` computes.
-    """
-    names = [name.removeprefix("n/") for name in values if name.startswith("n/")]
+def scores_of(protocol: str, counts: Mapping[str, tuple[int, int, int]]) -> list[Score]:
+    """The score of each task in the order of `TASKS`, from what `TaskCounts` computes."""
     order = {name: place for place, name in enumerate(TASKS)}
-    written = "format_failures" in values
-    scores = []
-    for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
-        n = int(values[f"n/{name}"])
-        low, high = values[f"interval/{name}"].tolist()
-        failed = round(float(values[f"format_failures/{name}"]) * n) if written else None
-        scores.append(
-            Score(
-                protocol=protocol,
-                task=name,
-                group=TASKS[name].group if name in TASKS else "other",
-                # Counts, got back from their shares in single precision, are exact.
-                accuracy=round(float(values[f"accuracy/{name}"]) * n) / n,
-                interval=(low, high),
-                format_failure_rate=None if failed is None else failed / n,
-                n=n,
-            )
+    return [
+        Score(
+            protocol=protocol,
+            task=task,
+            group=TASKS[task].group if task in TASKS else "other",
+            accuracy=correct / n,
+            interval=wilson_interval(correct, n),
+            format_failure_rate=failed / n if protocol == "generate" else None,
+            n=n,
         )
-    return scores
+        for task, (n, correct, failed) in sorted(
+            counts.items(), key=lambda item: (order.get(item[0], len(order)), item[0])
+        )
+    ]
 
 
 def averages(scores: Iterable[Score]) -> list[Average]:
@@ -112,10 +101,7 @@ def versions() -> dict[str, str]:
 
 
 def write_results(
-    path: Path,
-    scores: Sequence[Score],
-    leaked: Mapping[str, int] | None,
-    **about: Any,
+    path: Path, scores: Sequence[Score], leaked: Mapping[str, int] | None, **about: Any
 ) -> None:
     """Write ``results.json``.
 
@@ -143,7 +129,7 @@ def write_results(
 def results_table(
     title: str, scores: Sequence[Score], leaked: Mapping[str, int] | None, notes: Sequence[str]
 ) -> Group:
-    """The scores for `rich` to print: a row a task, and columns of its own for each protocol.
+    """The scores for `rich` to print: a row for each task, columns for each protocol.
 
     Args:
         title: What was evaluated.
@@ -155,62 +141,52 @@ def results_table(
     table.add_column("Task", no_wrap=True)
     table.add_column("n", justify="right")
     table.add_column("Leaked", justify="right")
-    protocols = {score.protocol: False for score in scores}
-    protocols |= {s.protocol: True for s in scores if s.format_failure_rate is not None}
-    for protocol, writes in protocols.items():
+    protocols = list(dict.fromkeys(score.protocol for score in scores))
+    for protocol in protocols:
         table.add_column(f"{protocol}, % (95 %)", justify="right", no_wrap=True)
-        if writes:
+        if protocol == "generate":
             table.add_column("no answer, %", justify="right")
     for task in dict.fromkeys(score.task for score in scores):
         own = {score.protocol: score for score in scores if score.task == task}
-        count = None if leaked is None else leaked.get(task, 0)
-        cells = [c for name, writes in protocols.items() for c in _cells(own.get(name), writes)]
-        mark = "*" if count else ""
-        n = next(iter(own.values())).n
-        table.add_row(f"{task}{mark}", str(n), "?" if count is None else str(count), *cells)
+        count = "?" if leaked is None else str(leaked.get(task, 0))
+        mark = "" if count in ("?", "0") else "*"
+        cells = [cell for protocol in protocols for cell in _cells(protocol, own.get(protocol))]
+        table.add_row(f"{task}{mark}", str(next(iter(own.values())).n), count, *cells)
     table.add_section()
     for row in _average_rows(scores, protocols):
         table.add_row(*row, style="bold")
     below = [*notes]
-    if leaked is None or any(leaked.values()):
-        below.insert(0, _leak_note(leaked))
+    if leaked is None:
+        below.insert(0, "Leaked: unknown, since the training data could not be read.")
+    elif any(leaked.values()):
+        below.insert(
+            0,
+            "* Questions of this benchmark stand in the training data: a model trained on these "
+            "may have seen the answers.",
+        )
     return Group(table, *(Text(line) for line in below))
 
 
-def _leak_note(leaked: Mapping[str, int] | None) -> str:
-    if leaked is None:
-        return "Leaked: unknown, for the training data could not be read."
-    return (
-        "* Questions of this benchmark stand in the training data: a model trained on these may "
-        "have seen the answers."
-    )
-
-
-def _cells(score: Score | None, writes: bool) -> list[str]:
+def _cells(protocol: str, score: Score | None) -> list[str]:
     if score is None:
-        return ["-"] * (1 + writes)
+        return ["-"] * (2 if protocol == "generate" else 1)
     low, high = score.interval
-    cells = [f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"]
-    return cells + [f"{100 * (score.format_failure_rate or 0):.1f}"] * writes
+    accuracy = f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    failures = score.format_failure_rate
+    return [accuracy] if failures is None else [accuracy, f"{100 * failures:.1f}"]
 
 
-def _average_rows(scores: Sequence[Score], protocols: Mapping[str, bool]) -> Iterable[list[str]]:
+def _average_rows(scores: Sequence[Score], protocols: Sequence[str]) -> Iterator[list[str]]:
     """Averages over several tasks; none of a protocol that leaves out one of them."""
     found = averages(scores)
     for group in dict.fromkeys(average.group for average in found):
-        tasks = {score.task for score in scores if group in (score.group, "all")}
-        own = {
-            average.protocol: average
-            for average in found
-            if average.group == group and average.num_tasks == len(tasks) > 1
-        }
+        num_tasks = len({score.task for score in scores if group in (score.group, "all")})
+        own = {a.protocol: a for a in found if a.group == group and a.num_tasks == num_tasks > 1}
         for kind in ("macro", "micro") if own else ():
-            cells = [
-                cell
-                for name, writes in protocols.items()
-                for cell in (
-                    f"{100 * getattr(own[name], f'{kind}_accuracy'):.1f}" if name in own else "-",
-                    *[""] * writes,
-                )
-            ]
-            yield [f"{group}, {kind}", str(next(iter(own.values())).n), "", *cells]
+            row = [f"{group}, {kind}", str(next(iter(own.values())).n), ""]
+            for name in protocols:
+                average = own.get(name)
+                share = None if average is None else getattr(average, f"{kind}_accuracy")
+                row += ["-" if share is None else f"{100 * share:.1f}"]
+                row += [""] * (name == "generate")
+            yield row

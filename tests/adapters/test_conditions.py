@@ -96,10 +96,10 @@ def of(folder: Path, kind: str) -> list[str]:
 def results_of(folder: Path, *arguments: str, **data) -> tuple[dict, list[str]]:
     """``results.json`` of a test with little said, and the texts that the model was given."""
     from rosa_lightning import answering
-    from rosa_lightning.evaluation import evaluator as evaluate
+    from rosa_lightning.evaluation import evaluator
 
     asked: list[str] = []
-    own = evaluate.generate
+    own = evaluator.generate
 
     def write(model, tokenizer, batch, *rest, **options):
         rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
@@ -107,7 +107,7 @@ def results_of(folder: Path, *arguments: str, **data) -> tuple[dict, list[str]]:
         return own(model, tokenizer, batch, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (answering, evaluate):
+        for module in (answering, evaluator):
             patch.setattr(module, "generate", write)
         status = command(
             "test",

@@ -3,71 +3,119 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosa_lightning.evaluation import generation as greedy
-from rosa_lightning.evaluation.generation import write_greedily
-from rosa_lightning.models.kv_cache import new_cache
-from tests.conftest import FAMILIES, build
-
-SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 32}
+from rosa_lightning.evaluation.generation import generate
+from rosa_lightning.models.loading import load_base, load_tokenizer
 
 
-def model_of(family: str):
-    """With a window that prompts outgrow, where there is one."""
-    return build(family, **({**SLIDING, "sliding_window": 6} if family == "gemma3" else {}))
+@pytest.fixture
+def base(base_folder):
+    return load_base(str(base_folder)), load_tokenizer(str(base_folder))
 
 
-def ids(count: int) -> list[int]:
-    return torch.randint(3, 96, (count,)).tolist()
+def prompts_of(tokenizer, texts: list[str]) -> dict:
+    return dict(tokenizer(texts, padding=True, padding_side="left", return_tensors="pt"))
 
 
-@torch.no_grad()
-def token_by_token(model, prompt: list[int], count: int, ends: set[int]) -> list[int]:
-    """Without cache, padding or company."""
-    row = list(prompt)
-    while len(row) < len(prompt) + count:
-        row.append(
-            int(model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax())
-        )
-        if row[-1] in ends:
+def greedy(model, tokenizer, text: str, count: int) -> str:
+    """Token by token, without a cache and without padding."""
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    while ids.shape[1] < start + count:
+        choice = model(ids).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, choice], dim=1)
+        if choice == tokenizer.eos_token_id:
             break
-    return row[len(prompt) :]
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("start", [0, 24])
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_rows_are_written_as_each_would_be_alone_token_by_token(family, start):
-    """Some rows end early, so that others go on without them; some begin alike."""
-    model, common = model_of(family), ids(start)
-    prompts = [[*common, *ids(count)] for count in (9, 1, 17, 5, 12)]
-    free = [token_by_token(model, prompt, 12, set()) for prompt in prompts]
-    ends = {free[0][2], free[3][6], free[4][1]}
-    wanted = [token_by_token(model, prompt, 12, ends) for prompt in prompts]
-    assert write_greedily(model, prompts, 12, 0, ends=ends) == wanted
-    assert write_greedily(model, prompts, 12, 0) == free
+def test_padded_prompts_are_answered_as_each_would_be_alone_and_without_the_prompt(base):
+    model, tokenizer = base
+    prompts = ["Say 1.", "What is the number that comes after 41?", "Why"]
+    written = generate(model, tokenizer, prompts_of(tokenizer, prompts), max_new_tokens=6)
+    assert written == [greedy(model, tokenizer, prompt, 6) for prompt in prompts]
 
 
-def test_rows_that_have_ended_are_not_computed_on(monkeypatch):
-    model, sizes = model_of("llama"), []
-    forward = model.forward
-
-    def counted(input_ids, **options):
-        sizes.append(len(input_ids))
-        return forward(input_ids, **options)
-
-    monkeypatch.setattr(model, "forward", counted)
-    # A row's limit is told from its first token, so these must differ.
-    some = [ids(5) for _ in range(12)]
-    by_first = {row[0]: p for row, p in zip(write_greedily(model, some, 1, 0), some, strict=True)}
-    prompts = list(by_first.values())[:4]
-    limits = dict(zip(by_first, [2, 3, 3, 9], strict=False))
-    sizes.clear()
-    written = write_greedily(model, prompts, 9, 0, has_ended=lambda row: len(row) >= limits[row[0]])
-    assert [len(row) for row in written] == [2, 3, 3, 9]
-    assert sizes == [4, 4, 3, *[1] * 6]
+def test_greedy_answers_are_the_same_one_by_one_and_thirty_two_at_a_time():
+    """The embedded base, on prompts of very different lengths, in float32."""
+    model, tokenizer = load_base("tiny", dtype="float32"), load_tokenizer("tiny")
+    model.eval()
+    texts = [f"Ada has {n} apples. " * (1 + n % 9) + "How many?\n" for n in range(32)]
+    together = generate(model, tokenizer, prompts_of(tokenizer, texts), 12)
+    alone = [generate(model, tokenizer, prompts_of(tokenizer, [t]), 12)[0] for t in texts]
+    assert together == alone
+    assert len(set(together)) > 5
 
 
-def test_a_model_whose_rotation_hangs_on_the_length_is_left_to_transformers():
-    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model = build("llama", rope_parameters=scaling)
-    assert new_cache(model) is None
-    assert greedy.write_greedily(model, [ids(4)], 3, 0) is None
+def test_the_bases_own_generation_settings_do_not_change_the_answer(base):
+    model, tokenizer = base
+    batch = prompts_of(tokenizer, ["Say 1."])
+    plain = generate(model, tokenizer, batch, max_new_tokens=6)
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0)
+    assert generate(model, tokenizer, batch, max_new_tokens=6) == plain
+
+
+def test_writing_stops_at_any_of_the_tokens_it_is_given(base):
+    model, tokenizer = base
+    batch = prompts_of(tokenizer, ["Say 1."])
+    first = model(batch["input_ids"]).logits[0, -1].argmax().item()
+    (whole,) = generate(model, tokenizer, batch, 6)
+    (stopped,) = generate(model, tokenizer, batch, 6, stop_ids=[tokenizer.eos_token_id, first])
+    assert stopped == tokenizer.decode([first], skip_special_tokens=True) != whole
+
+
+def test_beams_find_no_less_likely_text_than_greedy_search(base):
+    model, tokenizer = base
+    prompts = ["Say 1.", "What is the number after 41?", "Why"]
+    batch = prompts_of(tokenizer, prompts)
+    greedy_texts = generate(model, tokenizer, batch, 4)
+    found = generate(model, tokenizer, batch, 4, num_beams=256)
+    assert found != greedy_texts
+
+    def likelihood(prompt: str, text: str) -> float:
+        ids = tokenizer(prompt + text, return_tensors="pt").input_ids
+        start = len(tokenizer(prompt).input_ids)
+        after = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        return float(after.gather(1, ids[0, start:, None]).sum())
+
+    for prompt, one, other in zip(prompts, found, greedy_texts, strict=True):
+        if len(one.encode()) == len(other.encode()) == 4 and "\ufffd" not in one + other:
+            assert likelihood(prompt, one) >= likelihood(prompt, other) - 1e-4
+
+
+def scripted(base, monkeypatch, texts: list[str]):
+    """The base, made to write these texts, and how many tokens it was asked for."""
+    model, tokenizer = base
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    steps: list[int] = []
+    forward = type(model).forward
+
+    def written(self, input_ids, **options):
+        output = forward(self, input_ids, **options)
+        step = len(steps)
+        steps.append(step)
+        output.logits = torch.full_like(output.logits, -1e4)
+        for row, ids in enumerate(rows):
+            output.logits[row, -1, ids[step] if step < len(ids) else 65] = 0.0
+        return output
+
+    monkeypatch.setattr(type(model), "forward", written)
+    return model, tokenizer, steps
+
+
+def test_each_row_stops_where_its_next_exercise_begins(base, monkeypatch):
+    texts = ["it is 3\n\n### Instruction:\nSay 4.", "a longer answer of 5 ### Instruction: x"]
+    model, tokenizer, steps = scripted(base, monkeypatch, texts)
+    batch = prompts_of(tokenizer, ["Say 1.", "Say 2."])
+    found = generate(model, tokenizer, batch, 200, stop=("### Instruction:",))
+    assert found == ["it is 3\n\n", "a longer answer of 5 "]
+    assert len(steps) == len("a longer answer of 5 ### Instruction:")
+
+
+def test_an_end_token_of_the_base_alone_ends_an_answer_too(base, monkeypatch):
+    model, tokenizer, steps = scripted(base, monkeypatch, ["yes!no"])
+    monkeypatch.setattr(
+        model.generation_config, "eos_token_id", [*tokenizer("!").input_ids, tokenizer.eos_token_id]
+    )
+    (found,) = generate(model, tokenizer, prompts_of(tokenizer, ["Say 1."]), 50)
+    assert found == "yes!"
+    assert len(steps) == 4

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from rich.console import Console
 
 from rosa_lightning.evaluation.metrics import wilson_interval
@@ -46,23 +45,14 @@ def shown(*arguments) -> str:
     return capture.get()
 
 
-def test_scores_come_in_the_order_of_the_benchmarks_with_exact_shares():
-    values = {
-        "n": torch.tensor(10),
-        "n/gsm8k": torch.tensor(7),
-        "n/boolq": torch.tensor(3),
-        "accuracy/gsm8k": torch.tensor(2 / 7),
-        "accuracy/boolq": torch.tensor(1.0),
-        **{f"interval/{task}": torch.tensor([0.0, 0.5]) for task in ("gsm8k", "boolq")},
-        "format_failures": torch.tensor(0.1),
-        "format_failures/gsm8k": torch.tensor(1 / 7),
-        "format_failures/boolq": torch.tensor(0),
-    }
-    first, second = scores_of("generate", values)
+def test_scores_come_in_the_order_of_the_benchmarks():
+    counts = {"own": (5, 1, 0), "gsm8k": (7, 2, 1), "boolq": (3, 3, 0)}
+    first, second, third = scores_of("generate", counts)
     assert (first.task, first.group, first.accuracy, first.n) == ("boolq", "commonsense", 1.0, 3)
     assert (second.accuracy, second.format_failure_rate) == (2 / 7, 1 / 7)
-    chosen = {name: value for name, value in values.items() if not name.startswith("format")}
-    assert [one.format_failure_rate for one in scores_of("likelihood", chosen)] == [None, None]
+    assert second.interval == wilson_interval(2, 7)
+    assert (third.task, third.group) == ("own", "other")
+    assert [one.format_failure_rate for one in scores_of("likelihood", counts)] == [None] * 3
 
 
 def test_macro_is_the_mean_of_tasks_and_micro_the_share_of_records():

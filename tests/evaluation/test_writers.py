@@ -67,10 +67,10 @@ def test_a_run_that_fails_leaves_the_older_file_and_nothing_half_written(tmp_pat
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_link_in_the_place_of_a_part_is_not_written_through(tmp_path, link):
+def test_a_link_in_the_place_of_the_hidden_file_is_not_written_through(tmp_path, link):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / "out").mkdir()
-    link(tmp_path / "precious", tmp_path / "out" / ".predictions.jsonl.rank0")
+    link(tmp_path / "precious", tmp_path / "out" / ".predictions.jsonl.part")
     predict(tmp_path, PredictionWriter(str(tmp_path / "out" / "predictions.jsonl")))
     assert (tmp_path / "precious").read_text() == "kept"
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 5
@@ -80,15 +80,17 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
     try:
-        with pytest.raises(OSError, match=r"predictions\.jsonl cannot be written: File too large"):
+        with pytest.raises(
+            OSError, match=r"predictions\.jsonl\.part cannot be written: File too large"
+        ):
             predict(tmp_path, PredictionWriter())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pipe_in_the_place_of_a_part_gives_way(tmp_path):
-    os.mkfifo(tmp_path / ".predictions.jsonl.rank0")
+def test_a_pipe_in_the_place_of_the_hidden_file_gives_way(tmp_path):
+    os.mkfifo(tmp_path / ".predictions.jsonl.part")
     with limited():
         predict(tmp_path, PredictionWriter())
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 5
@@ -175,7 +177,6 @@ def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
     assert results["leaked_from"] == [str(tmp_path / "train.json")]
     assert results["cut_prompts"] == {"boolq": 0, "gsm8k": 0}
     assert "boolq*" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*part*"))
 
 
 @pytest.mark.parametrize("decontaminate", [True, False])
@@ -239,7 +240,7 @@ def count_batches(monkeypatch) -> list[int]:
 def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     base_folder, tmp_path, monkeypatch, caplog
 ):
-    """Twice stopped, the second time with a line cut in two."""
+    """Stopped twice, the second time with a line cut in two, and lines that are no answers."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for folder in (straight, stopped):
         folder.mkdir()
@@ -249,58 +250,33 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
         with pytest.raises(RuntimeError, match="stopped"):
             evaluate(base_folder, stopped, Stop(after))
     assert calls == [4, 4, 4, 4]
-    assert not (stopped / "predictions.jsonl").exists()
-    part = stopped / "predictions.part1.rank0.jsonl"
-    part.write_text(part.read_text()[:-40])
+    assert not json.loads((stopped / "results.json").read_text())["complete"]
+    path = stopped / "predictions.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    odd = [{**json.loads(first), name: value} for name in ("answer", "index") for value in ([], {})]
+    lines = [*map(json.dumps, odd), "[" * 50_000, "7" * 5_000, "\udcff"]
+    text = "\n".join([first, *lines, rest[:-40]])
+    path.write_text(text, errors="surrogateescape")
     with caplog.at_level(logging.INFO):
         evaluate(base_folder, stopped)
     assert calls == [4, 4, 4, 4, 4, 2]
     assert "going on with" in caplog.text
     assert read(stopped)[0] == read(straight)[0]
     assert plain(read(stopped)[1]) == plain(read(straight)[1])
-    assert not list(stopped.glob("*part*"))
+    evaluate(base_folder, stopped)  # complete: begins anew
+    assert read(stopped)[1]["resumed_answers"] == 0
 
 
-def test_an_evaluation_leaves_the_answers_of_one_that_is_still_running_alone(base_folder, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_in_the_place_of_earlier_answers_and_is_no_file_is_named(
+    kind, base_folder, tmp_path
+):
     with pytest.raises(RuntimeError, match="stopped"):
-        evaluate(base_folder, tmp_path, Stop(2))
-    part = tmp_path / "predictions.part0.rank0.jsonl"
-    running = (
-        "import fcntl, sys\n"
-        "file = open(sys.argv[1])\n"
-        "fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('locked', flush=True)\n"
-        "input()\n"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", running, str(part)], **pipes) as process:
-        assert process.stdout.readline() == "locked\n"
+        evaluate(base_folder, tmp_path, Stop(1))
+    (tmp_path / "predictions.jsonl").unlink()
+    put(kind, tmp_path / "predictions.jsonl")
+    with limited(120), pytest.raises(OSError, match=f"is {kind}, and a regular file is expected"):
         evaluate(base_folder, tmp_path)
-        process.communicate("\n")
-    assert part.exists()
-    assert read(tmp_path)[1]["resumed_answers"] == 0
-
-
-def test_what_strangers_put_beside_the_parts_is_passed_over(base_folder, tmp_path, monkeypatch):
-    with pytest.raises(RuntimeError, match="stopped"):
-        evaluate(base_folder, tmp_path, Stop(3))
-    part = tmp_path / "predictions.part0.rank0.jsonl"
-    first = json.loads(part.read_text().splitlines()[0])
-    odd = [{**first, name: value} for name in first for value in (None, [1], {}, 5)]
-    lines = [json.dumps(one) for one in odd if one["evaluation"] == first["evaluation"]]
-    lines += [json.dumps(first["evaluation"]), "[" * 50_000, "7" * 5_000, "\udcff"]
-    odd_part = tmp_path / "predictions.part1.rank0.jsonl"
-    odd_part.write_text("\n".join(lines), errors="surrogateescape")
-    for number, kind in enumerate(KINDS, start=2):
-        put(kind, tmp_path / f"predictions.part{number}.rank0.jsonl")
-    (tmp_path / "predictions.part6.rank0.jsonl").symlink_to(tmp_path / "none")
-    (tmp_path / "predictions.partX.rank0.jsonl").write_text("")
-    calls = count_batches(monkeypatch)
-    with limited(120):
-        evaluate(base_folder, tmp_path)
-    assert sum(calls) < 18
-    assert read(tmp_path)[1]["resumed_answers"] >= 12
-    assert not (tmp_path / "none").exists()
 
 
 def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(
@@ -313,7 +289,6 @@ def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(
     evaluate(base_folder, tmp_path, data=exercises(tmp_path), logger=TensorBoardLogger(tmp_path))
     assert calls == [4, 2]
     assert (tmp_path / "lightning_logs/version_1/results.json").exists()
-    assert not list(tmp_path.rglob("*part*"))
 
 
 def adapted(base: Path) -> RoSAModule:
@@ -331,18 +306,13 @@ def other_rules(base: Path) -> RoSAModule:
 
 
 @pytest.mark.parametrize("make", [adapted, other_rules])
-def test_answers_of_another_evaluation_are_not_taken_over(
-    make, base_folder, tmp_path, monkeypatch, caplog
-):
+def test_answers_of_another_evaluation_are_not_taken_over(make, base_folder, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate(base_folder, tmp_path, Stop(3))
     calls = count_batches(monkeypatch)
-    with caplog.at_level(logging.INFO):
-        evaluate(base_folder, tmp_path, module=make(base_folder))
+    evaluate(base_folder, tmp_path, module=make(base_folder))
     assert sum(calls) == 18
-    assert "is of an evaluation with other weights or settings; this one begins anew" in caplog.text
     assert read(tmp_path)[1]["resumed_answers"] == 0
-    assert (tmp_path / "predictions.part0.rank0.jsonl").exists()
 
 
 def test_other_prompts_are_answered_anew(base_folder, tmp_path, monkeypatch):
@@ -384,7 +354,6 @@ def test_two_processes_find_what_one_does_in_a_set_that_does_not_divide(tmp_path
         assert item.pop("scores", []) == pytest.approx(other.pop("scores", []), abs=1e-3)
         assert item == other
     assert results["results"] == read(tmp_path)[1]["results"]
-    assert not list((tmp_path / "ranks").glob("*part*"))
 
 
 @pytest.mark.slow
@@ -412,12 +381,11 @@ def test_a_killed_command_that_is_run_again_answers_what_is_missing(base_folder,
     process = subprocess.Popen(
         command, cwd=tmp_path / "killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while sum(len(p.read_bytes()) for p in (tmp_path / "killed").rglob("*.part*")) < 2000:
+    while sum(len(p.read_bytes()) for p in (tmp_path / "killed").rglob("predictions.jsonl")) < 2000:
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert not list(tmp_path.rglob("results.json"))
     for name in ("killed", "straight"):
         subprocess.run(command, cwd=tmp_path / name, check=True, capture_output=True)
     (killed,) = (tmp_path / "killed").rglob("results.json")
