@@ -28,10 +28,10 @@ from rosa_lightning.adapters.peft_format import (
     lora_modules,
     target_modules,
 )
-from rosa_lightning.roae.inject import ProjectionReport, RoAEReport, roae_layers, roae_report
+from rosa_lightning.roae.geometry import read_geometry
+from rosa_lightning.roae.inject import RoAEReport, roae_layers, roae_report
 from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, Target
-from rosa_lightning.roae.probe import read_geometry
-from rosa_lightning.roae.targets import Term, choose_terms, possible_terms
+from rosa_lightning.roae.targets import AdaptedProjection, select_projections
 from rosa_lightning.utils.strict_json import parse
 
 METADATA = "roae"
@@ -64,7 +64,7 @@ def to_lora(model: nn.Module) -> LoraFiles:
     report = roae_report(model)
     _check_no_norm(report)
     _check_names(model, dict.fromkeys(term.projection for term in report.projections))
-    terms: dict[str, list[tuple[ProjectionReport, RoAELinear]]] = {}
+    terms: dict[str, list[tuple[AdaptedProjection, RoAELinear]]] = {}
     layers = dict(roae_layers(model))
     for projection in report.projections:
         terms.setdefault(projection.projection, []).append((projection, layers[projection.name]))
@@ -133,7 +133,7 @@ def _check_names(model: nn.Module, paths: Iterable[str]) -> None:
         )
 
 
-def _stack(terms: list[tuple[ProjectionReport, RoAELinear]], most: int) -> tuple[Tensor, Tensor]:
+def _stack(terms: list[tuple[AdaptedProjection, RoAELinear]], most: int) -> tuple[Tensor, Tensor]:
     """A (rank, inputs) and B (outputs, rank) of one projection, with room for ``most`` terms."""
     projection, layer = terms[0]
     width, num_inputs = layer.roae_A.shape
@@ -209,26 +209,24 @@ def from_lora(
             f"{type(model).__name__} carries RoAE already. Load the LoRA into a fresh base."
         )
     modules = lora_modules(files)
-    layers, trace = read_geometry(model)
+    measured = read_geometry(model)
+    layers, _ = measured
     everything = RoAEConfig(low_freq_ratio=1.0, targets=get_args(Target))
-    known, _ = possible_terms(model, everything, layers, trace)
+    known, _ = select_projections(model, everything, measured, strict=False)
     check_modules(model, modules, known)
     own = own_config(files)
     is_own = own is not None and (config is None or replace(config, dropout=own.dropout) == own)
     config = config or own or narrowest_config(files, modules, layers, known)
-    terms, _ = choose_terms(model, config, layers, trace)
+    terms, _ = select_projections(model, config, measured)
     check_rows(modules, terms, layers, known, config)
     # Of its own, so that the same files always give the same weights.
     generator = torch.Generator().manual_seed(0)
     weights: dict[str, Tensor] = {}
     for i, term in enumerate(terms):
         before = sum(other.projection == term.projection for other in terms[:i])
-        after = sum(other.projection == term.projection for other in terms[i + 1 :])
         block = range(before * config.rank, (before + 1) * config.rank) if is_own else range(0)
         A, B = _weights(term, modules.get(term.projection), config, block, generator)
-        # A later term on the same projection stands around an earlier one.
-        name = term.projection + ".base" * after
-        weights |= {f"{name}.roae_A": A, f"{name}.roae_B": B}
+        weights |= {f"{term.name}.roae_A": A, f"{term.name}.roae_B": B}
     return config, weights
 
 
@@ -246,7 +244,7 @@ def own_config(files: LoraFiles) -> RoAEConfig | None:
 
 
 def _weights(
-    term: Term,
+    term: AdaptedProjection,
     module: LoraModule | None,
     config: RoAEConfig,
     block: range,

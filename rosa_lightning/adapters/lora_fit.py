@@ -12,22 +12,22 @@ from typing import get_args
 from torch import nn
 
 from rosa_lightning.adapters.peft_format import LoraFiles, LoraModule
+from rosa_lightning.roae.geometry import AttentionGeometry, StateRows
 from rosa_lightning.roae.layer import RoAEConfig, Target
-from rosa_lightning.roae.probe import AttentionGeometry, Source
-from rosa_lightning.roae.rope import PairTable, low_frequency_dims
-from rosa_lightning.roae.targets import Term
+from rosa_lightning.roae.rope import PairTable
+from rosa_lightning.roae.targets import AdaptedProjection
 
 Modules = Mapping[str, LoraModule]
 Layers = Sequence[AttentionGeometry]
 
 
-def needed_columns(term: Term, module: LoraModule) -> list[int]:
+def needed_columns(term: AdaptedProjection, module: LoraModule) -> list[int]:
     """The columns of B that are not zero on a term's rows, ascending."""
     columns: list[int] = module.B[list(term.rows)].any(0).nonzero().flatten().tolist()
     return columns
 
 
-def check_modules(model: nn.Module, modules: Modules, known: Sequence[Term]) -> None:
+def check_modules(model: nn.Module, modules: Modules, known: Sequence[AdaptedProjection]) -> None:
     """Check that the LoRA is one for this model, on projections that RoAE knows.
 
     Raises:
@@ -61,9 +61,9 @@ def check_modules(model: nn.Module, modules: Modules, known: Sequence[Term]) -> 
 
 def check_rows(
     modules: Modules,
-    terms: Sequence[Term],
+    terms: Sequence[AdaptedProjection],
     layers: Layers,
-    known: Sequence[Term],
+    known: Sequence[AdaptedProjection],
     config: RoAEConfig,
 ) -> None:
     """Check that B is zero on all rows but those of the terms.
@@ -90,7 +90,7 @@ def _why_not(
     row: int,
     modules: Modules,
     layers: Layers,
-    known: Sequence[Term],
+    known: Sequence[AdaptedProjection],
     config: RoAEConfig,
 ) -> str:
     """What a row is, why RoAE leaves it as it is under these settings, and how to mend that."""
@@ -114,7 +114,7 @@ def _why_not(
 
 
 def narrowest_config(
-    files: LoraFiles, modules: Modules, layers: Layers, known: Sequence[Term]
+    files: LoraFiles, modules: Modules, layers: Layers, known: Sequence[AdaptedProjection]
 ) -> RoAEConfig:
     """The settings of the smallest RoAE that holds a LoRA.
 
@@ -160,12 +160,12 @@ def _ratio_of(table: PairTable, dims: set[int]) -> float:
     """The smallest share of a table's pairs, slowest first, that holds rotated dimensions."""
     for count in range(len(table.pairs) + 1):
         ratio = count / len(table.pairs)
-        if dims <= set(low_frequency_dims(table, ratio) if count else ()):
+        if dims <= set(table.dims_of(table.low_frequency_pairs(ratio)) if count else ()):
             return ratio
     raise AssertionError("all pairs hold all rotated dimensions")
 
 
-def _rotated(layers: Layers) -> Iterator[tuple[AttentionGeometry, Target, Source]]:
+def _rotated(layers: Layers) -> Iterator[tuple[AttentionGeometry, Target, StateRows]]:
     """The projections of the queries and keys of each layer."""
     for layer in layers:
         if "q" in layer.sources:

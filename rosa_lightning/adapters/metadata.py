@@ -5,16 +5,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rosa_lightning.models.loading import base_name, whole_name
 from rosa_lightning.models.quantization import is_packed, is_quantized
-from rosa_lightning.roae.inject import RoAEReport, base_modules, roae_report
-from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.roae.inject import base_modules, roae_report
+from rosa_lightning.roae.layer import RoAEConfig, Target
 from rosa_lightning.roae.rope import PairTable
+from rosa_lightning.roae.targets import AdaptedProjection
+
+_TERM = ("name", "target", "projection", "norm", "low_pairs")
+"""The fields of `AdaptedProjection` that are kept in a file, beside the number of its table."""
 
 _SAMPLE_SIZE = 4
 """Values kept of every weight to recognise a base by."""
@@ -102,25 +106,13 @@ def _same_values(theirs: list[float], ours: list[float] | None) -> bool:
 
 
 @dataclass(frozen=True)
-class TrainedTerm:
-    """Where one term stood when it was trained; the fields are those of `ProjectionReport`."""
-
-    name: str
-    target: str
-    projection: str
-    norm: str
-    table: PairTable
-    low_pairs: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Origin:
     """What an adapter was trained on."""
 
     base: dict[str, Any]
     """The base's identity, as plain values."""
     config: RoAEConfig
-    terms: tuple[TrainedTerm, ...]
+    terms: tuple[AdaptedProjection, ...]
     """In the order of the model's layers."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +122,10 @@ class Origin:
             "base": self.base,
             "roae": asdict(self.config),
             "tables": [asdict(table) for table in tables],
-            "terms": [{**vars(term), "table": tables.index(term.table)} for term in self.terms],
+            "terms": [
+                {**{key: getattr(term, key) for key in _TERM}, "table": tables.index(term.table)}
+                for term in self.terms
+            ],
         }
 
     @classmethod
@@ -175,7 +170,7 @@ class Origin:
         """
         report = roae_report(model)
         own_settings = replace(report.config, dropout=self.config.dropout) == self.config
-        here = {(term.projection, term.target): term for term in _terms(report)}
+        here = {(term.projection, term.target): term for term in report.projections}
         trained = {(term.projection, term.target): term for term in self.terms}
         if own_settings and (here.keys() != trained.keys() or len(here) != len(self.terms)):
             raise ValueError(
@@ -185,7 +180,7 @@ class Origin:
         for key in (key for key in here if key in trained):
             own, other = here[key], trained[key]
             same = not own_settings or (own.norm, own.low_pairs) == (other.norm, other.low_pairs)
-            if not (same and _alike(own.table, other.table)):
+            if not (same and own.table.is_close(other.table, rtol=1e-3, atol=1e-9)):
                 raise ValueError(
                     f"the adapter was trained where {other.projection} rotates other dimensions, "
                     f"or at other frequencies, than in this {type(model).__name__}. Give the base "
@@ -200,16 +195,7 @@ def origin_of(model: nn.Module) -> Origin:
         ValueError: It carries no RoAE.
     """
     report = roae_report(model)
-    return Origin(identify(model, base_name(model)).to_dict(), report.config, _terms(report))
-
-
-def _terms(report: RoAEReport) -> tuple[TrainedTerm, ...]:
-    return tuple(
-        TrainedTerm(
-            term.name, term.target, term.projection, term.norm, term.table, tuple(term.low_pairs)
-        )
-        for term in report.projections
-    )
+    return Origin(identify(model, base_name(model)).to_dict(), report.config, report.projections)
 
 
 def _table(plain: Mapping[str, Any]) -> PairTable:
@@ -217,28 +203,15 @@ def _table(plain: Mapping[str, Any]) -> PairTable:
     return PairTable(operator.index(plain["head_dim"]), pairs, tuple(map(float, plain["inv_freq"])))
 
 
-def _term(plain: Mapping[str, Any], tables: list[PairTable]) -> TrainedTerm:
+def _term(plain: Mapping[str, Any], tables: list[PairTable]) -> AdaptedProjection:
     number = operator.index(plain["table"])
     if number not in range(len(tables)):
         raise ValueError(f"there is no table {number}")
-    return TrainedTerm(
+    return AdaptedProjection(
         name=str(plain["name"]),
-        target=str(plain["target"]),
+        target=cast(Target, str(plain["target"])),
         projection=str(plain["projection"]),
         norm=str(plain["norm"]),
         table=tables[number],
         low_pairs=tuple(map(operator.index, plain["low_pairs"])),
-    )
-
-
-def _alike(ours: PairTable, theirs: PairTable) -> bool:
-    """The same dimensions, at the same frequencies up to the rounding of the measurement."""
-    return (
-        ours.pairs == theirs.pairs
-        and len(ours.inv_freq) == len(theirs.inv_freq)
-        and (
-            torch.allclose(
-                torch.tensor(ours.inv_freq), torch.tensor(theirs.inv_freq), rtol=1e-3, atol=1e-9
-            )
-        )
     )

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rosa_lightning.models.finite import check_weights
-from rosa_lightning.roae.name_patterns import check_patterns, matches
 from rosa_lightning.utils.files import check_input, memory_bytes, read_text
 from rosa_lightning.utils.strict_json import parse
 
@@ -45,6 +45,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of ``init_lora_weights`` that change the base's own weights."""
+
+
+_MATCH_SECONDS = 1.0
+"""The longest that matching a pattern against one name may take."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +148,6 @@ def lora_modules(files: LoraFiles) -> dict[str, LoraModule]:
         factors.setdefault(match["path"], {})[match["part"]] = tensor
     if not factors:
         raise ValueError(f"{WEIGHTS_FILE} holds no LoRA.")
-    for name in ("rank_pattern", "alpha_pattern"):
-        try:
-            check_patterns(files.config.get(name), len(factors))
-        except ValueError as error:
-            raise ValueError(f"{CONFIG_FILE}: {name} {error}") from error
     return {path: _module(path, both, files.config) for path, both in factors.items()}
 
 
@@ -218,14 +217,18 @@ def _check_options(folder: Path, config: dict[str, Any]) -> None:
 def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """What ``rank_pattern`` or ``alpha_pattern`` gives a module: the first that matches its end.
 
-    As `peft.utils.other.get_pattern_key`, in bounded time.
+    As `peft.utils.other.get_pattern_key`, with a limit on time: `re` takes exponentially long for
+    some patterns, so that an adapter from elsewhere could hang its reader.
     """
     for pattern, value in (patterns or {}).items():
         try:
-            if matches(pattern, path):
+            if regex.match(rf"(.*\.)?({pattern})$", path, timeout=_MATCH_SECONDS):
                 return value
-        except ValueError as error:
-            raise ValueError(f"{CONFIG_FILE} {error}") from error
+        except (regex.error, TimeoutError, RecursionError, MemoryError) as error:
+            raise ValueError(
+                f"{CONFIG_FILE} has the pattern {pattern[:60]!r}, which cannot be matched against "
+                f"{path} ({_one_line(error)}). Name the modules instead."
+            ) from error
     return default
 
 

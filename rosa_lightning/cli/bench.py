@@ -41,8 +41,7 @@ from rosa_lightning.models.loading import load_base
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import remove_roae
 from rosa_lightning.roae.layer import RoAEConfig, Target
-from rosa_lightning.roae.probe import read_geometry
-from rosa_lightning.roae.targets import possible_terms
+from rosa_lightning.roae.targets import select_projections
 
 Row = tuple[Tensor, Tensor]
 """Token ids and labels of a record, both (T,)."""
@@ -189,7 +188,7 @@ def plain_lora(module: RoSAModule) -> nn.Module:
         ) from error
     base = load_base(module.base, quantization=module.quantization, **module.loading)
     wanted = RoAEConfig(targets=LORA_TARGETS, low_freq_ratio=1.0)
-    terms, _ = possible_terms(base, wanted, *read_geometry(base))
+    terms, _ = select_projections(base, wanted, strict=False)
     names = sorted({term.projection for term in terms})
     config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=names)
     with warnings.catch_warnings():

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from rosa_lightning.cli.small import build_small, causal_models
 from rosa_lightning.roae.inject import inject_roae
-from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.roae.rows import spans
+from rosa_lightning.roae.layer import RoAEConfig, spans
 
 
 @dataclass(frozen=True)

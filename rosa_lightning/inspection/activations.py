@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rosa_lightning.roae.capture import trace
 from rosa_lightning.roae.inject import roae_layers, roae_report
-from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.roae.meeting import ByHand, watched_interface
-from rosa_lightning.roae.rows import contiguous_runs
-from rosa_lightning.roae.targets import plan_terms
+from rosa_lightning.roae.layer import RoAEConfig, contiguous_runs
+from rosa_lightning.roae.targets import select_projections
+from rosa_lightning.roae.tracing import MatmulTracer, trace, watch_attention
 from rosa_lightning.utils.files import atomic_directory
 from rosa_lightning.utils.modules import in_mode
 
@@ -109,8 +107,8 @@ class _Sums:
         self.mask_BT = inputs.get("attention_mask", torch.ones_like(ids_BT)).float()
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             inputs["logits_to_keep"] = 1
-        product = ByHand(self.see, lambda _: None, ids_BT.shape[1]) if by_hand else nullcontext()
-        with self.listening(), watched_interface(self.see), product:
+        tracer = MatmulTracer(self.see, lambda _: None, ids_BT.shape[1])
+        with self.listening(), watch_attention(self.see), tracer if by_hand else nullcontext():
             self.model(**inputs, use_cache=False)
 
     def see(self, query: Tensor, key: Tensor) -> None:
@@ -154,7 +152,7 @@ def adapted_dims(model: nn.Module, config: RoAEConfig | None = None) -> dict[str
     """
     if any(True for _ in roae_layers(model)):
         return {p.layer: p.dims for p in roae_report(model).projections if p.dims}
-    terms, _ = plan_terms(model, config or RoAEConfig())
+    terms, _ = select_projections(model, config or RoAEConfig())
     return {term.layer: term.dims for term in terms if term.dims}
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rosa_lightning.roae.feedforward import layer_of
-from rosa_lightning.roae.inject import ProjectionReport, roae_report
+from rosa_lightning.roae.inject import roae_report
 from rosa_lightning.roae.layer import RoAELinear
+from rosa_lightning.roae.targets import AdaptedProjection, layer_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def update_norm(term: RoAELinear) -> Tensor:
     return term.scale * square.clamp(min=0).sqrt()
 
 
-def _terms(root: nn.Module) -> Iterator[tuple[ProjectionReport, RoAELinear]]:
+def _terms(root: nn.Module) -> Iterator[tuple[AdaptedProjection, RoAELinear]]:
     for module in root.modules():
         try:
             reports = roae_report(module).projections

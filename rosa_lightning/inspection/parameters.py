@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
@@ -17,46 +17,9 @@ from torch import nn
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_num_active
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
-from rosa_lightning.roae.inject import ProjectionReport, is_adapter_key, roae_report
-from rosa_lightning.roae.rows import spans
-
-
-@dataclass(frozen=True, kw_only=True)
-class TermSummary:
-    """One low-rank term of a layer; equal in layers that are alike."""
-
-    projection: str
-    """Dotted path of the projection inside the layer."""
-    target: str
-    num_heads: int
-    dims: tuple[int, ...]
-    """The adapted head dimensions; none for targets other than q and k."""
-    head_dim: int
-    num_low_pairs: int
-    """Adapted pairs of a head."""
-    num_pairs: int
-    """RoPE pairs of a head."""
-    slowest: float | None
-    """Slowest frequency, which is adapted; radians per token. None where nothing is rotated."""
-    fastest: float | None
-    """Fastest adapted frequency."""
-    next: float | None
-    """Slowest frequency that is not adapted."""
-    norm: str
-    """Dotted path inside the layer of the norm after which the term is added, if any."""
-    trainable: int
-    """Parameters of the term."""
-    total: int
-    """Parameters of the projection and all its terms."""
-
-    def rotation(self) -> str:
-        """The adapted pairs and their frequencies, for people."""
-        border = "" if self.next is None else f", next {self.next:.2g}"
-        both = dict.fromkeys([f"{self.slowest:.2g}", f"{self.fastest:.2g}"])
-        return (
-            f"{self.num_low_pairs} of {self.num_pairs} pairs, dimensions {spans(self.dims)} of "
-            f"{self.head_dim}; {' to '.join(both)} radians a token{border}"
-        )
+from rosa_lightning.roae.inject import is_adapter_key, roae_report
+from rosa_lightning.roae.layer import spans
+from rosa_lightning.roae.targets import AdaptedProjection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +30,10 @@ class LayerSummary:
     """Dotted path of the list of layers."""
     index: int
     """Position in that list."""
-    terms: tuple[TermSummary, ...]
+    terms: tuple[AdaptedProjection, ...]
+    """Their paths are those inside the layer, so that layers that are alike have equal terms."""
+    projection_sizes: tuple[int, ...]
+    """Parameters of each term's projection, with all terms on it."""
     notes: tuple[str, ...]
     """What the layer does without, and why."""
     trainable: int
@@ -109,7 +75,10 @@ def summarize(model: nn.Module) -> ModelSummary:
                 LayerSummary(
                     stack=stack,
                     index=index,
-                    terms=tuple(_term(model, inside, term) for term in terms),
+                    terms=tuple(_inside(term, inside) for term in terms),
+                    projection_sizes=tuple(
+                        _count(model.get_submodule(term.projection)) for term in terms
+                    ),
                     notes=tuple(notes),
                     trainable=_count(block, adapters=True),
                     total=_count(block),
@@ -130,22 +99,19 @@ def _place(path: str) -> tuple[str, str]:
     return ".".join(parts[:number]), parts[number]
 
 
-def _term(model: nn.Module, inside: str, projection: ProjectionReport) -> TermSummary:
-    fastest, slowest_other = projection.border
-    return TermSummary(
-        projection=projection.projection.removeprefix(inside),
-        target=projection.target,
-        num_heads=projection.num_heads,
-        dims=projection.dims,
-        head_dim=projection.table.head_dim,
-        num_low_pairs=len(projection.low_pairs),
-        num_pairs=len(projection.table.pairs),
-        slowest=min(projection.table.inv_freq, default=None),
-        fastest=fastest,
-        next=slowest_other,
-        norm=projection.norm.removeprefix(inside),
-        trainable=projection.num_parameters,
-        total=_count(model.get_submodule(projection.projection)),
+def _inside(term: AdaptedProjection, prefix: str) -> AdaptedProjection:
+    paths = ("name", "projection", "layer", "norm")
+    return replace(term, **{name: getattr(term, name).removeprefix(prefix) for name in paths})
+
+
+def _rotation(term: AdaptedProjection) -> str:
+    """The adapted pairs and their frequencies, for people."""
+    slowest, (fastest, other) = min(term.table.inv_freq), term.border
+    border = "" if other is None else f", next {other:.2g}"
+    both = dict.fromkeys([f"{slowest:.2g}", f"{fastest:.2g}"])
+    return (
+        f"{len(term.low_pairs)} of {len(term.table.pairs)} pairs, dimensions {spans(term.dims)} of "
+        f"{term.table.head_dim}; {' to '.join(both)} radians a token{border}"
     )
 
 
@@ -177,7 +143,7 @@ def _describe_kind(layers: Sequence[LayerSummary]) -> Iterable[RenderableType]:
     for term in first.terms:
         if term.dims:
             after = f" (after {term.norm})" if term.norm else ""
-            by_rotation.setdefault(term.rotation(), []).append(term.target + after)
+            by_rotation.setdefault(_rotation(term), []).append(term.target + after)
     for rotation, targets in by_rotation.items():
         yield _indented(f"{', '.join(dict.fromkeys(targets))}: {rotation}")
     by_reason: dict[str, list[str]] = {}
@@ -190,9 +156,9 @@ def _describe_kind(layers: Sequence[LayerSummary]) -> Iterable[RenderableType]:
 
 def _term_table(layer: LayerSummary) -> Table:
     table = _parameter_table("Target", "Projection", "Heads")
-    for term in layer.terms:
+    for term, total in zip(layer.terms, layer.projection_sizes, strict=True):
         heads = str(term.num_heads) if term.dims else ""
-        table.add_row(term.target, term.projection, heads, *_counts(term.trainable, term.total))
+        table.add_row(term.target, term.projection, heads, *_counts(term.num_parameters, total))
     # The projections above are parts of it, so their totals do not add up to it.
     table.add_row("", "one layer", "", *_counts(layer.trainable, layer.total), style="bold")
     return table

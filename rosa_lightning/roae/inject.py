@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -22,10 +22,8 @@ from rosa_lightning.models.quantization import (
     quantized_modules,
     ready_four_bit_layers,
 )
-from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, RoAENorm, Target
-from rosa_lightning.roae.rope import PairTable
-from rosa_lightning.roae.rows import find_blocks, spans
-from rosa_lightning.roae.targets import Term, plan_terms
+from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, RoAENorm, RowBlocks, contiguous_runs
+from rosa_lightning.roae.targets import AdaptedProjection, select_projections
 
 _REPORT = "_roae_report"
 """Attribute under which an adapted model keeps what was done to it."""
@@ -35,63 +33,12 @@ ADAPTER_WEIGHTS = ("roae_A", "roae_B")
 
 
 @dataclass(frozen=True)
-class ProjectionReport:
-    """One term on one projection."""
-
-    name: str
-    """Dotted path of the RoAE layer in the model: the projection's own path, or below it where a
-    fused projection takes several terms."""
-    target: Target
-    table: PairTable
-    """All RoPE pairs of a head in this layer; empty for targets other than q and k."""
-    low_pairs: tuple[int, ...]
-    """Indices of the adapted pairs in ``table.pairs``."""
-    num_heads: int
-    num_parameters: int
-    """Trainable parameters of the term."""
-    layer: str
-    """Dotted path of the layer's attention module."""
-    rows: tuple[int, ...]
-    """The output rows of the projection that take the term, ascending."""
-    norm: str
-    """Dotted path of the norm after which the term is added; empty: right after the projection."""
-    projection: str
-    """Dotted path of the projection in the base, as it is without RoAE."""
-    num_rows: int
-    """All output rows of the projection."""
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """The adapted head dimensions, ascending; none for targets other than q and k."""
-        return tuple(sorted(dim for i in self.low_pairs for dim in self.table.pairs[i]))
-
-    @property
-    def border(self) -> tuple[float | None, float | None]:
-        """Fastest adapted and slowest other frequency, radians per token; None if there is none."""
-        low = [self.table.inv_freq[i] for i in self.low_pairs]
-        others = [f for i, f in enumerate(self.table.inv_freq) if i not in self.low_pairs]
-        return max(low, default=None), min(others, default=None)
-
-    def __str__(self) -> str:
-        """One line for people."""
-        where = f"{self.name} ({self.target}{', after ' + self.norm if self.norm else ''})"
-        if not self.low_pairs:
-            return f"{where}: all {len(self.rows)} rows; {self.num_parameters:,} parameters"
-        low, other = ("-" if f is None else f"{f:.3g}" for f in self.border)
-        return (
-            f"{where}: {len(self.low_pairs)} of {len(self.table.pairs)} pairs, dimensions "
-            f"{spans(self.dims)} of {self.table.head_dim} in {self.num_heads} heads, up to {low} "
-            f"radians a token (next {other}); {self.num_parameters:,} parameters"
-        )
-
-
-@dataclass(frozen=True)
 class RoAEReport:
     """What `inject_roae` did."""
 
     config: RoAEConfig
     """What was asked for."""
-    projections: tuple[ProjectionReport, ...]
+    projections: tuple[AdaptedProjection, ...]
     """The terms, layer by layer in the model's order."""
     num_trainable: int
     """Trainable parameters."""
@@ -102,12 +49,8 @@ class RoAEReport:
 
     def __str__(self) -> str:
         """One line for people."""
-        rotated = [p for p in self.projections if p.low_pairs]
-        dims = (
-            f", {len(rotated[0].dims)} of {rotated[0].table.head_dim} dimensions a head"
-            if rotated
-            else ""
-        )
+        first = next((p for p in self.projections if p.low_pairs), None)
+        dims = f", {len(first.dims)} of {first.table.head_dim} dimensions a head" if first else ""
         return (
             f"RoAE on {len(self.projections)} projections{dims}; {self.num_trainable:,} trainable "
             f"of {self.num_total:,} parameters "
@@ -146,76 +89,40 @@ def inject_roae(
             "base."
         )
     ready_four_bit_layers(model)
-    terms, notes = plan_terms(model, config)
+    terms, notes = select_projections(model, config)
     if weights is not None:
-        _check_fit(_weight_shapes(terms, config), weights)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for term in terms:
+            shapes[f"{term.name}.roae_A"] = (config.rank, term.in_features)
+            shapes[f"{term.name}.roae_B"] = (len(term.rows), config.rank)
+        _check_fit(shapes, weights)
     model.requires_grad_(False)
-    layers = [_wrap(model, term, config) for term in terms]
-    # A later term on the same projection stands around an earlier one, so paths come last.
-    paths = {layer: path for path, layer in roae_layers(model)}
-    reports = tuple(
-        ProjectionReport(
-            name=paths[layer],
-            target=term.target,
-            table=term.table or PairTable(0, (), ()),
-            low_pairs=term.low_pairs,
-            num_heads=term.num_heads,
-            num_parameters=layer.roae_A.numel() + layer.roae_B.numel(),
-            layer=term.layer,
-            rows=term.rows,
-            norm=term.norm,
-            projection=term.projection,
-            num_rows=term.num_rows,
-        )
-        for term, layer in zip(terms, layers, strict=True)
-    )
-    total = num_parameters(model)
-    trainable = sum(report.num_parameters for report in reports)
-    report = RoAEReport(config, reports, trainable, total, tuple(notes))
+    for term in terms:
+        _wrap(model, term, config)
+    trainable = sum(term.num_parameters for term in terms)
+    report = RoAEReport(config, tuple(terms), trainable, num_parameters(model), tuple(notes))
     setattr(model, _REPORT, report)
     return report
 
 
-def _wrap(model: nn.Module, term: Term, config: RoAEConfig) -> RoAELinear:
+def _wrap(model: nn.Module, term: AdaptedProjection, config: RoAEConfig) -> None:
     """Put a RoAE layer in the place of one projection, and of its norm if the term waits for it."""
     base = model.get_submodule(term.projection)
-    blocks = find_blocks(term.rows, term.num_rows, term.num_heads)
     layer = RoAELinear(
         base,
         in_features=term.in_features,
-        num_heads=blocks.count,
-        head_dims=[dim for run in blocks.runs for dim in range(*run)],
+        blocks=RowBlocks.find(term.rows, term.num_rows, term.num_heads),
         config=config,
-        start=blocks.start,
-        stride=blocks.stride,
         defer=bool(term.norm),
         # A quantised projection may hold buffers alone.
         device=next(chain(base.parameters(), base.buffers())).device,
     ).train(base.training)
     model.set_submodule(term.projection, layer)
-    if term.norm and term.table:
-        norm = RoAENorm(
-            model.get_submodule(term.norm),
-            layer,
-            layout=term.norm_layout,
-            num_heads=term.num_heads,
-            head_dim=term.table.head_dim,
-            head_dims=term.dims,
-        )
-        model.set_submodule(term.norm, norm)
-    return layer
-
-
-def _weight_shapes(terms: Sequence[Term], config: RoAEConfig) -> dict[str, tuple[int, ...]]:
-    """The RoAE weights that terms will have, by name, and their shapes."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for number, term in enumerate(terms):
-        # A later term on the same projection stands around an earlier one.
-        after = sum(other.projection == term.projection for other in terms[number + 1 :])
-        name = term.projection + ".base" * after
-        shapes[f"{name}.roae_A"] = (config.rank, term.in_features)
-        shapes[f"{name}.roae_B"] = (len(term.rows), config.rank)
-    return shapes
+    if term.norm:
+        blocks = RowBlocks(0, term.num_heads, term.table.head_dim, contiguous_runs(term.dims))
+        norm = model.get_submodule(term.norm)
+        layout = term.norm_layout
+        model.set_submodule(term.norm, RoAENorm(norm, layer, layout=layout, blocks=blocks))
 
 
 def roae_layers(model: nn.Module) -> Iterator[tuple[str, RoAELinear]]:

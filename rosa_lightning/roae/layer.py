@@ -1,6 +1,26 @@
-"""RoAE, RoPE-aware Attention Enhancement: a low-rank term on the low-frequency dimensions alone.
+"""RoAE (RoPE-aware Attention Enhancement): the settings, the layers and all maths of the term.
 
-Axes: B batch, T tokens, D input width, R rank, H heads, L low-frequency dimensions of all heads.
+A frozen projection W with a low-rank term on some of its output rows, ``z' = W x + S (alpha / rank)
+B A x``. For Q and K these are the rows of the head dimensions that RoPE rotates slowest; S scatters
+into them, and all other outputs stay bit for bit as they were::
+
+                     x (..., D)
+                 ________|_________
+                |                  |
+         W (rows, D)           A (R, D)      trainable, Kaiming uniform
+           frozen                  |
+                |            * alpha / rank
+                |                  |
+                |              B (L, R)      trainable, zero at the start
+                |                  |
+      head 0    z0 z1 z2 z3 z4 z5 z6 z7      heads of 8 dimensions, RoPE pairs (i, i + 4),
+                         +           +       slowest pair (3, 7): B's rows 0 and 1 are added
+      head 1    z0 z1 z2 z3 z4 z5 z6 z7      here, rows 2 and 3 there, ...
+                         +           +
+
+RoPE rotates within each pair, so adding before the rotation equals adding to the rotated state.
+
+Axes: B batch, T tokens, D input width, R rank, H heads, L adapted rows of all heads.
 """
 
 from __future__ import annotations
@@ -17,7 +37,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rosa_lightning.models.quantization import is_quantized
-from rosa_lightning.roae.rows import Blocks, add_to_rows, by_head, contiguous_runs
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Placement = Literal["projection", "state"]
@@ -25,7 +44,11 @@ Placement = Literal["projection", "state"]
 
 @dataclass(frozen=True, kw_only=True)
 class RoAEConfig:
-    """What RoAE adds, and where."""
+    """Settings of RoAE: which projections are adapted, on which dimensions and at which rank.
+
+    Pan et al., "RoSA: Enhancing Parameter-Efficient Fine-Tuning via RoPE-aware Selective
+    Adaptation in Large Language Models", AAAI-26, https://doi.org/10.1609/aaai.v40i18.38589
+    """
 
     rank: int = 16
     """Inner width R of the low-rank term, at least 1."""
@@ -47,47 +70,48 @@ class RoAEConfig:
         given: Any = self.targets
         if isinstance(given, list):
             object.__setattr__(self, "targets", tuple(given))
-        is_whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        if not (is_whole and 1 <= self.rank < 2**31):
-            raise ValueError(
-                f"rank={_short(self.rank)} is not a whole number of at least 1 and below "
-                f"{2**31}. Set model.roae.rank; 16 is the default."
-            )
-        if not (_is_number(self.low_freq_ratio) and 0 < self.low_freq_ratio <= 1):
-            raise ValueError(
-                f"low_freq_ratio={self.low_freq_ratio!r} is outside (0, 1]. Set "
-                "model.roae.low_freq_ratio; 0.25 keeps the slowest quarter of the RoPE pairs."
-            )
-        if not (_is_number(self.alpha) and self.alpha > 0):
-            raise ValueError(
-                f"alpha={self.alpha!r} is not above 0. Set model.roae.alpha; twice the rank is "
-                "usual."
-            )
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        self._require(
+            whole and 1 <= self.rank < 2**31,
+            *("rank", f"is not a whole number of at least 1 and below {2**31}", "16 is usual"),
+        )
+        self._require(
+            _is_number(self.low_freq_ratio) and 0 < self.low_freq_ratio <= 1,
+            *("low_freq_ratio", "is outside (0, 1]", "0.25 keeps the slowest quarter of the pairs"),
+        )
+        self._require(
+            _is_number(self.alpha) and self.alpha > 0,
+            *("alpha", "is not above 0", "twice the rank is usual"),
+        )
         limits = torch.finfo(torch.float32)  # in which the term is computed
-        if not limits.tiny <= self.scale <= limits.max:
-            raise ValueError(
-                f"alpha={self.alpha!r} with rank={self.rank} scales the term by {self.scale:.3g}, "
-                f"outside the range of float32 ({limits.tiny:.2g} to {limits.max:.2g}). Set "
-                "model.roae.alpha; twice the rank is usual."
-            )
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(
-                f"dropout={self.dropout!r} is outside [0, 1). Set model.roae.dropout; 0 turns it "
-                "off."
-            )
-        given = self.targets if isinstance(given, list | tuple) else ()
-        unknown = [target for target in given if target not in get_args(Target)]
-        if unknown or not given or len(set(given)) != len(given):
-            raise ValueError(
-                f"targets={list(given) or self.targets!r} must name each of "
-                f"{', '.join(get_args(Target))} at most once, and at least one of them. Set "
-                "model.roae.targets; [q, k] is usual."
-            )
-        if self.placement not in get_args(Placement):
-            raise ValueError(
-                f"placement={self.placement!r} is unknown. Set model.roae.placement to projection "
-                "or state."
-            )
+        self._require(
+            limits.tiny <= self.scale <= limits.max,
+            "alpha",
+            f"with rank={self.rank} scales the term by {self.scale:.3g}, outside the range of "
+            f"float32 ({limits.tiny:.2g} to {limits.max:.2g})",
+            "twice the rank is usual",
+        )
+        self._require(
+            _is_number(self.dropout) and 0 <= self.dropout < 1,
+            *("dropout", "is outside [0, 1)", "0 turns it off"),
+        )
+        known, targets = get_args(Target), self.targets
+        self._require(
+            isinstance(targets, tuple)
+            and 0 < len(targets) == sum(targets.count(target) == 1 for target in known),
+            "targets",
+            f"must name each of {', '.join(known)} at most once, and at least one of them",
+            "[q, k] is usual",
+        )
+        self._require(
+            self.placement in get_args(Placement),
+            *("placement", "is unknown", "projection or state"),
+        )
+
+    def _require(self, holds: bool, name: str, problem: str, advice: str) -> None:
+        if not holds:
+            given = f"{getattr(self, name)!r:.60}"
+            raise ValueError(f"{name}={given} {problem}. Set model.roae.{name}; {advice}.")
 
     @property
     def scale(self) -> float:
@@ -101,18 +125,104 @@ def _is_number(value: Any) -> bool:
     return number and bool(abs(value) <= sys.float_info.max)
 
 
-def _short(value: Any) -> str:
-    """A value as text, without the thousands of digits that Python would refuse to write."""
-    is_long = isinstance(value, int) and abs(value) >= 10**20
-    return f"{'-' if value < 0 else ''}(more than 20 digits)" if is_long else repr(value)
+@dataclass(frozen=True)
+class RowBlocks:
+    """Some output rows of a projection, as the same runs in each of several blocks of equal height.
+
+    The low-frequency dimensions of all heads stand at the same places of equal blocks, fused with
+    other rows or not. So a view and a few slices reach them, without an index or a dense scatter.
+    """
+
+    start: int
+    count: int
+    stride: int
+    runs: tuple[tuple[int, int], ...]
+    """Half-open runs of rows within a block."""
+
+    @classmethod
+    def find(cls, rows: Sequence[int], num_rows: int, num_heads: int = 1) -> RowBlocks:
+        """Ascending rows, out of ``num_rows``, as blocks; ``num_heads`` blocks are tried first."""
+        for count in (num_heads, *range(len(rows), 0, -1)):
+            if len(rows) % count:
+                continue
+            size = len(rows) // count
+            stride = rows[size] - rows[0] if count > 1 else num_rows
+            if any(rows[i + size] - rows[i] != stride for i in range(len(rows) - size)):
+                continue
+            for start in (rows[0] // stride * stride, num_rows - count * stride):
+                first = [row - start for row in rows[:size]]
+                if 0 <= start <= num_rows - count * stride and 0 <= first[0] <= first[-1] < stride:
+                    return cls(start, count, stride, contiguous_runs(first))
+        raise AssertionError("one block always holds all rows")
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows, ascending."""
+        dims = [dim for run in self.runs for dim in range(*run)]
+        return [self.start + i * self.stride + dim for i in range(self.count) for dim in dims]
+
+    def view(self, z: Tensor) -> Tensor:
+        """(..., rows) seen as (..., count, stride)."""
+        blocks = z.narrow(-1, self.start, self.count * self.stride)
+        return blocks.view(*z.shape[:-1], self.count, -1)
+
+    def add(self, z: Tensor, low: Tensor) -> Tensor:
+        """Add ``low`` (..., L) in place to these rows of ``z`` (..., rows), and return ``z``."""
+        if not (torch.is_grad_enabled() and (z.requires_grad or low.requires_grad)):
+            # Without a backward pass the compiler would look into the function, and break off.
+            return _add(z, low, self)
+        out: Tensor = _AddToRows.apply(z, low, self)  # type: ignore[no-untyped-call]
+        return out
+
+
+def _add(z: Tensor, low: Tensor, blocks: RowBlocks) -> Tensor:
+    z_blocks, low_blocks = blocks.view(z), low.view(*low.shape[:-1], blocks.count, -1)
+    column = 0
+    for start, stop in blocks.runs:
+        width = stop - start
+        z_blocks[..., start:stop].add_(low_blocks[..., column : column + width])
+        column += width
+    return z
+
+
+class _AddToRows(torch.autograd.Function):
+    """`RowBlocks.add` with its gradient: autograd's own slice assignment copies it once a slice.
+
+    In place is safe: a projection saves its input for the backward pass, never its output.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, low: Tensor, blocks: RowBlocks) -> Tensor:
+        ctx.mark_dirty(z)
+        ctx.blocks = blocks
+        return _add(z, low, blocks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        blocks = ctx.blocks.view(grad)
+        low = torch.cat([blocks[..., start:stop] for start, stop in ctx.blocks.runs], dim=-1)
+        return grad, low.flatten(-2), None
+
+
+def contiguous_runs(dims: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending dimensions as half-open runs: [2, 3, 6] gives ((2, 4), (6, 7))."""
+    runs: list[tuple[int, int]] = []
+    for dim in dims:
+        if runs and runs[-1][1] == dim:
+            runs[-1] = (runs[-1][0], dim + 1)
+        else:
+            runs.append((dim, dim + 1))
+    return tuple(runs)
+
+
+def spans(dims: Sequence[int]) -> str:
+    """Ascending dimensions as text: 6-7, 14-15."""
+    runs = contiguous_runs(dims)
+    return ", ".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in runs)
 
 
 class RoAELinear(nn.Module):
     """A frozen projection with a trainable low-rank term on some of its output rows.
-
-    ``z' = W x (+ b) + (alpha / rank) * S_low(B (A x))``, where S_low scatters into the rows that
-    are low-frequency RoPE dimensions of a head. All other outputs stay bit for bit as they were.
-    Since RoPE acts inside each pair, this equals adding to the rotated state.
 
     The term's weights are float32 whatever the base's dtype. It is computed in float32, or in the
     autocast dtype inside autocast, and cast to the base's output dtype when it is added.
@@ -120,12 +230,8 @@ class RoAELinear(nn.Module):
     Args:
         base: The projection, any module from (..., D) to (..., rows), a `RoAELinear` included.
         in_features: D.
-        num_heads: H, in how many blocks of equal height the rows stand; usually the heads.
-        head_dims: The rows of a block that take the term, ascending, the same for every block;
-            usually low-frequency dimensions.
+        blocks: The rows that take the term.
         config: Rank, scale and dropout.
-        start: The first row of the first block.
-        stride: Rows of a block; all rows by the number of blocks if not given.
         defer: Leave the output as it is and keep the term for a `RoAENorm`.
         device: Where to make the new weights.
     """
@@ -135,35 +241,27 @@ class RoAELinear(nn.Module):
         base: nn.Module,
         *,
         in_features: int,
-        num_heads: int,
-        head_dims: Sequence[int],
+        blocks: RowBlocks,
         config: RoAEConfig,
-        start: int = 0,
-        stride: int | None = None,
         defer: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.base = base
-        self.num_heads = num_heads
-        self.head_dims = tuple(head_dims)
-        self.start = start
-        self.stride = self.weight.shape[0] // num_heads if stride is None else stride
+        self.blocks = blocks
         self.scale = config.scale
-        # Of bitsandbytes come views made inside its own backward rules; autograd lets nobody change
-        # those in place.
+        # bitsandbytes returns views made inside its own backward rules, which autograd lets nobody
+        # change in place.
         self.copies_output = is_quantized(base)
         self.deferred: Tensor | None = None
         self.defer = defer
         self.dropout = nn.Dropout(config.dropout)
-        num_rows = num_heads * len(self.head_dims)
         # float32 by name: Lightning's -true precisions change the default dtype around this call.
         factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.roae_A = nn.Parameter(torch.empty(config.rank, in_features, **factory))
-        self.roae_B = nn.Parameter(torch.zeros(num_rows, config.rank, **factory))
+        self.roae_B = nn.Parameter(torch.zeros(len(blocks.rows), config.rank, **factory))
         # The usual start of LoRA (Hu et al., 2021): A as a linear layer, B zero.
         nn.init.kaiming_uniform_(self.roae_A, a=math.sqrt(5))
-        self.blocks = Blocks(start, num_heads, self.stride, contiguous_runs(self.head_dims))
 
     @property
     def weight(self) -> Tensor:
@@ -183,7 +281,7 @@ class RoAELinear(nn.Module):
             self.deferred = self.low_rank(x_BTD)
             return z
         z = z.clone() if self.copies_output else z
-        return add_to_rows(z, self.low_rank(x_BTD).to(z.dtype), self.blocks)
+        return self.blocks.add(z, self.low_rank(x_BTD).to(z.dtype))
 
     def low_rank(self, x_BTD: Tensor) -> Tensor:
         """The scaled term alone, (..., D) to (..., L)."""
@@ -196,8 +294,7 @@ class RoAELinear(nn.Module):
     @property
     def rows(self) -> Tensor:
         """Output rows that the term is added to, in the order of B's rows; shape (L,)."""
-        starts = self.start + torch.arange(self.num_heads)[:, None] * self.stride
-        return (starts + torch.tensor(self.head_dims)).flatten()
+        return torch.tensor(self.blocks.rows)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
@@ -214,14 +311,10 @@ class RoAELinear(nn.Module):
         return self.base
 
     def check_mergeable(self, *, dequantize: bool = False) -> None:
-        """Check that the projection's weight can take the term.
-
-        Args:
-            dequantize: A quantised weight is going to be dequantised first.
+        """Check that the weight can take the term, dequantised first if ``dequantize``.
 
         Raises:
-            ValueError: The term is added after a norm, so no weight can take it, or the weight is
-                quantised, and the sum would be rounded to its few bits.
+            ValueError: The term is added after a norm, or the weight is quantised.
         """
         if self.defer:
             raise ValueError(
@@ -237,8 +330,7 @@ class RoAELinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What the printed module shows."""
-        rank = self.roae_A.shape[0]
-        return f"rank={rank}, heads={self.num_heads}, low_dims={len(self.head_dims)}"
+        return f"rank={self.roae_A.shape[0]}, rows={spans(self.blocks.rows)}"
 
 
 class RoAENorm(nn.Module):
@@ -248,28 +340,18 @@ class RoAENorm(nn.Module):
         base: The norm, whatever it takes besides its input.
         source: The projection's layer, made with ``defer=True``.
         layout: Axes of the norm's output after the batch: ``THD``, ``HTD`` or ``T(HD)``.
-        num_heads: H.
-        head_dim: D.
-        head_dims: Dimensions of a head that take the term, ascending.
+        blocks: The head dimensions that take the term, a block for each head.
     """
 
     def __init__(
-        self,
-        base: nn.Module,
-        source: RoAELinear,
-        *,
-        layout: str,
-        num_heads: int,
-        head_dim: int,
-        head_dims: Sequence[int],
+        self, base: nn.Module, source: RoAELinear, *, layout: str, blocks: RowBlocks
     ) -> None:
         super().__init__()
         self.base = base
         # In a tuple, so that the projection's weights are not registered twice.
         self.source = (source,)
         self.layout = layout
-        self.num_heads = num_heads
-        self.blocks = Blocks(0, num_heads, head_dim, contiguous_runs(head_dims))
+        self.blocks = blocks
 
     @property
     def weight(self) -> Tensor:
@@ -284,8 +366,8 @@ class RoAENorm(nn.Module):
         assert low is not None, "the projection runs before its norm"
         low = low.to(out.dtype)
         if self.layout == "T(HD)":
-            return add_to_rows(out, low, self.blocks)
+            return self.blocks.add(out, low)
         if self.layout == "THD":
-            return add_to_rows(out.flatten(-2), low, self.blocks).view(out.shape)
-        flat = add_to_rows(out.transpose(1, 2).flatten(-2), low, self.blocks)
-        return by_head(flat, self.num_heads).transpose(1, 2)
+            return self.blocks.add(out.flatten(-2), low).view(out.shape)
+        flat = self.blocks.add(out.transpose(1, 2).flatten(-2), low)
+        return flat.view(*flat.shape[:-1], self.blocks.count, -1).transpose(1, 2)

@@ -1,8 +1,8 @@
-"""The geometry of a rotary position embedding, measured instead of guessed.
+"""The pair table of a rotary position embedding, measured from the rotation itself.
 
 Layouts differ between model families (half-split, interleaved, partial), and so do frequencies
-(llama3, yarn, longrope, one base per layer type). A rotation itself cannot hide any of it: rotating
-every unit vector by one position shows which dimensions turn together, and by what angle.
+(llama3, yarn, longrope, one base per layer type). Rotating every unit vector by one position shows
+which dimensions turn together, and by what angle, whatever the layout.
 
 Axes: N unit vectors, T positions, D head dimension.
 """
@@ -10,7 +10,7 @@ Axes: N unit vectors, T positions, D head dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +41,40 @@ class PairTable:
     @property
     def rotated_dims(self) -> tuple[int, ...]:
         """All dimensions that are rotated at all, ascending."""
-        return tuple(sorted(dim for pair in self.pairs for dim in pair))
+        return self.dims_of(range(len(self.pairs)))
+
+    def dims_of(self, pairs: Iterable[int]) -> tuple[int, ...]:
+        """The dimensions of the pairs with these indices, ascending."""
+        return tuple(sorted(dim for i in pairs for dim in self.pairs[i]))
+
+    def low_frequency_pairs(self, ratio: float) -> tuple[int, ...]:
+        """Indices of the ``max(1, round(ratio * pairs))`` slowest pairs, ascending.
+
+        Of pairs of equal frequency the later come first, as in a table sorted downwards.
+        """
+        count = max(1, round(ratio * len(self.pairs)))
+        slowest_first = sorted(range(len(self.pairs)), key=lambda i: (self.inv_freq[i], -i))
+        return tuple(sorted(slowest_first[:count]))
+
+    def is_close(self, other: PairTable, rtol: float, atol: float) -> bool:
+        """Whether two tables have the same pairs, at the same frequencies up to rounding."""
+        return (
+            self.pairs == other.pairs
+            and len(self.inv_freq) == len(other.inv_freq)
+            and torch.allclose(
+                torch.tensor(self.inv_freq), torch.tensor(other.inv_freq), rtol=rtol, atol=atol
+            )
+        )
 
 
 def read_pair_table(rotate: Rotation, head_dim: int) -> PairTable:
-    """Measure the pair table of a rotation.
+    """Measure the pair table of a rotation; empty where nothing is rotated.
 
     Args:
         rotate: The rotation of one layer. It is given float32 states of shape (D, 2, D), row n
             holding unit vector n at the positions 0 and 1. A common factor on all dimensions
             (YaRN's attention factor) is allowed.
         head_dim: D.
-
-    Returns:
-        The table. It is empty where nothing is rotated.
 
     Raises:
         ValueError: The function does something else than turning pairs of dimensions.
@@ -85,29 +105,3 @@ def read_pair_table(rotate: Rotation, head_dim: int) -> PairTable:
             pairs.append((n, m))
             inv_freq.append(math.atan2(abs(sine), cosine))
     return PairTable(head_dim, tuple(pairs), tuple(inv_freq))
-
-
-def low_frequency_pairs(table: PairTable, ratio: float) -> tuple[int, ...]:
-    """Indices into ``table.pairs`` of the ``max(1, round(ratio * pairs))`` slowest, ascending.
-
-    Pairs of equal frequency are taken from the later dimension on, as in a table sorted downwards.
-
-    Raises:
-        ValueError: ``ratio`` is outside (0, 1], or nothing is rotated.
-    """
-    if not 0 < ratio <= 1:
-        raise ValueError(
-            f"low_freq_ratio={ratio} is outside (0, 1]. Set model.roae.low_freq_ratio; 0.25 keeps "
-            "the slowest quarter of the RoPE pairs."
-        )
-    if not table.pairs:
-        raise ValueError("no dimension is rotated, so there are no low-frequency dimensions.")
-    count = max(1, round(ratio * len(table.pairs)))
-    slowest_first = sorted(range(len(table.pairs)), key=lambda i: (table.inv_freq[i], -i))
-    return tuple(sorted(slowest_first[:count]))
-
-
-def low_frequency_dims(table: PairTable, ratio: float) -> tuple[int, ...]:
-    """The head dimensions of the slowest pairs, ascending; arguments as `low_frequency_pairs`."""
-    chosen = low_frequency_pairs(table, ratio)
-    return tuple(sorted(dim for i in chosen for dim in table.pairs[i]))

@@ -28,8 +28,7 @@ from rosa_lightning.roae.inject import (
     roae_layers,
 )
 from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.roae.probe import read_geometry
-from rosa_lightning.roae.targets import possible_terms
+from rosa_lightning.roae.targets import select_projections
 from tests.conftest import FAMILIES, build
 
 IDS = torch.arange(3, 12)[None]
@@ -533,7 +532,7 @@ def test_every_model_that_is_adapted_goes_to_peft_and_back(name, targets, tmp_pa
         inject_roae(base_of(name), RoAEConfig(rank=2))
     except Exception as error:
         pytest.skip(str(error))
-    terms, _ = possible_terms(base, RoAEConfig(targets=targets), *read_geometry(base))
+    terms, _ = select_projections(base, RoAEConfig(targets=targets), strict=False)
     held = tuple(target for target in targets if any(term.target == target for term in terms))
     model = adapted(name, RoAEConfig(rank=2, alpha=4.0, low_freq_ratio=0.5, targets=held))
     try:

@@ -43,15 +43,15 @@ def test_every_layer_is_told_in_full():
         q, up = layer.terms
         assert (q.projection, q.target, q.num_heads) == ("self_attn.q_proj", "q", 5)
         assert q.dims == (*range(12, 16), *range(28, 32))
-        assert (q.head_dim, q.num_low_pairs, q.num_pairs) == (32, 4, 16)
-        assert q.slowest == pytest.approx(10000 ** (-30 / 32), rel=1e-4)
-        assert q.fastest == pytest.approx(10000 ** (-24 / 32), rel=1e-4)
-        assert q.next == pytest.approx(10000 ** (-22 / 32), rel=1e-4)
-        assert q.trainable == 16 * 160 + 5 * 8 * 16
-        assert q.total == 160 * 160 + 160 + q.trainable
-        assert (up.projection, up.dims, up.slowest) == ("mlp.up_proj", (), None)
-        assert up.trainable == 16 * (160 + 432)
-        assert layer.trainable == q.trainable + up.trainable
+        assert (q.table.head_dim, len(q.low_pairs), len(q.table.pairs)) == (32, 4, 16)
+        assert min(q.table.inv_freq) == pytest.approx(10000 ** (-30 / 32), rel=1e-4)
+        assert q.border[0] == pytest.approx(10000 ** (-24 / 32), rel=1e-4)
+        assert q.border[1] == pytest.approx(10000 ** (-22 / 32), rel=1e-4)
+        assert q.num_parameters == 16 * 160 + 5 * 8 * 16
+        assert layer.projection_sizes[0] == 160 * 160 + 160 + q.num_parameters
+        assert (up.projection, up.dims, up.table.pairs) == ("mlp.up_proj", (), ())
+        assert up.num_parameters == 16 * (160 + 432)
+        assert layer.trainable == q.num_parameters + up.num_parameters
         own = 4 * (160 * 160 + 160) + 3 * 160 * 432 + 2 * 160
         assert layer.total == own + layer.trainable
     assert summary.trainable == sum(layer.trainable for layer in summary.layers)
@@ -123,7 +123,7 @@ def test_tables_fit_80_columns_and_keep_numbers_whole(family):
     text = printed(summary_tables(summary))
     assert all(len(line) <= 80 for line in text.splitlines())
     for layer in summary.layers:
-        for number in (layer.trainable, layer.total, *(term.total for term in layer.terms)):
+        for number in (layer.trainable, layer.total, *layer.projection_sizes):
             assert f" {number:,} " in text
 
 

@@ -41,7 +41,7 @@ from rosa_lightning.models.quantization import (
     ready_four_bit_layers,
 )
 from rosa_lightning.roae.inject import is_adapter_key, remove_roae, roae_layers
-from rosa_lightning.roae.layer import RoAELinear
+from rosa_lightning.roae.layer import RoAELinear, RowBlocks
 from rosa_lightning.training.schedule import WarmupCosine
 from tests.conftest import FAMILIES, SMALL, save_base
 
@@ -656,7 +656,7 @@ def test_other_messages_of_these_libraries_are_shown_once(caplog):
 
 def test_a_plain_layer_is_no_copy():
     """The defensive copy is for packed weights alone."""
-    layer = RoAELinear(nn.Linear(8, 8), in_features=8, num_heads=1, head_dims=[0], config=CONFIG)
+    layer = RoAELinear(nn.Linear(8, 8), in_features=8, blocks=RowBlocks.find([0], 8), config=CONFIG)
     assert not layer.copies_output
 
 

@@ -10,27 +10,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, RoAENorm
-from rosa_lightning.roae.rows import contiguous_runs
+from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, RoAENorm, RowBlocks, contiguous_runs
+
+LOW_ROWS = [head * 8 + dim for head in range(3) for dim in (2, 3, 6)]
+BLOCKS = RowBlocks.find(LOW_ROWS, 24, 3)
 
 
 def layer(bias: bool = False, dtype: torch.dtype = torch.float32, **config) -> RoAELinear:
     base = nn.Linear(12, 24, bias=bias).to(dtype).requires_grad_(False)
-    return RoAELinear(
-        base,
-        in_features=12,
-        num_heads=3,
-        head_dims=(2, 3, 6),
-        config=RoAEConfig(**{"rank": 4, "alpha": 8.0, **config}),
-    )
+    config = RoAEConfig(**{"rank": 4, "alpha": 8.0, **config})
+    return RoAELinear(base, in_features=12, blocks=BLOCKS, config=config)
 
 
 def with_random_term(made: RoAELinear) -> RoAELinear:
     nn.init.normal_(made.roae_B)
     return made
-
-
-LOW_ROWS = [head * 8 + dim for head in range(3) for dim in (2, 3, 6)]
 
 
 def dense_reference(made: RoAELinear, x: torch.Tensor) -> torch.Tensor:
@@ -125,16 +119,6 @@ def test_merging_folds_the_same_function_into_the_base():
     assert_close(base(x), before)
 
 
-def test_compiled_forward_and_backward_have_no_graph_break():
-    made = with_random_term(layer())
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 5, 12, requires_grad=True)
-    wanted = torch.autograd.grad(made(x).sin().sum(), [x, made.roae_A, made.roae_B])
-    got = torch.autograd.grad(compiled(x).sin().sum(), [x, made.roae_A, made.roae_B])
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert_close(ours, theirs)
-
-
 @settings(max_examples=50)
 @given(st.sets(st.integers(0, 20), min_size=1))
 def test_runs_hold_the_same_dimensions(dims):
@@ -176,14 +160,9 @@ def fused() -> RoAELinear:
     """Terms on queries and keys of three heads of 8, fused with values head by head."""
     made: nn.Module = nn.Linear(12, 72, bias=False).requires_grad_(False)
     for start in (0, 8):
-        made = RoAELinear(
-            made,
-            in_features=12,
-            num_heads=3,
-            head_dims=[start + dim for dim in (2, 3, 6)],
-            stride=24,
-            config=RoAEConfig(rank=4, alpha=8.0),
-        )
+        rows = [24 * head + start + dim for head in range(3) for dim in (2, 3, 6)]
+        blocks, config = RowBlocks.find(rows, 72, 3), RoAEConfig(rank=4, alpha=8.0)
+        made = RoAELinear(made, in_features=12, blocks=blocks, config=config)
         nn.init.normal_(made.roae_B)
     return made
 
@@ -196,18 +175,6 @@ def test_two_terms_on_a_fused_projection_change_their_own_rows_alone():
     wanted = {24 * head + start + dim for head in range(3) for start in (0, 8) for dim in (2, 3, 6)}
     assert set(change.flatten(0, 1).all(0).nonzero().flatten().tolist()) == wanted
     assert set(change.flatten(0, 1).any(0).nonzero().flatten().tolist()) == wanted
-
-
-def test_two_terms_on_a_fused_projection_compile_without_a_graph_break():
-    made = fused()
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 5, 12, requires_grad=True)
-    inputs = [x, *(p for p in made.parameters() if p.requires_grad)]
-    wanted = torch.autograd.grad(made(x).sin().sum(), inputs)
-    got = torch.autograd.grad(compiled(x).sin().sum(), inputs)
-    assert len(inputs) == 5
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert_close(ours, theirs)
 
 
 LAYOUTS = {
@@ -223,11 +190,10 @@ def test_a_deferred_term_is_added_after_the_norm_to_the_same_dimensions(layout, 
     arrange = LAYOUTS[layout]
     config = RoAEConfig(rank=4, alpha=8.0)
     base = nn.Linear(12, 24, bias=False)
-    sizes = {"num_heads": 3, "head_dims": (2, 3, 6)}
-    made = RoAELinear(base, in_features=12, config=config, defer=True, **sizes)
+    made = RoAELinear(base, in_features=12, config=config, defer=True, blocks=BLOCKS)
     with_random_term(made)
     norm = nn.RMSNorm(24 if layout == "T(HD)" else 8)
-    after = RoAENorm(norm, made, layout=layout, head_dim=8, **sizes)
+    after = RoAENorm(norm, made, layout=layout, blocks=BLOCKS)
     x = torch.randn(2, tokens, 12, requires_grad=True)
     scatter = torch.zeros(24, 9)
     scatter[LOW_ROWS, torch.arange(9)] = 1
@@ -246,14 +212,8 @@ def test_a_deferred_term_is_added_after_the_norm_to_the_same_dimensions(layout, 
 
 
 def test_a_deferred_term_cannot_be_merged():
-    made = RoAELinear(
-        nn.Linear(12, 24),
-        in_features=12,
-        num_heads=3,
-        head_dims=(2,),
-        config=RoAEConfig(),
-        defer=True,
-    )
+    options = {"in_features": 12, "blocks": BLOCKS, "config": RoAEConfig(), "defer": True}
+    made = RoAELinear(nn.Linear(12, 24), **options)
     with pytest.raises(ValueError, match=r"placement=state .* no weight can hold") as error:
         made.merge()
     assert "\n" not in str(error.value)
@@ -262,23 +222,78 @@ def test_a_deferred_term_cannot_be_merged():
 class _Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"num_heads": 3, "head_dims": (2, 3, 6)}
-        config = RoAEConfig(rank=4)
-        base = nn.Linear(12, 24)
-        self.proj = RoAELinear(base, in_features=12, config=config, defer=True, **sizes)
-        self.norm = RoAENorm(nn.RMSNorm(8), self.proj, layout="HTD", head_dim=8, **sizes)
+        options = {"in_features": 12, "blocks": BLOCKS, "config": RoAEConfig(rank=4), "defer": True}
+        self.proj = RoAELinear(nn.Linear(12, 24), **options)
+        self.norm = RoAENorm(nn.RMSNorm(8), self.proj, layout="HTD", blocks=BLOCKS)
         with_random_term(self.proj)
 
     def forward(self, x):
         return self.norm(self.proj(x).unflatten(-1, (3, 8)).transpose(1, 2))
 
 
-def test_a_deferred_term_compiles_without_a_graph_break():
-    made = _Normed()
+@pytest.mark.parametrize("make", [lambda: with_random_term(layer()), fused, _Normed])
+def test_forward_and_backward_compile_without_a_graph_break(make):
+    made = make()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 5, 12, requires_grad=True)
-    inputs = [x, made.proj.roae_A, made.proj.roae_B]
+    inputs = [x, *(p for name, p in made.named_parameters() if "roae" in name)]
     wanted = torch.autograd.grad(made(x).sin().sum(), inputs)
     got = torch.autograd.grad(compiled(x).sin().sum(), inputs)
     for ours, theirs in zip(got, wanted, strict=True):
         assert_close(ours, theirs)
+
+
+# --- rows as blocks -------------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(st.sets(st.integers(0, 40), min_size=1), st.integers(1, 8), st.integers(0, 5))
+def test_any_rows_are_found_again_inside_the_projection(rows, num_heads, spare):
+    wanted = sorted(rows)
+    num_rows = wanted[-1] + 1 + spare
+    blocks = RowBlocks.find(wanted, num_rows, num_heads)
+    assert blocks.rows == wanted
+    assert blocks.start >= 0
+    assert blocks.start + blocks.count * blocks.stride <= num_rows
+
+
+def test_heads_are_blocks_whether_alone_or_fused():
+    # Four heads of 8; low dimensions 2, 3 and 6.
+    alone = [8 * head + dim for head in range(4) for dim in (2, 3, 6)]
+    assert RowBlocks.find(alone, 32, 4).count == 4
+    behind_others = [row + 64 for row in alone]
+    blocks = RowBlocks.find(behind_others, 128, 4)
+    assert (blocks.start, blocks.count, blocks.stride) == (64, 4, 8)
+    # Query, key and value of one head next to each other.
+    by_head = [24 * head + 8 + dim for head in range(4) for dim in (2, 3, 6)]
+    blocks = RowBlocks.find(by_head, 96, 4)
+    assert (blocks.count, blocks.stride, blocks.runs) == (4, 24, ((10, 12), (14, 15)))
+
+
+def test_groups_of_query_heads_between_keys_are_blocks_of_several_heads():
+    # Two groups of two query heads, a key and a value head, each of 8.
+    rows = [
+        32 * group + 8 * head + dim for group in range(2) for head in range(2) for dim in (6, 7)
+    ]
+    blocks = RowBlocks.find(rows, 64, 4)
+    assert (blocks.count, blocks.stride, blocks.runs) == (2, 32, ((6, 8), (14, 16)))
+
+
+@settings(max_examples=50)
+@given(st.sets(st.integers(0, 20), min_size=1), st.integers(1, 4))
+def test_adding_equals_a_dense_scatter_forward_and_backward(rows, num_heads):
+    wanted = sorted(rows)
+    z = torch.randn(2, 3, 21, dtype=torch.float64, requires_grad=True)
+    low = torch.randn(2, 3, len(wanted), dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 21, dtype=torch.float64)
+    scatter = torch.zeros(len(wanted), 21, dtype=torch.float64)
+    scatter[torch.arange(len(wanted)), wanted] = 1
+    dense = z + low @ scatter
+    ours = RowBlocks.find(wanted, 21, num_heads).add(z * 1.0, low)
+    assert torch.equal(ours, dense)
+    for got, expected in zip(
+        torch.autograd.grad((ours * weight).sum(), [z, low]),
+        torch.autograd.grad((dense * weight).sum(), [z, low]),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)

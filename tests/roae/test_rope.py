@@ -8,12 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rosa_lightning.roae.rope import (
-    PairTable,
-    low_frequency_dims,
-    low_frequency_pairs,
-    read_pair_table,
-)
+from rosa_lightning.roae.rope import PairTable, read_pair_table
 
 
 def rotation(pairs: list[tuple[int, int]], angles: list[float], dim: int, scale: float = 1.0):
@@ -63,7 +58,8 @@ def test_low_frequency_dims_are_those_of_the_slowest_pairs(layout, ratio):
     table = read_pair_table(rotation(pairs, angles, dim, scale), dim)
     count = max(1, round(ratio * len(pairs)))
     slowest = sorted(zip(angles, pairs, strict=True))[:count]
-    assert low_frequency_dims(table, ratio) == tuple(sorted(d for _, pair in slowest for d in pair))
+    dims = table.dims_of(table.low_frequency_pairs(ratio))
+    assert dims == tuple(sorted(d for _, pair in slowest for d in pair))
 
 
 def test_a_dimension_that_is_not_rotated_is_in_no_pair():
@@ -73,21 +69,12 @@ def test_a_dimension_that_is_not_rotated_is_in_no_pair():
 
 def test_no_rotation_gives_an_empty_table_and_no_low_frequencies():
     table = read_pair_table(lambda x: x, 4)
-    assert table.pairs == ()
-    with pytest.raises(ValueError, match="no dimension is rotated"):
-        low_frequency_dims(table, 0.5)
+    assert table.pairs == table.low_frequency_pairs(0.5) == ()
 
 
 def test_equal_frequencies_are_taken_from_the_later_pair():
     table = PairTable(6, ((0, 3), (1, 4), (2, 5)), (0.1, 0.1, 0.1))
-    assert low_frequency_pairs(table, 1 / 3) == (2,)
-
-
-@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5, float("nan")])
-def test_a_ratio_outside_its_range_is_refused(ratio):
-    table = PairTable(2, ((0, 1),), (0.1,))
-    with pytest.raises(ValueError, match=r"low_freq_ratio.*\(0, 1\].*model\.roae\.low_freq_ratio"):
-        low_frequency_pairs(table, ratio)
+    assert table.low_frequency_pairs(1 / 3) == (2,)
 
 
 def _three_cycle(x_NTD: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rosa_lightning.roae.probe import read_geometry
+from rosa_lightning.roae.geometry import read_geometry
 
 HEADS, DIM = 3, 6
 PAIRS = {(0, 4): 0.5, (1, 3): 0.01}  # dimensions 2 and 5 are not rotated

@@ -1,26 +1,34 @@
-"""Where a model's queries and keys come from and how RoPE turns them, measured layer by layer.
+"""Which output rows of which projection become which head dimension, and how RoPE rotates them.
 
-The outputs of an attention module's projections are replaced by chosen numbers. Numbers that spell
-out each output row's index show which row becomes which dimension of which head; unit vectors then
-show how those dimensions turn. Weights play no part, so the cost is small whatever the model's
-size, and fused, latent or shared projections need no case of their own.
+Each attention module is run alone, the outputs of its projections replaced by chosen numbers.
+Numbers that spell out each output row's index show which row becomes which dimension of which
+head; unit vectors then show how those dimensions turn. Weights play no part, so the cost is small
+whatever the model's size, and fused, latent or shared projections need no case of their own.
 
-Axes: N probes, T = 2 tokens, H heads, D head dimension, R rows of all projections of a layer.
+Axes: N runs at once, T = 2 tokens, H heads, D head dimension, R rows of all projections of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rosa_lightning.models.standin import stand_ins
-from rosa_lightning.roae.capture import AttentionCall, Trace, trace
-from rosa_lightning.roae.replay import States, states_of
 from rosa_lightning.roae.rope import PairTable, read_pair_table
+from rosa_lightning.roae.tracing import (
+    AttentionCall,
+    MatmulTracer,
+    Trace,
+    hidden_states,
+    intercept_attention,
+    replaced,
+    trace,
+)
 
 NO_ROW = -1
 """Stands for a state dimension that is no output row of a projection."""
@@ -32,13 +40,13 @@ _NOISE = 1e-5
 
 
 @dataclass(frozen=True)
-class Source:
-    """The output rows of one projection that become the states of one kind."""
+class StateRows:
+    """The output rows of one projection that become queries, keys or values."""
 
     projection: str
     """Dotted path of the projection in the model."""
     rows: tuple[tuple[int, ...], ...]
-    """Output row of each dimension of each head; ``NO_ROW`` where it comes from elsewhere."""
+    """Output row of each dimension of each head, (H, D); ``NO_ROW`` if it comes from elsewhere."""
     norm: str = ""
     """Dotted path of the norm that these rows go through before they are rotated, if any."""
     norm_layout: str = ""
@@ -57,7 +65,7 @@ class AttentionGeometry:
     """Dotted path of the attention module."""
     table: PairTable
     """RoPE pairs of a head; empty where nothing is rotated."""
-    sources: dict[str, Source]
+    sources: dict[str, StateRows]
     """Where q, k and v come from; a kind is missing where ``notes`` says why."""
     notes: dict[str, str]
     """Why a kind of state, or ``state`` for the placement after the norms, cannot be adapted."""
@@ -68,12 +76,9 @@ class AttentionGeometry:
 def read_geometry(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trace]:
     """Measure every attention module of a causal language model.
 
-    Args:
-        model: A `transformers` language model that can be run on token ids.
-
     Returns:
         The geometry of each attention module that rotates its states, in the order of the calls,
-        and the run that showed them. Layers without rotation are left out.
+        and the run that showed them.
 
     Raises:
         ValueError: No attention, no rotation anywhere, or one that cannot be read; names the
@@ -115,33 +120,38 @@ def _read_model(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trace]
 def _read_layer(call: AttentionCall) -> AttentionGeometry:
     """Map the rows of one attention module's projections, then read how they turn."""
     codes_NTR = _row_codes(call.num_rows)
-    states = states_of(call, codes_NTR)
-    maps = {
-        "q": _decode(states.query, codes_NTR.shape[0]),
-        "k": _decode(states.key, codes_NTR.shape[0]),
+    states = _states(call, codes_NTR)
+    count = codes_NTR.shape[0]
+    maps = {"q": _decode(states.query, count), "k": _decode(states.key, count)}
+    tables = {
+        kind: _read_table(call, kind, rows_HD)
+        for kind, rows_HD in maps.items()
+        if (rows_HD != NO_ROW).any()
     }
-    tables = {}
-    for kind, rows_HD in maps.items():
-        if (rows_HD != NO_ROW).any():
-            tables[kind] = _read_table(call, kind, rows_HD)
     if not tables:
         raise ValueError("neither Q nor K comes from a projection of this module.")
-    table = next(iter(tables.values()))
-    if any(not _alike(table, other) for other in tables.values()):
-        raise ValueError("Q and K are not rotated alike.")
-    maps["v"] = _decode(states.value, codes_NTR.shape[0], strict=False)
-    return _geometry(call, table, maps, states, codes_NTR)
+    table, *others = tables.values()
+    for other in others:  # queries may carry a scale, which costs a rounding
+        if table.head_dim != other.head_dim or not table.is_close(other, rtol=1e-4, atol=1e-12):
+            raise ValueError("Q and K are not rotated alike.")
+    maps["v"] = _decode(states.value, count, strict=False)
+    sources, notes = _name_sources(call, table, maps)
+    for kind in sorted({"q", "k"} & set(sources)):
+        norm, layout, reason = _find_norm(maps[kind], states.norm_inputs, codes_NTR)
+        sources[kind] = replace(sources[kind], norm=norm, norm_layout=layout)
+        notes |= {"state": reason} if reason else {}
+    return AttentionGeometry(call.path, table, sources, notes, call.output)
 
 
 def _row_codes(num_rows: int) -> Tensor:
-    """Probes (N, T, R): zeros, ones, then the bits of each row's number, the lowest first."""
+    """Outputs (N, T, R): zeros, ones, then the bits of each row's number, the lowest first."""
     numbers = torch.arange(1, num_rows + 1)
-    bits = [(numbers >> bit) & 1 for bit in range(num_rows.bit_length())]
-    probes = torch.stack([torch.zeros(num_rows), torch.ones(num_rows), *(b.float() for b in bits)])
-    return probes[:, None, :].repeat(1, 2, 1)
+    bits = [((numbers >> bit) & 1).float() for bit in range(num_rows.bit_length())]
+    codes = torch.stack([torch.zeros(num_rows), torch.ones(num_rows), *bits])
+    return codes[:, None, :].repeat(1, 2, 1)
 
 
-def _decode(states_NHTD: Tensor, num_probes: int, *, strict: bool = True) -> Tensor:
+def _decode(states_NHTD: Tensor, num_codes: int, *, strict: bool = True) -> Tensor:
     """The row of the R that each dimension of each head is at position 0; (H, D).
 
     Raises:
@@ -149,18 +159,20 @@ def _decode(states_NHTD: Tensor, num_probes: int, *, strict: bool = True) -> Ten
             does not change with its position, it is marked as no row.
     """
     states = states_NHTD.double().cpu()
-    if states.shape[0] != num_probes:
+    if states.shape[0] != num_codes:
         return torch.full(states.shape[1::2], NO_ROW)
     states = states - states[:1]
     start_NHD, turned_NHD = states[:, :, 0], states[:, :, 1]
     scale_HD = start_NHD[1]
     depends_HD = (states.abs() > _NOISE).any(0).any(1)
     bits_NHD = start_NHD[2:] / torch.where(scale_HD == 0, 1, scale_HD)
-    whole_HD = ((bits_NHD - bits_NHD.round()).abs() < _TOLERANCE).all(0)
-    within_HD = ((bits_NHD.round() == 0) | (bits_NHD.round() == 1)).all(0)
+    whole_NHD = bits_NHD.round()
+    is_bit_HD = (
+        ((bits_NHD - whole_NHD).abs() < _TOLERANCE) & ((whole_NHD == 0) | (whole_NHD == 1))
+    ).all(0)
     powers_N = 2 ** torch.arange(len(bits_NHD), dtype=torch.float64)
-    rows_HD = torch.einsum("nhd,n->hd", bits_NHD.round(), powers_N).long() - 1
-    is_row_HD = depends_HD & (scale_HD.abs() > _NOISE) & whole_HD & within_HD & (rows_HD >= 0)
+    rows_HD = torch.einsum("nhd,n->hd", whole_NHD, powers_N).long() - 1
+    is_row_HD = depends_HD & (scale_HD.abs() > _NOISE) & is_bit_HD & (rows_HD >= 0)
     moves_HD = ~torch.isclose(start_NHD, turned_NHD, atol=1e-6).all(0)
     if strict and (depends_HD & ~is_row_HD & moves_HD).any():
         raise ValueError("a rotated dimension mixes several outputs of its projections.")
@@ -176,7 +188,7 @@ def _read_table(call: AttentionCall, kind: str, rows_HD: Tensor) -> PairTable:
         rows_NTR = torch.zeros(len(used) + 1, 2, call.num_rows)
         for column, dim in enumerate(used):
             rows_NTR[:-1, :, rows_HD[:, dim]] = x_NTU[..., column, None]
-        states = states_of(call, rows_NTR)
+        states = _states(call, rows_NTR)
         states_NHTD = (states.query if kind == "q" else states.key).float().cpu()
         turned_NHTD = states_NHTD[:-1] - states_NHTD[-1:]
         if not torch.equal(turned_NHTD, turned_NHTD[:, :1].expand_as(turned_NHTD)):
@@ -191,61 +203,33 @@ def _read_table(call: AttentionCall, kind: str, rows_HD: Tensor) -> PairTable:
     return PairTable(head_dim, pairs, table.inv_freq)
 
 
-def _alike(one: PairTable, other: PairTable) -> bool:
-    """Whether two tables agree; queries may carry a scale, which costs a rounding."""
-    return (one.head_dim, one.pairs) == (other.head_dim, other.pairs) and torch.allclose(
-        torch.tensor(one.inv_freq), torch.tensor(other.inv_freq), rtol=1e-4, atol=1e-12
-    )
-
-
-def _geometry(
-    call: AttentionCall,
-    table: PairTable,
-    maps: dict[str, Tensor],
-    states: States,
-    codes_NTR: Tensor,
-) -> AttentionGeometry:
+def _name_sources(
+    call: AttentionCall, table: PairTable, maps: dict[str, Tensor]
+) -> tuple[dict[str, StateRows], dict[str, str]]:
     """Name the projections, and say of each kind of state why it cannot be adapted, if so."""
-    sources: dict[str, Source] = {}
+    sources: dict[str, StateRows] = {}
     notes: dict[str, str] = {}
-    places = _places(call)
+    # All widths at once: asking a tensor for its shape is slow where a model is made under a mode.
+    widths = [(path, output.shape[-1]) for path, output in call.projections.items()]
+    owners = [(path, row) for path, width in widths for row in range(width)]
     for kind, rows_HD in maps.items():
         dims = [d for d in range(rows_HD.shape[1]) if kind == "v" or d in table.rotated_dims]
         others = torch.cat([rows.flatten() for other, rows in maps.items() if other != kind])
         wanted_HD = rows_HD[:, dims]
-        shared = torch.isin(wanted_HD[wanted_HD != NO_ROW], others).any()
-        paths = {places[row][0] for row in set(wanted_HD.flatten().tolist()) - {NO_ROW}}
+        paths = {owners[row][0] for row in set(wanted_HD.flatten().tolist()) - {NO_ROW}}
         if (wanted_HD == NO_ROW).any() or not paths:
             notes[kind] = "its states are not outputs of a projection of this layer"
         elif len(paths) > 1:
             notes[kind] = f"its states come from several projections, {', '.join(sorted(paths))}"
-        elif shared:
+        elif torch.isin(wanted_HD, others).any():
             notes[kind] = "its rows are those of other states too"
         else:
-            sources[kind] = _source(places, paths.pop(), rows_HD)
-    for kind in sorted({"q", "k"} & set(sources)):
-        norm, layout, reason = _find_norm(maps[kind], states.norm_inputs, codes_NTR)
-        sources[kind] = replace(sources[kind], norm=norm, norm_layout=layout)
-        notes |= {"state": reason} if reason else {}
-    return AttentionGeometry(call.path, table, sources, notes, call.output)
-
-
-def _places(call: AttentionCall) -> list[tuple[str, int]]:
-    """The projection and its output row that stand at each of the R rows."""
-    # All at once: asking a tensor for its shape takes long where a model is made under a mode.
-    widths = [(path, output.shape[-1]) for path, output in call.projections.items()]
-    return [(path, row) for path, width in widths for row in range(width)]
-
-
-def _source(places: list[tuple[str, int]], path: str, rows_HD: Tensor) -> Source:
-    """The rows of one projection, a head that is repeated for several others given once."""
-
-    def row_in_path(index: int) -> int:
-        other, row = places[index] if index != NO_ROW else ("", NO_ROW)
-        return row if other == path else NO_ROW
-
-    heads = [tuple(map(row_in_path, rows)) for rows in rows_HD.tolist()]
-    return Source(path, tuple(dict.fromkeys(heads)))
+            (path,) = paths
+            own = {i: row for i, (owner, row) in enumerate(owners) if owner == path}
+            heads = [tuple(own.get(i, NO_ROW) for i in head) for head in rows_HD.tolist()]
+            # A head that is repeated for several others is given once.
+            sources[kind] = StateRows(path, tuple(dict.fromkeys(heads)))
+    return sources, notes
 
 
 _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -275,7 +259,104 @@ def _find_norm(
                 shared = f"{path} is the norm of other states too" if len(inputs) > 1 else ""
                 return path, layout, shared
             # Once rotated, the first token spells rows still, and the second no longer does.
-            token = partial(torch.select, dim=1 + layout.index("T"), index=0)
-            if any(torch.equal(token(seen), token(wanted)) for seen in same_shape):
+            axis = 1 + layout.index("T")
+            if any(torch.equal(s.select(axis, 0), wanted.select(axis, 0)) for s in same_shape):
                 reason = f"{path} comes after the rotation"
     return "", "", reason
+
+
+# An attention module run alone.
+
+
+@dataclass(frozen=True)
+class _States:
+    """The states of one attention call, (N, H, T, D) each, and what each norm inside was given."""
+
+    norm_inputs: dict[str, list[Tensor]]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class AttentionReached(Exception):  # noqa: N818
+    """Carries the states out of an attention module, past code that needs no running."""
+
+    def __init__(self, *states: Tensor) -> None:
+        self.states = states
+
+
+@torch.no_grad()
+def _states(call: AttentionCall, rows_NTR: Tensor) -> _States:
+    """The states when the projections' outputs are the given rows, and norms change nothing."""
+    try:
+        return _replay(call, rows_NTR)
+    except Exception:
+        # Code that does not broadcast over the batch: one run at a time.
+        runs = [_replay(call, row_TR[None]) for row_TR in rows_NTR]
+    norm_inputs = {
+        path: [torch.cat(part) for part in zip(*(r.norm_inputs[path] for r in runs), strict=True)]
+        for path in runs[0].norm_inputs
+    }
+    states = (torch.cat([getattr(r, name) for r in runs]) for name in ("query", "key", "value"))
+    return _States(norm_inputs, *states)
+
+
+def _replay(call: AttentionCall, rows_NTR: Tensor) -> _States:
+    num_runs, hidden = rows_NTR.shape[0], hidden_states(call.args, call.kwargs)
+    # The same call in float32, with its hidden states repeated.
+    repeated = hidden[:1].float().expand(num_runs, *hidden.shape[1:])
+    args = [repeated if value is hidden else value for value in call.args]
+    kwargs = {name: repeated if v is hidden else v for name, v in call.kwargs.items()}
+    parts = {f"{call.path}.{name}": part for name, part in call.module.named_modules() if name}
+    norm_inputs: dict[str, list[Tensor]] = {}
+    widths = [output.shape[-1] for output in call.projections.values()]
+    outputs = torch.split(rows_NTR.to(hidden.device), widths, -1)
+    with ExitStack() as stack:
+        for (path, like), output in zip(call.projections.items(), outputs, strict=True):
+            shape = (num_runs, *like.shape[1:]) if like.ndim > 2 else (-1, like.shape[-1])
+            forward = _constant(output.reshape(shape))
+            stack.enter_context(replaced(parts[path], "forward", forward))
+        for path, part in parts.items():
+            if path not in call.projections and "norm" in type(part).__name__.lower():
+                # A norm on Q or K scales unit vectors; it does not turn them.
+                forward = _identity(norm_inputs.setdefault(path, []))
+                stack.enter_context(replaced(part, "forward", forward))
+        stack.enter_context(_stop_at_attention(call))
+        try:
+            call.module(*args, **kwargs)
+        except AttentionReached as reached:
+            # Products over (N * H, T, D) come apart again.
+            states = (
+                s.reshape(num_runs, -1, *s.shape[-2:]) if s.ndim == 3 else s for s in reached.states
+            )
+            return _States(norm_inputs, *states)
+    raise ValueError("its queries and keys never met when it was run alone.")
+
+
+def _constant(output: Tensor) -> Callable[..., Tensor]:
+    return lambda *_, **__: output
+
+
+def _identity(seen: list[Tensor]) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append(x)
+        return x
+
+    return forward
+
+
+@contextmanager
+def _stop_at_attention(call: AttentionCall) -> Iterator[None]:
+    """Raise `AttentionReached` once queries, keys and values are known."""
+    scores: list[tuple[Tensor, Tensor]] = []
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        raise AttentionReached(query, key, value)
+
+    def see_values(value: Tensor) -> None:
+        if scores:
+            raise AttentionReached(*scores[0], value)
+
+    tracer = MatmulTracer(lambda query, key: scores.append((query, key)), see_values)
+    with intercept_attention(call.module, attend), nullcontext() if call.by_interface else tracer:
+        yield

@@ -1,0 +1,372 @@
+"""Runs a model on two tokens and records which modules attend, and with which projections.
+
+Whichever module passes queries and keys on is an attention module, whatever its name or its parts'
+names. Nearly all models pass them to the attention interface of `transformers`; the others multiply
+them by hand, which a torch function mode sees.
+
+Internals of `transformers` (read in 5.17), used here alone: ``AttentionInterface.get_interface``,
+``masking_utils.eager_mask``, and the ``_attn_implementation`` and ``sub_configs`` of its configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rosa_lightning.utils.modules import in_mode
+
+_PROBE = "rosa_probe"
+_MATMULS = (
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm),
+    *(torch.baddbmm, Tensor.baddbmm),
+)
+
+
+@contextmanager
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object or class, and put its own one back, or none."""
+    own = name in vars(holder)
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(holder, name, before)
+        else:
+            delattr(holder, name)
+
+
+@contextmanager
+def intercept_attention(
+    module: nn.Module, attend: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Let every attention module inside call ``attend`` instead of a kernel.
+
+    ``attend`` takes an attention module and its queries, keys and values, (N, H, T, D) each, and
+    returns its output, (N, T, H, D).
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    def probe(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return attend(module, query, key, value), query.new_zeros(*query.shape[:3], key.shape[2])
+
+    AttentionInterface.register(_PROBE, probe)
+    AttentionMaskInterface.register(_PROBE, eager_mask)
+    before = [(config, config._attn_implementation) for config in _configs(module)]
+    for config, _ in before:
+        config._attn_implementation = _PROBE
+    try:
+        yield
+    finally:
+        # The setter reaches down into sub-configs, which stand later in the list.
+        for config, value in before:
+            config._attn_implementation = value
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    """All configurations held inside a module that name an attention kernel, outer ones first."""
+    waiting = [part.config for part in module.modules() if hasattr(part, "config")]
+    found: list[Any] = []
+    while waiting:
+        config = waiting.pop(0)
+        if hasattr(config, "_attn_implementation") and not any(config is one for one in found):
+            found.append(config)
+            names = getattr(config, "sub_configs", {})
+            waiting += [getattr(config, name) for name in names if hasattr(config, name)]
+    return found
+
+
+@contextmanager
+def watch_attention(see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``see`` with queries and keys on their way to any attention kernel, which then runs."""
+    from transformers import AttentionInterface
+
+    find = AttentionInterface.get_interface
+
+    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attend = find(self, *args, **kwargs)
+
+        def watched(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> Any:
+            see(query, key)
+            return attend(module, query, key, *rest, **more)
+
+        return watched
+
+    with replaced(AttentionInterface, "get_interface", get_interface):
+        yield
+
+
+class MatmulTracer(TorchFunctionMode):
+    """Sees queries multiplied with keys, and attention scores with values, in plain products.
+
+    Args:
+        on_scores: Called with queries and keys.
+        on_values: Called with values, which follow the scores.
+        num_tokens: T. Where it is the size of a head as well, scores and values look alike, and
+            ``on_scores`` is called for both.
+    """
+
+    def __init__(
+        self,
+        on_scores: Callable[[Tensor, Tensor], None],
+        on_values: Callable[[Tensor], None],
+        num_tokens: int = 2,
+    ) -> None:
+        super().__init__()
+        self.on_scores, self.on_values, self.num_tokens = on_scores, on_values, num_tokens
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the operands of a product, then compute it."""
+        tensors = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, Tensor)]
+        if func is F.scaled_dot_product_attention:
+            self.on_scores(tensors[0], tensors[1])
+            self.on_values(tensors[2])
+        elif func in _MATMULS and len(tensors) >= 2:
+            # The last two: the first of baddbmm's three is what the product is added to.
+            self._look(*tensors[-2:])
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, left: Tensor, right: Tensor) -> None:
+        """Scores are (..., T, D) times (..., D, T); then come (..., T, T) times values."""
+        num_tokens = self.num_tokens
+        outer = zip(left.shape[:-2], right.shape[:-2], strict=False)
+        if left.ndim < 3 or left.ndim != right.ndim or any(a != b and b != 1 for a, b in outer):
+            return
+        if left.shape[-2] == right.shape[-1] == num_tokens:
+            self.on_scores(left, right.transpose(-1, -2))
+        elif left.shape[-2:] == (num_tokens, num_tokens):
+            self.on_values(right)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One call of a module without children."""
+
+    path: str
+    module: nn.Module
+    given: Tensor
+    output: Tensor
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether the module maps the last axis with a matrix: a linear layer by any name."""
+        weight = getattr(self.module, "weight", None)
+        matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        # A quantised one may hold its matrix in parts that have other names.
+        named = hasattr(self.module, "out_features")
+        return (matrix or named) and self.given.is_floating_point()
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention module, what it was called with, and the projections it called."""
+
+    path: str
+    module: nn.Module
+    by_interface: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    projections: dict[str, Tensor] = field(default_factory=dict)
+    """Outputs of the projections called before queries met keys, by dotted path."""
+    output: str | None = None
+    """The last projection called after that."""
+
+    @property
+    def num_rows(self) -> int:
+        """R, all output rows of the projections."""
+        return sum(output.shape[-1] for output in self.projections.values())
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run on two tokens showed."""
+
+    attentions: tuple[AttentionCall, ...]
+    leaves: tuple[Leaf, ...]
+    """Calls of modules without children, in order."""
+
+    @cached_property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Input and output width of each leaf, by dotted path."""
+        return {leaf.path: (leaf.given.shape[-1], leaf.output.shape[-1]) for leaf in self.leaves}
+
+
+@torch.no_grad()
+def trace(model: nn.Module) -> Trace:
+    """Run two tokens through a language model and find its attention modules.
+
+    Raises:
+        ValueError: The model cannot be run on token ids alone.
+    """
+    recorder = _Recorder(model)
+    tracer = MatmulTracer(lambda *_: recorder.multiply(), lambda _: None)
+    with recorder.hooks(), intercept_attention(model, recorder.attend), tracer:
+        _run_two_tokens(model)
+    attentions = recorder.attentions()
+    if not all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
+        precise = _float32_arguments(model, {call.path: call.module for call in attentions})
+        attentions = tuple(
+            replace(call, args=precise[call.path][0], kwargs=precise[call.path][1])
+            for call in attentions
+        )
+    return Trace(attentions, tuple(recorder.leaves))
+
+
+def _run_two_tokens(model: nn.Module) -> None:
+    # Not both can be padding, whose embedding may be zero and tells nothing apart.
+    ids = torch.tensor([[1, 2]], device=next(model.parameters()).device)
+    try:
+        with in_mode(model, training=False):
+            model(input_ids=ids, use_cache=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on two token ids, so its attention cannot be "
+            f"measured: {type(error).__name__}: {reason[:200]}"
+        ) from error
+
+
+class _Recorder:
+    """Keeps the calls of all modules, and in which of them queries meet keys."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.stack: list[nn.Module] = []
+        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.leaves: list[Leaf] = []
+        # Each attention module with the number of leaves called before its queries met keys.
+        self.at_interface: dict[nn.Module, int] = {}
+        self.by_hand: dict[nn.Module, int] = {}
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.at_interface.setdefault(module, len(self.leaves))
+        return _no_attention(module, query, key, value)
+
+    def multiply(self) -> None:
+        if self.stack:
+            self.by_hand.setdefault(self.stack[-1], len(self.leaves))
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in self.paths:
+                enter = module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                stack.enter_context(enter)
+                leave = module.register_forward_hook(self._leave, with_kwargs=True)
+                stack.enter_context(leave)
+            yield
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.stack.append(module)
+        self.calls.setdefault(self.paths[module], (args, kwargs))
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.stack.pop()
+        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if given is not None and isinstance(output, Tensor) and not any(module.children()):
+            self.leaves.append(Leaf(self.paths[module], module, given, output))
+
+    def attentions(self) -> tuple[AttentionCall, ...]:
+        """The modules seen at the interface; only where there are none, those seen multiplying."""
+        by_interface = bool(self.at_interface)
+        projections = [leaf for leaf in self.leaves if leaf.is_projection]
+        found = {}
+        for module, moment in (self.at_interface or self.by_hand).items():
+            path = self.paths[module]
+            # The nearest module around it that holds a projection.
+            while path and not any(is_inside(leaf.path, path) for leaf in projections):
+                path = path.rpartition(".")[0]
+            inside = [leaf for leaf in projections if is_inside(leaf.path, path)]
+            before = {id(leaf) for leaf in self.leaves[:moment]}
+            after = [leaf.path for leaf in inside if id(leaf) not in before]
+            found[path] = AttentionCall(
+                path,
+                self.model.get_submodule(path),
+                by_interface,
+                *self.calls[path],
+                projections={leaf.path: leaf.output for leaf in inside if id(leaf) in before},
+                output=after[-1] if after else None,
+            )
+        return tuple(found.values())
+
+
+def _no_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    batch, heads, tokens, _ = query.shape
+    return value.new_zeros(batch, tokens, heads, value.shape[-1])
+
+
+def is_inside(path: str, parent: str) -> bool:
+    """Whether one dotted path lies below another."""
+    return not parent or path.startswith(f"{parent}.")
+
+
+def _float32_arguments(
+    model: nn.Module, attentions: dict[str, nn.Module]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each attention module is called with, its cosines and sines in float32.
+
+    Rotary modules are made to answer in float32, since a half-precision cosine cannot tell the
+    slowest pairs apart; the model itself goes on in its own dtype.
+    """
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            arguments.setdefault(path, (args, kwargs))
+            return _cast((args, kwargs), hidden_states(args, kwargs).dtype)
+
+        return hook
+
+    def to_float32(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _cast((args, kwargs), torch.float32)
+
+    with ExitStack() as stack:
+        hooks = [(module, to_float32) for module in model.modules() if _is_rotary(module)]
+        hooks += [(module, keep(path)) for path, module in attentions.items()]
+        for module, hook in hooks:
+            stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        stack.enter_context(intercept_attention(model, _no_attention))
+        _run_two_tokens(model)
+    return arguments
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """A rotary module holds frequencies: a floating buffer, no weights and no children."""
+    has_parts = any(True for _ in module.children()) or any(True for _ in module.parameters())
+    # A quantised linear layer may hold its scales in buffers.
+    is_linear = hasattr(module, "out_features")
+    floats = any(buffer.is_floating_point() for buffer in module.buffers())
+    return floats and not has_parts and not is_linear
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast all floating tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of an attention module."""
+    first = [kwargs["hidden_states"]] if "hidden_states" in kwargs else []
+    for value in (*first, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
+            return value
+    raise ValueError("it is called without hidden states of shape (batch, tokens, width).")
