@@ -51,7 +51,7 @@ from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.checkpoint_io import check_outputs, write_checkpoints_whole
 from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.guard import StepGuard, check_clipping, check_max_nonfinite_steps
-from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import MicrobatchTokens, check_microbatch_tokens
 from rosa_lightning.training.resume import (
     begin_due_validation,
@@ -105,7 +105,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
 _OF_THE_FORWARD = frozenset(
     {"share_prefix", "loss_chunk", "recompute_activations", "microbatch_tokens"}
 )
-"""The settings that `Forward` has of its own."""
+"""The settings that `LossComputer` has of its own."""
 _OF_THE_BUILD = frozenset(
     {
         "base",
@@ -235,7 +235,7 @@ class RoSAModule(Answering):
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._num_embeddings: int | None = None
-        self._forward: Forward | None = None
+        self._forward: LossComputer | None = None
         self._guard = StepGuard(max_nonfinite_steps)
         self._to_restore: RankState | None = None
         self._to_fit: Mapping[str, Any] | None = None
@@ -279,7 +279,7 @@ class RoSAModule(Answering):
                 )
         elif name in _OF_THE_FORWARD and self._forward is not None:
             setattr(self._forward, name, value)
-            self._forward.forget()
+            self._forward.reset()
         remembered = _NAMES.get(name, name)
         if remembered in self.hparams:
             self.hparams[remembered] = whole_name(value) if name == "base" else value
@@ -339,7 +339,7 @@ class RoSAModule(Answering):
             compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", spread(model.train(), strategy))
-        self._forward = Forward(
+        self._forward = LossComputer(
             self.model,
             share_prefix=self.share_prefix,
             loss_chunk=self.loss_chunk,
@@ -425,7 +425,7 @@ class RoSAModule(Answering):
                 ``labels`` and ``attention_mask``, shape (B, T), padded on either side.
         """
         self._built()
-        return cast(Forward, self._forward).loss(batch)
+        return cast(LossComputer, self._forward).loss(batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss, logged as ``train/loss`` beside the step's learning rate."""
@@ -449,7 +449,7 @@ class RoSAModule(Answering):
 
     def on_fit_start(self) -> None:
         """Look at the model anew: it may have been changed since it was last run."""
-        cast(Forward, self._forward).forget()
+        cast(LossComputer, self._forward).reset()
         self._has_trained = False
         if self._to_fit is not None:
             checkpoint, self._to_fit = self._to_fit, None
@@ -467,7 +467,7 @@ class RoSAModule(Answering):
 
     def on_train_start(self) -> None:
         """Forget what was loaded for another purpose than going on."""
-        self._guard.forget()
+        self._guard.reset()
         if self.trainer.ckpt_path is None:
             self._to_restore = None
             self._guard.skipped = 0
@@ -541,8 +541,8 @@ class RoSAModule(Answering):
         Answers are written to the prompts under ``to_answer``, if the batch has some.
         """
         self._built()
-        batch = cast(Forward, self._forward).complete_batch(batch)
-        scored = cast(Forward, self._forward).score(batch)
+        batch = cast(LossComputer, self._forward).complete_batch(batch)
+        scored = cast(LossComputer, self._forward).score(batch)
         self._val_loss.update(scored.loss, weight=scored.count)
         self._answer_tokens.update(scored.correct)
         if "to_answer" in batch:

@@ -116,7 +116,7 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What `Forward` says of what it leaves out or cannot leave out."""
+    """What `LossComputer` says of what it leaves out or cannot leave out."""
     from rosa_lightning.training import loss as forward
 
     lines: list[str] = []

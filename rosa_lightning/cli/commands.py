@@ -47,7 +47,7 @@ from rosa_lightning.models.loading import (
     load_tokenizer,
 )
 from rosa_lightning.module import RoSAModule
-from rosa_lightning.training.microbatches import busy_tokens, rows_at_once
+from rosa_lightning.training.microbatches import default_microbatch_tokens, rows_at_once
 from rosa_lightning.utils.files import atomic_write
 
 _AUTOCAST = {
@@ -322,7 +322,7 @@ def _tokens_at_once(
     scaled = device != "cpu" and _AUTOCAST.get(str(trainer.get("precision"))) == torch.float16
     if given is None or scaled or any(word in strategy for word in _SHARDING):
         return None
-    return busy_tokens(model, device) if given == "auto" else given
+    return default_microbatch_tokens(model, device) if given == "auto" else given
 
 
 def _loaded(module: RoSAModule, ckpt_path: str | None) -> Any:

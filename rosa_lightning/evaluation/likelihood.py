@@ -17,10 +17,11 @@ from torch import Tensor
 from rosa_lightning.models.kv_cache import (
     WORTH_SHARING,
     Ids,
-    PreallocatedCacheLayer,
+    SharedPrefixCacheLayer,
     cache_argument,
     common_start,
     forward_arguments,
+    inputs_behind_prefix,
     new_cache,
 )
 
@@ -190,37 +191,27 @@ def prefill(
         share: Whether a common beginning may be read once.
     """
     cache = new_cache(model) if share or extendable else None
-    device = model.device
-    start: Ids = ()
-    if cache is not None and all(type(layer) is PreallocatedCacheLayer for layer in cache.layers):
-        start = common_start(rows)[: max(0, min(map(len, rows)) - keep)]
-    if len(start) < WORTH_SHARING or len(rows) == 1:
-        start = ()
-    options: dict[str, Any] = {"use_cache": bool(start or extendable) and cache is not None}
-    if options["use_cache"]:
-        options[cache_argument(model)] = cache
-    if start:
-        assert cache is not None
-        _forward(model, torch.tensor([start], device=device), 1, options)
-        cache.batch_select_indices(torch.zeros(len(rows), dtype=torch.long, device=device))
-    rests = [row[len(start) :] for row in rows]
-    width = max(map(len, rests))
-    ids_RT = torch.tensor([[pad_id] * (width - len(rest)) + list(rest) for rest in rests])
-    mask_RT = torch.tensor(
-        [[1] * len(start) + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
-    )
-    positions_RT = (mask_RT.cumsum(1) - 1).clamp(min=0)[:, len(start) :]
-    options |= {"attention_mask": mask_RT.to(device), "position_ids": positions_RT.to(device)}
-    output = _forward(model, ids_RT.to(device), keep, options)
+    num_shared = 0
+    if cache is not None and all(type(layer) is SharedPrefixCacheLayer for layer in cache.layers):
+        num_shared = min(len(common_start(rows)), max(0, min(map(len, rows)) - keep))
+    width = max(map(len, rows))
+    ids_RT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    mask_RT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    inputs: dict[str, Any] = {"input_ids": ids_RT, "attention_mask": mask_RT}
+    inputs["position_ids"] = (mask_RT.cumsum(1) - 1).clamp(min=0)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    if num_shared >= WORTH_SHARING and len(rows) > 1:
+        inputs = inputs_behind_prefix(model, inputs, num_shared, cache)
+    elif extendable and cache is not None:
+        inputs |= {"use_cache": True, cache_argument(model): cache}
+    else:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in forward_arguments(model):
+        inputs["logits_to_keep"] = keep
+    output: Any = model(**inputs)
     return PrefillState(
         logits=output.logits[:, -keep:].float(),
         cache=cache if output.get(cache_argument(model)) is cache else None,
-        mask=options["attention_mask"],
-        lengths=options["attention_mask"].sum(1),
+        mask=inputs["attention_mask"],
+        lengths=inputs["attention_mask"].sum(1),
     )
-
-
-def _forward(model: PreTrainedModel, ids_RT: Tensor, keep: int, options: dict[str, Any]) -> Any:
-    if "logits_to_keep" in forward_arguments(model):
-        options = {**options, "logits_to_keep": keep}
-    return model(input_ids=ids_RT, **options)

@@ -24,13 +24,10 @@ from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_indices
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.inspection.packed import PackedLinear
-from rosa_lightning.models.fake import fake_tensors
-from rosa_lightning.models.kv_cache import forward_arguments
-from rosa_lightning.models.standin import replaced_tensors
+from rosa_lightning.models.meta import fake_tensors, replaced_tensors
 from rosa_lightning.roae.inject import is_adapter_key, roae_report
-from rosa_lightning.training.head import decoder_of, last_block
-from rosa_lightning.training.loss import Forward, cross_entropy_sum
-from rosa_lightning.training.microbatches import rows_at_once, sum_of_parts
+from rosa_lightning.training.loss import LossComputer
+from rosa_lightning.training.microbatches import accumulate_loss, rows_at_once
 from rosa_lightning.utils.modules import in_mode
 
 
@@ -230,7 +227,7 @@ class _Step:
         recompute_activations: bool,
     ) -> None:
         self.model = model
-        self.forward = Forward(
+        self.computer = LossComputer(
             model, loss_chunk=loss_chunk, recompute_activations=recompute_activations
         )
         self.adapters = [p for name, p in model.named_parameters() if is_adapter_key(name)]
@@ -259,8 +256,7 @@ class _Step:
         num_parts = min(3, -(-len(batch["labels"]) // num_rows))
         batch = {k: v[:num_rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
         before = self.live.now
-        if decoder_of(self.model) is not self.model:
-            self.forward.block = last_block(self.model, batch["input_ids"], compare=False)
+        self.computer.assume_supported(batch["input_ids"])
 
         def enter_head(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.live.at_head = True
@@ -273,7 +269,7 @@ class _Step:
         try:
             with self.live:
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                    loss = sum_of_parts([batch] * num_parts, self._part)
+                    loss = accumulate_loss([batch] * num_parts, self._part)
                 self.activations = self.live.now - before - self.live.now_of_head
                 if num_parts > 1:  # gradients of those before the last
                     trained = (p for p in self.model.parameters() if p.requires_grad)
@@ -287,23 +283,13 @@ class _Step:
             handle.remove()
 
     def _part(self, batch: dict[str, Any]) -> Tensor:
-        with self.forward.recomputing():
-            return self._loss(batch)
-
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
-        """As `RoSAModule.loss`, every row with a response of the given length."""
+        """Every row with a response of the given length."""
+        rows, width = batch["labels"].shape
         keep = batch["num_label_positions"]
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        inputs["use_cache"] = False
-        labels_N = batch["labels"][:, -keep:].flatten()
-        if decoder_of(self.model) is self.model:
-            if "logits_to_keep" in forward_arguments(self.model):
-                inputs["logits_to_keep"] = keep + 1
-            logits_NV = self.model(**inputs).logits[:, -keep - 1 : -1].flatten(0, 1)
-            return cross_entropy_sum(logits_NV, labels_N) / len(labels_N)
-        places_BT = torch.arange(batch["labels"].numel()).view_as(batch["labels"])
-        places_N = places_BT[:, -keep - 1 : -1].flatten()
-        return self.forward.total_at(inputs, places_N, labels_N)[0] / len(labels_N)
+        positions_BK = torch.arange(rows * width).view(rows, width)[:, -keep - 1 : -1]
+        rows_N, columns_N = positions_BK.flatten() // width, positions_BK.flatten() % width
+        with self.computer.recomputing():
+            return self.computer.loss_at(batch, rows_N, columns_N)[0] / len(rows_N)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

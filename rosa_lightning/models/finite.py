@@ -1,11 +1,8 @@
-"""Weights that are finite floating-point numbers, and the refusal of all others.
-
-Pure torch. A tensor can be whole, or this rank's part of one (`DTensor`, `ShardedTensor`).
-"""
+"""Refuse weights and optimizer states that are not finite floating-point numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,41 +16,36 @@ _BLOCK = 2**20
 
 
 def check_weights(tensors: Mapping[str, Any]) -> None:
-    """Check that an adapter's weights are finite floating-point numbers, in float32 too.
-
-    Of a tensor in shards, those on this rank are looked at.
+    """Refuse adapter weights that are not finite in float32; of shards, those on this rank.
 
     Raises:
-        ValueError: Names the first that is anything else.
+        ValueError: Names the first weight that is no floating-point tensor, or not finite.
     """
+    flags = []
     parts = [(key, part) for key, value in tensors.items() for part in local_parts(value)]
     for key, part in parts:
         if not isinstance(part, Tensor):
             raise ValueError(f"{key} is no tensor, but of type {type(part).__name__}.")
         if not part.is_floating_point():
             raise ValueError(f"{key} has dtype {part.dtype}, and weights are floating-point.")
-    for (key, _), good in zip(parts, _are_finite([part for _, part in parts]), strict=True):
-        if not good:
-            raise ValueError(
-                f"{key} holds values that are not finite in float32 (NaN or infinity), from which "
-                "no training recovers. Give an adapter from before they appeared."
-            )
+        flags.append(part.detach().float().isfinite().all())
+    # One wait for the device.
+    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    if not all(finite):
+        raise ValueError(
+            f"{parts[finite.index(False)][0]} holds values that are not finite in float32 (NaN or "
+            "infinity), from which no training recovers. Give an adapter from before they appeared."
+        )
 
 
 def check_base(model: nn.Module, base: str) -> None:
-    """Check that the weights of a base are finite; those that are packed in few bits are not read.
-
-    Args:
-        model: As it was loaded.
-        base: What to call it.
+    """Refuse a base with weights that are not finite; quantised weights are not looked at.
 
     Raises:
         ValueError: Names the first weight that holds NaN or infinity.
     """
     for name, weight in model.named_parameters():
-        if weight.is_meta or is_packed(weight):
-            continue
-        if not _is_finite(weight.detach()):
+        if not (weight.is_meta or is_packed(weight) or _is_finite(weight.detach())):
             raise ValueError(
                 f"base {base!r} holds NaN or infinity in {name} ({weight.dtype}). Set model.base "
                 "to an undamaged copy, or, if the numbers are too large for this data type, "
@@ -73,45 +65,34 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 def check_states(states: Sequence[Any]) -> None:
-    """Check that the saved states of optimizers hold no NaN.
+    """Refuse saved optimizer states that hold NaN.
 
     Raises:
         ValueError: Names the entry that does.
     """
-    leaves = _leaves("optimizer_states", list(states))
-    for name, part in ((name, part) for name, value in leaves for part in local_parts(value)):
-        if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):
-            raise ValueError(
-                f"{name} of the checkpoint holds NaN, from which no training recovers. Give a "
-                "checkpoint from before it appeared."
-            )
+    for name, value in _leaves("optimizer_states", list(states)):
+        for part in local_parts(value):
+            if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):
+                raise ValueError(
+                    f"{name} of the checkpoint holds NaN, from which no training recovers. Give a "
+                    "checkpoint from before it appeared."
+                )
 
 
-def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        entries = [(f"{name}.{key}", entry) for key, entry in value.items()]
-    elif isinstance(value, list | tuple):
-        entries = [(f"{name}.{index}", entry) for index, entry in enumerate(value)]
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping | list | tuple):
+        for key, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(f"{name}.{key}", entry)
     else:
-        return [(name, value)]
-    return [leaf for path, entry in entries for leaf in _leaves(path, entry)]
+        yield name, value
 
 
 def local_parts(value: Any) -> list[Any]:
-    """What of a tensor is on this rank; the value itself if it is no tensor in shards."""
+    """This rank's part of a tensor in shards; any other value itself."""
     if isinstance(value, DTensor):
         return [value.to_local()]
     if hasattr(value, "local_shards"):  # a ShardedTensor, as FSDP1 saves them
         return [shard.tensor for shard in value.local_shards()]
-    if hasattr(value, "_load_tensor"):  # as Lightning reads whole ones for FSDP1: at first use
-        return [value._load_tensor()]
+    if hasattr(type(value), "__torch_function__") and not isinstance(value, Tensor):
+        return [torch.detach(value)]  # Lightning loads the whole ones of FSDP1 at first use
     return [value]
-
-
-def _are_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Whether each holds finite numbers alone, with one wait for the device."""
-    if not tensors:
-        return []
-    flags = [tensor.detach().float().isfinite().all() for tensor in tensors]
-    found: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-    return found

@@ -1,9 +1,10 @@
-"""Load the frozen base model and its tokenizer."""
+"""Load the frozen base model and its tokenizer, from the hub, a folder, or the embedded one."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,15 +12,25 @@ import torch
 from torch import nn
 
 from rosa_lightning.models import tiny
-from rosa_lightning.models.base_files import check_base_files, check_files
 from rosa_lightning.models.finite import check_base
 from rosa_lightning.models.quantization import Quantization, quantization_config
+from rosa_lightning.utils.files import check_archive, check_input, check_name, open_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_MOST = (
+    # Each layer is built, on the meta device too; the deepest models have some hundreds.
+    (re.compile(r"(num_|n_)?((hidden|encoder|decoder)_)?(layers?|blocks)|num_\w*layers"), 4096),
+    (re.compile(r"\w*(size|dim|heads?|d_model|n_embd|n_inner|rank|experts|width)\w*"), 2**24),
+    # Some classes keep a table of positions.
+    (re.compile(r"\w*positions?\w*"), 2**27),
+)
+"""Names of a configuration's numbers, and how large they may be."""
+_LONGEST_LIST = 2**16
 
 
 def load_base(
@@ -37,12 +48,11 @@ def load_base(
     Args:
         base: Hub id, folder, or ``tiny`` for the embedded model.
         revision: Branch, tag or commit on the hub.
-        dtype: Of the weights; ``auto`` is what the base says of itself.
+        dtype: Of the weights; ``auto`` is the configuration's.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None lets
             `transformers` choose.
         trust_remote_code: Run Python code that comes with the base.
-        quantization: Quantise its linear layers while loading; None leaves them as they are. See
-            `quantization_config`.
+        quantization: Quantise its linear layers while loading, see `quantization_config`.
         device: Where to quantise; by default the CPU.
 
     Raises:
@@ -52,21 +62,20 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    with _one_line_errors(base, "model", "model.base"):
-        check_base_files(_location(base), revision or "main")
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"revision": revision or "main"}
+    settings["trust_remote_code"] = trust_remote_code
+    with _one_line_errors(base, "model"):
+        _check_base_files(base, revision)
     if quantization is not None:  # None, given on, would undo a quantization of the base's own
-        settings["quantization_config"] = _quantizer(base, quantization, dtype, source)
+        settings["quantization_config"] = _quantizer(base, quantization, dtype, settings)
         if device is not None and device.type != "cpu":
             settings["device_map"] = {"": device}
-    with _one_line_errors(base, "model", "model.base"):
+    with _one_line_errors(base, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             _location(base),
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
-            **source,
             **settings,
         )
     model: PreTrainedModel = loaded[0]
@@ -83,15 +92,14 @@ def load_base(
 def _quantizer(
     base: str, quantization: Quantization, dtype: Dtype, source: dict[str, Any]
 ) -> QuantizationConfigMixin:
-    """What to quantise a base with, which must not be quantised already."""
     from transformers import AutoConfig
 
-    with _one_line_errors(base, "configuration", "model.base"):
+    with _one_line_errors(base, "configuration"):
         config = AutoConfig.from_pretrained(_location(base), **source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"base {base!r} is quantised already, so model.quantization={quantization} cannot be "
-            "had. Take model.quantization out to load the base as it is."
+            "applied. Take model.quantization out to load the base as it is."
         )
     own_dtype: torch.dtype = config.dtype or torch.float32
     return quantization_config(
@@ -107,27 +115,19 @@ def load_skeleton(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A base from its configuration alone: `inject_roae` measures it, but it cannot be run.
+    """Build a base from its configuration alone, with its parameters on the meta device.
 
-    Parameters are on the meta device: shapes and data types without numbers. What `transformers`
-    computes, such as rotary frequencies, is there.
-
-    Args:
-        base: As for `load_base`; a folder needs its ``config.json`` only.
-        revision: As for `load_base`.
-        dtype: Likewise; ``auto`` is what the configuration says.
-        attn_implementation: Likewise.
-        trust_remote_code: Likewise.
+    `inject_roae` can read its rotation, but it cannot be run: parameters are shapes and data types
+    without numbers. What `transformers` computes, such as rotary frequencies, is there. Arguments
+    as for `load_base`; a folder needs its ``config.json`` only.
 
     Raises:
-        ValueError: It cannot be loaded, or does not say its data type.
+        ValueError: It cannot be built, or the configuration does not say its data type.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    with _one_line_errors(base, "configuration", "model.base"):
-        check_base_files(_location(base), revision or "main")
-        config = AutoConfig.from_pretrained(_location(base), revision=revision or "main", **options)
+    config = _configuration(base, revision, trust_remote_code)
     named = config.dtype or config.get_text_config().dtype if dtype == "auto" else dtype
     if named is None:
         raise ValueError(
@@ -137,7 +137,7 @@ def load_skeleton(
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         options["code_revision"] = revision  # code that comes with the base, and not newer code
     make: Any = AutoModelForCausalLM.from_config
-    with _one_line_errors(base, "model", "model.base"), torch.device("meta"):
+    with _one_line_errors(base, "model"), torch.device("meta"):
         model: PreTrainedModel = make(
             config, dtype=named, attn_implementation=attn_implementation, **options
         )
@@ -149,45 +149,41 @@ def load_skeleton(
 def _compute_constants(model: PreTrainedModel) -> None:
     """Make real what no training changes: buffers, and parameters born frozen (position tables)."""
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
-        for name, weight in module._parameters.items():
-            if weight is not None and not weight.requires_grad:
+        for name, buffer in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
+            setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+        for name, weight in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+            if not weight.requires_grad:
                 real = torch.zeros_like(weight, device="cpu")
-                module._parameters[name] = nn.Parameter(real, requires_grad=False)
+                setattr(module, name, nn.Parameter(real, requires_grad=False))
     # transformers computes them where it initialises weights, which on meta does nothing.
     model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
-def context_length(base: str, **options: Any) -> int | None:
-    """Most tokens that a base reads, by its configuration; None if that does not say.
+def _configuration(base: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
 
-    Arguments and errors as `load_base`.
-    """
+    with _one_line_errors(base, "configuration"):
+        _check_base_files(base, revision)
+        return AutoConfig.from_pretrained(
+            _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+
+
+def context_length(base: str, **options: Any) -> int | None:
+    """Largest number of tokens that a base reads; None if its configuration does not say."""
     return _positive(base, "max_position_embeddings", **options)
 
 
 def vocabulary_size(base: str, **options: Any) -> int | None:
-    """Rows of a base's embedding, by its configuration; None if that does not say.
-
-    Arguments and errors as `load_base`.
-    """
+    """Rows of a base's embedding; None if its configuration does not say."""
     return _positive(base, "vocab_size", **options)
 
 
 def _positive(
     base: str, name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> int | None:
-    """A number above 0 of a base's configuration."""
-    from transformers import AutoConfig
-
-    with _one_line_errors(base, "configuration", "model.base"):
-        check_base_files(_location(base), revision or "main")
-        config = AutoConfig.from_pretrained(
-            _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    value = getattr(config.get_text_config(), name, None)
+    config = _configuration(base, revision, trust_remote_code).get_text_config()
+    value = getattr(config, name, None)
     return value if isinstance(value, int) and value > 0 else None
 
 
@@ -199,7 +195,7 @@ def load_tokenizer(
     setting: str = "model.base",
     for_training: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base; arguments and errors as `load_base`.
+    """Load the tokenizer of a base; arguments and errors as for `load_base`.
 
     ``setting`` is the configuration key that an error names. ``for_training`` makes sure of a
     padding token; else the tokenizer is as the base has it.
@@ -207,7 +203,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     with _one_line_errors(base, "tokenizer", setting):
-        check_files(_location(base))
+        _check_files(_location(base))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
         )
@@ -217,8 +213,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def has_tokenizer(base: str, revision: str | None = None) -> bool:
+    """Whether a base comes with tokenizer files, readable or not."""
+    from transformers.utils.hub import cached_file
+
+    for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"):
+        with suppress(OSError):  # no such file, or no connection
+            cached_file(_location(base), name, revision=revision or "main")
+            return True
+    return False
+
+
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Compute activations again in the backward pass, without reentering autograd."""
+    """Enable non-reentrant gradient checkpointing."""
     # transformers 5.23 renamed it; the older name warns there.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
@@ -229,38 +236,68 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 def base_name(model: nn.Module) -> str:
     """What a loaded base is called: hub id, folder, or ``tiny``; its class if it has no name."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
     return "tiny" if name == str(tiny.folder()) else whole_name(name) or type(model).__name__
 
 
 def whole_name(base: str) -> str:
-    """What a base is called from any working folder: a local one goes by its whole path."""
+    """A base's name that holds in any working folder: absolute paths for local ones."""
     is_folder = base not in ("", "tiny") and Path(base).is_dir()
     return str(Path(base).resolve()) if is_folder else base
-
-
-def has_tokenizer(base: str, revision: str | None = None) -> bool:
-    """Whether a base comes with a tokenizer, one that can be read or not."""
-    from transformers.utils.hub import cached_file
-
-    return any(
-        cached_file(
-            _location(base),
-            name,
-            revision=revision or "main",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
-    )
 
 
 def _location(base: str) -> str:
     return str(tiny.folder()) if base == "tiny" else base
 
 
+# Files of strangers: checked before a library reads them and builds what they say.
+
+
+def _check_files(location: str) -> None:
+    """Refuse a folder with files that cannot be read to their end, or that unpack to more."""
+    check_name(location)
+    folder = Path(location)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_dir():
+            check_input(path)
+            if path.suffix in (".bin", ".pt", ".pth"):
+                with open_input(path) as file:
+                    is_archive = file.read(2) == b"PK"  # torch's format since 1.6
+                    file.seek(0)
+                    if is_archive:
+                        check_archive(file, path)
+
+
+def _check_base_files(base: str, revision: str | None) -> None:
+    from transformers import PretrainedConfig
+
+    _check_files(_location(base))
+    loaded: Any = PretrainedConfig
+    config, _ = loaded.get_config_dict(_location(base), revision=revision or "main")
+    check_sizes(config)
+
+
+def check_sizes(config: Any, name: str = "") -> None:
+    """Raise ValueError for a number of a configuration that no model has; names it."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            check_sizes(value, str(key))
+    elif isinstance(config, list):
+        if len(config) > _LONGEST_LIST:
+            raise ValueError(f"its configuration has a list {name} of {len(config):,}.")
+        for value in config:
+            check_sizes(value, name)
+    elif isinstance(config, int) and not isinstance(config, bool):
+        for pattern, most in _MOST:
+            if pattern.fullmatch(name) and config > most:
+                raise ValueError(
+                    f"its configuration says {name}={str(config)[:30]}, and no model has more than "
+                    f"{most:,}."
+                )
+
+
 @contextmanager
-def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
+def _one_line_errors(base: str, what: str, setting: str = "model.base") -> Iterator[None]:
     """Turn the loaders' long and varied errors into one line."""
     try:
         yield
@@ -270,15 +307,15 @@ def _one_line_errors(base: str, what: str, setting: str) -> Iterator[None]:
         reason = " ".join(lines if lines and lines[0].endswith(":") else lines[:1])[:1000]
         if not isinstance(error, OSError | ValueError | ImportError):
             reason = f"{type(error).__name__}: {reason}".rstrip(": ")
-        mend = (
+        fix = (
             f"Set {setting} to a folder with a causal language model, to a hub id that can be "
             "reached, or to tiny."
         )
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own."
-            mend = "Set model.trust_remote_code to true if you have read that code and trust it."
+            fix = "Set model.trust_remote_code to true if you have read that code and trust it."
         elif Path(base).is_absolute() and not Path(base).exists():
             reason = "there is no such folder."
-        raise ValueError(f"the {what} of base {base!r} could not be loaded: {reason} {mend}") from (
-            error
-        )
+        raise ValueError(
+            f"the {what} of base {base!r} could not be loaded: {reason} {fix}"
+        ) from error

@@ -1,7 +1,7 @@
-"""A base whose weights stand in fewer bits: asking for one, knowing one, and unpacking it.
+"""Quantised bases: load them (torchao, bitsandbytes), recognise their weights, dequantise them.
 
-The work is that of torchao and bitsandbytes, through `transformers`. A weight is *packed* where its
-tensor is no plain float tensor: integers, float8, or a tensor type of one of those libraries.
+A weight is *packed* where its tensor is no plain float tensor: integers, float8, or a tensor type
+of one of those libraries.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 Quantization = Literal["int8", "llm_int8", "nf4", "fp4"]
 
-_LIBRARIES = {"int8": ("torchao",)}
-_BITSANDBYTES = ("bitsandbytes", "accelerate")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -40,7 +38,7 @@ def quantization_config(name: Quantization, dtype: torch.dtype) -> QuantizationC
     """
     from transformers import BitsAndBytesConfig, TorchAoConfig, utils
 
-    for library in _LIBRARIES.get(name, _BITSANDBYTES):
+    for library in ("torchao",) if name == "int8" else ("bitsandbytes", "accelerate"):
         if not getattr(utils, f"is_{library}_available")():
             raise ImportError(
                 f"model.quantization={name} needs {library}, which is not installed or too old. "
@@ -82,7 +80,7 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """How many numbers the parameters of a model stand for, however they are packed."""
+    """Number of weights of a model, however they are packed."""
     total = sum(parameter.numel() for parameter in model.parameters())
     for _, layer in quantized_modules(model):
         if isinstance(layer, nn.Linear):
@@ -91,7 +89,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def ready_four_bit_layers(model: nn.Module) -> None:
-    """Make bitsandbytes' four-bit layers fit to be trained on a CPU, or refuse them.
+    """Prepare bitsandbytes' four-bit layers for training on a CPU, or refuse them.
 
     From 0.49 on its CPU kernels take each row of a weight to begin a new block of scales, whether
     it does or not. And on CPUs with bfloat16 instructions an evaluation repacks the weights for
@@ -116,11 +114,7 @@ def ready_four_bit_layers(model: nn.Module) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Check that gradients pass through a model's layers.
-
-    Raises:
-        ValueError: It is quantised in a way that has no backward pass.
-    """
+    """Raise ValueError for a base that is quantised in a way that has no backward pass."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         method = quantizer.quantization_config.quant_method
@@ -132,13 +126,9 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_dequantizable(model: nn.Module) -> None:
-    """Check that every packed weight of a model can be unpacked.
-
-    Raises:
-        ValueError: Names the first that cannot.
-    """
+    """Raise ValueError for the first packed weight of a model that cannot be dequantised."""
     for path, module in quantized_modules(model):
-        if not isinstance(module, nn.Linear) or _unpacking(module) is None:
+        if not isinstance(module, nn.Linear) or _dequantize(module) is None:
             raise ValueError(
                 f"{path} ({type(module).__name__}) is quantised in a way that cannot be undone "
                 "here. Load the base unquantised and merge into that."
@@ -146,7 +136,7 @@ def check_dequantizable(model: nn.Module) -> None:
 
 
 def dequantize_model(model: nn.Module) -> None:
-    """Put a plain linear layer in the place of every quantised one, and forget the quantization.
+    """Replace every quantised layer by a plain linear one, and drop the quantization config.
 
     In the dtype of the model's configuration. Call `check_dequantizable` first.
     """
@@ -156,7 +146,8 @@ def dequantize_model(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-        # How the weights were packed when they were loaded, which saving would try to undo.
+        # How the weights were packed when they were loaded, which saving would try to undo
+        # (transformers 5; there is no public way).
         cast(Any, model)._weight_conversions = None
 
 
@@ -173,14 +164,14 @@ def dequantized_linear(module: nn.Linear) -> nn.Linear:
     has_bias = module.bias is not None
     with torch.device("meta"):
         linear = nn.Linear(module.in_features, module.out_features, bias=has_bias)
-    unpack = cast(Callable[[], Tensor], _unpacking(module))
-    linear.weight = nn.Parameter(unpack().float(), requires_grad=False)
+    dequantize = cast(Callable[[], Tensor], _dequantize(module))
+    linear.weight = nn.Parameter(dequantize().float(), requires_grad=False)
     if has_bias:
         linear.bias = nn.Parameter(module.bias.float(), requires_grad=False)
     return linear.train(module.training)
 
 
-def _unpacking(module: nn.Linear) -> Callable[[], Tensor] | None:
+def _dequantize(module: nn.Linear) -> Callable[[], Tensor] | None:
     """What gives the weight (out, in) that a quantised layer stands for; None if nothing does."""
     weight, library = module.weight, type(module.weight).__module__.partition(".")[0]
     if library == "torchao" and "output_dtype" in signature(weight.dequantize).parameters:
@@ -188,7 +179,6 @@ def _unpacking(module: nn.Linear) -> Callable[[], Tensor] | None:
     if library == "bitsandbytes":
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-        return partial(
-            dequantize_bnb_weight, cast(nn.Parameter, weight), getattr(module, "state", None)
-        )
+        state = getattr(module, "state", None)
+        return partial(dequantize_bnb_weight, cast(nn.Parameter, weight), state)
     return None

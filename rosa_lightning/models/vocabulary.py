@@ -1,11 +1,11 @@
-"""Whether a tokenizer's ids have rows in the embedding of a base."""
+"""Compare a tokenizer's ids with the rows of a base's embedding."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-_MEND = (
+_FIX = (
     "Set data.tokenizer to the base's own tokenizer, or model.base to a model whose embedding was "
     "resized for this one."
 )
@@ -22,24 +22,20 @@ def num_embeddings(model: nn.Module) -> int | None:
 
 
 def check_vocabulary(tokenizer: Any, num_rows: int | None) -> None:
-    """Check that a tokenizer's vocabulary and its end-of-sequence token have rows.
+    """Refuse a tokenizer whose vocabulary or end-of-sequence token has no embedding rows.
 
     Added tokens may lie beyond: many a tokenizer has some that its model does not know. Texts that
-    use one are refused as they are encoded, by `check_ids`.
-
-    Args:
-        tokenizer: A tokenizer of `transformers`.
-        num_rows: Rows of the base's embedding; None where that is not known.
+    use one are refused when they are tokenised, by `check_ids`.
 
     Raises:
-        ValueError: They have not. The tokenizer is that of another model.
+        ValueError: The tokenizer is that of another model.
     """
     if num_rows is None:
         return
     if tokenizer.vocab_size > num_rows:
         raise ValueError(
             f"the tokenizer has a vocabulary of {tokenizer.vocab_size} tokens, but the embedding "
-            f"of the base has {num_rows} rows, so it is that of another model. {_MEND}"
+            f"of the base has {num_rows} rows, so it is that of another model. {_FIX}"
         )
     check_ids([tokenizer.eos_token_id], tokenizer, num_rows, "the tokenizer's end of sequence")
 
@@ -53,31 +49,18 @@ def beyond(tokenizer: Any, num_rows: int | None) -> bool:
 
 
 def check_ids(ids: Iterable[int], tokenizer: Any, num_rows: int, what: str) -> None:
-    """Check that token ids have rows.
-
-    Args:
-        ids: Token ids, at least one.
-        tokenizer: What they are of.
-        num_rows: Rows of the base's embedding.
-        what: What to call them.
-
-    Raises:
-        ValueError: One has none.
-    """
+    """Raise ValueError, which begins with `what`, if one of the ids has no embedding row."""
     largest = max(ids)
     if largest >= num_rows:
         raise ValueError(
             f"{what}: token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, "
-            f"but the embedding of the base has {num_rows} rows. {_MEND}"
+            f"but the embedding of the base has {num_rows} rows. {_FIX}"
         )
 
 
 def padding_id(tokenizer: Any, num_rows: int | None) -> int:
-    """A token to pad with that has a row; padding is masked everywhere, so any will do.
-
-    The tokenizer's own, if it has one that has a row; ``[PAD]`` is often added without one.
-    """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    """A token to pad with that has a row; padding is masked everywhere, so any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):  # [PAD] may have no row
         if isinstance(token, int) and (num_rows is None or token < num_rows):
             return token
     return 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_lightning.models.standin import stand_ins
+from rosa_lightning.models.meta import run_on_meta
 from rosa_lightning.roae.rope import PairTable, read_pair_table
 from rosa_lightning.roae.tracing import (
     AttentionCall,
@@ -84,7 +84,7 @@ def read_geometry(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trac
         ValueError: No attention, no rotation anywhere, or one that cannot be read; names the
             class, the layer and the reason.
     """
-    with stand_ins(model):
+    with run_on_meta(model):
         return _read_model(model)
 
 

@@ -1,8 +1,9 @@
-"""Decoder layers compiled one by one, so that freezing and thawing them needs few graphs.
+"""Compile decoder layers one by one, so that freezing and thawing them needs few graphs.
 
 The compiler makes a graph for each way in which a layer's inputs and weights require gradients.
-Layers alike share graphs, so that there are a handful, whatever layers are active; a model
-compiled as a whole would need one for every set of active layers.
+Layers alike share graphs, whatever layers are active; a model compiled as a whole would need one
+for every set of active layers. Uses `_compiled_call_impl`, `_call_impl` and `torch._dynamo.config`
+(torch 2.13).
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ and precisions twice as many; torch's own limit is 8, beyond which it runs code 
 def compile_layers(
     model: nn.Module, strategy: Strategy | None = None, backend: str = "inductor"
 ) -> None:
-    """Compile each decoder layer of an adapted model, in place; names of weights stay.
+    """Compile each decoder layer of an adapted model for training, in place.
 
-    In training only, where shapes and the numbers of rows may change from batch to batch. In
-    evaluation mode layers run as they are, and so do those that are given a cache, whose graph
-    would hold for one layer alone.
+    In evaluation mode layers run uncompiled, and so do those that are given a cache, whose graph
+    would hold for one layer alone. The number of rows and tokens may change from batch to batch.
 
     Args:
         model: As `inject_roae` left it, on one device or before DDP wraps it.
@@ -36,8 +36,8 @@ def compile_layers(
         backend: Of `torch.compile`.
 
     Raises:
-        ValueError: The strategy shards the model, or layers are to be recomputed in the backward
-            pass, which Inductor (torch 2.13) refuses for attention.
+        ValueError: The strategy shards the model, or gradient checkpointing is on, which Inductor
+            (torch 2.13) refuses for attention.
     """
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     if checkpointed and backend == "inductor":
@@ -58,6 +58,11 @@ def compile_layers(
         layer.compile(fullgraph=True, dynamic=True, backend=backend)
         # Where torch keeps it: neither in copies nor in files of the model.
         layer._compiled_call_impl = partial(_call, layer, layer._compiled_call_impl)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of a model is compiled."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def _call(layer: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> Any:

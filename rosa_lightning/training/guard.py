@@ -64,9 +64,9 @@ class StepGuard:
         self.max_skipped = max_skipped
         self.skipped = 0
         """Steps left out so far in this run."""
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin a new window of micro-batches."""
         self._losses: list[Tensor] = []
         self._batches: list[Mapping[str, Any]] = []
@@ -86,7 +86,7 @@ class StepGuard:
         if problem := self._look(module, optimizer):
             self._skip(module.trainer, problem)
             _drop(optimizer, has_scaler=_scaler(module.trainer) is not None)
-        self.forget()
+        self.reset()
 
     def check_begun(self, module: LightningModule) -> None:
         """Look at a step that has begun before its gradients are saved; all ranks must.

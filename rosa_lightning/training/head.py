@@ -1,8 +1,8 @@
-"""A model's head on chosen positions alone, through the model's own forward.
+"""Logits at the supervised positions alone: the head, and the last feed-forward block, narrowed.
 
 What stands between the decoder and the logits (the head, soft-capping, scaling) is left to the
-model. The decoder's answer is narrowed on its way there. So is what the last layer's feed-forward
-block is given: behind it no token looks at another.
+model's own forward; hooks narrow the decoder's output on its way there, and the input of the last
+layer's feed-forward block, behind which no token looks at another.
 
 Axes: B rows, T tokens, N chosen positions, D features, V vocabulary.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rosa_lightning.training.compile import is_compiled
 from rosa_lightning.utils.modules import in_mode
 
 if TYPE_CHECKING:
@@ -29,22 +30,19 @@ _SAMPLE = 8
 def logits_at(
     model: PreTrainedModel,
     inputs: dict[str, Any],
-    places_N: Tensor,
+    positions_N: Tensor,
     block: nn.Module | None = None,
 ) -> Tensor:
-    """Logits at some positions.
+    """Logits at some positions, shape (N, V), in the model's own dtype.
 
     Args:
-        model: The causal language model; `why_not_narrowed` finds nothing against it.
+        model: A causal language model; `unsupported_reason` gives none.
         inputs: What its forward takes.
-        places_N: Indices into the flattened (B, T) of the inputs, each once.
+        positions_N: Indices into the flattened (B, T) of the inputs, each once.
         block: What `last_block` found, to be run at these positions alone.
-
-    Returns:
-        Logits, shape (N, V), in the model's own dtype.
     """
-    narrowed = _changed(decoder_of(model), lambda output: _at(output, places_N))
-    with narrowed, _narrowed(block, places_N):
+    narrowed = _changed(decoder_of(model), lambda output: _at(output, positions_N))
+    with narrowed, _narrowed(block, positions_N):
         logits: Tensor = model(**inputs).logits
     return logits[0]
 
@@ -52,41 +50,35 @@ def logits_at(
 def states_at(
     model: PreTrainedModel,
     inputs: dict[str, Any],
-    places_N: Tensor,
+    positions_N: Tensor,
     block: nn.Module | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What the head is given at some positions, and the head.
-
-    Args:
-        model: As for `logits_at`.
-        inputs: As for `logits_at`.
-        places_N: As for `logits_at`.
-        block: As for `logits_at`.
+    """The head's input at some positions, and the head; arguments as for `logits_at`.
 
     Returns:
         States, shape (N, D), and a function of some of them, (n, D), to logits, (n, V). It calls
-        the model with the decoder's answer given, so it may be run again in the backward pass.
+        the model with the decoder's output given, so it may be run again in the backward pass.
     """
-    answers: list[Any] = []
+    outputs: list[Any] = []
 
     def one_position(output: Any) -> Any:
-        answers.append(_at(output, places_N))
-        return _with_states(answers[0], answers[0].last_hidden_state[:, :1])
+        outputs.append(_at(output, positions_N))
+        return _with_states(outputs[0], outputs[0].last_hidden_state[:, :1])
 
-    with _changed(decoder_of(model), one_position), _narrowed(block, places_N):
+    with _changed(decoder_of(model), one_position), _narrowed(block, positions_N):
         model(**inputs)
-    answer = answers[0]
+    output = outputs[0]
 
     def head(states_ND: Tensor) -> Tensor:
-        with _answered(decoder_of(model), _with_states(answer, states_ND[None])):
+        with _replayed(decoder_of(model), _with_states(output, states_ND[None])):
             logits: Tensor = model(**inputs).logits
         return logits[0]
 
-    return answer.last_hidden_state[0], head
+    return output.last_hidden_state[0], head
 
 
 @torch.no_grad()
-def why_not_narrowed(model: PreTrainedModel, ids_BT: Tensor) -> str:
+def unsupported_reason(model: PreTrainedModel, ids_BT: Tensor) -> str:
     """Why a model's head cannot be given fewer positions; empty if it can.
 
     Args:
@@ -97,15 +89,16 @@ def why_not_narrowed(model: PreTrainedModel, ids_BT: Tensor) -> str:
         return f"{type(model).__name__} has no decoder apart from its head"
     ids = ids_BT[:2, -_SAMPLE:]
     inputs = {"input_ids": ids, "use_cache": False}
-    places_N = torch.arange(1, ids.numel(), 2, device=ids.device)
+    positions_N = torch.arange(1, ids.numel(), 2, device=ids.device)
     with in_mode(model, False):
-        whole_NV = model(**inputs).logits.flatten(0, 1)[places_N]
+        whole_NV = model(**inputs).logits.flatten(0, 1)[positions_N]
         try:
-            found = logits_at(model, inputs, places_N)
-            states_ND, head = states_at(model, inputs, places_N)
+            found = logits_at(model, inputs, positions_N)
+            states_ND, head = states_at(model, inputs, positions_N)
             found_again = head(states_ND)
         except Exception as error:
-            return f"the head of {type(model).__name__} refuses fewer: {_line(error)}"
+            line = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            return f"the head of {type(model).__name__} refuses fewer: {line}"
     for one in (found, found_again):
         if one.shape != whole_NV.shape or not close(one, whole_NV):
             return f"the head of {type(model).__name__} answers otherwise where it is given fewer"
@@ -121,7 +114,7 @@ def last_block(model: PreTrainedModel, ids_BT: Tensor, *, compare: bool = True) 
     Args:
         model: As for `logits_at`.
         ids_BT: Token ids to try it on.
-        compare: Whether to look at the logits. Of tensors without numbers, only the shapes can be.
+        compare: Whether to compare the logits; of fake tensors, only the shapes can be.
     """
     block = _candidate(model)
     if block is None:
@@ -129,18 +122,18 @@ def last_block(model: PreTrainedModel, ids_BT: Tensor, *, compare: bool = True) 
     ids = ids_BT[:2, -_SAMPLE:]
     # With a mask, as batches have one: some mixtures of experts count by it.
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    places_N = torch.arange(1, ids.numel(), 2, device=ids.device)
+    positions_N = torch.arange(1, ids.numel(), 2, device=ids.device)
     with in_mode(model, False):
         try:
-            found_NV = logits_at(model, inputs, places_N, block)
+            found_NV = logits_at(model, inputs, positions_N, block)
         except Exception:  # it takes or gives more than one tensor, or looks at other tokens
             return None
-        same = not compare or close(found_NV, logits_at(model, inputs, places_N))
+        same = not compare or close(found_NV, logits_at(model, inputs, positions_N))
     return block if same else None
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """What a model gives its head the answers of; the model itself where that cannot be told."""
+    """The module whose output a model's head reads; the model itself where that cannot be told."""
     found: nn.Module = model.base_model
     if found is model:  # some name a prefix that they have no module of
         parts = [part for part in model.children() if hasattr(part, "config")]
@@ -149,13 +142,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def close(found: Tensor, wanted: Tensor, half: float = 0.02) -> bool:
-    """Whether two results differ by no more than rounding in the precision they were made in.
-
-    Args:
-        found: Of the same shape as `wanted`.
-        wanted: What to compare with.
-        half: Bound on the relative difference where there are 16 bits.
-    """
+    """Whether two results differ by rounding alone; `half` bounds the difference in 16 bits."""
     bound = 2e-4 if torch.get_float32_matmul_precision() == "highest" else 5e-3
     if torch.is_autocast_enabled(wanted.device.type) or wanted.element_size() < 4:
         bound = half
@@ -164,43 +151,33 @@ def close(found: Tensor, wanted: Tensor, half: float = 0.02) -> bool:
 
 
 def _candidate(model: PreTrainedModel) -> nn.Module | None:
-    """What looks like the last layer's feed-forward block, None where it must run on all tokens.
+    """What looks like the last layer's feed-forward block: its largest part without attention.
 
-    So it must where a layer is run again for the backward pass, whole, or compiled.
+    None where layers are checkpointed or compiled, which run whole.
     """
-    if any(
-        getattr(module, "gradient_checkpointing", False) or module._compiled_call_impl is not None
-        for module in model.modules()
+    if is_compiled(model) or any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
     ):
         return None
     stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList)]
     if not stacks or not len(stacks[-1]):
         return None
-    # Weights in few bits may be buffers.
-    weights = {
-        part: [*part.parameters(), *part.buffers()]
-        for part in stacks[-1][-1].children()
-        if not any(hasattr(module, "roae_A") for module in part.modules())
-    }
-    sizes = {
-        part: sum(weight.numel() for weight in held)
-        for part, held in weights.items()
-        if any(weight.ndim > 1 for weight in held)  # no norm: attention may follow it
-    }
+    sizes = {}
+    for part in stacks[-1][-1].children():
+        weights = [*part.parameters(), *part.buffers()]  # weights in few bits may be buffers
+        adapted = any(hasattr(module, "roae_A") for module in part.modules())
+        # No norm, which attention may follow.
+        if not adapted and any(weight.ndim > 1 for weight in weights):
+            sizes[part] = sum(weight.numel() for weight in weights)
     return max(sizes, key=lambda part: sizes[part], default=None)
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-
-
-def _at(output: Any, places_N: Tensor) -> Any:
+def _at(output: Any, positions_N: Tensor) -> Any:
     states_BTD: Tensor = output.last_hidden_state
-    return _with_states(output, states_BTD.flatten(0, 1).index_select(0, places_N)[None])
+    return _with_states(output, states_BTD.flatten(0, 1).index_select(0, positions_N)[None])
 
 
 def _with_states(output: Any, states: Tensor) -> Any:
-    """A copy of a decoder's answer with other states."""
     changed = copy.copy(output)
     changed.last_hidden_state = states
     return changed
@@ -208,7 +185,7 @@ def _with_states(output: Any, states: Tensor) -> Any:
 
 @contextmanager
 def _changed(decoder: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Let what a decoder answers be changed before its caller sees it."""
+    """Change what a decoder returns."""
     handle = decoder.register_forward_hook(lambda _module, _args, output: change(output))
     try:
         yield
@@ -217,8 +194,8 @@ def _changed(decoder: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]
 
 
 @contextmanager
-def _narrowed(block: nn.Module | None, places_N: Tensor) -> Iterator[None]:
-    """Let a block that takes each token for itself run at some, and answer zero elsewhere."""
+def _narrowed(block: nn.Module | None, positions_N: Tensor) -> Iterator[None]:
+    """Run a block at some positions, with zeros at all others."""
     if block is None:
         yield
         return
@@ -227,12 +204,12 @@ def _narrowed(block: nn.Module | None, places_N: Tensor) -> Iterator[None]:
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (states_BTD,) = args
         shape[:] = [states_BTD.shape]
-        return (states_BTD.flatten(0, 1).index_select(0, places_N)[None],)
+        return (states_BTD.flatten(0, 1).index_select(0, positions_N)[None],)
 
     def after(_: nn.Module, args: Any, output_1ND: Tensor) -> Tensor:
         batch, tokens = shape[0][:2]
         zeros = output_1ND.new_zeros(batch * tokens, output_1ND.shape[-1])
-        return zeros.index_copy(0, places_N, output_1ND[0]).view(batch, tokens, -1)
+        return zeros.index_copy(0, positions_N, output_1ND[0]).view(batch, tokens, -1)
 
     handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
     try:
@@ -243,10 +220,10 @@ def _narrowed(block: nn.Module | None, places_N: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _answered(decoder: nn.Module, answer: Any) -> Iterator[None]:
-    """Let a decoder give an answer that it has given before, and compute nothing."""
+def _replayed(decoder: nn.Module, output: Any) -> Iterator[None]:
+    """Let a decoder return an earlier output, and compute nothing."""
     own = vars(decoder).get("forward")
-    decoder.forward = lambda *args, **kwargs: answer
+    decoder.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:

@@ -1,14 +1,13 @@
-"""A batch taken in parts, one after another, whose activations are never alive together.
+"""Take a batch in parts whose activations are never alive together, as one loss.
 
-The gradients of all parts but the last are taken as soon as their loss is known, and handed on when
-the backward pass comes. So whoever calls for it, Lightning or DDP, sees one loss and one backward
-pass.
+The gradients of all parts but the last are computed as soon as their loss is known, and handed on
+in the backward pass. So Lightning and DDP see one loss and one backward pass.
 
 Rows are run beside others than in the whole batch. What looks at all rows that are run together
 sees those of a part: a dropout's draws, the outliers of ``llm_int8``, a rotation that follows the
 longest row (``dynamic``, ``longrope``).
 
-Axes: B rows, T tokens, P tokens of a beginning that is computed once.
+Axes: B rows, T tokens, P tokens of a shared prefix that is computed once.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from rosa_lightning.data.collators import IGNORE_INDEX, is_packed_batch
 from rosa_lightning.models.quantization import num_parameters
 
 MicrobatchTokens = int | Literal["auto"] | None
-"""Most tokens of a part; ``auto`` for what `busy_tokens` says; None for batches as they are."""
+"""Most tokens of a part; ``auto`` for `default_microbatch_tokens`; None for whole batches."""
 
 _FEW = 2048
 """Tokens of a part under ``auto``."""
@@ -35,35 +34,24 @@ _LARGE = 2e9
 as much backward) than to launch the kernels."""
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 _BOUNDS = ("num_label_positions", "num_shared")
-"""What is said of all rows of a padded batch and so of any of them."""
+"""What holds for all rows of a padded batch and so for any of them."""
 
 
 def check_microbatch_tokens(num_tokens: Any) -> None:
-    """Check the setting.
-
-    Raises:
-        ValueError: It is no `MicrobatchTokens`, or below 1.
-    """
+    """Raise ValueError for a setting that is no `MicrobatchTokens`, or below 1."""
     is_number = isinstance(num_tokens, int) and not isinstance(num_tokens, bool)
-    if num_tokens is None or num_tokens == "auto" or (is_number and num_tokens >= 1):
-        return
-    raise ValueError(
-        f"microbatch_tokens={num_tokens!r} is no whole number from 1 up. Set "
-        "model.microbatch_tokens to a number of tokens, 2048 say, to auto, or to null for batches "
-        "as they are."
-    )
+    if not (num_tokens is None or num_tokens == "auto" or (is_number and num_tokens >= 1)):
+        raise ValueError(
+            f"microbatch_tokens={num_tokens!r} is no whole number from 1 up. Set "
+            "model.microbatch_tokens to a number of tokens, 2048 say, to auto, or to null for "
+            "whole batches."
+        )
 
 
-def busy_tokens(model: nn.Module, device: str) -> int | None:
+def default_microbatch_tokens(model: nn.Module, device: str) -> int | None:
     """Tokens enough to keep a device busy, so that more at once make nothing faster.
 
-    Args:
-        model: The base; weights may be missing or packed.
-        device: Type of the device, such as cpu or cuda.
-
-    Returns:
-        A number of tokens; None for small models on an accelerator, which would wait for kernels
-        to be launched.
+    None for small models on an accelerator (``cuda``, say), which would wait for kernel launches.
     """
     return _FEW if device == "cpu" or num_parameters(model) >= _LARGE else None
 
@@ -80,9 +68,9 @@ def microbatches(
 ) -> list[dict[str, Any]]:
     """A batch in parts of at most so many tokens, padding included, or of one row.
 
-    There are as few parts as can be, and they are as small as so few can be. Padded rows of like
-    length come together, and a part is as wide as its longest row. Parts that carry no loss are
-    left out.
+    There are as few parts as possible, and they are as small as so few can be. Padded rows of like
+    length come together, and a part is as wide as its longest row. Parts without labels are left
+    out.
 
     Args:
         batch: As `TrainCollator` or `PackedCollator` makes it.
@@ -148,18 +136,14 @@ def _groups(
     return filled(bisect_left(range(most), True, key=lambda less: len(filled(less)) <= fewest))
 
 
-def sum_of_parts(
+def accumulate_loss(
     parts: Sequence[dict[str, Any]], loss: Callable[[dict[str, Any]], Tensor]
 ) -> Tensor:
-    """Sum of the parts' losses, with the graph of the last part alone.
+    """Sum of the parts' losses (at least one part), with the graph of the last part alone.
 
     Its gradients are those of all parts for every leaf that any of them reached, parameters and
     others. It can be differentiated once. For other tensors than leaves, and for graphs that parts
     have in common, there is but the last part.
-
-    Args:
-        parts: At least one.
-        loss: Of one part, a scalar.
     """
     *early, last = parts
     if not early:
@@ -169,7 +153,7 @@ def sum_of_parts(
     known = [_add_gradients(loss(part), gradients) for part in early]
     last_loss = loss(last)
     leaves = [*gradients]
-    total: Tensor = _Known.apply(  # type: ignore[no-untyped-call]
+    total: Tensor = PrecomputedGradient.apply(  # type: ignore[no-untyped-call]
         torch.stack(known).sum(), [gradients[leaf] for leaf in leaves], *leaves
     )
     return last_loss + total
@@ -198,29 +182,30 @@ def _add_gradients(loss: Tensor, gradients: MutableMapping[Tensor, Tensor]) -> T
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """What gradients of a loss end in, each once."""
+    """The leaves of a loss's graph, each once."""
     found, seen, waiting = [], set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            found.append(cast(Any, node).variable)
-        waiting += [following for following, _ in node.next_functions]
+        if node is not None and node not in seen:
+            seen.add(node)
+            if type(node).__name__ == "AccumulateGrad":
+                found.append(cast(Any, node).variable)
+            waiting += [following for following, _ in node.next_functions]
     return found
 
 
-class _Known(torch.autograd.Function):
+class PrecomputedGradient(torch.autograd.Function):
     """A scalar whose gradients are known already, one for each leaf, of the leaf's shape."""
 
     @staticmethod
     def forward(ctx: Any, number: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        """Keep the gradients."""
         ctx.save_for_backward(*gradients)
         return number.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale them."""
         # Not in place: a graph that is retained is run again.
         return None, None, *(gradient * scale for gradient in ctx.saved_tensors)

@@ -1,10 +1,11 @@
-"""What cheap modules make, made again in the backward pass instead of being held for it.
+"""Recompute cheap activations in the backward pass instead of holding them, bit for bit.
 
-A gated feed-forward block saves what its activation function gives, and also what that was given,
-from which it follows. A norm saves a float32 copy of a 16-bit input, and where its weight trains,
-its input normalised. To make these again takes a few operations an element and no matrix product.
-Megatron-LM does the like with its ``CheckpointWithoutOutput``; here hooks on saved tensors do it,
-whatever the model's code.
+A gated feed-forward block saves the output of its activation function, and also its input, from
+which it follows. A norm saves a float32 copy of a 16-bit input, and where its weight trains, its
+input normalised. To recompute these takes a few operations an element and no matrix product.
+Megatron-LM has ``CheckpointWithoutOutput`` for this; here hooks on saved tensors do it, whatever
+the model's code. Uses `Tensor._version`, `_backward_hooks`, a module's `_forward_hooks` and
+`UntypedStorage._cdata` (torch 2.13).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from rosa_lightning.training.compile import is_compiled
+
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
-_Take = Callable[[], Tensor]
-"""Gives a saved tensor, or makes it again."""
+_Restore = Callable[[], Tensor]
+"""Gives a saved tensor, or recomputes it."""
 
 _CHANGED = (
     "the backward pass needs a {} that an in-place operation has changed since. Mend the model's "
@@ -32,26 +35,27 @@ _CHANGED = (
 
 
 def recomputable(model: nn.Module) -> list[nn.Module]:
-    """The activation functions and norms of a model; none where it has another way.
+    """The activation functions and norms of a model; none where it is checkpointed or compiled.
 
-    A model under gradient checkpointing makes whole layers again, and a compiled one decides for
-    itself. FSDP1 keeps weights flat and elsewhere, so that there no norm is found.
+    FSDP1 keeps weights flat and elsewhere, so that there no norm is found.
     """
     modules = [*model.modules()]
-    if any(
-        getattr(module, "gradient_checkpointing", False) or module._compiled_call_impl is not None
-        for module in modules
-    ):
+    if is_compiled(model) or any(getattr(m, "gradient_checkpointing", False) for m in modules):
         return []
     flat = any(isinstance(module, FullyShardedDataParallel) for module in modules)
-    return [m for m in modules if _is_function(m) or (_is_norm(m) and not flat)]
+    return [m for m in modules if _is_activation(m) or (_is_norm(m) and not flat)]
 
 
-def _is_function(module: nn.Module) -> bool:
+def has_gradient_hooks(model: nn.Module) -> bool:
+    """Whether a trained parameter has a hook on its gradient."""
+    return any(weight.requires_grad and weight._backward_hooks for weight in model.parameters())
+
+
+def _is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation function that gives the same each time."""
     known = type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.RReLU)
-    changes_input = getattr(module, "inplace", False)
-    return known and not changes_input and not _holds(module)
+    held = (*module.children(), *module.buffers(), *module.parameters())
+    return known and not getattr(module, "inplace", False) and not held
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -61,17 +65,12 @@ def _is_norm(module: nn.Module) -> bool:
     return bool(weights) and not others and all(weight.ndim == 1 for weight in weights)
 
 
-def _holds(module: nn.Module) -> bool:
-    return any(True for _ in (*module.children(), *module.buffers(), *module.parameters()))
-
-
 @contextmanager
 def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it, what these modules can make again is not held for the backward pass.
+    """Within it, what these modules save is recomputed in the backward pass.
 
-    Gradients are of the same operations on the same numbers, so they stay bit for bit. The backward
-    pass may come after the context has ended, and more than once. As autograd does, it refuses
-    tensors that were changed in place after they were saved; what a norm was given counts among
+    The backward pass may come after the context has ended, and more than once. As autograd does, it
+    refuses tensors that were changed in place after they were saved; a norm's input counts among
     them. `saved_tensors_hooks` around this context see nothing.
 
     Args:
@@ -84,14 +83,13 @@ def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
     calls = _Calls()
     with ExitStack() as stack:
         for module in modules:
-            if module._forward_hooks or module._forward_pre_hooks:
-                continue
-            begin = module.register_forward_pre_hook(calls.begin, with_kwargs=True)
-            end = module.register_forward_hook(calls.end, always_call=True)
-            stack.callback(begin.remove)
-            stack.callback(end.remove)
+            if not (module._forward_hooks or module._forward_pre_hooks):
+                begin = module.register_forward_pre_hook(calls.begin, with_kwargs=True)
+                end = module.register_forward_hook(calls.end, always_call=True)
+                stack.callback(begin.remove)
+                stack.callback(end.remove)
         stack.callback(calls.ended.clear)  # saved tensors hold on to the hooks
-        stack.enter_context(saved_tensors_hooks(calls.pack, _taken))
+        stack.enter_context(saved_tensors_hooks(calls.pack, _restored))
         yield
 
 
@@ -113,21 +111,21 @@ class _Calls:
             return
         if output.requires_grad and not call.weights:
             call.made = output.dtype, output._version
-            # A place is used anew once its tensor is gone.
-            self.ended[_place(output)] = weakref.ref(output), call
+            # A storage's address is used anew once its tensor is gone.
+            self.ended[_storage(output)] = weakref.ref(output), call
 
-    def pack(self, tensor: Tensor) -> _Take:
+    def pack(self, tensor: Tensor) -> _Restore:
         """What to hold instead of a tensor."""
         if self.running is not None:
             return self.running.hold_inner(tensor)
-        output, call = self.ended.get(_place(tensor), (None, None))
+        output, call = self.ended.get(_storage(tensor), (None, None))
         if output is None or call is None or output() is None:
-            return _kept(tensor)
+            return _held(tensor)
         return call.hold_output(tensor)
 
 
 class _Call:
-    """One call of a module, which can be made again."""
+    """One call of a module, which can be run again."""
 
     def __init__(self, module: nn.Module, given: Tensor) -> None:
         device = given.device.type
@@ -146,33 +144,33 @@ class _Call:
         self.inner: dict[int, Tensor] = {}
         self.output: Tensor | None = None
 
-    def hold_inner(self, tensor: Tensor) -> _Take:
+    def hold_inner(self, tensor: Tensor) -> _Restore:
         """For what the module saves itself: the tensor, if it is small or held anyway."""
         if not self._is_inner(tensor):
-            return _kept(tensor)
+            return _held(tensor)
         self.num_inner += 1
-        return partial(self.take_inner, self.num_inner - 1)
+        return partial(self._take_inner, self.num_inner - 1)
 
-    def hold_output(self, tensor: Tensor) -> _Take:
-        """For the module's output, or a view of it: the tensor, if it is no longer as it was."""
+    def hold_output(self, tensor: Tensor) -> _Restore:
+        """For the module's output, or a view of it: the tensor, if it has been changed since."""
         if (tensor.dtype, tensor._version) != self.made:
-            return _kept(tensor)
+            return _held(tensor)
         self.outputs_to_take += 1
-        return partial(self.take_output, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return partial(self._take_output, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _versions(self) -> list[int]:
         return [tensor._version for tensor in (self.given, *self.weights)]
 
     def _is_inner(self, tensor: Tensor) -> bool:
-        return tensor.numel() >= self.given.numel() and _place(tensor) != _place(self.given)
+        return tensor.numel() >= self.given.numel() and _storage(tensor) != _storage(self.given)
 
-    def take_inner(self, number: int) -> Tensor:
+    def _take_inner(self, number: int) -> Tensor:
         """What the module saved as its number-th tensor."""
         if number not in self.inner:
             self._run()
         return self.inner.pop(number)
 
-    def take_output(self, *view: Any) -> Tensor:
+    def _take_output(self, *view: Any) -> Tensor:
         """A view of the output, by shape, strides and offset."""
         output = self._run() if self.output is None else self.output
         self.outputs_to_take -= 1  # below zero in a second backward pass
@@ -193,7 +191,7 @@ class _Call:
         with (
             torch.set_grad_enabled(self.num_inner > 0),
             self.autocast(),
-            saved_tensors_hooks(pack, _taken),
+            saved_tensors_hooks(pack, _restored),
         ):
             output: Tensor = self.module.forward(given).detach()
         self.inner = inner
@@ -201,7 +199,7 @@ class _Call:
         return output
 
 
-def _kept(tensor: Tensor) -> _Take:
+def _held(tensor: Tensor) -> _Restore:
     """The tensor itself, checked as autograd checks those that have no hooks."""
     # Without its graph, which it would hold on to for ever where it is an output.
     bare = tensor if tensor.grad_fn is None else tensor.detach()
@@ -214,11 +212,11 @@ def _unchanged(tensor: Tensor, version: int) -> Tensor:
     return tensor
 
 
-def _taken(take: _Take) -> Tensor:
-    return take()
+def _restored(restore: _Restore) -> Tensor:
+    return restore()
 
 
-def _place(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> int:
     """Which storage a tensor lies in, as long as that is alive."""
-    place: int = tensor.untyped_storage()._cdata
-    return place
+    address: int = tensor.untyped_storage()._cdata
+    return address

@@ -22,7 +22,7 @@ from torch import nn
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
 from rosa_lightning.cli.bench_tables import machine
 from rosa_lightning.inspection.flops import flops_per_token, head_flops
-from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.loss import LossComputer
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-0.6B": (
@@ -137,7 +137,7 @@ def ways_of(shape: str, small: bool, device: str) -> dict[str, Way]:
             for layer in layers[: len(layers) // 2]:
                 layer.requires_grad_(False)
         module = RoSAModule("tiny")  # its loss; the model is the one here
-        module.model, module._forward = model, Forward(model)
+        module.model, module._forward = model, LossComputer(model)
         ways[name] = Way(model, module)
     return ways
 

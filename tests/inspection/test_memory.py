@@ -22,7 +22,7 @@ from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import inject_roae
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.head import last_block, logits_at
-from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.loss import LossComputer
 from tests.conftest import build, save_base
 
 LAYERS = "model.layers"
@@ -82,7 +82,7 @@ def stored_beside(model: nn.Module):
 
 
 def measure(
-    module: RoSAModule | Forward,
+    module: RoSAModule | LossComputer,
     batch_size: int,
     length: int,
     response: int,
@@ -271,7 +271,7 @@ def test_other_architectures_keep_what_the_profiler_sees(family, kernel):
     assert block is not None
 
     def run() -> torch.Tensor:
-        with Forward(model).recomputing():
+        with LossComputer(model).recomputing():
             return logits_at(model, inputs, places, block)
 
     run().sum().backward()
@@ -333,7 +333,7 @@ def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
     shape = {"batch_size": 4, "length": 100, "response_length": 10}
     estimate = estimate_memory(model, **shape, autocast=autocast)
     assert not caplog.records
-    check(estimate, measure(Forward(model.train()), 4, 100, 10, autocast=autocast))
+    check(estimate, measure(LossComputer(model.train()), 4, 100, 10, autocast=autocast))
 
 
 def test_chunks_of_logits_are_in_the_figures():
@@ -352,7 +352,7 @@ def test_parts_of_a_batch_are_in_the_figures(scoring):
     module, estimate = both("float32", 8, 128, 16)
     whole = estimate(scoring=scoring)
     module._forward.microbatch_tokens = 400  # 3, 3 and 2 rows
-    module._forward.forget()
+    module._forward.reset()
     parts = estimate(scoring=scoring, microbatch_tokens=400)
     measured = measure(module, 8, 128, 16, scoring=scoring)
     assert parts.peak == pytest.approx(measured["peak"], rel=0.05)
@@ -364,7 +364,7 @@ def test_the_gradients_of_parts_that_are_done_are_in_the_figures():
     roae = RoAEConfig(rank=160, targets=("q", "k", "v", "o", "gate", "up", "down"))
     module, estimate = both("float32", 4, 8, 2, roae=roae)
     module._forward.microbatch_tokens = 8
-    module._forward.forget()
+    module._forward.reset()
     measured = measure(module, 4, 8, 2, make_optimizer=partial(torch.optim.SGD, lr=0.1))
     found = estimate(microbatch_tokens=8, optimizer=partial(torch.optim.SGD, lr=0.1))
     assert found.peak == pytest.approx(measured["peak"], rel=0.03)

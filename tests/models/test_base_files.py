@@ -13,8 +13,13 @@ import pytest
 import torch
 
 from rosa_lightning.models import tiny
-from rosa_lightning.models.base_files import check_sizes
-from rosa_lightning.models.loading import context_length, load_base, load_skeleton, load_tokenizer
+from rosa_lightning.models.loading import (
+    check_sizes,
+    context_length,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+)
 from tests.hostile import KINDS, limited, put
 
 

@@ -11,7 +11,7 @@ import transformers
 
 from rosa_lightning.cli.small import build_small, causal_models
 from rosa_lightning.models.loading import load_skeleton
-from rosa_lightning.models.standin import replaced_tensors, stand_ins
+from rosa_lightning.models.meta import replaced_tensors, run_on_meta
 from rosa_lightning.roae.inject import RoAEReport, inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
 from tests.conftest import build
@@ -102,14 +102,14 @@ def test_a_model_with_weights_runs_on_its_own():
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         expected = model(ids).logits
-        with stand_ins(model):
+        with run_on_meta(model):
             assert torch.equal(model(ids).logits, expected)
 
 
 def test_no_two_outputs_are_alike_and_the_global_generator_is_left_alone(tmp_path):
     empty = skeleton(build("llama").config, tmp_path)
     state = torch.get_rng_state()
-    with torch.no_grad(), stand_ins(empty):
+    with torch.no_grad(), run_on_meta(empty):
         logits = empty(torch.tensor([[3, 4]])).logits
     assert logits.isfinite().all()
     assert len(logits.flatten().unique()) == logits.numel()

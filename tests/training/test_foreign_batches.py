@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 
 from rosa_lightning import RoSAModule
-from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.loss import LossComputer
 from tests.conftest import build, byte_tokenizer
 from tests.training.test_loss import adapted, gradients
 
@@ -48,7 +48,7 @@ def check(batch: Any, model=MODEL, **options: Any) -> None:
     """Loss and gradients are those of the model's own forward."""
     names = ("input_ids", "attention_mask", "labels", "position_ids")
     wanted = model(**{name: batch[name] for name in names if name in batch}, use_cache=False).loss
-    found = Forward(model, **options).loss(batch)
+    found = LossComputer(model, **options).loss(batch)
     assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert_close(gradients(model, found), gradients(model, wanted), rtol=1e-4, atol=1e-6)
 
@@ -66,7 +66,7 @@ def test_loss_of_rows_of_equal_length_needs_no_mask():
     batch = default_data_collator(rows)
     check(batch)
     without = {name: batch[name] for name in ("input_ids", "labels")}
-    assert_close(Forward(MODEL).loss(without), Forward(MODEL).loss(batch))
+    assert_close(LossComputer(MODEL).loss(without), LossComputer(MODEL).loss(batch))
     # All tokens with loss, as language models are trained.
     check({"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()})
 
@@ -91,7 +91,7 @@ def test_loss_is_that_of_transformers_whatever_the_rows(lengths, shared, side, m
     tokenizer.padding_side = side
     batch = DataCollatorForSeq2Seq(tokenizer)(rows)
     wanted = MODEL(**batch, use_cache=False).loss
-    found = Forward(MODEL, microbatch_tokens=most).loss(batch)
+    found = LossComputer(MODEL, microbatch_tokens=most).loss(batch)
     assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
@@ -101,7 +101,7 @@ def test_what_rows_begin_with_is_computed_once():
     hook = MODEL.get_input_embeddings().register_forward_pre_hook(
         lambda _, args: widths.append(tuple(args[0].shape))
     )
-    run = Forward(MODEL)
+    run = LossComputer(MODEL)
     run.loss(collated(texts=texts))
     widths.clear()
     run.loss(collated(texts=texts))
@@ -119,7 +119,9 @@ def test_positions_of_ones_own_are_kept():
 def test_padding_may_have_any_id():
     batch = collated("left")
     padded = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 999)
-    assert_close(Forward(MODEL).loss({**batch, "input_ids": padded}), Forward(MODEL).loss(batch))
+    assert_close(
+        LossComputer(MODEL).loss({**batch, "input_ids": padded}), LossComputer(MODEL).loss(batch)
+    )
 
 
 def test_first_token_is_not_predicted_from_padding():
@@ -129,19 +131,19 @@ def test_first_token_is_not_predicted_from_padding():
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     wanted = MODEL(**right, use_cache=False).loss
     for batch in (left, right):
-        assert_close(Forward(MODEL).loss(batch), wanted, rtol=1e-6, atol=1e-6)
+        assert_close(LossComputer(MODEL).loss(batch), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_scores_are_those_of_the_whole_response():
     batch = collated("right")
-    scored = Forward(MODEL).score(batch)
+    scored = LossComputer(MODEL).score(batch)
     assert_close(scored.loss, MODEL(**batch, use_cache=False).loss, rtol=1e-6, atol=1e-6)
     assert scored.count == int((batch["labels"] != -100).sum())
     logits = MODEL(**batch, use_cache=False).logits[:, :-1].argmax(-1)
     labels = batch["labels"][:, 1:]
     assert torch.equal(scored.correct, ((logits == labels) | (labels == -100)).all(1))
     batch["labels"][:, 1:] = torch.where(labels == -100, labels, logits)
-    assert Forward(MODEL).score(batch).correct.all()
+    assert LossComputer(MODEL).score(batch).correct.all()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -201,5 +203,5 @@ def test_a_plain_loader_trains_and_validates(base_folder, tmp_path, side):
 )
 def test_what_cannot_be_trained_on_is_named_in_one_line(change, words):
     with pytest.raises(ValueError, match=words) as caught:
-        Forward(MODEL).loss(change(collated("right")))
+        LossComputer(MODEL).loss(change(collated("right")))
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from rosa_lightning.cli.small import build_small, causal_models
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.head import last_block
-from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.shared_prefix import rows_behind
 from tests.conftest import FAMILIES, SMALL, build
 
@@ -80,7 +80,7 @@ def granite():
 def check(model, batch, **options) -> None:
     """Loss and gradients are those of single rows without padding."""
     wanted = single_rows(model, batch)
-    found = Forward(model, **options).loss(batch)
+    found = LossComputer(model, **options).loss(batch)
     assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert_close(gradients(model, found), gradients(model, wanted), rtol=1e-5, atol=1e-6)
 
@@ -114,7 +114,7 @@ def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, ch
     batch = batch_of()
     check(model, batch, share_prefix=False, loss_chunk=chunk)
     assert not said
-    widths, run = Widths(model), Forward(model, share_prefix=False, loss_chunk=chunk)
+    widths, run = Widths(model), LossComputer(model, share_prefix=False, loss_chunk=chunk)
     run.loss(batch)
     widths.head.clear()
     run.loss(batch).backward()
@@ -126,7 +126,7 @@ def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, ch
 def test_behind_the_last_attention_only_supervised_positions_are_computed(family):
     model, batch, counts = adapted(build(family)), batch_of(), []
     layers = (model.base_model.layers[0].mlp, model.base_model.layers[-1].mlp)
-    run = Forward(model)
+    run = LossComputer(model)
     run.loss(batch)
     for mlp in layers:
         mlp.register_forward_hook(lambda _mlp, args, _out: counts.append(args[0].shape[1]))
@@ -164,7 +164,7 @@ def test_answers_are_scored_as_the_whole_head_scores_them(chunk):
     batch["labels"][3, -2] = batch["input_ids"][3, -2] = 3 + (batch["labels"][3, -2] - 2) % 90
     batch["answer_mask"][3, -2] = False  # wrong, and no part of the answer
     with torch.inference_mode():
-        scored = Forward(model, loss_chunk=chunk).score(batch)
+        scored = LossComputer(model, loss_chunk=chunk).score(batch)
         last = model(input_ids=batch["input_ids"][3][batch["attention_mask"][3].bool()][None])
     fourth = bool(last.logits[0, -2].argmax() == batch["labels"][3, -1])
     assert scored.correct.tolist() == [True, False, False, fourth]
@@ -193,7 +193,7 @@ def test_a_head_that_looks_at_other_positions_is_given_all_of_them(said):
 def test_behind_a_shared_beginning_loss_and_gradients_are_those_of_single_rows(family, dtype, said):
     model = adapted(build(family)).to(dtype)
     widths, batch = Widths(model), batch_of()
-    run = Forward(model)
+    run = LossComputer(model)
     run.loss(batch)
     widths.decoder.clear()
     run.loss(batch)
@@ -217,7 +217,7 @@ def test_a_term_behind_the_norm_is_shared_too(said):
 
 def test_under_autocast_the_first_batch_trains_what_later_ones_train():
     model = adapted(build("llama"))
-    run, batch = Forward(model), batch_of()
+    run, batch = LossComputer(model), batch_of()
     found = []
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
@@ -231,7 +231,7 @@ def test_frozen_low_layers_build_no_graph_behind_a_shared_beginning():
     model = adapted(build("llama", num_hidden_layers=4))
     for weight in model.model.layers[:2].parameters():
         weight.requires_grad_(False)
-    run, batch = Forward(model), batch_of()
+    run, batch = LossComputer(model), batch_of()
     check(model, batch)
     run.loss(batch)
     traced = [[] for _ in range(4)]
@@ -248,7 +248,7 @@ def test_the_switch_and_batches_not_worth_it_compute_whole_rows(said):
         (batch_of(num_shared=3), True),
         (batch_of(rests=RESTS[:1]), True),
     ):
-        run, widths = Forward(model, share_prefix=switch), Widths(model)
+        run, widths = LossComputer(model, share_prefix=switch), Widths(model)
         run.loss(batch)
         assert widths.decoder[-1] == tuple(batch["input_ids"].shape)
         check(model, batch, share_prefix=switch)
@@ -257,7 +257,7 @@ def test_the_switch_and_batches_not_worth_it_compute_whole_rows(said):
 
 def test_a_model_in_shards_is_run_once_over_whole_rows(said):
     model = adapted(build("llama"))
-    run, widths, batch = Forward(model, loss_chunk=2), Widths(model), batch_of()
+    run, widths, batch = LossComputer(model, loss_chunk=2), Widths(model), batch_of()
     run.sharded = True
     assert_close(run.loss(batch), single_rows(model, batch), rtol=1e-6, atol=1e-6)
     assert widths.decoder[0] == (3, 34)
@@ -271,15 +271,15 @@ def test_a_batch_without_loss_is_refused_in_one_line(chunk):
     batch = batch_of()
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match=r"3 rows has no token that carries loss: .*response"):
-        Forward(adapted(build("llama")), loss_chunk=chunk).loss(batch)
+        LossComputer(adapted(build("llama")), loss_chunk=chunk).loss(batch)
 
 
 def test_a_model_that_was_changed_is_looked_at_anew(said):
     model, batch = adapted(build("llama")), batch_of()
-    run = Forward(model)
+    run = LossComputer(model)
     run.loss(batch)
     enable_checkpointing(model)
-    run.forget()
+    run.reset()
     wanted = gradients(model, single_rows(model, batch))
     assert_close(gradients(model, run.loss(batch)), wanted, rtol=1e-5, atol=1e-6)
     assert any("checkpointing" in line for line in said)
@@ -287,7 +287,7 @@ def test_a_model_that_was_changed_is_looked_at_anew(said):
 
 def unsafe(model, batch) -> Tensor:
     """The loss behind a shared beginning, whatever speaks against it."""
-    run = Forward(model)
+    run = LossComputer(model)
     run._can_share = lambda batch: True  # type: ignore[method-assign]
     return run.loss(batch)
 
@@ -329,7 +329,7 @@ def test_what_cannot_be_shared_is_computed_whole_and_said_once(reason, said):
     (line,) = said
     assert reason in line
     assert "\n" not in line
-    run = Forward(model)
+    run = LossComputer(model)
     run.loss(batch)
     run.loss(batch)
     assert len(said) == 2
@@ -352,7 +352,7 @@ def test_with_dropout_rows_are_whole_in_training_and_shared_in_evaluation(where,
     else:
         model = build("llama", **(value if where == "base" else {}))
         model = adapted(model, **(value if where == "roae" else {}))
-    batch, run = batch_of(), Forward(model)
+    batch, run = batch_of(), LossComputer(model)
     # Two rows that are alike draw differently, also in what they share.
     batch = {k: v[:1].repeat(2, 1) if isinstance(v, Tensor) else v for k, v in batch.items()}
     states = []
@@ -379,7 +379,6 @@ def test_a_window_that_no_batch_fills_is_no_reason(said):
 
 def test_a_model_whose_cache_is_without_gradients_computes_whole_rows(said, monkeypatch):
     model = adapted(build("llama"))
-    real = forward.rows_behind
 
     def detached(*args):
         inputs = rows_behind(*args)
@@ -391,11 +390,9 @@ def test_a_model_whose_cache_is_without_gradients_computes_whole_rows(said, monk
     monkeypatch.setattr("rosa_lightning.training.shared_prefix.rows_behind", detached)
     check(model, batch_of())
     assert "the gradients of LlamaForCausalLM are others" in said[0]
-    monkeypatch.setattr(forward, "rows_behind", detached)
     batch = batch_of()
     wrong = gradients(model, unsafe(model, batch))
     assert (wrong - gradients(model, single_rows(model, batch))).norm() > 1e-3 * wrong.norm()
-    monkeypatch.setattr(forward, "rows_behind", real)
 
 
 @pytest.mark.slow
@@ -412,7 +409,7 @@ def test_every_adapted_model_gives_the_loss_of_single_rows(name, said):
             torch.nn.init.normal_(weight, std=0.3)
     batch, widths = batch_of(), Widths(model)
     wanted = single_rows(model.eval(), batch)
-    found = Forward(model).loss(batch)
+    found = LossComputer(model).loss(batch)
     assert_close(found, wanted, rtol=1e-6, atol=2e-6)
     a, b = gradients(model, found), gradients(model, wanted)
     assert (a - b).norm() < 2e-5 * b.norm()
@@ -474,7 +471,7 @@ def test_a_hundred_steps_train_alike_with_each_lever_on_and_off(base_folder, mon
     batches = [batch_of(vocab=250) for _ in range(4)] * 25
     plain = {"share_prefix": False, "recompute_activations": False}
     with monkeypatch.context() as patch:  # the head over all that is no padding
-        patch.setattr(forward, "why_not_narrowed", lambda *_: "switched off")
+        patch.setattr(forward.head, "unsupported_reason", lambda *_: "switched off")
         patch.setattr(forward, "forward_arguments", lambda _: frozenset())
         wanted = trained(base_folder, batches, **plain)
     assert wanted[-1] < wanted[0] - 0.4

@@ -17,8 +17,12 @@ from rosa_lightning.cli.small import build_small
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.compile import compile_layers
-from rosa_lightning.training.loss import Forward
-from rosa_lightning.training.microbatches import busy_tokens, microbatches, sum_of_parts
+from rosa_lightning.training.loss import LossComputer
+from rosa_lightning.training.microbatches import (
+    accumulate_loss,
+    default_microbatch_tokens,
+    microbatches,
+)
 from tests import ranks
 from tests.conftest import FAMILIES, build
 from tests.training.test_loss import (
@@ -122,7 +126,7 @@ def test_what_trains_may_differ_from_part_to_part_and_be_of_norms():
 def test_a_packed_batch_is_taken_in_parts_of_whole_rows():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     wanted = single_rows(model, batch)
-    run, widths = Forward(model, microbatch_tokens=70), Widths(model)
+    run, widths = LossComputer(model, microbatch_tokens=70), Widths(model)
     run.loss(packed(batch))
     widths.decoder.clear()
     found = run.loss(packed(batch))
@@ -135,7 +139,7 @@ def test_a_packed_batch_is_taken_in_parts_of_whole_rows():
 @pytest.mark.parametrize("num_tokens", [1, 40, 70, 110, 300, None, "auto"])
 def test_no_more_tokens_are_run_at_once_than_wanted(num_tokens):
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)  # 6 x 34 tokens
-    run = Forward(model, share_prefix=False, microbatch_tokens=num_tokens)
+    run = LossComputer(model, share_prefix=False, microbatch_tokens=num_tokens)
     run.loss(batch)  # tries things out
     widths = Widths(model)
     run.loss(batch).backward()
@@ -154,7 +158,7 @@ def test_the_graphs_of_parts_are_never_alive_together():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     peaks = {}
     for num_tokens in (None, 40):
-        run = Forward(model, share_prefix=False, microbatch_tokens=num_tokens)
+        run = LossComputer(model, share_prefix=False, microbatch_tokens=num_tokens)
         run.loss(batch)
         with LiveBytes(model.parameters()) as live:
             before = live.now
@@ -181,7 +185,7 @@ def test_however_many_parts_there_are_they_take_no_more():
     weight, peaks = torch.ones(1000, requires_grad=True), []
     for number in (2, 3, 6):
         with LiveBytes([weight]) as live:
-            sum_of_parts([{}] * number, lambda _: Keeping.apply(weight * 2).sum()).backward()
+            accumulate_loss([{}] * number, lambda _: Keeping.apply(weight * 2).sum()).backward()
         assert torch.equal(weight.grad, torch.full((1000,), 2.0 * number))
         weight.grad = None
         peaks.append(live.peak)
@@ -192,7 +196,7 @@ def test_however_many_parts_there_are_they_take_no_more():
 def test_a_beginning_that_is_computed_once_counts_once(said):
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)  # 20 + 6 x 14 tokens
     for share_prefix, num_tokens, wanted in ((True, 104, 1), (True, 103, 2), (False, 104, 2)):
-        run = Forward(model, share_prefix=share_prefix, microbatch_tokens=num_tokens)
+        run = LossComputer(model, share_prefix=share_prefix, microbatch_tokens=num_tokens)
         run.loss(batch)
         widths = Widths(model)
         run.loss(batch)
@@ -209,7 +213,7 @@ def test_tensors_of_a_part_alone_are_not_kept_for_their_gradients():
         return (weight * own).sum()
 
     with LiveBytes([weight]) as live:
-        total = sum_of_parts([{}] * 9, loss)
+        total = accumulate_loss([{}] * 9, loss)
         assert live.now <= 4 * weight.nbytes  # nine of its own would be more
         total.backward()
     assert torch.equal(weight.grad, torch.full((1000,), 9.0))
@@ -218,7 +222,7 @@ def test_tensors_of_a_part_alone_are_not_kept_for_their_gradients():
 def test_a_loss_in_parts_goes_on_into_any_graph_and_backward_twice():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     wanted = gradients(model, single_rows(model, batch))
-    loss = 3 * Forward(model, microbatch_tokens=40).loss(batch)
+    loss = 3 * LossComputer(model, microbatch_tokens=40).loss(batch)
     loss.backward(retain_graph=True)
     loss.backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -230,7 +234,7 @@ def test_parameters_of_others_get_their_gradients_too():
     prompt = nn.Parameter(torch.zeros(model.config.hidden_size))
     model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + prompt)
     (wanted,) = torch.autograd.grad(single_rows(model, batch), prompt)
-    Forward(model, microbatch_tokens=40).loss(batch).backward()
+    LossComputer(model, microbatch_tokens=40).loss(batch).backward()
     assert_close(prompt.grad, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -242,10 +246,10 @@ def test_a_part_whose_loss_depends_on_nothing_counts_all_the_same():
         return torch.tensor(5.0) if part["factor"] is None else weight * part["factor"]
 
     for order in (parts, parts[::-1], [parts[0], parts[2], parts[1]]):
-        total = sum_of_parts(order, loss)
+        total = accumulate_loss(order, loss)
         assert total == 10
         assert torch.autograd.grad(total, weight)[0] == 5
-    assert not sum_of_parts([parts[1]] * 2, loss).requires_grad
+    assert not accumulate_loss([parts[1]] * 2, loss).requires_grad
 
 
 def test_rows_without_loss_are_no_part():
@@ -254,7 +258,7 @@ def test_rows_without_loss_are_no_part():
     check(model, batch, microbatch_tokens=40)
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match="6 rows has no token that carries loss"):
-        Forward(model, microbatch_tokens=40).loss(batch)
+        LossComputer(model, microbatch_tokens=40).loss(batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -268,7 +272,7 @@ def test_under_autocast_the_gradients_are_those_of_the_parts_one_by_one(dtype):
 
     model.get_input_embeddings().register_forward_hook(in_float32)
     trained = [own, *(p for p in model.parameters() if p.requires_grad)]
-    run = Forward(model, microbatch_tokens=70, share_prefix=False)
+    run = LossComputer(model, microbatch_tokens=70, share_prefix=False)
     for _ in range(2):  # tries things out at first
         with torch.autocast("cpu", torch.bfloat16):
             loss = run.loss(batch)
@@ -282,16 +286,16 @@ def test_under_autocast_the_gradients_are_those_of_the_parts_one_by_one(dtype):
         assert_close(grad, weight.grad, rtol=1e-5, atol=1e-6)
 
 
-def in_shards(run: Forward) -> None:
+def in_shards(run: LossComputer) -> None:
     run.sharded = True
 
 
-def with_a_hook(run: Forward) -> None:
+def with_a_hook(run: LossComputer) -> None:
     weight = next(weight for weight in run.model.parameters() if weight.requires_grad)
     weight.register_hook(lambda gradient: 2 * gradient)
 
 
-def reentrant(run: Forward) -> None:
+def reentrant(run: LossComputer) -> None:
     for layer in run.model.model.layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
@@ -309,10 +313,10 @@ OBSTACLES = {
 @pytest.mark.parametrize("num_tokens", [40, "auto"])
 @pytest.mark.parametrize("why", OBSTACLES)
 def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, num_tokens, said, monkeypatch):
-    monkeypatch.setattr(forward, "busy_tokens", lambda *_: 40)
+    monkeypatch.setattr(forward, "default_microbatch_tokens", lambda *_: 40)
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     widths = Widths(model)
-    run = Forward(model, share_prefix=False, microbatch_tokens=num_tokens)
+    run = LossComputer(model, share_prefix=False, microbatch_tokens=num_tokens)
     OBSTACLES[why](run)
     for _ in range(2):
         with torch.autocast("cpu", torch.float16, enabled=why == "16-mixed"):
@@ -325,9 +329,11 @@ def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, num_tokens, said, 
 
 def test_as_many_tokens_as_keep_a_device_busy():
     small, large = nn.Linear(8, 8), nn.Linear(50_000, 50_000, device="meta")
-    assert busy_tokens(small, "cpu") == busy_tokens(large, "cpu") == 2048
-    assert busy_tokens(large, "cuda") == 2048
-    assert busy_tokens(small, "cuda") is None
+    assert (
+        default_microbatch_tokens(small, "cpu") == default_microbatch_tokens(large, "cpu") == 2048
+    )
+    assert default_microbatch_tokens(large, "cuda") == 2048
+    assert default_microbatch_tokens(small, "cuda") is None
 
 
 @pytest.mark.parametrize("num_tokens", [0, -1, True, 2048.0, "2048", "automatic"])
@@ -345,7 +351,7 @@ def test_compiled_layers_run_in_parts():
     wanted = single_rows(model, batch)
     grads = gradients(model, wanted)
     compile_layers(model, backend="aot_eager")
-    found = Forward(model, microbatch_tokens=70).loss(batch)
+    found = LossComputer(model, microbatch_tokens=70).loss(batch)
     assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert_close(gradients(model, found), grads, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ from rosa_lightning.data.collators import PackedCollator, TrainCollator, is_pack
 from rosa_lightning.data.tokenization import Example, encode
 from rosa_lightning.tasks.records import Record
 from rosa_lightning.training import loss as forward
-from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.packing import check_can_pack
 from tests.conftest import FAMILIES, build
 from tests.data.test_collators import byte_tokenizer
@@ -88,7 +88,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_rows(
         monkeypatch.setattr(forward, "check_can_pack", lambda *_: None)
     rows = examples()
     expected = padded_loss(model, TrainCollator(("a",), pad_id=0)(rows))
-    loss = Forward(model).loss(PackedCollator(("a",))(rows))
+    loss = LossComputer(model).loss(PackedCollator(("a",))(rows))
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
     pairs = zip(gradients(model, loss), gradients(model, expected), strict=True)
     for found, wanted in pairs:
@@ -100,9 +100,9 @@ def test_every_way_to_the_head_gives_the_same_loss(monkeypatch, narrows):
     model, rows = build("llama"), examples()
     expected = padded_loss(model, TrainCollator(("a",), pad_id=0)(rows))
     if not narrows:
-        monkeypatch.setattr(forward, "why_not_narrowed", lambda *_: "it is told not to")
+        monkeypatch.setattr(forward.head, "unsupported_reason", lambda *_: "it is told not to")
     for loss_chunk in (None, 3):
-        loss = Forward(model, loss_chunk=loss_chunk).loss(PackedCollator(("a",))(rows))
+        loss = LossComputer(model, loss_chunk=loss_chunk).loss(PackedCollator(("a",))(rows))
         torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_answers_are_right_row_by_row():
     packed["answer_mask"][0, ends] = True
     padded["answer_mask"][:, -1] = True
     for batch in (packed, padded):
-        assert Forward(model).score(batch).correct.tolist() == [False, True, False, True]
+        assert LossComputer(model).score(batch).correct.tolist() == [False, True, False, True]
 
 
 # Models that cannot.

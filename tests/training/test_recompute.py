@@ -15,7 +15,7 @@ from rosa_lightning.cli.small import build_small
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training.compile import compile_layers
-from rosa_lightning.training.loss import Forward
+from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.recompute import recomputable, recomputed
 from tests.conftest import FAMILIES, build
 from tests.training.test_loss import adapted, batch_of, packed
@@ -33,7 +33,7 @@ UNGATED = ("neox", "parallel", "persimmon", "phi", "squared ReLU")
 def trained(model, batch, *, on: bool, autocast=None):
     """The loss, all gradients, and the bytes that wait for the backward pass."""
     model.zero_grad()
-    run = Forward(model, recompute_activations=on)
+    run = LossComputer(model, recompute_activations=on)
     run.loss(batch)  # finds out what can be left out
     with LiveBytes(model.parameters()) as live:
         before = live.now
@@ -162,7 +162,7 @@ def test_a_graph_that_is_dropped_frees_what_its_modules_were_given():
 
 def test_a_backward_pass_may_come_twice():
     model, batch = adapted(build("qwen3")), batch_of()
-    run = Forward(model)
+    run = LossComputer(model)
     loss = run.loss(batch)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     first = torch.autograd.grad(loss, weights, retain_graph=True)
@@ -336,7 +336,7 @@ def test_the_backward_pass_may_run_in_another_thread():
     model, batch = adapted(build("llama").to(torch.bfloat16)), batch_of()
     wanted = trained(model, batch, on=True)[1]
     model.zero_grad()
-    loss = Forward(model).loss(batch)
+    loss = LossComputer(model).loss(batch)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(loss.backward).result()
     for name, parameter in model.named_parameters():
@@ -349,7 +349,7 @@ def test_with_a_shared_beginning_and_in_chunks_too(options):
     found = []
     for on in (False, True):
         model.zero_grad()
-        Forward(model, recompute_activations=on, **options).loss(batch).backward()
+        LossComputer(model, recompute_activations=on, **options).loss(batch).backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert found[0]
     assert all(map(torch.equal, *found))
