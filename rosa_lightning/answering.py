@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rosa_lightning.adapters.conditions import Conditions, tokenizer_digest
-from rosa_lightning.adapters.metadata import BaseIdentity
+from rosa_lightning.adapters.metadata import (
+    BaseFingerprint,
+    Conditions,
+    contradictions,
+    tokenizer_digest,
+)
 from rosa_lightning.evaluation.evaluator import (
     Evaluation,
     EvaluationConfig,
@@ -39,7 +43,7 @@ class Answering(LightningModule, ABC):
     trust_remote_code: bool
     max_new_tokens: int
     evaluation: EvaluationConfig
-    identity: BaseIdentity | None
+    identity: BaseFingerprint | None
     trained_under: Conditions | None = None
     """Of the checkpoint or adapter that was loaded, if it says so."""
     evaluated: Evaluation | None = None
@@ -124,11 +128,11 @@ class Answering(LightningModule, ABC):
         if trained is None:
             return
         here = self.conditions()
-        given = {
-            **here.settings(),
-            "model.quantization": here.quantization,
-        }
-        lines = trained.contradictions(given, "the adapter")
+        known, given = trained.settings(), here.settings()
+        if trained.dtype is not None:  # then no quantization is known, too
+            known["model.quantization"] = trained.quantization
+            given["model.quantization"] = here.quantization
+        lines = contradictions(known, given, "the adapter")
         if None not in (here.tokenizer_digest, trained.tokenizer_digest) and (
             here.tokenizer_digest != trained.tokenizer_digest
         ):
@@ -197,7 +201,7 @@ class Answering(LightningModule, ABC):
         return {
             "model": f"{self.base} + {origin}" if added else f"{self.base}, without an adapter",
             "base": self.base,
-            "revision": cast(BaseIdentity, self.identity).revision,
+            "revision": cast(BaseFingerprint, self.identity).revision,
             "roae": self.hparams["roae"] if added else None,
             "template": getattr(datamodule, "template", None),
             **asdict(self.evaluation),

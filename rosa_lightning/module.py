@@ -21,10 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
-from rosa_lightning.adapters.conditions import Conditions
-from rosa_lightning.adapters.entries import check_entries, check_states_fit
-from rosa_lightning.adapters.files import adapter_conditions, load_adapter
-from rosa_lightning.adapters.metadata import BaseIdentity, identify
+from rosa_lightning.adapters.files import load_adapter, read_metadata
+from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, fingerprint
+from rosa_lightning.adapters.resume_checks import check_entries, check_states_fit
 from rosa_lightning.answering import Answering
 from rosa_lightning.data.collators import num_rows
 from rosa_lightning.dls.gradients import held_gradients, hold_gradients
@@ -62,7 +61,6 @@ from rosa_lightning.training.resume import (
 from rosa_lightning.training.schedule import WarmupCosine, lightning_scheduler
 from rosa_lightning.training.sharding import (
     clip,
-    is_sharded,
     leave_packed_out,
     load_once,
     raise_together,
@@ -231,7 +229,7 @@ class RoSAModule(Answering):
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.model: PreTrainedModel | None = None
-        self.identity: BaseIdentity | None = None
+        self.identity: BaseFingerprint | None = None
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._num_embeddings: int | None = None
@@ -351,10 +349,10 @@ class RoSAModule(Answering):
 
     def _adapted_base(
         self, device: torch.device
-    ) -> tuple[PreTrainedModel, BaseIdentity, RoAEReport]:
+    ) -> tuple[PreTrainedModel, BaseFingerprint, RoAEReport]:
         # Weights in few bits are packed by the device's own kernels.
         model = load_base(self.base, quantization=self.quantization, device=device, **self.loading)
-        identity = identify(model, self.base)
+        identity = fingerprint(model, self.base)
         report = self.adapt(model)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
@@ -365,7 +363,7 @@ class RoSAModule(Answering):
         if self.adapter is None:
             return inject_roae(model, self.roae)
         given = None if self.roae is _DEFAULT_ROAE else self.roae
-        self.trained_under = adapter_conditions(Path(self.adapter))
+        self.trained_under = read_metadata(Path(self.adapter)).conditions
         return load_adapter(model, self.adapter, given)
 
     def to(self, *args: Any, **kwargs: Any) -> RoSAModule:
@@ -596,7 +594,7 @@ class RoSAModule(Answering):
         if waiting:
             self._guard.check_begun(self)
         gradients = held_gradients(self) if waiting else None
-        pack(checkpoint, cast(BaseIdentity, self.identity), self.hparams["roae"], gradients)
+        pack(checkpoint, cast(BaseFingerprint, self.identity), self.hparams["roae"], gradients)
         checkpoint[CHECKPOINT_KEY]["nonfinite_steps"] = self._guard.skipped
         if self._trainer is not None:
             checkpoint[CHECKPOINT_KEY]["conditions"] = self.conditions().to_dict()
@@ -614,10 +612,7 @@ class RoSAModule(Answering):
             check_adapter_keys(self, file["state_dict"])
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
-            weights = [] if is_sharded(self.trainer.strategy) else list(self.parameters())
-            shapes = [tuple(weight.shape) for weight in weights if weight.requires_grad]
-            names = {name for name, _ in self.named_parameters()}
-            check_entries(checkpoint, self.trainer, shapes, names)
+            check_entries(checkpoint, self.trainer, {name for name, _ in self.named_parameters()})
             if not self.trainer.strategy.restore_checkpoint_after_setup:
                 self._to_fit = checkpoint
             check_states(checkpoint.get("optimizer_states", ()))
@@ -626,7 +621,7 @@ class RoSAModule(Answering):
             settle_epoch(checkpoint["loops"])
         self._to_restore = unpack(
             checkpoint,
-            cast(BaseIdentity, self.identity),
+            cast(BaseFingerprint, self.identity),
             self.hparams["roae"],
             rank=self.global_rank,
             world_size=self.trainer.world_size if fits else None,

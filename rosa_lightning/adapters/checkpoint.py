@@ -1,22 +1,32 @@
-"""A checkpoint of `RoSAModule`: adapters, the base's identity, settings, and each rank's state."""
+"""A checkpoint of `RoSAModule`: adapters, the base's fingerprint, settings, each rank's state."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from rosa_lightning.adapters.metadata import BaseIdentity
+from rosa_lightning.adapters.files import read_metadata
+from rosa_lightning.adapters.metadata import (
+    AdapterMetadata,
+    BaseFingerprint,
+    Conditions,
+    check_same_config,
+)
 from rosa_lightning.roae.inject import is_adapter_key
+from rosa_lightning.utils.files import check_archive, check_name, open_input
 from rosa_lightning.utils.rng import of_all_ranks, rng_state
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CHECKPOINT_KEY = "rosa"
 """Entry of a checkpoint with all that is ours but the weights."""
+_SHARDED_METADATA = "meta.pt"
+"""The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,8 @@ class RankState:
 
 def pack(
     checkpoint: dict[str, Any],
-    identity: BaseIdentity,
-    roae: dict[str, Any],
+    base: BaseFingerprint,
+    roae: Mapping[str, Any],
     gradients: dict[str, Tensor] | None = None,
 ) -> None:
     """Leave the base's weights out of a Lightning checkpoint and add what must be remembered.
@@ -42,7 +52,7 @@ def pack(
 
     Args:
         checkpoint: What Lightning is about to save; changed in place.
-        identity: Of the base.
+        base: Of the base.
         roae: The RoAE settings as plain values.
         gradients: Of this rank, where an optimizer step has had some of its batches; None on
             every rank or on none.
@@ -50,7 +60,7 @@ def pack(
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: state[key] for key in state if is_adapter_key(key)}
     checkpoint[CHECKPOINT_KEY] = {
-        **identity.to_dict(),
+        **asdict(base),
         "roae": dict(roae),
         "version": version("rosa-lightning"),
         "rng": of_all_ranks(rng_state()),
@@ -59,10 +69,23 @@ def pack(
         checkpoint[CHECKPOINT_KEY]["gradients"] = of_all_ranks(gradients)
 
 
+def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> AdapterMetadata:
+    """What a checkpoint remembers of its adapter; ValueError if it holds none, or a damaged one."""
+    about = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(about, dict):
+        raise ValueError(
+            "the checkpoint holds no RoSA adapter. Give one that RoSAModule has written."
+        )
+    base = {name: about.get(name) for name in ("base", "revision", "samples")}
+    return AdapterMetadata.from_dict(
+        {"base": base, "roae": about.get("roae"), "roae_conditions": about.get("conditions")}
+    )
+
+
 def unpack(
     checkpoint: dict[str, Any],
-    identity: BaseIdentity,
-    roae: dict[str, Any],
+    base: BaseFingerprint,
+    roae: Mapping[str, Any],
     *,
     rank: int,
     world_size: int | None,
@@ -71,7 +94,7 @@ def unpack(
 
     Args:
         checkpoint: As Lightning loaded it.
-        identity: Of the base given.
+        base: Of the base given.
         roae: The RoAE settings given.
         rank: Of this process.
         world_size: Of the training that goes on; None if none does.
@@ -84,22 +107,13 @@ def unpack(
         ValueError: No adapter in it, another base, or settings that would make the same weights
             another function; says what differs.
     """
-    remembered = checkpoint.get(CHECKPOINT_KEY)
-    if remembered is None:
-        raise ValueError(
-            "the checkpoint holds no RoSA adapter. Give one that RoSAModule has written."
-        )
-    identity.check(remembered)
-    for key, value in remembered["roae"].items():
-        if key != "dropout" and roae[key] != value:
-            raise ValueError(
-                f"the adapter was trained with model.roae.{key}={value}, and {roae[key]} is given. "
-                f"Set model.roae.{key} to what it was trained with."
-            )
-    states: list[dict[str, Any]] = remembered["rng"]
+    metadata = checkpoint_metadata(checkpoint)
+    base.check(metadata.base, "checkpoint")
+    check_same_config(asdict(metadata.roae), roae)
     if world_size is None:
         return None
-    gradients: list[dict[str, Any]] | None = remembered.get("gradients")
+    states: list[dict[str, Any]] = checkpoint[CHECKPOINT_KEY]["rng"]
+    gradients: list[dict[str, Any]] | None = checkpoint[CHECKPOINT_KEY].get("gradients")
     if len(states) == world_size:
         return RankState(states[rank], None if gradients is None else gradients[rank])
     lost = " The batches that its unfinished optimizer step had are lost." if gradients else ""
@@ -108,3 +122,75 @@ def unpack(
         f"{world_size}: dropout will differ from that of the run that wrote it.{lost}"
     )
     return None
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU, read without running code from it.
+
+    Of a folder of shards, all but the tensors.
+
+    Raises:
+        ValueError: It is missing or damaged, holds more than plain values, or no adapter.
+    """
+    check_name(path)
+    sharded = Path(path, _SHARDED_METADATA)
+    file = sharded if sharded.is_file() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"ckpt_path={path} is no file. Give a checkpoint of RoSAModule.")
+    try:
+        with open_input(file) as opened:
+            check_archive(opened, path)
+            content: dict[str, Any] = torch.load(opened, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch share no base class
+        known = isinstance(error, ValueError | OSError) and str(error).rstrip(".")
+        raise ValueError(
+            f"{path} is no checkpoint that can be read safely ({known or type(error).__name__}). "
+            "Give one that RoSAModule has written."
+        ) from error
+    needed = {CHECKPOINT_KEY} if file is sharded else {CHECKPOINT_KEY, "state_dict"}
+    if not isinstance(content, dict) or not needed <= content.keys():
+        raise ValueError(
+            f"{path} holds no RoSA adapter. Give a checkpoint that RoSAModule has written."
+        )
+    try:
+        checkpoint_metadata(content)
+        dict(content.get("hyper_parameters") or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Give one that RoSAModule has written."
+        ) from error
+    return content
+
+
+def checkpoint_defaults(ckpt_path: str | None, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint, or else an adapter, knows of its model, by configuration key.
+
+    A checkpoint holds its adapter, so with one ``model.adapter`` does not count. Never
+    ``model.trust_remote_code``: whether to run code is the user's to say.
+
+    Args:
+        ckpt_path: A checkpoint of `RoSAModule`: a file, or a folder of shards.
+        model: The keys below ``model`` as they are without that knowledge.
+
+    Raises:
+        ValueError: It cannot be read, or holds no adapter of this package.
+    """
+    options: dict[str, Any] = {}
+    if ckpt_path is not None:
+        content = read_checkpoint(ckpt_path)
+        metadata, options = checkpoint_metadata(content), content.get("hyper_parameters") or {}
+    elif model["adapter"] is not None:
+        metadata = read_metadata(Path(model["adapter"]))
+    else:
+        return {}
+    conditions = metadata.conditions or Conditions()
+    known = conditions.settings()
+    if known.get("trainer.precision") == "32-true":
+        del known["trainer.precision"]  # the trainer's own default
+    known |= {"model.base": metadata.base.base, "model.revision": metadata.base.revision}
+    names = ("base", "revision", "dtype", "quantization")
+    known |= {f"model.{name}": options[name] for name in names if name in options}
+    known |= {f"model.roae.{name}": value for name, value in asdict(metadata.roae).items()}
+    if known["model.revision"] is None or model["base"] not in (None, "", known["model.base"]):
+        del known["model.revision"]  # of another repository
+    return known

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from safetensors import SafetensorError
 
-from rosa_lightning.adapters.conditions import Conditions
-from rosa_lightning.adapters.files import check_plain_model, write_adapter, write_as_lora
+from rosa_lightning.adapters.files import check_plain_model, write_adapter
+from rosa_lightning.adapters.lora import write_lora
+from rosa_lightning.adapters.metadata import Conditions
 from rosa_lightning.models.finite import check_weights
 from rosa_lightning.models.quantization import is_quantized
 from rosa_lightning.roae.inject import innermost, merged, roae_layers, roae_report
@@ -101,7 +102,7 @@ def export_adapter(
             elif format == "rosa":
                 write_adapter(model, written, trained)
             else:
-                write_as_lora(model, written, trained)
+                write_lora(model, written, trained)
             num_bytes = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     except (OSError, SafetensorError) as error:
         raise OSError(

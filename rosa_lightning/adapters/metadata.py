@@ -1,72 +1,74 @@
-"""What an adapter was trained on: the base, its settings, and how the base rotated at each term."""
+"""What an adapter was trained on: base, RoAE settings, rotation, prompt style, precision."""
 
 from __future__ import annotations
 
-import operator
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rosa_lightning.models.loading import base_name, whole_name
 from rosa_lightning.models.quantization import is_packed, is_quantized
-from rosa_lightning.roae.inject import base_modules, roae_report
-from rosa_lightning.roae.layer import RoAEConfig, Target
-from rosa_lightning.roae.rope import PairTable
-from rosa_lightning.roae.targets import AdaptedProjection
+from rosa_lightning.roae.inject import RoAEReport, base_modules, roae_report
+from rosa_lightning.roae.layer import RoAEConfig
 
-_TERM = ("name", "target", "projection", "norm", "low_pairs")
-"""The fields of `AdaptedProjection` that are kept in a file, beside the number of its table."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SAMPLE_SIZE = 4
 """Values kept of every weight to recognise a base by."""
+_SAMPLE_TEXT = "Ada's 12,345 apples: \t 3.5 % of <b>'éß 東京\U0001f600'</b>\n\n"
+"""Text whose tokens tell tokenizers apart that have the same vocabulary."""
+_PRECISIONS = {
+    None: "32-true",
+    "32": "32-true",
+    "64": "64-true",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+}
+"""Shorter names of the trainer's precisions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseIdentity:
-    """What a checkpoint remembers of the base it was trained on."""
+class BaseFingerprint:
+    """What tells whether a base is the one that an adapter was trained on."""
 
     base: str
-    """Hub id, folder, or ``tiny``, as given."""
+    """Hub id, folder, or ``tiny``."""
     revision: str | None
     """Commit of the hub repository, where there is one."""
     samples: dict[str, list[float]]
-    """Middle values of every weight, by name: they tell bases apart that share name and shape. None
-    of a quantised weight, which is known by its name alone: the same base goes quantised or not."""
+    """Middle values of every weight, by name. None of a quantised weight, which is known by its
+    name alone: the same base goes quantised or not."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a checkpoint."""
-        return asdict(self)
+    def check(self, trained: BaseFingerprint, what: str = "adapter") -> None:
+        """Raise ValueError unless the weights are those that something was trained on.
 
-    def check(self, trained_on: dict[str, Any], what: str = "checkpoint") -> None:
-        """Compare with the base that a checkpoint or an adapter remembers.
-
-        Raises:
-            ValueError: The weights differ. Another name or folder for the same weights is fine,
-                and so is another quantization of them.
+        Another name or folder for the same weights is fine, and so is another quantization.
         """
-        theirs = trained_on["samples"]
-        differing = [
-            name for name in theirs if not _same_values(theirs[name], self.samples.get(name))
-        ]
-        if differing or theirs.keys() != self.samples.keys():
-            name = differing[0] if differing else next(iter(self.samples.keys() - theirs.keys()))
-            revision = f" at revision {trained_on['revision']}" if trained_on["revision"] else ""
+        ours, theirs = self.samples, trained.samples
+        differing = [name for name in theirs if not _same_values(theirs[name], ours.get(name))]
+        differing += [name for name in ours if name not in theirs]
+        if differing:
+            revision = f" at revision {trained.revision}" if trained.revision else ""
             raise ValueError(
-                f"the {what} was trained on base {trained_on['base']!r}{revision}, and the base "
-                f"given, {self.base!r}, is another one: {name} differs. Set model.base to the base "
+                f"the {what} was trained on base {trained.base!r}{revision}, and the base given, "
+                f"{self.base!r}, is another one: {differing[0]} differs. Set model.base to the one "
                 f"that the {what} was trained on."
             )
 
 
-def identify(model: nn.Module, base: str) -> BaseIdentity:
-    """The identity of a loaded base, with RoAE or without.
+def fingerprint(model: nn.Module, base: str | None = None) -> BaseFingerprint:
+    """The fingerprint of a loaded base, with RoAE or without.
 
     Args:
         model: The base.
-        base: What to call it: hub id, folder, or ``tiny``.
+        base: What to call it: hub id, folder, or ``tiny``; by default as it was loaded.
     """
     samples: dict[str, list[float]] = {}
     seen: set[Tensor] = set()
@@ -78,12 +80,11 @@ def identify(model: nn.Module, base: str) -> BaseIdentity:
             # Scales and the like beside a packed weight are no weights of the base.
             if parameter not in seen and (not quantized or name == "bias"):
                 seen.add(parameter)
-                values = (
-                    [] if is_packed(parameter) or parameter.is_meta else _middle(parameter.detach())
-                )
-                samples[f"{path}.{name}"] = values
+                known = not (is_packed(parameter) or parameter.is_meta)
+                samples[f"{path}.{name}"] = _middle(parameter.detach()) if known else []
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return BaseIdentity(base=whole_name(base), revision=revision, samples=samples)
+    named = base_name(model) if base is None else whole_name(base)
+    return BaseFingerprint(base=named, revision=revision, samples=samples)
 
 
 def _middle(weight: Tensor) -> list[float]:
@@ -96,122 +97,205 @@ def _middle(weight: Tensor) -> list[float]:
 
 def _same_values(theirs: list[float], ours: list[float] | None) -> bool:
     """Equal up to the rounding of a load in another dtype (bfloat16 keeps 8 bits)."""
-    if ours is None:
-        return False
-    if not ours or not theirs:  # quantised on either side
-        return True
-    if len(ours) != len(theirs):
-        return False
-    return torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=2**-8, atol=1e-6)
+    if ours is None or not ours or not theirs:  # the latter: quantised on either side
+        return ours is not None
+    return len(ours) == len(theirs) and torch.allclose(
+        torch.tensor(theirs), torch.tensor(ours), rtol=2**-8, atol=1e-6
+    )
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What an adapter was trained on."""
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """All beside the weights and RoAE that changes what a model reads and writes.
 
-    base: dict[str, Any]
-    """The base's identity, as plain values."""
-    config: RoAEConfig
-    terms: tuple[AdaptedProjection, ...]
-    """In the order of the model's layers."""
+    None for what is not known.
+    """
+
+    template: str | None = None
+    """Prompt style: data.template."""
+    max_length: int | None = None
+    """data.max_length, in tokens."""
+    tokenizer: str | None = None
+    """data.tokenizer, where a name was given; else the base's own is meant, or an object's."""
+    tokenizer_digest: str | None = None
+    """As `tokenizer_digest` gives it."""
+    precision: str | None = None
+    """trainer.precision."""
+    dtype: str | None = None
+    """model.dtype."""
+    quantization: str | None = None
+    """model.quantization; None for none, as well."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values: ``base``, ``roae``, ``tables`` (each once) and ``terms``."""
-        tables = list(dict.fromkeys(term.table for term in self.terms))
-        return {
-            "base": self.base,
-            "roae": asdict(self.config),
-            "tables": [asdict(table) for table in tables],
-            "terms": [
-                {**{key: getattr(term, key) for key in _TERM}, "table": tables.index(term.table)}
-                for term in self.terms
-            ],
-        }
+        """As plain values."""
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: Any) -> Origin:
-        """From the values of `to_dict`, which may have gone through JSON and other hands.
+    def from_dict(cls, plain: Any) -> Conditions:
+        """From `to_dict` of any release: unknown entries are ignored; ValueError if damaged."""
+        if not isinstance(plain, Mapping):
+            raise ValueError(f"the conditions of the training are {plain!r}, and no mapping.")
+        known = {field.name: plain.get(field.name) for field in fields(cls)}
+        for name, value in known.items():
+            kind = int if name == "max_length" else str
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"{name} of the training is {value!r}, and no {kind.__name__}.")
+        return cls(**known)
 
-        Raises:
-            ValueError: Something is missing, of another type, or makes no sense.
-        """
+    def settings(self) -> dict[str, Any]:
+        """The values that are known, by configuration key."""
+        named = {
+            "data.template": self.template,
+            "data.max_length": self.max_length,
+            "data.tokenizer": self.tokenizer,
+            "trainer.precision": self.precision,
+            "model.dtype": self.dtype,
+            "model.quantization": self.quantization,
+        }
+        return {key: value for key, value in named.items() if value is not None}
+
+
+def contradictions(known: Mapping[str, Any], given: Mapping[str, Any], trained: str) -> list[str]:
+    """A line for each setting that is given otherwise than in the training.
+
+    Args:
+        known: The training's values by configuration key.
+        given: This run's; keys that only one of them has are not compared.
+        trained: What was trained, such as "the checkpoint".
+    """
+    lines = []
+    compared = ("data.template", "data.max_length", "trainer.precision")
+    for key in (*compared, "model.dtype", "model.quantization"):
+        if key not in known or key not in given:
+            continue
+        now, then = given[key], known[key]
+        if key == "trainer.precision":
+            now, then = (_PRECISIONS.get(name and str(name)) or str(name) for name in (now, then))
+        if now != then:
+            now, then = ("null" if value is None else value for value in (now, then))
+            lines.append(
+                f"{key} is {now}, and {trained} was trained with {then}: results may suffer. "
+                f"Leave {key} out to take what it was trained with."
+            )
+    return lines
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of what a tokenizer does: vocabulary, special tokens, chat template, and a sample.
+
+    Equal for the fast and the slow form of one tokenizer, where they encode alike.
+    """
+    template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True, default=str)
+    return _digest(tokenizer, template, tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=2)
+def _digest(tokenizer: PreTrainedTokenizerBase, template: str, eos_token_id: Any) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    sample = tokenizer(_SAMPLE_TEXT, add_special_tokens=True)["input_ids"]
+    content = json.dumps([vocabulary, template, eos_token_id, sample], default=str)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMetadata:
+    """What an adapter or a checkpoint remembers beside its weights."""
+
+    base: BaseFingerprint
+    roae: RoAEConfig
+    rotation: dict[str, list[float]] | None = None
+    """How the base rotated where the adapter stands, as `rotation_fingerprint` gives it."""
+    conditions: Conditions | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, conditions: Conditions | None = None) -> AdapterMetadata:
+        """Of the adapter that a model carries; ValueError if it carries none."""
+        report = roae_report(model)
+        return cls(
+            base=fingerprint(model),
+            roae=report.config,
+            rotation=rotation_fingerprint(report),
+            conditions=conditions,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        plain = {"base": asdict(self.base), "roae": asdict(self.roae), "rotation": self.rotation}
+        if self.conditions is not None:
+            plain["roae_conditions"] = self.conditions.to_dict()
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Any) -> AdapterMetadata:
+        """From `to_dict`, which may have gone through JSON; ValueError if damaged."""
         try:
-            base = asdict(BaseIdentity(**plain["base"]))
-            base["samples"] = {
-                str(name): [float(value) for value in values]
-                for name, values in base["samples"].items()
-            }
-            tables = [_table(table) for table in plain["tables"]]
-            terms = tuple(_term(term, tables) for term in plain["terms"])
-            return cls(base, RoAEConfig(**plain["roae"]), terms)
+            base = BaseFingerprint(**plain["base"])
+            samples = {str(k): [float(v) for v in values] for k, values in base.samples.items()}
+            rotation = plain.get("rotation")  # not in adapters of earlier versions
+            if rotation is not None:
+                rotation = {str(k): [float(v) for v in values] for k, values in rotation.items()}
+            conditions = plain.get("roae_conditions")
+            return cls(
+                base=replace(base, samples=samples),
+                roae=RoAEConfig(**plain["roae"]),
+                rotation=rotation,
+                conditions=None if conditions is None else Conditions.from_dict(conditions),
+            )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
-                f"what it was trained on is not told as export tells it; {type(error).__name__}: "
-                f"{error}"
+                f"what it was trained on is not told as export tells it ({type(error).__name__}: "
+                f"{error})"
             ) from error
 
-    def check_base(self, model: nn.Module) -> None:
-        """Compare a base, with RoAE or without, with the one that the adapter was trained on.
+    def check_rotation(self, report: RoAEReport) -> None:
+        """Raise ValueError for a base of the same weights that rotates otherwise.
 
-        Raises:
-            ValueError: The weights differ; names the first that does.
+        For example, one whose frequencies are scaled for longer texts.
         """
-        identify(model, base_name(model)).check(self.base, what="adapter")
-
-    def check_rotation(self, model: nn.Module) -> None:
-        """Refuse a base with the same weights and another rotation, scaled for longer text say.
-
-        Args:
-            model: The base with RoAE. Under settings other than the adapter's own, only the terms
-                that both have are compared.
-
-        Raises:
-            ValueError: Names the first term that stands elsewhere.
-        """
-        report = roae_report(model)
-        own_settings = replace(report.config, dropout=self.config.dropout) == self.config
-        here = {(term.projection, term.target): term for term in report.projections}
-        trained = {(term.projection, term.target): term for term in self.terms}
-        if own_settings and (here.keys() != trained.keys() or len(here) != len(self.terms)):
-            raise ValueError(
-                f"the adapter lists {len(self.terms)} terms, and its settings make {len(here)} of "
-                f"this {type(model).__name__}, or on other projections. Export the adapter again."
-            )
-        for key in (key for key in here if key in trained):
-            own, other = here[key], trained[key]
-            same = not own_settings or (own.norm, own.low_pairs) == (other.norm, other.low_pairs)
-            if not (same and own.table.is_close(other.table, rtol=1e-3, atol=1e-9)):
+        if self.rotation is None:  # of an earlier version
+            return
+        for name, ours in rotation_fingerprint(report).items():
+            theirs = self.rotation.get(name, [])
+            if len(ours) != len(theirs) or not torch.allclose(
+                torch.tensor(ours), torch.tensor(theirs), rtol=1e-3, atol=1e-9
+            ):
                 raise ValueError(
-                    f"the adapter was trained where {other.projection} rotates other dimensions, "
-                    f"or at other frequencies, than in this {type(model).__name__}. Give the base "
-                    "that it was trained on, with the same rope settings in its config.json."
+                    f"the adapter was trained where {name} rotates other dimensions, or at other "
+                    "frequencies, than in this base. Give the base that it was trained on, with "
+                    "the same rope settings in its config.json."
                 )
 
 
-def origin_of(model: nn.Module) -> Origin:
-    """The origin of the adapter that a model carries.
+def rotation_fingerprint(report: RoAEReport) -> dict[str, list[float]]:
+    """How the base rotates at each adapted projection, by the projection's name.
 
-    Raises:
-        ValueError: It carries no RoAE.
+    Head dimension, number and sum of the adapted dimensions, and the sum of their frequencies.
     """
-    report = roae_report(model)
-    return Origin(identify(model, base_name(model)).to_dict(), report.config, report.projections)
+    return {
+        p.name: [
+            p.table.head_dim,
+            len(p.dims),
+            sum(p.dims),
+            sum(p.table.inv_freq[pair] for pair in p.low_pairs),
+        ]
+        for p in report.projections
+    }
 
 
-def _table(plain: Mapping[str, Any]) -> PairTable:
-    pairs = tuple((operator.index(a), operator.index(b)) for a, b in plain["pairs"])
-    return PairTable(operator.index(plain["head_dim"]), pairs, tuple(map(float, plain["inv_freq"])))
+def check_same_config(
+    trained: Mapping[str, Any], given: Mapping[str, Any], name: str = "model.roae"
+) -> None:
+    """Raise ValueError where another setting than the dropout differs from the training's.
+
+    It would make the same weights another function.
+    """
+    for key, value in trained.items():
+        if key != "dropout" and _plain(given.get(key)) != _plain(value):
+            raise ValueError(
+                f"the adapter was trained with {name}.{key}={value}, and {given.get(key)} is "
+                f"given. Leave {name} out, or set it to what the adapter was trained with."
+            )
 
 
-def _term(plain: Mapping[str, Any], tables: list[PairTable]) -> AdaptedProjection:
-    number = operator.index(plain["table"])
-    if number not in range(len(tables)):
-        raise ValueError(f"there is no table {number}")
-    return AdaptedProjection(
-        name=str(plain["name"]),
-        target=cast(Target, str(plain["target"])),
-        projection=str(plain["projection"]),
-        norm=str(plain["norm"]),
-        table=tables[number],
-        low_pairs=tuple(map(operator.index, plain["low_pairs"])),
-    )
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

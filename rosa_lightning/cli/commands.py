@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 import torch
 from rich.console import Console
 
+from rosa_lightning.adapters.checkpoint import read_checkpoint
 from rosa_lightning.adapters.export import Format, check_options, export_adapter
-from rosa_lightning.adapters.remembered import read_checkpoint
 from rosa_lightning.cli.audit_tables import audit_tables
 from rosa_lightning.cli.bench import run_bench
 from rosa_lightning.cli.bench_tables import bench_tables

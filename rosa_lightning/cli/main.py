@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -32,9 +32,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rosa_lightning.adapters.conditions import contradictions
-from rosa_lightning.adapters.files import adapter_settings
-from rosa_lightning.adapters.remembered import remembered_settings
+from rosa_lightning.adapters.checkpoint import checkpoint_defaults
+from rosa_lightning.adapters.metadata import contradictions
 from rosa_lightning.cli.commands import NO_BASE, Setting, audit, bench, export, inspect, report
 from rosa_lightning.cli.configuration import check_classes, check_trainer_settings
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
@@ -181,15 +180,13 @@ class RoSACLI(LightningCLI):
             ckpt_path = None
         known: dict[str, Any] = {}
         if SHOWN.get(command) != ():
-            known = remembered_settings(ckpt_path, config[command].model)
+            known = checkpoint_defaults(ckpt_path, config[command].model)
             self._subcommand_parsers[command].set_defaults(known)
         learnt = bool(known) or quiet != self.given
         self.config = parser.parse_args(self.given) if learnt else config
         if ckpt_path is not None and self.config[command].model.adapter is not None:
             self.config[command].model.adapter = None
             rank_zero_info("model.adapter is left out, as ckpt_path holds an adapter.")
-        elif command in ("validate", "test", "predict") and config[command].model.adapter:
-            hold_lora(self.config[command].model, known)
         if command in TOOLS:
             shown = {k: self.config[command].get(k) for k in known if k.startswith(SHOWN[command])}
             for line in contradictions(known, shown, "the adapter"):
@@ -323,24 +320,6 @@ class RoSACLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         complete_strategy(trainer)
         return trainer
-
-
-def hold_lora(model: Any, known: Mapping[str, Any]) -> None:
-    """Take the settings that hold a LoRA from elsewhere, which is not trained here, and say so.
-
-    The configuration's are those of another adapter, trained or to be trained with it.
-    """
-    if adapter_settings(Path(model.adapter))[2] is not None:
-        return  # it knows its own, which must agree
-    names = [name for name in known if name.startswith("model.roae.")]
-    values = {name.removeprefix("model.roae."): known[name] for name in names}
-    given = {name: getattr(model.roae, name) for name in values}
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-    if plain != {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}:
-        changed = ", ".join(f"{name}={value}" for name, value in plain.items())
-        rank_zero_info(f"model.roae as given does not apply to {model.adapter}: it has {changed}")
-    for name, value in values.items():
-        setattr(model.roae, name, value)
 
 
 def complete_strategy(trainer: Trainer) -> None:
