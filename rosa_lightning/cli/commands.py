@@ -19,7 +19,6 @@ from rosa_lightning.adapters.export import Format, check_options, export_adapter
 from rosa_lightning.cli.audit_tables import audit_tables
 from rosa_lightning.cli.bench import run_bench
 from rosa_lightning.cli.bench_tables import bench_tables
-from rosa_lightning.cli.sweep import sweep_models, sweep_tables
 from rosa_lightning.data.audit import audit_records, token_lengths
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.records import load_records
@@ -149,7 +148,6 @@ def inspect(
     response_length: int | None = None,
     activations: str | None = None,
     num_batches: int = 4,
-    all_models: bool = False,
 ) -> None:
     """Show what RoAE adapts in each layer, and the memory that training takes, loading no weights.
 
@@ -163,12 +161,8 @@ def inspect(
             layer; beside it, a folder of its name for TensorBoard. Neither may exist. It takes the
             weights, and texts of data.sources.
         num_batches: Batches of training texts that the drawing is the mean of.
-        all_models: Instead, try every causal language model of transformers, built small.
     """
     console = Console()
-    if all_models:
-        console.print(sweep_tables(sweep_models()))
-        return
     module, data = setting.module, setting.data
     _check_base(module)
     length = data.max_length - 1 if response_length is None else response_length

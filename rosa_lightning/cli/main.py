@@ -256,18 +256,9 @@ class RoSACLI(LightningCLI):
             if not action.dest.startswith(("help", "config", *SHOWN[name])):
                 action.help = SUPPRESS
         own = parser.add_function_arguments(
-            TOOLS[name], skip={"setting", "all_models"}, as_positional=name == "report"
+            TOOLS[name], skip={"setting"}, as_positional=name == "report"
         )
         parser._action_groups[-1].title = name
-        if name == "inspect":
-            # Without a value, unlike jsonargparse's own switches.
-            parser._action_groups[-1].add_argument(
-                "--all-models",
-                "--all_models",  # as the other options are spelt
-                action="store_true",
-                help="Instead, try every causal language model of transformers, built small.",
-            )
-            own = [*own, "all_models"]
         self._subcommand_method_arguments[name] = own
         return parser
 

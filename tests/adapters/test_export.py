@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from rosa_lightning.adapters.export import export_adapter
-from rosa_lightning.cli.small import build_small
+from tests.model_zoo.small import build_small
 from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
 from tests.conftest import FAMILIES, SMALL, build, byte_tokenizer

@@ -19,7 +19,7 @@ from transformers import conversion_mapping
 
 from rosa_lightning.adapters.lora import from_lora, to_lora
 from rosa_lightning.adapters.peft_format import LoraFiles, read_lora
-from rosa_lightning.cli.small import build_small, causal_models
+from tests.model_zoo.small import build_small, causal_models
 from rosa_lightning.roae.inject import (
     check_adapter_keys,
     inject_roae,

@@ -589,18 +589,6 @@ def test_inspect_draws_over_nothing(base_folder, capsys, monkeypatch):
     assert all(Path(path).read_text() == "mine" for path in ("there.png", "file", "other"))
 
 
-def test_the_sweep_of_all_models_is_found_under_either_spelling(capsys, monkeypatch):
-    monkeypatch.setattr("rosa_lightning.cli.commands.sweep_models", list)
-    for option_ in ("--all-models", "--all_models"):
-        status, printed, errors = run(capsys, "inspect", option_)
-        assert (status, errors) == (0, [])
-        assert "0 classes of transformers" in printed
-    for option_ in ("--all-modles", "--all_modles"):
-        status, _, errors = run(capsys, "inspect", option_)
-        assert status == 2
-        assert errors == [f"error: unrecognized arguments: {option_}. Did you mean all_models?"]
-
-
 @pytest.fixture
 def leaky(tmp_path) -> list[str]:
     """The arguments of an audit: one record of three is leaked, and one has no output."""

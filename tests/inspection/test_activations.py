@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rosa_lightning.cli.small import build_small
+from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.activations import (
     TAG,
     StateNorms,

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import utils
 
-from rosa_lightning.cli.small import build_small
+from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.inspection.packed import pack_on_paper
 from rosa_lightning.models.loading import enable_checkpointing, load_skeleton

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rosa_lightning.cli.small import build_small
+from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.memory import estimate_memory
 from rosa_lightning.inspection.packed import PackedLinear, pack_on_paper
 from rosa_lightning.models.loading import load_skeleton

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from rosa_lightning.cli.small import build_small
+from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.memory import MemoryEstimate
 from rosa_lightning.inspection.parameters import (
     compare_memory,

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rosa_lightning.cli.small import build_small, causal_models
-from rosa_lightning.cli.sweep import sweep_models, try_model
+from tests.model_zoo.small import build_small, causal_models
 from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig, RoAELinear
 
@@ -263,18 +262,11 @@ def test_a_model_that_is_adapted_is_adapted_right(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAST)
-def test_each_of_these_families_is_adapted(family):
-    assert try_model(f"{family}Config", RoAEConfig(rank=2)).outcome == "adapted"
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_without_rope_is_refused_with_its_reason(family):
-    result = try_model(f"{family}Config", RoAEConfig(rank=2))
-    assert result.outcome == "refused"
-    assert REFUSED[family] in result.reason
-    assert result.model in result.reason
+    model = build_small(f"{family}Config")
+    with pytest.raises(ValueError, match=f"{type(model).__name__} .*{REFUSED[family]}"):
+        inject_roae(model, RoAEConfig(rank=2))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -289,7 +281,12 @@ def test_in_half_precision_the_same_dimensions_are_chosen(family):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_at_least_85_of_the_installed_models_are_adapted():
-    results = sweep_models()
-    assert len(results) == len(causal_models())
-    assert sum(result.outcome == "adapted" for result in results) >= 85
-    assert all(result.reason for result in results if result.outcome != "adapted")
+    """Prints what became of the others; run with ``-s`` to see it."""
+    adapted = 0
+    for name in causal_models():
+        try:
+            inject_roae(build_small(name), RoAEConfig(rank=2))
+            adapted += 1
+        except Exception as error:  # it cannot be built here, or is refused
+            print(f"{name}: {' '.join(str(error).split())[:200]}")
+    assert adapted >= 85

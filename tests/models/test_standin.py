@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from rosa_lightning.cli.small import build_small, causal_models
+from tests.model_zoo.small import build_small, causal_models
 from rosa_lightning.models.loading import load_skeleton
 from rosa_lightning.models.meta import replaced_tensors, run_on_meta
 from rosa_lightning.roae.inject import RoAEReport, inject_roae, roae_layers

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from torch.testing import assert_close
 
-from rosa_lightning.cli.small import build_small
+from tests.model_zoo.small import build_small
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.roae.inject import (
     check_adapter_keys,

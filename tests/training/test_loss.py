@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
-from rosa_lightning.cli.small import build_small, causal_models
+from tests.model_zoo.small import build_small, causal_models
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.head import last_block

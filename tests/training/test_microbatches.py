@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule
-from rosa_lightning.cli.small import build_small
+from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.compile import compile_layers

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from rosa_lightning.cli.small import build_small
+from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training.compile import compile_layers

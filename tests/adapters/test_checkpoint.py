@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from rosa_lightning import ReasoningDataModule, RoAEConfig, RoSAModule
-from rosa_lightning.adapters.remembered import read_checkpoint, remembered_settings
+from rosa_lightning.adapters.checkpoint import read_checkpoint, checkpoint_defaults
 from tests.hostile import KINDS, limited, put
 
 
@@ -37,7 +37,7 @@ def message(path: Path | str) -> str:
 
 
 def test_what_a_checkpoint_knows_is_read(checkpoint):
-    known = remembered_settings(str(checkpoint), {"base": None, "adapter": None})
+    known = checkpoint_defaults(str(checkpoint), {"base": None, "adapter": None})
     assert (known["model.base"], known["model.roae.rank"]) == ("tiny", 2)
 
 
