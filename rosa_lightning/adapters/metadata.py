@@ -273,10 +273,10 @@ def rotation_fingerprint(report: RoAEReport) -> dict[str, list[float]]:
     """
     return {
         p.name: [
-            p.table.head_dim,
-            len(p.dims),
-            sum(p.dims),
-            sum(p.table.inv_freq[pair] for pair in p.low_pairs),
+            float(p.table.head_dim),
+            float(len(p.dims)),
+            float(sum(p.dims)),
+            float(sum(p.table.inv_freq[pair] for pair in p.low_pairs)),
         ]
         for p in report.projections
     }

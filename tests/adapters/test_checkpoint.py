@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from rosa_lightning import ReasoningDataModule, RoAEConfig, RoSAModule
-from rosa_lightning.adapters.checkpoint import read_checkpoint, checkpoint_defaults
+from rosa_lightning.adapters.checkpoint import checkpoint_defaults, read_checkpoint
 from tests.hostile import KINDS, limited, put
 
 

@@ -9,8 +9,7 @@ import torch
 import transformers
 import yaml
 
-from rosa_lightning.adapters.conditions import Conditions, contradictions, tokenizer_digest
-from rosa_lightning.adapters.files import adapter_conditions
+from rosa_lightning.adapters.metadata import tokenizer_digest
 from rosa_lightning.cli.main import main
 from tests.conftest import byte_tokenizer, save_base, write_records
 
@@ -191,29 +190,3 @@ def test_checkpoints_of_earlier_versions_load_and_damaged_ones_are_told(trained,
         torch.save(content, "damaged.ckpt")
         assert main(["test", "--ckpt_path", "damaged.ckpt"]) == 1
         assert "damaged.ckpt is damaged" in capsys.readouterr().err
-
-
-def test_conditions_go_through_plain_values_and_pass_over_what_later_releases_add(trained):
-    here = Conditions(template="chat", max_length=8, precision="32-true", dtype="auto")
-    assert Conditions.from_dict({**here.to_dict(), "later": object()}) == here
-    for form in ("rosa", "peft"):
-        found = adapter_conditions(trained / form)
-        assert (found.template, found.max_length, found.dtype) == ("chat", 96, "auto")
-
-
-def test_equal_precisions_by_other_names_contradict_nothing():
-    for now, then in [("32", "32-true"), (None, "32-true"), ("bf16", "bf16-mixed"), (16, "16")]:
-        assert not contradictions({"trainer.precision": then}, {"trainer.precision": now}, "it")
-    trained = Conditions(dtype="auto", quantization=None)
-    (line,) = trained.contradictions({"model.quantization": "int8"}, "it")
-    assert line.startswith("model.quantization is int8, and it was trained with null")
-
-
-def test_tokenizers_are_told_apart_by_what_they_do():
-    plain, chat, more = byte_tokenizer(), chat_tokenizer(), byte_tokenizer()
-    more.add_tokens(["<think>"])
-    assert tokenizer_digest(byte_tokenizer()) == tokenizer_digest(plain)
-    assert len({tokenizer_digest(one) for one in (plain, chat, more)}) == 3
-    before = tokenizer_digest(plain)
-    plain.chat_template = CHAT
-    assert tokenizer_digest(plain) == tokenizer_digest(chat) != before

@@ -12,10 +12,10 @@ import transformers
 from torch import nn
 
 from rosa_lightning.adapters.export import export_adapter
-from tests.model_zoo.small import build_small
 from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
 from tests.conftest import FAMILIES, SMALL, build, byte_tokenizer
+from tests.model_zoo.small import build_small
 
 
 def adapted(family="llama", config=None, **changes):

@@ -232,7 +232,7 @@ def test_states_are_compared_with_those_they_are_restored_to(checkpoint):
         ("lr_schedulers", [{}], r"lr_schedulers\[0\] lacks last_epoch"),
         (f"{group}/eps", "x", "param_groups.eps is 'x', and no number"),
         (f"{group}/weight_decay", None, "param_groups.weight_decay is None, and no number"),
-        (f"{group}/betas", 0.9, "param_groups.betas is 0.9, and not 2 values"),
+        (f"{group}/betas", 0.9, "param_groups.betas is 0.9, and no tuple"),
     ]:
         with pytest.raises(ValueError, match=f"the checkpoint's entry .*{entry}"):
             check_states_fit(changed(content, path, value), adam)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from torch import nn
 
 from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.files import load_adapter
-from rosa_lightning.adapters.peft_format import read_lora, write_lora
 from rosa_lightning.cli import commands
 from rosa_lightning.cli.main import main
 from rosa_lightning.models.loading import load_base
@@ -246,14 +244,11 @@ def test_commands_of_our_own_stand_in_the_same_help(capsys):
 
 @pytest.fixture(scope="module")
 def adapters(trained, tmp_path_factory) -> Path:
-    """Folders ``rosa`` and ``peft`` as exported, and ``foreign`` as if made by PEFT."""
+    """Folders ``rosa`` and ``peft`` as exported."""
     folder = tmp_path_factory.mktemp("adapters")
     module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
     export_adapter(module.model, folder / "rosa", "rosa")
     export_adapter(module.model, folder / "peft", "peft")
-    (folder / "foreign").mkdir()
-    files = read_lora(folder / "peft")
-    write_lora(replace(files, metadata={"format": "pt"}), folder / "foreign")
     return folder
 
 
@@ -268,7 +263,7 @@ def data_alone(trained: Path, **more) -> list[str]:
     return ["--config", "data.yaml"]
 
 
-@pytest.mark.parametrize("name", ["rosa", "peft", "foreign"])
+@pytest.mark.parametrize("name", ["rosa", "peft"])
 def test_an_adapter_brings_its_base_and_settings_to_every_command(name, trained, adapters, capsys):
     adapter = ["--model.adapter", str(adapters / name), "--model.roae.dropout", "0.1"]
     config = data_alone(trained)
@@ -295,7 +290,7 @@ def test_settings_that_an_adapter_was_not_trained_with_are_refused_defaults_too(
 def test_a_run_begun_from_an_adapter_goes_on_without_its_folder(
     trained, adapters, capsys, tmp_path
 ):
-    shutil.copytree(adapters / "foreign", "mine")
+    shutil.copytree(adapters / "peft", "mine")
     logged = ["--trainer.logger.save_dir", "logs", "--trainer.logger.version", "a"]
     config = data_alone(trained)
     run(capsys, "fit", *config, "--model.adapter", "mine", *logged, "--trainer.max_steps", "1")

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.activations import (
     TAG,
     StateNorms,
@@ -22,6 +21,7 @@ from rosa_lightning.models.loading import load_skeleton
 from rosa_lightning.roae.inject import inject_roae
 from rosa_lightning.roae.layer import RoAEConfig
 from tests.conftest import build
+from tests.model_zoo.small import build_small
 
 
 def padded_batch(*lengths: int) -> dict[str, torch.Tensor]:

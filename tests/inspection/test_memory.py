@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import utils
 
-from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.inspection.packed import pack_on_paper
 from rosa_lightning.models.loading import enable_checkpointing, load_skeleton
@@ -24,6 +23,7 @@ from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.head import last_block, logits_at
 from rosa_lightning.training.loss import LossComputer
 from tests.conftest import build, save_base
+from tests.model_zoo.small import build_small
 
 LAYERS = "model.layers"
 # bfloat16 takes a CPU several times as long.

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.memory import estimate_memory
 from rosa_lightning.inspection.packed import PackedLinear, pack_on_paper
 from rosa_lightning.models.loading import load_skeleton
 from rosa_lightning.roae.inject import inject_roae
 from rosa_lightning.roae.layer import RoAEConfig
 from tests.conftest import build
+from tests.model_zoo.small import build_small
 
 SCHEMES = ["int8", "llm_int8", "nf4", "fp4"]
 STEP = {"batch_size": 2, "length": 40, "response_length": 8}

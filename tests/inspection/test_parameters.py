@@ -6,7 +6,6 @@ import re
 import pytest
 from rich.console import Console
 
-from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.memory import MemoryEstimate
 from rosa_lightning.inspection.parameters import (
     compare_memory,
@@ -18,6 +17,7 @@ from rosa_lightning.models.loading import load_skeleton
 from rosa_lightning.roae.inject import inject_roae
 from rosa_lightning.roae.layer import RoAEConfig
 from tests.conftest import build
+from tests.model_zoo.small import build_small
 
 STEP = {"batch_size": 2, "length": 40, "response_length": 8}
 

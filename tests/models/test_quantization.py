@@ -32,7 +32,7 @@ from rosa_lightning import (
 )
 from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.files import load_adapter
-from rosa_lightning.adapters.metadata import identify
+from rosa_lightning.adapters.metadata import fingerprint
 from rosa_lightning.cli.main import main, quiet_quantizers
 from rosa_lightning.models.loading import enable_checkpointing, load_base
 from rosa_lightning.models.quantization import (
@@ -320,9 +320,9 @@ def test_layers_with_their_weights_in_buffers_are_adapted_and_not_merged(folder,
     model = load_base(str(folder), dtype="bfloat16")
     for path in [path for path, m in model.named_modules() if "proj" in path]:
         model.set_submodule(path, BufferLinear(model.get_submodule(path)))
-    remembered = identify(plain, "plain")
-    remembered.check(identify(model, "packed").to_dict())
-    identify(model, "packed").check(remembered.to_dict())
+    remembered = fingerprint(plain, "plain")
+    remembered.check(fingerprint(model, "packed"))
+    fingerprint(model, "packed").check(remembered)
     assert inject_roae(model, config).projections == inject_roae(plain, config).projections
     assert all(g.any() for g in gradients(randomise(model.train()), ids).values())
     with pytest.raises(ValueError, match="the base is quantised"):
@@ -418,11 +418,11 @@ def save_qwen3(folder: Path) -> Path:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_base_is_known_again_quantised_or_not(scheme, family):
-    quantized = identify(load_base(str(family), quantization=scheme), "quantised")
+    quantized = fingerprint(load_base(str(family), quantization=scheme), "quantised")
     for dtype in ("float32", "bfloat16"):
-        plain = identify(load_base(str(family), dtype=dtype), "plain")
-        plain.check(quantized.to_dict())
-        quantized.check(plain.to_dict())
+        plain = fingerprint(load_base(str(family), dtype=dtype), "plain")
+        plain.check(quantized)
+        quantized.check(plain)
 
 
 @needs_torchao
@@ -430,12 +430,12 @@ def test_a_base_is_known_again_quantised_or_not(scheme, family):
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}])
 def test_another_base_is_refused_by_what_differs(changes, both, folder, tmp_path):
     other_folder = save_base(tmp_path / "other", **changes)
-    first = identify(load_base(str(folder), quantization="int8"), "one")
+    first = fingerprint(load_base(str(folder), quantization="int8"), "one")
     other = load_base(str(other_folder), quantization="int8" if both else None)
     with pytest.raises(ValueError, match=r"is another one: model\.\S+ differs"):
-        identify(other, "two").check(first.to_dict())
+        fingerprint(other, "two").check(first)
     with pytest.raises(ValueError, match=r"is another one: model\.\S+ differs"):
-        first.check(identify(other, "two").to_dict())
+        first.check(fingerprint(other, "two"))
 
 
 # --- training -----------------------------------------------------------------------------------

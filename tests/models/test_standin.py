@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-from tests.model_zoo.small import build_small, causal_models
 from rosa_lightning.models.loading import load_skeleton
 from rosa_lightning.models.meta import replaced_tensors, run_on_meta
 from rosa_lightning.roae.inject import RoAEReport, inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
 from tests.conftest import build
+from tests.model_zoo.small import build_small, causal_models
 
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
 # Separate and fused, interleaved, latent, with norms, experts, tied weights, kinds of layers, a

@@ -12,7 +12,6 @@ import transformers
 from torch import nn
 from torch.testing import assert_close
 
-from tests.model_zoo.small import build_small
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.roae.inject import (
     check_adapter_keys,
@@ -23,6 +22,7 @@ from rosa_lightning.roae.inject import (
 )
 from rosa_lightning.roae.layer import RoAEConfig, RoAELinear
 from tests.conftest import FAMILIES, SMALL, build
+from tests.model_zoo.small import build_small
 
 SEPARATE = [family for family in FAMILIES if family not in ("phi3", "neox", "persimmon")]
 """Families whose parts the oracle below calls by name."""

@@ -11,13 +11,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
-from tests.model_zoo.small import build_small, causal_models
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.head import last_block
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.shared_prefix import rows_behind
 from tests.conftest import FAMILIES, SMALL, build
+from tests.model_zoo.small import build_small, causal_models
 
 RESTS = ((9, 3), (4, 2), (14, 7))
 """Tokens of each row behind the beginning, and how many of them are the response."""

@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule
-from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.compile import compile_layers
@@ -25,6 +24,7 @@ from rosa_lightning.training.microbatches import (
 )
 from tests import ranks
 from tests.conftest import FAMILIES, build
+from tests.model_zoo.small import build_small
 from tests.training.test_loss import (
     HEADS,
     Widths,

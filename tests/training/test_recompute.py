@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from tests.model_zoo.small import build_small
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.recompute import recomputable, recomputed
 from tests.conftest import FAMILIES, build
+from tests.model_zoo.small import build_small
 from tests.training.test_loss import adapted, batch_of, packed
 
 MODELS = {
