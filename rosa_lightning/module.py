@@ -144,8 +144,8 @@ class RoSAModule(Answering):
             embedded demonstration model. On the command line a checkpoint or adapter names it too.
         roae: What RoAE adds. With ``adapter``, leave it out or give what the adapter was trained
             with; another dropout will do.
-        adapter: Folder of an adapter to go on from, or to evaluate: one that ``export`` has
-            written, or a LoRA of PEFT that is zero wherever RoAE adds nothing.
+        adapter: Folder of an adapter to go on from, or to evaluate, that ``export`` has written
+            with format rosa or peft.
         revision: Branch, tag or commit of the base on the hub.
         dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
             the base says of itself.
