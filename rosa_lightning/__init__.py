@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rosa_lightning.evaluation.evaluator import EvaluationConfig
     from rosa_lightning.evaluation.writers import ResultWriter
     from rosa_lightning.inspection.run_monitor import RunMonitor
-    from rosa_lightning.inspection.throughput import ThroughputMonitor
+    from rosa_lightning.inspection.throughput import TokenThroughputMonitor
     from rosa_lightning.module import RoSAModule
     from rosa_lightning.roae.inject import RoAEReport, inject_roae, merge_roae
     from rosa_lightning.roae.layer import RoAEConfig, RoAELinear
@@ -30,7 +30,7 @@ __all__ = [
     "RoAEReport",
     "RoSAModule",
     "RunMonitor",
-    "ThroughputMonitor",
+    "TokenThroughputMonitor",
     "export_adapter",
     "inject_roae",
     "load_adapter",
@@ -49,7 +49,7 @@ _HOMES = {
     "RoAEReport": "roae.inject",
     "RoSAModule": "module",
     "RunMonitor": "inspection.run_monitor",
-    "ThroughputMonitor": "inspection.throughput",
+    "TokenThroughputMonitor": "inspection.throughput",
     "export_adapter": "adapters.export",
     "inject_roae": "roae.inject",
     "load_adapter": "adapters.files",

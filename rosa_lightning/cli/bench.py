@@ -35,8 +35,7 @@ from torch.optim import AdamW
 from rosa_lightning.data.collators import IGNORE_INDEX, is_packed_batch
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.dls.layers import find_layers
-from rosa_lightning.inspection.flops import lowest_active
-from rosa_lightning.inspection.throughput import batch_counts
+from rosa_lightning.inspection.throughput import batch_counts, lowest_active
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import remove_roae

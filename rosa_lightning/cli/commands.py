@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -26,7 +26,6 @@ from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.inspection.activations import (
     activation_figure,
     adapted_dims,
-    check_matplotlib,
     rotated_norms,
     save_figure,
 )
@@ -246,22 +245,15 @@ def bench(
     Console().print(bench_tables(found))
 
 
-def report(
-    setting: Setting,
-    run: str,
-    *,
-    output: str | None = None,
-    format: Literal["html", "png"] = "html",
-) -> None:
-    """Write what a run has logged as one page that needs nothing else, or as pictures.
+def report(setting: Setting, run: str, *, output: str | None = None) -> None:
+    """Write what a run has logged as one HTML page that needs nothing else.
 
     Args:
         setting: Not looked at: what was logged stands in the run's folder.
         run: Folder of the run, such as lightning_logs/version_0.
-        output: File or folder to write; report.html or report in the run's folder by default.
-        format: html: one page. png: a folder of pictures.
+        output: File to write; report.html in the run's folder by default.
     """
-    sys.stdout.write(f"{write_report(run, output=output, format=format)}\n")
+    sys.stdout.write(f"{write_report(run, output=output)}\n")
 
 
 def _check_base(module: RoSAModule) -> None:
@@ -281,7 +273,6 @@ def _check_picture(png: Path, num_batches: int) -> None:
         raise ValueError(f"activations={png}: {folder} is no folder. Give another name.")
     if num_batches < 1:
         raise ValueError(f"num_batches={num_batches} is below 1. Set num_batches; 4 is usual.")
-    check_matplotlib()
 
 
 def _skeleton(module: RoSAModule, *, double: bool) -> Any:

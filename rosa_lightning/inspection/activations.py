@@ -1,4 +1,4 @@
-"""How large rotated queries and keys are, per layer and head dimension: numbers and a figure.
+"""L2 norms of rotated queries and keys, per layer and head dimension: numbers and a figure.
 
 The first figure of the RoSA paper (doi 10.1609/aaai.v40i18.38589): strong activations gather in the
 dimensions that rotary position embeddings turn slowly.
@@ -8,27 +8,27 @@ Axes: B batch, T tokens, H heads, D head dimension.
 
 from __future__ import annotations
 
-import inspect
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
+from rosa_lightning.models.kv_cache import forward_arguments
 from rosa_lightning.roae.inject import roae_layers, roae_report
 from rosa_lightning.roae.layer import RoAEConfig, contiguous_runs
 from rosa_lightning.roae.targets import select_projections
 from rosa_lightning.roae.tracing import MatmulTracer, trace, watch_attention
-from rosa_lightning.utils.files import atomic_directory
+from rosa_lightning.utils.files import atomic_directory, atomic_write
 from rosa_lightning.utils.modules import in_mode
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TAG = "activations/rotated_norms"
 """Name of the figure in TensorBoard."""
@@ -96,8 +96,8 @@ class _Sums:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.counts: dict[str, int] = {}
         self.mask_BT = torch.empty(0)
-        # Attention modules that are running and have not shown their states.
-        self.waiting: list[str] = []
+        self.running: list[str] = []
+        """Attention modules that are running and have not shown their states."""
 
     def add(self, batch: Mapping[str, Any], *, by_hand: bool) -> None:
         """Run one batch."""
@@ -105,17 +105,25 @@ class _Sums:
         inputs = {name: batch[name].to(self.device) for name in names if name in batch}
         ids_BT = inputs["input_ids"]
         self.mask_BT = inputs.get("attention_mask", torch.ones_like(ids_BT)).float()
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+        if "logits_to_keep" in forward_arguments(self.model):
             inputs["logits_to_keep"] = 1
         tracer = MatmulTracer(self.see, lambda _: None, ids_BT.shape[1])
-        with self.listening(), watch_attention(self.see), tracer if by_hand else nullcontext():
+        with ExitStack() as stack:
+            for path, module in self.modules.items():
+                before = module.register_forward_pre_hook(lambda *_, p=path: self.running.append(p))
+                after = module.register_forward_hook(lambda *_: self.running.clear())
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            stack.enter_context(watch_attention(self.see))
+            if by_hand:
+                stack.enter_context(tracer)
             self.model(**inputs, use_cache=False)
 
     def see(self, query: Tensor, key: Tensor) -> None:
         """Add the norms of one call; a second product in the same call is none of queries."""
-        if not self.waiting:
+        if not self.running:
             return
-        path = self.waiting.pop()
+        path = self.running.pop()
         batch_size, num_tokens = self.mask_BT.shape
         norms = []
         for states in (query, key):
@@ -123,21 +131,9 @@ class _Sums:
             states_BHTD = states.reshape(batch_size, -1, num_tokens, states.shape[-1]).float()
             squares_BHD = (states_BHTD.square() * self.mask_BT[:, None, :, None]).sum(2)
             norms.append(squares_BHD.sqrt().sum(0))
-        if path in self.sums:
-            norms = [a + b for a, b in zip(norms, self.sums[path], strict=True)]
-        self.sums[path] = norms[0], norms[1]
+        before = self.sums.get(path, (0, 0))
+        self.sums[path] = norms[0] + before[0], norms[1] + before[1]
         self.counts[path] = self.counts.get(path, 0) + batch_size
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Know which attention module runs."""
-        with ExitStack() as stack:
-            for path, module in self.modules.items():
-                before = module.register_forward_pre_hook(lambda *_, p=path: self.waiting.append(p))
-                after = module.register_forward_hook(lambda *_: self.waiting.clear())
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            yield
 
 
 def adapted_dims(model: nn.Module, config: RoAEConfig | None = None) -> dict[str, tuple[int, ...]]:
@@ -156,18 +152,6 @@ def adapted_dims(model: nn.Module, config: RoAEConfig | None = None) -> dict[str
     return {term.layer: term.dims for term in terms if term.dims}
 
 
-def check_matplotlib() -> None:
-    """Say early how to get what figures need.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'rosa-lightning[plots]'") from error
-
-
 def activation_figure(
     norms: Sequence[StateNorms],
     low_dims: Mapping[str, Sequence[int]] | None = None,
@@ -179,13 +163,7 @@ def activation_figure(
         norms: From `rotated_norms`.
         low_dims: Head dimensions to frame in each layer, from `adapted_dims`.
         title: What stands above.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
-    check_matplotlib()
-    from matplotlib.figure import Figure
-
     height = min(max(3.2, 1.6 + 0.11 * len(norms)), 12.0)
     figure = Figure(figsize=(11, height), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -215,8 +193,6 @@ def _heat_map(figure: Figure, ax: Axes, rows: Sequence[Tensor]) -> None:
 
 def _frame(ax: Axes, dims: Sequence[tuple[int, ...]]) -> None:
     """A frame around the same dimensions of adjacent layers."""
-    from matplotlib.patches import Rectangle
-
     first = 0
     for row in range(1, len(dims) + 1):
         if row < len(dims) and dims[row] == dims[first]:
@@ -249,30 +225,12 @@ def save_figure(figure: Figure, png: Path) -> Path:
         That folder, which TensorBoard is to read.
 
     Raises:
-        OSError: The disk is full, or refuses. Nothing is left behind.
+        OSError: It cannot be written.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-    from torch.utils.tensorboard._utils import figure_to_image
-    from torch.utils.tensorboard.summary import image
-
-    pixels = figure_to_image(figure, close=False)  # type: ignore[no-untyped-call]
-    picture = image(TAG, pixels, dataformats="CHW")  # type: ignore[no-untyped-call]
-    now = time.time()
-    try:
-        with atomic_directory(png.with_suffix("")) as folder:
-            # Not by a SummaryWriter: its thread keeps a full disk to itself.
-            events = folder / f"events.out.tfevents.{int(now)}.norms"
-            with events.open("wb") as file:
-                writer = RecordWriter(file)
-                writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-                writer.write(Event(wall_time=now, step=0, summary=picture).SerializeToString())
-            part = folder / png.name
-            figure.savefig(part, format="png")
-            part.replace(png)
-    except OSError as error:
-        raise OSError(
-            f"{png} cannot be written: {error.strerror or error}. Nothing was left behind. Make "
-            "room, or give another name."
-        ) from error
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    with atomic_directory(png.with_suffix("")) as folder:
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_figure(TAG, figure, close=False)
+        atomic_write(png, content.getvalue())
     return png.with_suffix("")

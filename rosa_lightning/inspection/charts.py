@@ -1,31 +1,29 @@
-"""The charts of a run, drawn with matplotlib from what it has logged."""
+"""The charts of a run, drawn with matplotlib: curves, maps over the layers, and selected layers.
+
+Axes: S selections or steps, L layers.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
 
-from rosa_lightning.inspection.history import Series
-from rosa_lightning.inspection.raster import draw_raster
 from rosa_lightning.roae.layer import Target
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Kind = Literal["svg", "png"]
-Run = Mapping[str, Series]
-
 STYLE: Any = {
-    # Tags are no formulas, whatever signs of money they hold.
-    "text.parse_math": False,
+    "text.parse_math": False,  # tags may hold dollar signs
     "font.size": 9,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -40,166 +38,172 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "savefig.facecolor": "white",
-    # Letters stay letters, and equal runs give equal files.
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rosa",
+    "svg.fonttype": "none",  # letters stay letters
+    "svg.hashsalt": "rosa",  # equal runs give equal files
 }
-MANY = 8
-"""Layers from which on colours over step and layer are drawn, for lines would hide each other."""
-
-
+MAX_LINES = 8
+"""Layers up to which each has a line; more are drawn as a map over step and layer."""
 PALEST = 0.85
 """How far up viridis lines are coloured; beyond that they are too pale on white."""
+# Light to dark, by score; red, green, blue.
+ACTIVE = np.array([[158, 202, 225], [8, 81, 156]]) / 255
+FROZEN = np.array([[247, 247, 247], [200, 200, 200]]) / 255
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A chart, drawn."""
+class Series:
+    """The values logged under one tag."""
 
-    section: str
-    """What it is about: Training, Layers, RoAE or Cost."""
-    name: str
-    """Name of its file, without the ending."""
-    kind: Kind
-    title: str
-    content: bytes
+    steps: tuple[int, ...]
+    """Optimizer steps, ascending, each once."""
+    values: tuple[float, ...]
+
+
+Run = Mapping[str, Series]
 
 
 @dataclass(frozen=True)
 class Chart:
     """Lines over the optimizer steps, one for each tag that matches."""
 
-    name: str
-    """Name of its file."""
+    section: str
     title: str
     unit: str
     tags: str
     """Pattern of whole tags. Its group, if it has one, names the line."""
+    axis: str = "free"
+    """``free``, ``from zero``, or ``share`` for 0 to 1."""
     layers: bool = False
-    """Whether the lines are those of layers."""
-    marks: bool = False
-    """Whether the lines have few points, which are marked."""
-    from_zero: bool = False
-    """Whether the axis begins at zero."""
-    share: bool = False
-    """Whether the axis goes from 0 to 1."""
+    """Whether there is a line for each layer."""
 
 
-LOSS = Chart("loss", "Loss", "nats per response token", "((?:train|val)/loss)", from_zero=True)
-ACCURACY = Chart(
-    "accuracy",
-    "Accuracy of answers to validation prompts",
-    "share",
-    "val/(accuracy.*)",
-    marks=True,
-    share=True,
-)
-RATE = Chart("learning_rate", "Learning rate", "", "train/lr", from_zero=True)
-SCORES = Chart("scores", "Layer scores", "gradient norm", r"dls/score/(\d+)", layers=True)
-SAVED = Chart(
-    "backward_saved",
-    "Layers that the backward pass skips",
-    "share of all layers",
-    "dls/backward_saved",
-    marks=True,
-    share=True,
-)
-COST = (
-    Chart("examples", "Examples", "per second", "throughput/examples_per_s", from_zero=True),
+UPDATES = {
+    "relative_update": ("Update of {}, relative to the frozen weight", "ratio of Frobenius norms"),
+    "update_norm": ("Update of {}", "Frobenius norm"),
+}
+CURVES = (
+    Chart("Training", "Loss", "nats per response token", "((?:train|val)/loss)", "from zero"),
+    Chart("Training", "Accuracy of validation answers", "share", "(val/accuracy.*)", "share"),
+    Chart("Training", "Learning rate", "", "train/lr", "from zero"),
+    Chart("Layers", "Layer scores", "gradient norm", r"dls/score/(\d+)", layers=True),
     Chart(
-        "tokens",
-        "Tokens trained on",
-        "per second",
-        "throughput/((?:supervised_)?tokens)_per_s",
-        from_zero=True,
+        *("Layers", "Layers that the backward pass skips", "share of all layers"),
+        *("dls/backward_saved", "share"),
     ),
-    Chart("padding", "Padding", "share of the batches", "throughput/padding_share", share=True),
-    Chart("mfu", "Model FLOPs utilisation", "share of the peak", "throughput/mfu", share=True),
-    Chart("memory", "Peak memory", "MiB", "memory/peak_mib", from_zero=True),
+    Chart("Layers", "Lowest layer that trains", "layer", "dls/lowest_active", "from zero"),
+    Chart("Layers", "Mean share of a full backward pass so far", "", "dls/backward_share", "share"),
+    *(
+        Chart("RoAE", title.format(t), unit, rf"roae/{kind}/(\d+)/{t}", "from zero", layers=True)
+        for kind, (title, unit) in UPDATES.items()
+        for t in get_args(Target)
+    ),
+    Chart("Cost", "Examples", "per second", "throughput/examples_per_s", "from zero"),
+    Chart(
+        *("Cost", "Tokens trained on", "per second"),
+        *("throughput/((?:supervised_)?tokens)_per_s", "from zero"),
+    ),
+    Chart("Cost", "Padding", "share of the batches", "throughput/padding_share", "share"),
+    Chart("Cost", "Model FLOPs utilisation", "share of the peak", "throughput/mfu", "share"),
+    Chart("Cost", "Peak memory", "MiB", "memory/peak_mib", "from zero"),
 )
 
 
-def draw_charts(run: Run, kind: Kind) -> list[Picture]:
-    """Draw every chart that the run has numbers for; the raster of layers is always a PNG.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise ImportError(
-            "a report needs matplotlib, which is missing: pip install 'rosa-lightning[plots]'"
-        ) from error
-
-    def drawn(section: str, *charts: Chart) -> Iterator[Picture]:
-        for chart in charts:
-            if lines := _lines(chart, run):
-                content = _save(_draw(chart, lines), kind)
-                yield Picture(section, chart.name, kind, chart.title, content)
-
+def draw_charts(run: Run) -> dict[str, dict[str, bytes]]:
+    """SVGs of all charts that the run has numbers for, by section and title."""
+    drawn: dict[str, dict[str, bytes]] = {name: {} for name in ("Training", "Layers", "RoAE")}
     with mpl.rc_context(STYLE):
-        return [
-            *drawn("Training", LOSS, ACCURACY, RATE),
-            *_raster(run),
-            *_counts(run, kind),
-            *drawn("Layers", SCORES, SAVED),
-            *drawn("RoAE", *_roae_charts(run)),
-            *drawn("Cost", *COST),
-        ]
+        for title, figure in _selections(run):
+            drawn["Layers"][title] = _svg(figure)
+        for chart in CURVES:
+            if lines := _lines(chart, run):
+                drawn.setdefault(chart.section, {})[chart.title] = _svg(_draw(chart, lines))
+    return {section: charts for section, charts in drawn.items() if charts}
 
 
-def _roae_charts(run: Run) -> Iterator[Chart]:
-    """Two charts for each target there may be."""
-    for kind, title, unit in (
-        (
-            "relative_update",
-            "Update of {}, relative to the frozen weight",
-            "ratio of Frobenius norms",
-        ),
-        ("update_norm", "Update of {}", "Frobenius norm"),
-    ):
-        for target in get_args(Target):
-            pattern = rf"roae/{kind}/(\d+)/{target}"
-            name = f"{kind}_{target}"
-            yield Chart(name, title.format(target), unit, pattern, layers=True, from_zero=True)
+def raster_figure(
+    steps: Sequence[int],
+    layers: Sequence[int],
+    active_SL: NDArray[np.bool_],
+    scores_SL: NDArray[np.float64],
+) -> Figure:
+    """Which layers were active when: a column for each selection, the lowest layer at the bottom.
+
+    Active layers are blue, others grey, both darker the nearer a layer's score is to the highest
+    of its selection.
+
+    Args:
+        steps: Optimizer step of each selection, ascending, at least one.
+        layers: Number of each layer, ascending.
+        active_SL: Whether a layer was selected.
+        scores_SL: The scores, at least zero.
+    """
+    with mpl.rc_context(STYLE):
+        height = float(np.clip(1.5 + 0.16 * len(layers), 3.1, 7))
+        figure = Figure(figsize=(6.2, height), layout="constrained")
+        plot = figure.add_subplot()
+        plot.imshow(raster_colours(active_SL, scores_SL), aspect="auto", origin="lower")
+        plot.set(title="Layers that train", xlabel="optimizer step of the selection")
+        plot.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        plot.xaxis.set_major_formatter(_labels(steps))
+        plot.set_ylabel("layer")
+        plot.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+        plot.yaxis.set_major_formatter(_labels(layers))
+        plot.grid(visible=False)
+        if len(layers) <= 40:  # white lines between layers
+            plot.hlines(np.arange(0.5, len(layers) - 1), *plot.get_xlim(), "white", linewidth=0.8)
+        kinds = {"active": ACTIVE, "frozen (darker: higher score)": FROZEN}
+        handles = [Patch(fc=c.mean(0), ec="#888888", label=label) for label, c in kinds.items()]
+        plot.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    return figure
+
+
+def raster_colours(
+    active_SL: NDArray[np.bool_], scores_SL: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Red, green and blue of each cell, 0 to 1, shape (L, S, 3); what is no score is light."""
+    scores_SL = np.nan_to_num(scores_SL, posinf=0.0)
+    highest = scores_SL.max(1, keepdims=True)
+    share_SL1 = (scores_SL / np.where(highest > 0, highest, 1))[..., None]
+    active, frozen = (light + share_SL1 * (dark - light) for light, dark in (ACTIVE, FROZEN))
+    mixed: NDArray[np.float64] = np.where(active_SL[..., None], active, frozen)
+    return mixed.transpose(1, 0, 2)
+
+
+def _labels(numbers: Sequence[int]) -> FuncFormatter:
+    """Labels an axis of positions with the numbers that stand there."""
+
+    def label(position: float, _: Any) -> str:
+        index = round(position)
+        return str(numbers[index]) if index == position and 0 <= index < len(numbers) else ""
+
+    return FuncFormatter(label)
 
 
 def _lines(chart: Chart, run: Run) -> dict[str, Series]:
     found: dict[str, Series] = {}
     for tag, series in run.items():
         match = re.fullmatch(chart.tags, tag)
-        # The accuracy on an only task is the accuracy.
+        # With a single task its accuracy is the accuracy.
         if match and (chart.layers or series not in found.values()):
             found[match[1] if match.groups() else ""] = series
     return found
 
 
 def _figure(title: str, unit: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # without pyplot: no window, no state
-
     figure = Figure(figsize=(6.2, 3.1), layout="constrained")
     axes = figure.add_subplot()
-    axes.set(title=title, ylabel=unit)
+    axes.set(title=title, ylabel=unit, xlabel="optimizer step")
     return figure, axes
 
 
 def _draw(chart: Chart, lines: Mapping[str, Series]) -> Figure:
     figure, axes = _figure(chart.title, chart.unit)
-    if chart.layers and len(lines) > MANY:
+    if chart.layers and len(lines) > MAX_LINES:
         _draw_map(figure, axes, chart, lines)
-    else:
-        _draw_lines(axes, chart, lines)
-    axes.set_xlabel("optimizer step")
-    return figure
-
-
-def _draw_lines(axes: Axes, chart: Chart, lines: Mapping[str, Series]) -> None:
-    import matplotlib as mpl
-
+        return figure
     shades = mpl.colormaps["viridis" if chart.layers else "tab10" if len(lines) <= 10 else "tab20"]
     for index, (name, series) in enumerate(lines.items()):
-        few = chart.marks or name.startswith("val/") or len(series.steps) == 1
+        few = name.startswith("val/") or len(series.steps) == 1
         axes.plot(
             series.steps,
             series.values,
@@ -209,32 +213,30 @@ def _draw_lines(axes: Axes, chart: Chart, lines: Mapping[str, Series]) -> None:
             markersize=3.5,
         )
     axes.margins(x=0.02)
-    if chart.share:
+    if chart.axis == "share":
         axes.set_ylim(-0.02, 1.02)
-    elif chart.from_zero:
+    elif chart.axis == "from zero":
         axes.update_datalim([(next(iter(lines.values())).steps[0], 0)])
         axes.autoscale_view()
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
-        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         axes.legend(**(beside if len(lines) > 3 else {}))
+    return figure
 
 
 def _draw_map(figure: Figure, axes: Axes, chart: Chart, lines: Mapping[str, Series]) -> None:
-    from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.ticker import LogLocator
-
     steps, values_SL = _table(lines.values())
     if not steps:
         return
-    log = not chart.from_zero and bool((values_SL > 0).all())
+    log = chart.axis == "free" and bool((values_SL > 0).all())
     mesh = axes.pcolormesh(
         steps,
         [int(name) for name in lines],
         values_SL.T,
         norm=LogNorm() if log else Normalize(0),
         shading="nearest",
-        rasterized=True,  # a picture within the picture, not a shape for each value
+        rasterized=True,  # not a shape for each value
     )
     axes.set_ylabel("layer")
     axes.grid(visible=False)
@@ -251,45 +253,37 @@ def _table(columns: Iterable[Series]) -> tuple[list[int], NDArray[np.float64]]:
     return steps, np.array([[column[step] for column in held] for step in steps])
 
 
-def _raster(run: Run) -> Iterator[Picture]:
-    """Which layers were active when."""
-    active, scores = _by_layer(run, "active"), _by_layer(run, "score")
+def _selections(run: Run) -> Iterator[tuple[str, Figure]]:
+    """Which layers were selected when, and how often."""
+    active, scores, counts = (
+        {
+            int(tag.rpartition("/")[2]): series
+            for tag, series in run.items()
+            if re.fullmatch(rf"dls/{name}/\d+", tag)
+        }
+        for name in ("active", "score", "selection_count")
+    )
     if active and active.keys() == scores.keys():
         steps, values = _table([*active.values(), *scores.values()])
-        if not steps:
-            return
-        active_SL, scores_SL = np.split(values, 2, axis=1)
-        raster = draw_raster(steps, list(active), active_SL > 0.5, scores_SL)
-        file = io.BytesIO()
-        Image.fromarray(raster).save(file, "PNG")
-        yield Picture("Layers", "active_layers", "png", "Layers that train", file.getvalue())
-
-
-def _counts(run: Run, kind: Kind) -> Iterator[Picture]:
-    """How often each layer was selected: in all, or else as far as the folder tells."""
-    from matplotlib.ticker import MaxNLocator
-
-    whole, active = _by_layer(run, "selection_count"), _by_layer(run, "active")
-    counts = {layer: series.values[-1] for layer, series in whole.items()}
-    counts = counts or {layer: sum(series.values) for layer, series in active.items()}
-    if counts:
+        if steps:
+            active_SL, scores_SL = np.split(values, 2, axis=1)
+            figure = raster_figure(steps, list(active), active_SL > 0.5, scores_SL)
+            yield "Layers that train", figure
+    # In the whole run, if it logged that; else as far as the folder tells.
+    totals = {layer: series.values[-1] for layer, series in counts.items()}
+    totals = totals or {layer: sum(series.values) for layer, series in active.items()}
+    if totals:
         title = "How often each layer was selected"
         figure, axes = _figure(title, "selections")
-        axes.bar(list(counts), list(counts.values()), color="#4a8ac0")
+        axes.bar(list(totals), list(totals.values()), color="#4a8ac0")
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=False, axis="x")
-        yield Picture("Layers", "selection_counts", kind, title, _save(figure, kind))
+        yield title, figure
 
 
-def _by_layer(run: Run, name: str) -> dict[int, Series]:
-    found = {re.fullmatch(rf"dls/{name}/(\d+)", tag): series for tag, series in run.items()}
-    return {int(match[1]): series for match, series in found.items() if match}
-
-
-def _save(figure: Figure, kind: Kind) -> bytes:
+def _svg(figure: Figure) -> bytes:
     file = io.BytesIO()
-    options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
-    figure.savefig(file, format=kind, **options)
+    figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

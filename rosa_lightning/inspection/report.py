@@ -1,159 +1,160 @@
-"""The report of a run: one HTML page that needs nothing else, or a folder of pictures."""
+"""The report of a run: one HTML page of charts and tables, made from what the run has logged."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
-from html import escape
-from itertools import groupby
+import csv
+import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
-from rosa_lightning.inspection.charts import Picture, Run, draw_charts
-from rosa_lightning.inspection.history import read_run
+from jinja2 import Template
+
+from rosa_lightning.inspection.charts import Run, Series, draw_charts
 from rosa_lightning.utils.files import (
     SETTINGS_BYTES,
     atomic_write,
+    check_input,
     check_name,
+    open_input,
     printable,
     read_bytes,
+    read_lines,
 )
 
-Format = Literal["html", "png"]
-
-MIME = {"svg": "image/svg+xml", "png": "image/png"}
-HEADLINES = (
-    "train/loss",
-    "val/loss",
-    "val/accuracy",
-    "test/accuracy",
-    "dls/lowest_active",
-    "dls/backward_saved",
-    "dls/backward_share",
-    "data/share/",
-    "throughput/",
-    "memory/peak_mib",
+EVENTS = "events.out.tfevents.*"
+METRICS = "metrics.csv"
+KNOWN = re.compile(r"(?:(.+?)-)??(?:train|val|test|dls|roae|throughput|memory)/")
+"""A tag that this package logs, and the prefix that Lightning's loggers join to it."""
+HEADLINES = re.compile(
+    "(?:train|val)/loss|(?:val|test)/accuracy|dls/(?:lowest_active|backward_saved|backward_share)"
+    "|(?:data/share|throughput)/.*|memory/peak_mib"
 )
-"""Tags, or their beginnings, whose numbers stand at the top of the page."""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
- max-width: 1240px; margin: 2em auto; padding: 0 1.5em; }}
-h1 {{ font-size: 1.5em; margin-bottom: 0; }}
-h2 {{ font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; }}
-.path {{ color: #666; margin-top: 0; overflow-wrap: anywhere; }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr));
- gap: 1.2em; align-items: center; }}
-.charts img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: .15em .9em; border-bottom: 1px solid #eee; }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; overflow-wrap: anywhere; }}
-th {{ color: #666; font-weight: normal; }}
-details {{ margin-top: 1em; }}
-summary {{ cursor: pointer; font-size: 1.1em; }}
-pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: .85em; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="path">{path}</p>
-{body}
-</body>
-</html>
-"""
+"""Tags whose numbers stand at the top of the page."""
+Logged = dict[str, dict[int, float]]
 
 
-def write_report(run: str, *, output: str | None = None, format: Format = "html") -> Path:
+def write_report(run: str, *, output: str | None = None) -> Path:
     """Show a run: loss, accuracy, layers that train, adapters, throughput, memory, configuration.
 
     Args:
         run: Folder of the run, such as lightning_logs/version_0, with TensorBoard's event files or
             the metrics.csv of CSVLogger.
-        output: File to write, or with png the folder to write into; by default report.html or
-            report/ in the run's folder. What an earlier report wrote there is replaced.
-        format: html: one page that holds its pictures and needs no network. png: the pictures.
-
-    Returns:
-        The file or the folder.
+        output: HTML file to write; by default report.html in the run's folder. It holds its
+            pictures and needs no network. An earlier report is replaced.
 
     Raises:
-        ValueError: The run is no folder, or has logged nothing; the output is of the other kind.
-        ImportError: matplotlib is not installed.
+        ValueError: The run is no folder, or has logged nothing; the output is a folder.
     """
     folder = Path(run)
-    target = folder / ("report.html" if format == "html" else "report")
-    target = target if output is None else Path(output)
+    target = folder / "report.html" if output is None else Path(output)
     check_name(target)
-    _check_output(target, format)
+    if target.is_dir():
+        raise ValueError(f"output={target} is a folder. Name a file, such as {target}/report.html.")
     logged = read_run(folder)
-    pictures = draw_charts(logged, "svg" if format == "html" else "png")
-    if format == "html":
-        atomic_write(target, printable(_page(folder, logged, pictures)).encode())
-    else:
-        for picture in pictures:
-            atomic_write(target / f"{picture.name}.{picture.kind}", picture.content)
+    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    text = Template(page, autoescape=True).render(
+        path=folder.resolve(),
+        run=logged,
+        last_step=max(series.steps[-1] for series in logged.values()),
+        headlines=sorted(filter(HEADLINES.fullmatch, logged), key=_headline_order),
+        charts={
+            section: {title: base64.b64encode(svg).decode() for title, svg in charts.items()}
+            for section, charts in draw_charts(logged).items()
+        },
+        files={
+            name: read_bytes(folder / name, SETTINGS_BYTES).decode("utf-8", "replace")
+            for name in ("config.yaml", "hparams.yaml")
+            if (folder / name).is_file()
+        },
+        number=_number,
+    )
+    atomic_write(target, printable(text).encode())
     return target
 
 
-def _check_output(target: Path, format: Format) -> None:
-    if format == "html" and target.is_dir():
-        raise ValueError(f"output={target} is a folder. Name a file, such as {target}/report.html.")
-    if format == "png" and target.exists() and not target.is_dir():
-        raise ValueError(f"output={target} is a file; png writes several. Name a folder.")
-
-
-def _page(folder: Path, run: Run, pictures: Iterable[Picture]) -> str:
-    last = max(series.steps[-1] for series in run.values())
-    headlines = [tag for start in HEADLINES for tag in run if tag == start or _is_under(tag, start)]
-    parts = [f"<p>Logged up to optimizer step {last:,}.</p>", _table(run, headlines)]
-    for section, held in groupby(pictures, key=lambda picture: picture.section):
-        images = "\n".join(map(_image, held))
-        parts.append(f'<h2>{section}</h2>\n<div class="charts">\n{images}\n</div>')
-    parts.append("<h2>Details</h2>")
-    for name in ("config.yaml", "hparams.yaml"):
-        if (folder / name).is_file():
-            text = read_bytes(folder / name, SETTINGS_BYTES).decode("utf-8", "replace")
-            parts.append(_details(name, f"<pre>{escape(text)}</pre>"))
-    parts.append(_details(f"All {len(run)} tags", _table(run, run)))
-    path = folder.resolve()
-    return PAGE.format(
-        title=escape(f"Run {path.name}"), path=escape(str(path)), body="\n".join(parts)
-    )
-
-
-def _is_under(tag: str, start: str) -> bool:
-    return start.endswith("/") and tag.startswith(start)
-
-
-def _table(run: Run, tags: Iterable[str]) -> str:
-    """A row for each tag: its values first and last, lowest and highest, and how many."""
-    rows = []
-    for tag in tags:
-        values = run[tag].values
-        numbers = [_number(v) for v in (values[0], values[-1], min(values), max(values))]
-        cells = "".join(f"<td>{cell}</td>" for cell in (*numbers, f"{len(values):,}"))
-        rows.append(f"<tr><td>{escape(tag)}</td>{cells}</tr>")
-    names = ("tag", "first", "last", "lowest", "highest", "values")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f"<table>\n<tr>{head}</tr>\n{chr(10).join(rows)}\n</table>"
+def _headline_order(tag: str) -> tuple[int, str]:
+    groups = ("train/", "val/", "test/", "dls/", "data/", "throughput/", "memory/")
+    return next(i for i, start in enumerate(groups) if tag.startswith(start)), tag
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _image(picture: Picture) -> str:
-    data = base64.b64encode(picture.content).decode()
-    return f'<img alt="{escape(picture.title)}" src="data:{MIME[picture.kind]};base64,{data}">'
+def read_run(folder: str | Path) -> Run:
+    """The scalars that a run's folder holds, by tag, in alphabetical order.
+
+    Where a step was logged twice, as after a resume in the same folder, the later value counts. A
+    prefix that the logger put before all tags is left out.
+
+    Raises:
+        ValueError: There is no such folder, or no scalar in it that can be read.
+        OSError: An event file or metrics.csv is no regular file.
+    """
+    run = Path(folder)
+    check_name(run)
+    if not run.is_dir():
+        raise ValueError(f"run={folder} is no folder. Give one like lightning_logs/version_0.")
+    found = _read_csv(run / METRICS) if (run / METRICS).exists() else {}
+    if any(run.glob(EVENTS)):
+        found |= _read_events(run)
+    # Where several prefixes stand before tags, or none before some, hyphens are the project's own.
+    prefixes = {match[1] for tag in found if (match := KNOWN.match(tag))}
+    prefix = f"{next(iter(prefixes))}-" if len(prefixes) == 1 and None not in prefixes else ""
+    found = {tag.removeprefix(prefix): logged for tag, logged in found.items() if logged}
+    found.pop("hp_metric", None)  # a placeholder of Lightning's
+    if not found:
+        files = [path for pattern in (EVENTS, METRICS) for path in run.glob(f"*/**/{pattern}")]
+        newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+        raise ValueError(
+            f"run={folder} holds no logged number that can be read, neither in TensorBoard's event "
+            f"files nor in {METRICS}. Give a folder that a logger has written"
+            f"{f', such as {newest.parent}' if newest else ''}."
+        )
+    return {tag: Series(*zip(*sorted(found[tag].items()), strict=True)) for tag in sorted(found)}
 
 
-def _details(summary: str, content: str) -> str:
-    return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>"
+def _read_events(run: Path) -> Logged:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for path in run.glob("*tfevents*"):  # what the reader takes for event files
+        check_input(path)
+    # 0 keeps every value; a picture of each tag is more than enough.
+    log = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 1})
+    try:
+        log.Reload()
+    except Exception as error:  # of protobuf and others, whatever a damaged file leads to
+        raise ValueError(
+            f"the event files of {run} cannot be read ({type(error).__name__}: "
+            f"{str(error)[:200]}). Take the damaged one out of the folder."
+        ) from error
+    return {
+        tag: {event.step: event.value for event in log.Scalars(tag) if _is_step(event.step)}
+        for tag in log.Tags()["scalars"]
+    }
+
+
+def _read_csv(path: Path) -> Logged:
+    found: Logged = {}
+    with open_input(path) as file:
+        try:
+            lines = (line.decode("utf-8-sig") for line in read_lines(file, path))
+            for row in csv.DictReader(lines):
+                step = row.pop("step", None)
+                for tag, cell in row.items():
+                    # Cells are empty or text in rows about other tags. Those beyond the header
+                    # have no tag, and stand in a list.
+                    with suppress(ValueError, TypeError):
+                        if tag is not None and _is_step(number := int(step)):
+                            found.setdefault(tag, {})[number] = float(cell)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text. Save it in UTF-8.") from error
+        except csv.Error as error:
+            raise ValueError(f"{path} is no table that can be read: {error}.") from error
+    return found
+
+
+def _is_step(number: int) -> bool:
+    """Whether a run can have so many steps; beyond, no chart can be drawn."""
+    return 0 <= number < 2**53

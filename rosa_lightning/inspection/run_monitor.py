@@ -1,23 +1,28 @@
-"""What people see of a run: the layers that train, and how far the adapters have moved.
+"""`RunMonitor`: which layers train, and how far the adapters have moved, for loggers.
 
-The callback reads the selection from `DynamicLayerSelection`, wherever that stands among the
-callbacks, and the adapters from the model. It shows what it finds, and needs neither.
+Axes: R rank, D input width, L rows that take the term; in the raster S selections, L layers.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
-from rosa_lightning.inspection.norms import Update, find_updates, update_norms
-from rosa_lightning.inspection.raster import draw_raster
-from rosa_lightning.inspection.throughput import ThroughputMonitor
+from rosa_lightning.inspection.charts import CURVES, raster_figure
+from rosa_lightning.inspection.throughput import TokenThroughputMonitor
+from rosa_lightning.roae.inject import roae_report
+from rosa_lightning.roae.layer import RoAELinear
+from rosa_lightning.roae.targets import layer_of
 
 RASTER = "dls/raster"
 """Tag of the picture."""
@@ -44,10 +49,10 @@ class RunMonitor(Callback):
     often each was selected so far in this run. Every ``trainer.log_every_n_steps`` optimizer steps:
     ``roae/update_norm/<layer>/<target>``, the Frobenius norm of what RoAE adds to a projection's
     weight, and ``roae/relative_update/...``, that norm by the norm of the frozen rows it is added
-    to. What a run costs is `ThroughputMonitor`'s to show.
+    to. `TokenThroughputMonitor` shows what a run costs.
 
-    TensorBoard also gets a picture of the active layers over the steps, ``dls/raster``, and a
-    layout of its custom scalars page. The picture begins where this fit began.
+    TensorBoard also gets a picture of the active layers over the steps of this fit, ``dls/raster``,
+    and a layout of its custom scalars page.
 
     Args:
         raster_interval: Selections from one picture to the next; 0 draws one at the end alone.
@@ -61,10 +66,9 @@ class RunMonitor(Callback):
                 "picture to the next, or 0 for one at the end of the fit."
             )
         self.raster_interval = raster_interval
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        """Hold nothing of a model or a fit."""
+    def _reset(self) -> None:
         self._selection: Selection | None = None
         self._layers: list[int] = []
         self._seen: tuple[int, tuple[int, ...]] | None = None
@@ -77,7 +81,7 @@ class RunMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what there is to show, and lay the dashboard out."""
-        self._forget()
+        self._reset()
         if not trainer.is_global_zero or not trainer.loggers:
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -86,11 +90,12 @@ class RunMonitor(Callback):
             self._updates = find_updates(pl_module)
         except ValueError as error:
             rank_zero_info(f"RoAE update norms are not shown: {error}.")
-        targets = list(dict.fromkeys(update.target for update in self._updates))
-        measures = any(isinstance(c, ThroughputMonitor) for c in callbacks)
         for logger in _tensorboards(trainer):
             layout = dashboard(
-                self._selection is not None, targets, logger._prefix, measures=measures
+                self._selection is not None,
+                {update.target for update in self._updates},
+                logger._prefix,
+                measures=any(isinstance(c, TokenThroughputMonitor) for c in callbacks),
             )
             logger.experiment.add_custom_scalars(layout)
 
@@ -132,7 +137,7 @@ class RunMonitor(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the model."""
-        self._forget()
+        self._reset()
 
     def _note_selection(self, selection: Selection) -> dict[str, float]:
         active = selection.active
@@ -148,8 +153,7 @@ class RunMonitor(Callback):
     def _measure(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         layers = [update.layer for update in self._updates]
-        norms = update_norms(self._updates) if self._updates else []
-        for update, norm in zip(self._updates, norms, strict=True):
+        for update, norm in zip(self._updates, update_norms(self._updates), strict=True):
             place = f"{_number(update.layer, layers)}/{update.target}"
             metrics[f"roae/update_norm/{place}"] = norm
             if update.base_norm:
@@ -167,62 +171,33 @@ class RunMonitor(Callback):
             return
         self._drawn = len(self._steps)
         active_SL, scores_SL = np.array(self._active), np.array(self._scores)
-        # A card of TensorBoard shrinks what is wider, and its text with it.
-        picture = draw_raster(self._steps, self._layers, active_SL, scores_SL, max_width=360)
         for logger in loggers:
+            figure = raster_figure(self._steps, self._layers, active_SL, scores_SL)
             tag = f"{logger._prefix}-{RASTER}" if logger._prefix else RASTER
-            logger.experiment.add_image(tag, picture, self._steps[-1], dataformats="HWC")
+            logger.experiment.add_figure(tag, figure, self._steps[-1], close=False)
 
 
 def dashboard(
-    selects: bool, targets: Sequence[str], prefix: str = "", *, measures: bool = True
+    selects: bool, targets: Collection[str], prefix: str = "", *, measures: bool = True
 ) -> dict[str, dict[str, list[Any]]]:
-    """The layout of TensorBoard's custom scalars: categories, their charts, and the tags of each.
-
-    Tags are patterns there, so that layers need not be counted.
+    """The layout of TensorBoard's custom scalars: sections, their charts, and patterns of tags.
 
     Args:
         selects: Whether layers are selected.
         targets: The projections that carry RoAE.
         prefix: What the logger puts before every tag.
-        measures: Whether `ThroughputMonitor` runs beside.
+        measures: Whether `TokenThroughputMonitor` runs beside.
     """
-    layers = {
-        "score of each layer": [r"dls/score/\d+"],
-        "how often each layer was selected": [r"dls/selection_count/\d+"],
-        "lowest active layer": ["dls/lowest_active"],
-        "share of the layers that backward skips": ["dls/backward_saved"],
-        "mean share of a full backward so far": ["dls/backward_share"],
-    }
-    training = {
-        "loss, nats per response token": ["train/loss", "val/loss"],
-        "accuracy of answers to validation prompts": ["val/accuracy(/.+)?"],
-        "learning rate": ["train/lr"],
-    }
-    adapters: dict[str, list[str]] = {}
-    for name in ("relative_update", "update_norm"):
-        what = "update by weight" if name == "relative_update" else "update norm"
-        adapters |= {f"{what}, {target}": [rf"roae/{name}/\d+/{target}"] for target in targets}
-    cost = {
-        "examples per second": ["throughput/examples_per_s"],
-        "tokens per second": ["throughput/(supervised_)?tokens_per_s"],
-        "padding, share of the batches": ["throughput/padding_share"],
-        "peak memory, MiB": ["memory/peak_mib"],
-    }
-    charts = {
-        "Training": training if targets else {},
-        "Layers": layers if selects else {},
-        "RoAE": adapters,
-        "Cost": cost if measures else {},
-    }
     start = re.escape(f"{prefix}-") if prefix else ""
-    return {
-        category: {
-            title: ["Multiline", [f"{start}{tag}$" for tag in tags]] for title, tags in held.items()
-        }
-        for category, held in charts.items()
-        if held
-    }
+    charts = [(chart.section, chart.title, chart.unit, chart.tags) for chart in CURVES]
+    charts.append(("Layers", "Selections of each layer so far", "", r"dls/selection_count/\d+"))
+    shown = {"Training": bool(targets), "Layers": selects, "Cost": measures}
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for section, title, unit, tags in charts:
+        if shown.get(section, tags.rpartition("/")[2] in targets):
+            name = f"{title}, {unit}" if unit else title
+            layout.setdefault(section, {})[name] = ["Multiline", [f"{start}{tags}$"]]
+    return layout
 
 
 def _choice(selection: Selection) -> tuple[int, tuple[int, ...]]:
@@ -237,3 +212,76 @@ def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 def _number(layer: int, layers: Sequence[int]) -> str:
     """A layer's number in tags, with zeros before it, so that tags sort by number."""
     return f"{layer:0{max(2, len(str(max(layers))))}d}"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the terms of one target add in one decoder layer; usually it is one term."""
+
+    layer: int
+    """Number of the decoder layer."""
+    target: str
+    terms: tuple[RoAELinear, ...]
+    base_norm: float | None
+    """Frobenius norm of the frozen rows that take the terms; None where no plain weight holds them:
+    the base is quantised, or the terms are added after a norm."""
+
+
+def find_updates(root: nn.Module) -> list[Update]:
+    """The updates of the adapted model in a module, by layer, then target; empty without RoAE.
+
+    Raises:
+        ValueError: A sharded strategy keeps the adapters in pieces, whose norms no rank knows.
+    """
+    grouped: dict[tuple[int, str], list[RoAELinear]] = {}
+    for model in root.modules():
+        try:
+            projections = roae_report(model).projections
+        except ValueError:  # carries no RoAE
+            continue
+        for projection in projections:
+            term: Any = model.get_submodule(projection.name)
+            # FSDP1 stands around it, FSDP2 shards its weights.
+            if not isinstance(term, RoAELinear) or not all(map(_is_plain, term.parameters(False))):
+                raise ValueError("the strategy keeps adapter weights in shards")
+            number = int(layer_of(projection.layer).rpartition(".")[2] or 0)
+            grouped.setdefault((number, projection.target), []).append(term)
+    return [
+        Update(layer, target, tuple(terms), _base_norm(terms))
+        for (layer, target), terms in sorted(grouped.items(), key=lambda item: item[0][0])
+    ]
+
+
+def update_norms(updates: Sequence[Update]) -> list[float]:
+    """Frobenius norm of what each update adds to the weight, in one transfer from the device."""
+    squares = [torch.stack([update_norm(t) ** 2 for t in update.terms]) for update in updates]
+    return torch.stack([square.sum().sqrt() for square in squares]).tolist() if updates else []
+
+
+@torch.no_grad()
+def update_norm(term: RoAELinear) -> Tensor:
+    """Frobenius norm of ``scale * B A``, a scalar.
+
+    ``||B A||^2 = sum((B^T B) * (A A^T))`` takes two R x R products and never the L x D one.
+    """
+    a_RD, b_LR = _wide(term.roae_A), _wide(term.roae_B)
+    square = ((b_LR.T @ b_LR) * (a_RD @ a_RD.T)).sum()
+    # Rounding can leave a little less than nothing.
+    return term.scale * square.clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def _base_norm(terms: Sequence[RoAELinear]) -> float | None:
+    if any(term.defer or not _is_plain(term.weight) for term in terms):
+        return None
+    return math.hypot(*(float(_wide(t.weight[t.rows.to(t.weight.device)]).norm()) for t in terms))
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is the whole matrix in numbers of its own: not sharded, not quantised."""
+    return type(weight.data) is Tensor and weight.ndim == 2 and weight.is_floating_point()
+
+
+def _wide(weight: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return weight.float() if weight.device.type == "mps" else weight.double()

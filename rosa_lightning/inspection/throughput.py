@@ -1,11 +1,14 @@
-"""`ThroughputMonitor`: how fast a training runs, and what of it is padding."""
+"""`TokenThroughputMonitor`: how fast a training runs, and how many FLOPs a token takes.
+
+The products of attention itself, which depend on the lengths of the rows, are left out of FLOPs.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +20,6 @@ from torch import Tensor, nn
 
 from rosa_lightning.data.collators import IGNORE_INDEX
 from rosa_lightning.dls.layers import find_layers
-from rosa_lightning.inspection.flops import flops_per_token, head_flops, lowest_active, uncounted
 
 Counts = dict[str, Tensor | int]
 
@@ -25,49 +27,17 @@ RATES = ("examples", "tokens", "supervised_tokens")
 """Counts that are shown per second."""
 
 
-class Stopwatch:
-    """Adds up counts, and the seconds that they took; it can be held.
-
-    Counts stay on their device until they are read, to spare a synchronisation a step.
-    """
-
-    def __init__(self) -> None:
-        self.counts: Counts = {}
-        """What was counted since the start."""
-        self._since = time.perf_counter()
-        self._held_at: float | None = None
-
-    def hold(self) -> None:
-        """Stop the clock, for a validation."""
-        self._held_at = time.perf_counter()
-
-    def go_on(self) -> None:
-        """Let the clock run on."""
-        if self._held_at is not None:
-            self._since += time.perf_counter() - self._held_at
-            self._held_at = None
-
-    def add(self, counts: Mapping[str, Tensor | int]) -> None:
-        """Count more, under any names."""
-        for name, count in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
-
-    def seconds(self) -> float:
-        """Seconds since the start, but for those when it was held."""
-        return time.perf_counter() - self._since
-
-
-class ThroughputMonitor(Callback):
+class TokenThroughputMonitor(Callback):
     """Shows how fast a training runs, in the progress bar and to every logger.
 
     Every ``trainer.log_every_n_steps`` optimizer steps, over the batches since the last time, of
     all devices and without the time of validations: ``throughput/examples_per_s``;
     ``throughput/tokens_per_s``, padding left out; ``throughput/supervised_tokens_per_s``, those of
     the responses; ``throughput/padding_share`` of what the batches hold; and ``throughput/mfu``
-    where the device's peak is known: the operations that the training needs (`flops.py`), as a
-    share of that peak. Beside it ``memory/peak_mib``, the peak so far: PyTorch's on a CUDA device,
-    else all of the process's. The progress bar also names the lowest layer that trains, where the
-    backward pass stops.
+    where the device's peak is known: the FLOPs that the training needs as a share of that peak.
+    Beside it ``memory/peak_mib``, the peak so far: PyTorch's on a CUDA device, else all of the
+    process's. The progress bar also names the lowest layer that trains, where the backward pass
+    stops.
 
     Batches are those of `ReasoningDataModule`, padded or packed.
     """
@@ -76,26 +46,30 @@ class ThroughputMonitor(Callback):
         super().__init__()
         self.latest: dict[str, float] = {}
         """The last figures of the last fit, by their tags."""
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        """Hold nothing of a model or a fit."""
-        self._watch = Stopwatch()
+    def _reset(self) -> None:
         self._blocks: list[nn.Module] = []
         self._head_flops = 0
         self._peak_flops: float | None = None
         self._step = 0
         self._bar: Any = None
         self._shown: dict[str, str] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        # Counts stay on their device until they are read, to spare a synchronisation a step.
+        self._counts: Counts = {}
+        self._since = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and the device's peak, and start the clock."""
-        self._forget()
+        self._reset()
         self.latest = {}
         self._find_layers(trainer, pl_module)
         if trainer.is_global_zero:
             self._join(trainer.progress_bar_callback)
-        self._watch = Stopwatch()
+        self._restart()
 
     def _find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
@@ -126,22 +100,22 @@ class ThroughputMonitor(Callback):
         """Count the batch, and show the figures where they are due."""
         counts = batch_counts(batch)
         if self._peak_flops is not None:
-            per_token = flops_per_token(self._blocks)
             in_head = self._head_flops * counts["supervised_tokens"]
-            counts["flops"] = per_token * counts["tokens"] + in_head
-        self._watch.add(counts)
+            counts["flops"] = flops_per_token(self._blocks) * counts["tokens"] + in_head
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Steps, not batches: under accumulation most batches end no step.
         if every and trainer.global_step // every != self._step // every:
             self._report(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the time of validation out."""
-        self._watch.hold()
+        """Stop the clock."""
+        self._held_at = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the clock run on."""
-        self._watch.go_on()
+        self._since += time.perf_counter() - self._held_at
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the model; the progress bar keeps what it shows."""
@@ -157,21 +131,20 @@ class ThroughputMonitor(Callback):
         """Let go of all, the progress bar included."""
         if self._bar is not None:
             del self._bar.get_metrics
-        self._forget()
+        self._reset()
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names = list(self._watch.counts)
-        own = torch.stack([torch.as_tensor(c).cpu().double() for c in self._watch.counts.values()])
+        own = torch.stack([torch.as_tensor(c).cpu().double() for c in self._counts.values()])
         total = trainer.strategy.reduce(own.to(pl_module.device, torch.float32), reduce_op="sum")
-        counts = dict(zip(names, total.tolist(), strict=True))
+        counts = dict(zip(self._counts, total.tolist(), strict=True))
         peak = None if self._peak_flops is None else self._peak_flops * trainer.world_size
-        self.latest = rates(counts, self._watch.seconds(), peak)
+        self.latest = rates(counts, time.perf_counter() - self._since, peak)
         if (memory := peak_mib(pl_module.device)) is not None:
             self.latest["memory/peak_mib"] = memory
-        self._shown = words(self.latest, lowest_active(self._blocks))
+        self._shown = bar_texts(self.latest, lowest_active(self._blocks))
         for logger in trainer.loggers:
             logger.log_metrics(dict(self.latest), step=self._step)
-        self._watch = Stopwatch()
+        self._restart()
 
     def _join(self, bar: Any) -> None:
         """Put the figures beside what the progress bar shows, each with its unit.
@@ -191,59 +164,51 @@ class ThroughputMonitor(Callback):
 
 
 def batch_counts(batch: Any) -> Counts:
-    """What a batch of `ReasoningDataModule` holds: examples, tokens, and the places they stand in.
+    """Examples, tokens, supervised tokens, and positions with padding, of a batch.
 
     Raises:
-        TypeError: It is another kind of batch.
+        TypeError: It is no batch of `ReasoningDataModule`.
     """
     try:
         mask, labels = batch["attention_mask"], batch["labels"]
         examples = len(batch.get("row_lengths", labels))
     except (AttributeError, TypeError, KeyError, IndexError) as error:
         raise TypeError(
-            f"ThroughputMonitor cannot count a batch of {type(batch).__name__}: it takes those of "
-            "ReasoningDataModule, with attention_mask and labels. Take it out of trainer.callbacks."
+            f"TokenThroughputMonitor cannot count a batch of {type(batch).__name__}: it takes "
+            "those of ReasoningDataModule, with attention_mask and labels. Take it out of "
+            "trainer.callbacks."
         ) from error
-    return {
-        "examples": examples,
-        "tokens": mask.sum(),
-        "supervised_tokens": (labels != IGNORE_INDEX).sum(),
-        "places": mask.numel(),
-    }
+    supervised = (labels != IGNORE_INDEX).sum()
+    sizes: Counts = {"tokens": mask.sum(), "supervised_tokens": supervised}
+    return {"examples": examples, **sizes, "positions": mask.numel()}
 
 
 def rates(
     counts: Mapping[str, float], seconds: float, peak_flops: float | None = None
 ) -> dict[str, float]:
-    """Figures by their tags.
-
-    Args:
-        counts: As `batch_counts` has them, added up, and flops where their peak is known.
-        seconds: The time that this took.
-        peak_flops: Operations a second that all devices can do.
-    """
+    """Figures by their tags, from `batch_counts`, and from ``flops`` where their peak is known."""
     figures = {f"throughput/{name}_per_s": counts[name] / seconds for name in RATES}
-    figures["throughput/padding_share"] = 1 - counts["tokens"] / counts["places"]
+    figures["throughput/padding_share"] = 1 - counts["tokens"] / counts["positions"]
     if peak_flops is not None:
         figures["throughput/mfu"] = counts["flops"] / seconds / peak_flops
     return figures
 
 
-def words(figures: Mapping[str, float], lowest: int | None) -> dict[str, str]:
+def bar_texts(figures: Mapping[str, float], lowest: int | None) -> dict[str, str]:
     """Figures as a progress bar shows them, and the lowest layer that trains."""
-    named = {
+    texts = {
         "examples/s": _short(figures["throughput/examples_per_s"]),
         "tokens/s": _short(figures["throughput/tokens_per_s"]),
         "supervised/s": _short(figures["throughput/supervised_tokens_per_s"]),
         "padding": f"{figures['throughput/padding_share']:.0%}",
     }
     if lowest is not None:
-        named["lowest layer"] = str(lowest)
+        texts["lowest layer"] = str(lowest)
     if "memory/peak_mib" in figures:
-        named["memory"] = f"{_short(figures['memory/peak_mib'])}MiB"
+        texts["memory"] = f"{_short(figures['memory/peak_mib'])}MiB"
     if "throughput/mfu" in figures:
-        named["MFU"] = f"{figures['throughput/mfu']:.0%}"
-    return named
+        texts["MFU"] = f"{figures['throughput/mfu']:.0%}"
+    return texts
 
 
 def _short(value: float) -> str:
@@ -256,7 +221,7 @@ def _short(value: float) -> str:
 
 
 def peak_flops(trainer: Trainer, blocks: list[nn.Module]) -> float | None:
-    """Operations a second that a device can do in the type that layers compute in, if known."""
+    """FLOP/s that a device can do in the dtype that layers compute in, if known."""
     precision = str(trainer.precision)
     weights = (p for block in blocks for p in block.parameters() if p.is_floating_point())
     dtype = next((weight.dtype for weight in weights), torch.float32)
@@ -280,3 +245,43 @@ def peak_mib(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB
+
+
+def lowest_active(blocks: Iterable[nn.Module]) -> int | None:
+    """Number of the first block in which something trains; None if nothing does."""
+    active = (any(p.requires_grad for p in block.parameters()) for block in blocks)
+    return next((number for number, trains in enumerate(active) if trains), None)
+
+
+def uncounted(blocks: Iterable[nn.Module]) -> str | None:
+    """Why the FLOPs of these blocks do not follow from their weights; None if they do."""
+    for block in blocks:
+        if any(isinstance(module, nn.ModuleList) for module in block.modules()):
+            return "a layer holds parts of which a token may meet some only"
+        for parameter in block.parameters():
+            if parameter.ndim > 2:
+                return "weights of three axes, of experts perhaps, are met by some tokens only"
+            if not parameter.is_floating_point():
+                return "weights are packed"
+    return None
+
+
+def flops_per_token(blocks: Sequence[nn.Module]) -> int:
+    """FLOPs in the blocks, forward and backward, for each token.
+
+    A matrix of n values takes 2n forward. From the lowest active block up it takes 2n backward for
+    the activations, and another 2n if it trains itself.
+    """
+    lowest = lowest_active(blocks)
+    total = 0
+    for number, block in enumerate(blocks):
+        for matrix in (p for p in block.parameters() if p.ndim == 2):
+            passes = 1 + (lowest is not None and number >= lowest) + matrix.requires_grad
+            total += 2 * passes * matrix.numel()
+    return total
+
+
+def head_flops(model: nn.Module) -> int:
+    """FLOPs in the frozen output head, forward and backward, for each supervised token."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return 0 if head is None else 4 * int(head.weight.numel())

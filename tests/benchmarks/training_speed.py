@@ -143,7 +143,7 @@ def train_rosa(job: Job, turns: Turns) -> None:
     from lightning.pytorch import Callback, Trainer
 
     from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule
-    from rosa_lightning.inspection.flops import lowest_active
+    from rosa_lightning.inspection.throughput import lowest_active
 
     class Gate(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
 from rosa_lightning.cli.bench_tables import machine
-from rosa_lightning.inspection.flops import flops_per_token, head_flops
+from rosa_lightning.inspection.throughput import flops_per_token, head_flops
 from rosa_lightning.training.loss import LossComputer
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

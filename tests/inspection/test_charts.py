@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import io
-import sys
 import xml.etree.ElementTree as ET
 
 import matplotlib as mpl
 import numpy as np
 import pytest
-from PIL import Image
 
-from rosa_lightning.inspection.charts import draw_charts
-from rosa_lightning.inspection.history import Series
+from rosa_lightning.inspection.charts import Series, draw_charts, raster_colours, raster_figure
 
 
 def line(*values: float, every: int = 10) -> Series:
@@ -33,16 +29,16 @@ def texts(content: bytes) -> list[str]:
     ]
 
 
-def by_name(run: dict[str, Series], kind: str = "svg") -> dict[str, bytes]:
-    return {picture.name: picture.content for picture in draw_charts(run, kind)}
+def drawn(run: dict[str, Series]) -> dict[str, bytes]:
+    return {title: svg for charts in draw_charts(run).values() for title, svg in charts.items()}
 
 
 def test_only_what_was_logged_is_drawn():
-    assert list(by_name({"train/loss": line(2, 1), "other": line(1, 2)})) == ["loss"]
+    assert list(drawn({"train/loss": line(2, 1), "other": line(1, 2)})) == ["Loss"]
 
 
 def test_losses_share_a_chart_and_are_told_apart():
-    content = by_name({"train/loss": line(2, 1), "val/loss": line(3, 2)})["loss"]
+    content = drawn({"train/loss": line(2, 1), "val/loss": line(3, 2)})["Loss"]
     assert {"Loss", "train/loss", "val/loss", "optimizer step"} <= set(texts(content))
 
 
@@ -53,78 +49,95 @@ def test_each_target_has_its_charts_in_the_order_of_the_targets():
         for layer in range(2)
         for target in ("k", "q")
     }
-    assert list(by_name(run)) == [
-        "relative_update_q",
-        "relative_update_k",
-        "update_norm_q",
-        "update_norm_k",
-    ]
-    assert {"layer 0", "layer 1"} <= set(texts(by_name(run)["update_norm_k"]))
+    relative = "Update of {}, relative to the frozen weight"
+    titles = [relative.format("q"), relative.format("k"), "Update of q", "Update of k"]
+    assert list(drawn(run)) == titles
+    assert {"layer 0", "layer 1"} <= set(texts(drawn(run)["Update of k"]))
 
 
 def test_many_layers_are_a_map_with_a_scale_and_not_a_legend_of_many_lines():
-    drawn = by_name(selections(num_layers=80, num_selections=5))
-    assert not any(text.startswith("layer ") for text in texts(drawn["scores"]))
-    assert {"layer", "gradient norm"} <= set(texts(drawn["scores"]))
-    assert not any("$" in text for text in texts(drawn["scores"]))
+    shown = texts(drawn(selections(num_layers=80, num_selections=5))["Layer scores"])
+    assert not any(text.startswith("layer ") or "$" in text for text in shown)
+    assert {"layer", "gradient norm"} <= set(shown)
 
 
 @pytest.mark.parametrize("num_layers", [2, 80])
-@pytest.mark.parametrize("num_selections", [1, 3])
+@pytest.mark.parametrize("num_selections", [1, 3, 2000])
 def test_layers_are_drawn_whatever_their_number(num_layers, num_selections):
-    drawn = by_name(selections(num_layers, num_selections), "png")
-    assert list(drawn) == ["active_layers", "selection_counts", "scores"]
-    for content in drawn.values():
-        assert Image.open(io.BytesIO(content)).format == "PNG"
+    charts = draw_charts(selections(num_layers, num_selections))["Layers"]
+    assert list(charts) == [
+        "Layers that train",
+        "How often each layer was selected",
+        "Layer scores",
+    ]
 
 
 def test_a_selection_that_was_written_in_part_is_left_out_of_the_raster():
     whole = selections(num_layers=2, num_selections=3)
     part = {**whole, "dls/score/01": line(*whole["dls/score/01"].values[:2])}
-    wanted = selections(num_layers=2, num_selections=3)
-    short = {tag: line(*series.values[:2]) for tag, series in wanted.items()}
-    assert by_name(part)["active_layers"] == by_name(short)["active_layers"]
-    assert by_name(whole)["active_layers"] != by_name(short)["active_layers"]
-    nothing = {**part, "dls/score/01": Series((7,), (1.0,))}
-    assert "active_layers" not in by_name(nothing)
+    short = {tag: line(*series.values[:2]) for tag, series in whole.items()}
+    raster = "Layers that train"
+    assert drawn(part)[raster] == drawn(short)[raster] != drawn(whole)[raster]
+    assert raster not in drawn({**part, "dls/score/01": Series((7,), (1.0,))})
 
 
 def test_counts_are_those_of_the_whole_run_where_it_logged_them():
     """A resumed run's folder holds only the rest of its selections."""
+    title = "How often each layer was selected"
     run = {f"dls/active/0{layer}": line(1.0, 1.0) for layer in range(2)}
-    few = by_name(run)["selection_counts"]
+    assert "40" not in texts(drawn(run)[title])
     run |= {f"dls/selection_count/0{layer}": line(39.0, 40.0) for layer in range(2)}
-    many = by_name(run)["selection_counts"]
-    assert "40" in texts(many)
-    assert "40" not in texts(few)
+    assert "40" in texts(drawn(run)[title])
 
 
 def test_the_accuracy_on_an_only_task_is_drawn_once():
-    one = by_name({"val/accuracy": line(0, 1), "val/accuracy/demo": line(0, 1)})["accuracy"]
+    title = "Accuracy of validation answers"
+    one = drawn({"val/accuracy": line(0, 1), "val/accuracy/demo": line(0, 1)})[title]
     assert not any("demo" in text for text in texts(one))
-    run = {"val/accuracy": line(0, 1), "val/accuracy/a": line(0, 0.5)}
-    assert "accuracy/a" in texts(by_name(run)["accuracy"])
+    two = drawn({"val/accuracy": line(0, 1), "val/accuracy/a": line(0, 0.5)})[title]
+    assert "val/accuracy/a" in texts(two)
 
 
 def test_a_tag_is_text_and_no_formula_and_no_markup():
-    name = r"$\frac{1}$<b>&"
-    run = {"val/accuracy": line(0, 1), f"val/accuracy/{name}": line(0, 0.5)}
-    assert f"accuracy/{name}" in texts(by_name(run)["accuracy"])
+    tag = r"val/accuracy/$\frac{1}$<b>&"
+    run = {"val/accuracy": line(0, 1), tag: line(0, 0.5)}
+    assert tag in texts(drawn(run)["Accuracy of validation answers"])
 
 
 def test_numbers_that_are_none_leave_a_gap():
-    run = {"train/loss": line(2.0, float("nan"), float("inf"), 1.0)}
-    assert by_name(run, "png")["loss"] != by_name({"train/loss": line(2.0, 1.5, 1.2, 1.0)}, "png")
+    gap = drawn({"train/loss": line(2.0, float("nan"), float("inf"), 1.0)})
+    assert gap["Loss"] != drawn({"train/loss": line(2.0, 1.5, 1.2, 1.0)})["Loss"]
 
 
 def test_equal_runs_give_equal_files_and_the_users_settings_stay():
     before = dict(mpl.rcParams)
     run = {"train/loss": line(2, 1), **selections(2, 3)}
-    assert by_name(run) == by_name(run)
+    assert drawn(run) == drawn(run)
     assert dict(mpl.rcParams) == before
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"rosa-lightning\[plots\]"):
-        draw_charts({"train/loss": line(2, 1)}, "svg")
+def test_each_selection_is_a_column_and_each_layer_a_row_from_the_bottom_up():
+    active = np.array([[True, False], [False, True], [True, False]])
+    figure = raster_figure([0, 100, 200], [3, 4], active, np.ones((3, 2)))
+    (axes,) = figure.axes
+    (image,) = axes.images
+    colours_LS3 = image.get_array()
+    assert (colours_LS3[..., 2] - colours_LS3[..., 0] > 0.15).T.tolist() == active.tolist()
+    assert image.origin == "lower"
+    labels = axes.xaxis.get_major_formatter(), axes.yaxis.get_major_formatter()
+    assert [labels[0](i) for i in range(4)] == ["0", "100", "200", ""]
+    assert [labels[1](i) for i in (-1, 0, 1, 1.5)] == ["", "3", "4", ""]
+
+
+def test_a_higher_score_is_darker_in_active_and_in_frozen_layers():
+    active = np.array([[True, True, False, False]])
+    shades = raster_colours(active, np.array([[4.0, 1.0, 3.0, 0.0]])).sum(-1)[:, 0]
+    assert shades[0] < shades[1]
+    assert shades[2] < shades[3]
+
+
+def test_what_is_no_score_is_drawn_like_zero_and_hides_no_other():
+    active = np.array([[True, True, False, False]])
+    found = raster_colours(active, np.array([[2.0, np.nan, 1.0, np.inf]]))
+    assert (found == raster_colours(active, np.array([[2.0, 0.0, 1.0, 0.0]]))).all()
+    assert np.isfinite(raster_colours(active, np.zeros((1, 4)))).all()

@@ -8,17 +8,28 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rosa_lightning import (
     DynamicLayerSelection,
     ReasoningDataModule,
     RoAEConfig,
     RoSAModule,
-    ThroughputMonitor,
+    TokenThroughputMonitor,
+    inject_roae,
 )
 from rosa_lightning.inspection import throughput
-from rosa_lightning.inspection.flops import flops_per_token, head_flops
-from rosa_lightning.inspection.throughput import Stopwatch, batch_counts, peak_mib, rates, words
+from rosa_lightning.inspection.throughput import (
+    bar_texts,
+    batch_counts,
+    flops_per_token,
+    head_flops,
+    lowest_active,
+    peak_mib,
+    rates,
+    uncounted,
+)
+from tests.conftest import build
 
 RATES = [f"throughput/{name}_per_s" for name in ("examples", "tokens", "supervised_tokens")]
 
@@ -84,7 +95,7 @@ def test_figures_are_those_of_the_batches_and_the_seconds_between_two_logs(
     ticking = Ticking(clock)
     options = {"limit_val_batches": 1, "val_check_interval": 3, "accumulate_grad_batches": 2}
     logger = CSVLogger(tmp_path, name="", version="")
-    fit(base_folder, sources, [ticking, ThroughputMonitor()], logger=logger, **options)
+    fit(base_folder, sources, [ticking, TokenThroughputMonitor()], logger=logger, **options)
     log = logged(tmp_path)
     for step, batches in {1: ticking.batches[:4], 3: ticking.batches[4:]}.items():
         assert len(batches) == 4
@@ -114,7 +125,7 @@ def test_utilisation_is_the_operations_by_what_the_device_could_have_done(
         return 1e9
 
     monkeypatch.setattr(throughput, "get_available_flops", available)
-    monitor, ticking = ThroughputMonitor(), Ticking(clock)
+    monitor, ticking = TokenThroughputMonitor(), Ticking(clock)
     pick = DynamicLayerSelection(policy="fixed", fixed_layers=[2, 3], interval=1000)
     trainer = fit(base_folder, sources, [pick, monitor, ticking], log_every_n_steps=4)
     assert asked == [("cpu", torch.float32)]
@@ -138,7 +149,7 @@ def test_the_progress_bar_shows_figures_with_their_units(base_folder, sources, t
     fit(
         base_folder,
         sources,
-        [pick, ThroughputMonitor(), ticking, shown],
+        [pick, TokenThroughputMonitor(), ticking, shown],
         enable_progress_bar=True,
         logger=CSVLogger(tmp_path),
         max_steps=3,
@@ -165,20 +176,20 @@ def test_after_an_exception_nothing_of_the_fit_is_held(base_folder, sources):
         def on_train_batch_end(self, *_) -> None:
             raise RuntimeError("no more")
 
-    shown, monitor = RichProgressBar(), ThroughputMonitor()
+    shown, monitor = RichProgressBar(), TokenThroughputMonitor()
     with pytest.raises(RuntimeError, match="no more"):
         fit(base_folder, sources, [monitor, shown, Fails()], enable_progress_bar=True)
     assert "get_metrics" not in vars(shown)
 
 
 def test_without_an_interval_nothing_is_shown(base_folder, sources):
-    monitor = ThroughputMonitor()
+    monitor = TokenThroughputMonitor()
     fit(base_folder, sources, [monitor], log_every_n_steps=0)
     assert monitor.latest == {}
 
 
 def test_a_second_fit_begins_anew(base_folder, sources, clock):
-    monitor = ThroughputMonitor()
+    monitor = TokenThroughputMonitor()
     fit(base_folder, sources, [monitor, Ticking(clock)], max_steps=3)
     first = monitor.latest
     clock[0] += 1000
@@ -194,7 +205,7 @@ def test_a_packed_batch_counts_its_rows():
         "row_lengths": torch.tensor([3, 3, 3]),
     }
     counts = {name: int(count) for name, count in batch_counts(batch).items()}
-    assert counts == {"examples": 3, "tokens": 9, "supervised_tokens": 4, "places": 9}
+    assert counts == {"examples": 3, "tokens": 9, "supervised_tokens": 4, "positions": 9}
     assert rates(counts, 2.0) == {
         "throughput/examples_per_s": 1.5,
         "throughput/tokens_per_s": 4.5,
@@ -223,28 +234,17 @@ def test_other_batches_are_refused_in_one_line():
         enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=1,
-        callbacks=[ThroughputMonitor()],
+        callbacks=[TokenThroughputMonitor()],
     )
     with pytest.raises(TypeError, match="cannot count a batch of Tensor: it takes those of"):
         trainer.fit(Plain(), loader)
-
-
-def test_the_clock_runs_but_for_when_it_is_held(clock):
-    watch = Stopwatch()
-    clock[0] += 1
-    watch.hold()
-    clock[0] += 50
-    watch.go_on()
-    clock[0] += 2
-    watch.go_on()  # of a validation before the start
-    assert watch.seconds() == 3
 
 
 def test_numbers_are_short():
     figures = dict(zip(RATES, (8.674, 12_345.6, 999_600.0), strict=True))
     figures |= {"throughput/padding_share": 0.126, "throughput/mfu": 0.4149}
     figures["memory/peak_mib"] = 9_994.7
-    assert words(figures, None) == {
+    assert bar_texts(figures, None) == {
         "examples/s": "8.67",
         "tokens/s": "12.3k",
         "supervised/s": "1.00M",
@@ -254,8 +254,8 @@ def test_numbers_are_short():
     }
     figures["throughput/tokens_per_s"] = 123_456.0
     figures["memory/peak_mib"] = 120_000.0
-    assert words(figures, 0)["tokens/s"] == "123k"
-    assert words(figures, 0)["memory"] == "120kMiB"
+    assert bar_texts(figures, 0)["tokens/s"] == "123k"
+    assert bar_texts(figures, 0)["memory"] == "120kMiB"
 
 
 def test_peak_memory_grows_with_what_the_process_holds():
@@ -274,3 +274,56 @@ def test_peak_memory_of_a_cuda_device_is_what_torch_allocated():
     torch.cuda.reset_peak_memory_stats(device)
     block = torch.ones(64 * 2**18, device=device)  # 64 MiB
     assert peak_mib(device) >= block.numel() * 4 / 2**20
+
+
+@pytest.fixture
+def llama():
+    model = build("llama", num_hidden_layers=4)
+    inject_roae(model, RoAEConfig(rank=4))
+    return model
+
+
+@pytest.mark.parametrize("lowest", [0, 2])
+def test_operations_are_those_that_torch_counts_in_products_with_weights(llama, lowest, ids_BT):
+    blocks = list(llama.model.layers)
+    for block in blocks[:lowest]:
+        block.requires_grad_(False)
+    assert lowest_active(blocks) == lowest
+    counter = FlopCounterMode(display=False)
+    with counter:
+        llama(input_ids=ids_BT, labels=ids_BT).loss.backward()
+    products = ("mm", "addmm")  # attention's own are batched, or of its kernel
+    total = sum(
+        count
+        for operation, count in counter.get_flop_counts()["Global"].items()
+        if str(operation).removeprefix("aten.") in products
+    )
+    counted = flops_per_token(blocks) + head_flops(llama)
+    # What reads the input of the lowest layer computes no gradient of it.
+    attention = blocks[lowest].self_attn
+    spared = sum(getattr(attention, f"{p}_proj").weight.numel() for p in "qkv")
+    spared += sum(getattr(attention, f"{p}_proj").roae_A.numel() for p in "qk")
+    assert total == ids_BT.numel() * (counted - 2 * spared)
+
+
+def test_without_a_trained_layer_there_is_no_backward(llama):
+    blocks = list(llama.model.layers)
+    full = flops_per_token(blocks)
+    for block in blocks:
+        block.requires_grad_(False)
+    assert lowest_active(blocks) is None
+    matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
+    assert flops_per_token(blocks) == 2 * matrices < full / 1.9
+
+
+def test_mixtures_of_experts_and_packed_weights_are_not_counted(llama):
+    assert uncounted(llama.model.layers) is None
+    block = llama.model.layers[1]
+    block.packed = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    assert uncounted(llama.model.layers) == "weights are packed"
+    del block.packed
+    block.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    assert "some only" in str(uncounted(llama.model.layers))
+    del block.experts
+    block.experts = torch.nn.Parameter(torch.zeros(4, 2, 2))
+    assert "three axes" in str(uncounted(llama.model.layers))
