@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,6 @@ from rosa_lightning.training.checkpoint_io import check_outputs, write_checkpoin
 from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.guard import StepGuard, check_clipping, check_max_nonfinite_steps
 from rosa_lightning.training.loss import LossComputer
-from rosa_lightning.training.microbatches import MicrobatchTokens, check_microbatch_tokens
 from rosa_lightning.training.resume import (
     begin_due_validation,
     due_validation,
@@ -66,6 +65,7 @@ from rosa_lightning.training.sharding import (
     raise_together,
     spread,
 )
+from rosa_lightning.training.speed import SpeedConfig
 from rosa_lightning.utils.rng import set_rng_state
 from rosa_lightning.utils.stopping import Stopping
 
@@ -76,51 +76,16 @@ if TYPE_CHECKING:
 _DEFAULT_ROAE = RoAEConfig()
 """This very object stands for settings that were not given; equal ones were."""
 _DEFAULT_EVALUATION = EvaluationConfig()
+_DEFAULT_SPEED = SpeedConfig()
 
 
-def _check_max_new_tokens(value: int) -> None:
-    if value < 1:
-        raise ValueError(
-            f"max_new_tokens={value} is below 1. Set model.max_new_tokens; 256 is the default."
-        )
-
-
-def _check_loss_chunk(value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(
-            f"loss_chunk={value} is below 1. Set model.loss_chunk to a number of response tokens, "
-            "1024 say, or leave it out to hold the logits of all."
-        )
-
-
-_CHECKS: dict[str, Callable[[Any], None]] = {
-    "max_new_tokens": _check_max_new_tokens,
-    "loss_chunk": _check_loss_chunk,
-    "microbatch_tokens": check_microbatch_tokens,
-    "max_nonfinite_steps": check_max_nonfinite_steps,
-}
-"""What each setting must be, whenever it is set."""
-_OF_THE_FORWARD = frozenset(
-    {"share_prefix", "loss_chunk", "recompute_activations", "microbatch_tokens"}
-)
-"""The settings that `LossComputer` has of its own."""
-_OF_THE_BUILD = frozenset(
+_BUILD_SETTINGS = frozenset(
     {
-        "base",
-        "roae",
-        "adapter",
-        "revision",
-        "dtype_of_base",
-        "quantization",
-        "attn_implementation",
-        "gradient_checkpointing",
-        "compiles",
-        "trust_remote_code",
+        *("base", "revision", "trust_remote_code", "roae", "adapter", "dtype_of_base"),
+        *("quantization", "attn_implementation", "gradient_checkpointing"),
     }
 )
-"""The settings that the model is built with, once."""
-_NAMES = {"dtype_of_base": "dtype", "compiles": "compile"}
-"""Names of hyperparameters that differ from the attributes', which Lightning and torch take."""
+"""Settings that the model is built with; they cannot change afterwards."""
 
 
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -156,27 +121,17 @@ class RoSAModule(Answering):
             default what `transformers` chooses.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping
             them: less memory, more time.
-        recompute_activations: Compute again in the backward pass what activation functions give
-            and norms keep inside, which is cheap, and hold the rest; gradients stay bit for bit.
-            Without effect beside ``gradient_checkpointing`` and ``compile``, which see to it
-            themselves, and on norms in shards.
-        share_prefix: Compute once what all rows of a batch begin with, an instruction template
-            say, where loss and gradients stay as they are; where they would not, that is said.
-        loss_chunk: Response tokens of a batch whose logits are held at once; all by default. For
-            long responses: less memory, a little more time.
-        microbatch_tokens: Tokens of a batch, padding included, that are run forward and backward at
-            once, or one row, if that alone is longer; a larger batch is taken in parts, in one step
-            and with its own gradients. ``auto`` is 2048 on a CPU and for bases from 2e9 weights on,
-            which so many tokens keep busy, else all. All, too, where the model is in shards, under
-            16-mixed, with hooks on trained parameters and with reentrant checkpointing.
-        compile: Compile the decoder layers, one by one, for training on one device or under DDP.
-        max_nonfinite_steps: Optimizer steps of a run that are left out, with a warning, where loss
-            or gradients are not finite; the next one stops the run. With 0 the first does.
+        speed: What makes a training step faster or smaller; `SpeedConfig`.
         max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
         evaluation: How ``test`` finds and reads answers.
-        optimizer: Makes the optimizer from the trainable parameters.
-        lr_scheduler: Makes the learning rate schedule, stepped once an optimizer step.
+
+    Attributes:
+        make_optimizer: Makes the optimizer from the trainable parameters; AdamW at 1e-3 by default.
+        make_lr_scheduler: Makes the learning rate schedule, stepped once an optimizer step;
+            `WarmupCosine` by default.
+        max_nonfinite_steps: Optimizer steps of a run that are left out, with a warning, where loss
+            or gradients are not finite; the next one stops the run. 0 by default.
     """
 
     def __init__(
@@ -184,57 +139,44 @@ class RoSAModule(Answering):
         base: str,
         roae: RoAEConfig = _DEFAULT_ROAE,
         *,
+        speed: SpeedConfig = _DEFAULT_SPEED,
         adapter: str | None = None,
         revision: str | None = None,
         dtype: Dtype = "auto",
         quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
-        recompute_activations: bool = True,
-        share_prefix: bool = True,
-        loss_chunk: int | None = None,
-        microbatch_tokens: MicrobatchTokens = "auto",
-        compile: bool = False,
-        max_nonfinite_steps: int = 0,
         max_new_tokens: int = 256,
         trust_remote_code: bool = False,
         evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
-        optimizer: OptimizerCallable = default_optimizer,
-        lr_scheduler: LRSchedulerCallable = default_lr_scheduler,
     ) -> None:
         super().__init__()
         # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
-        self.save_hyperparameters(
-            ignore=["optimizer", "lr_scheduler", "roae", "adapter", "evaluation"]
-        )
+        self.save_hyperparameters(ignore=["roae", "speed", "adapter", "evaluation"])
         # Known from any working folder.
         self.save_hyperparameters({"base": whole_name(base)})
         self.base = base
         self.roae: RoAEConfig = roae
+        self.speed: SpeedConfig = speed
         self.adapter = adapter
         self.revision = revision
         self.dtype_of_base = dtype
         self.quantization = quantization
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
-        self.recompute_activations = recompute_activations
-        self.share_prefix = share_prefix
-        self.loss_chunk = loss_chunk
-        self.microbatch_tokens = microbatch_tokens
-        self.compiles = compile
-        self.max_nonfinite_steps = max_nonfinite_steps
         self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
         self.evaluation = evaluation
-        self.make_optimizer = optimizer
-        self.make_lr_scheduler = lr_scheduler
+        self.make_optimizer: OptimizerCallable = default_optimizer
+        self.make_lr_scheduler: LRSchedulerCallable = default_lr_scheduler
+        self.max_nonfinite_steps = 0
         self.model: PreTrainedModel | None = None
         self.identity: BaseFingerprint | None = None
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._num_embeddings: int | None = None
         self._forward: LossComputer | None = None
-        self._guard = StepGuard(max_nonfinite_steps)
+        self._guard = StepGuard(0)
         self._to_restore: RankState | None = None
         self._to_fit: Mapping[str, Any] | None = None
         """A checkpoint to compare with the optimizers, once there are some."""
@@ -251,36 +193,37 @@ class RoSAModule(Answering):
             ValueError: A setting that cannot be used.
             AttributeError: It says how the model is built, and the model is built.
         """
-        if name in _CHECKS:
-            _CHECKS[name](value)
-        if name == "roae" and isinstance(value, Mapping):  # as saved in a checkpoint
-            value = RoAEConfig(**value)
-        is_setting = name in _OF_THE_BUILD or name in _OF_THE_FORWARD or name in _CHECKS
-        if is_setting and name in vars(self):
-            self._change(name, value)
+        if name == "max_new_tokens" and value < 1:
+            raise ValueError(
+                f"max_new_tokens={value} is below 1. Set model.max_new_tokens; 256 is the default."
+            )
+        if name == "max_nonfinite_steps":
+            check_max_nonfinite_steps(value)
+        if name in ("roae", "speed") and isinstance(value, Mapping):  # as a checkpoint has it
+            value = (RoAEConfig if name == "roae" else SpeedConfig)(**value)
+        if name in _BUILD_SETTINGS and name in vars(self) and value != getattr(self, name):
+            self._check_unbuilt(name, value)
+        if name == "speed" and name in vars(self) and value.compile != self.speed.compile:
+            self._check_unbuilt(name, value)
         super().__setattr__(name, value)
-        if name == "roae":
-            # As plain values, which load safely.
-            plain = {**asdict(value), "targets": list(value.targets)}
-            self.save_hyperparameters({"roae": plain})
-
-    def _change(self, name: str, value: Any) -> None:
-        """Let follow what was derived from a setting."""
-        if name in _OF_THE_BUILD and value != getattr(self, name):
-            if vars(self).get("model") is None and self._modules.get("model") is None:
-                if name in ("base", "revision", "trust_remote_code"):
-                    self._tokenizer = self._num_embeddings = None
-            else:
-                raise AttributeError(
-                    f"{name} cannot be changed to {value!r}: the model is built with {name}="
-                    f"{getattr(self, name)!r}. Make a new RoSAModule."
-                )
-        elif name in _OF_THE_FORWARD and self._forward is not None:
-            setattr(self._forward, name, value)
-            self._forward.reset()
-        remembered = _NAMES.get(name, name)
-        if remembered in self.hparams:
+        if name == "speed" and vars(self).get("_forward") is not None:
+            self._forward = self._new_forward()
+        if name in ("roae", "speed"):  # as plain values, which load safely
+            plain = asdict(value)
+            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+            self.save_hyperparameters({name: plain})
+        remembered = "dtype" if name == "dtype_of_base" else name
+        if name not in ("roae", "speed") and remembered in self.hparams:
             self.hparams[remembered] = whole_name(value) if name == "base" else value
+
+    def _check_unbuilt(self, name: str, value: Any) -> None:
+        if self._modules.get("model") is not None or vars(self).get("model") is not None:
+            raise AttributeError(
+                f"{name} cannot be changed to {value!r}: the model is built with {name}="
+                f"{getattr(self, name)!r}. Make a new RoSAModule."
+            )
+        if name in ("base", "revision", "trust_remote_code"):
+            self._tokenizer = self._num_embeddings = None
 
     # The model.
 
@@ -333,19 +276,22 @@ class RoSAModule(Answering):
             )
         model, self.identity, self.report = load_once(partial(self._adapted_base, device), strategy)
         self.roae = self.report.config  # an adapter brings its own
-        if self.compiles:
+        if self.speed.compile:
             compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", spread(model.train(), strategy))
-        self._forward = LossComputer(
-            self.model,
-            share_prefix=self.share_prefix,
-            loss_chunk=self.loss_chunk,
-            recompute_activations=self.recompute_activations,
-            microbatch_tokens=self.microbatch_tokens,
-        )
+        self._forward = self._new_forward()
         leave_packed_out(self)
         rank_zero_info(str(self.report))
+
+    def _new_forward(self) -> LossComputer:
+        return LossComputer(
+            cast("PreTrainedModel", self.model),
+            share_prefix=self.speed.share_prefix,
+            loss_chunk=self.speed.loss_chunk,
+            recompute_activations=self.speed.recompute_activations,
+            microbatch_tokens=self.speed.microbatch_tokens,
+        )
 
     def _adapted_base(
         self, device: torch.device
@@ -440,8 +386,9 @@ class RoSAModule(Answering):
     def agreed_settings(self) -> dict[str, Any]:
         """What all ranks must have in common, by configuration key; where the base lies is not."""
         settings = {key: value for key, value in self.hparams.items() if key != "base"}
-        roae = settings.pop("roae")
-        settings |= {f"roae.{key}": value for key, value in roae.items()}
+        for group in ("roae", "speed"):
+            settings |= {f"{group}.{key}": v for key, v in settings.pop(group).items()}
+        settings["max_nonfinite_steps"] = self.max_nonfinite_steps
         settings |= {f"evaluation.{key}": v for key, v in asdict(self.evaluation).items()}
         return {f"model.{key}": value for key, value in settings.items()}
 

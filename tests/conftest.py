@@ -192,3 +192,19 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         {"path": str(numbers), "task": "gsm8k", "weight": 0.4},
         {"path": str(labels), "task": "boolq", "weight": 0.6},
     ]
+
+
+def rosa_module(base: Any, *args: Any, kind: Any = None, **options: Any) -> Any:
+    """A `RoSAModule` whose settings of `speed`, and attributes, are given as plain options."""
+    from rosa_lightning import RoSAModule
+    from rosa_lightning.training.speed import SpeedConfig
+
+    names = [name for name in options if name in SpeedConfig.__dataclass_fields__]
+    speed = SpeedConfig(**{name: options.pop(name) for name in names})
+    attributes = {"optimizer": "make_optimizer", "lr_scheduler": "make_lr_scheduler"}
+    attributes["max_nonfinite_steps"] = "max_nonfinite_steps"
+    given = {attributes[name]: options.pop(name) for name in attributes if name in options}
+    module = (kind or RoSAModule)(str(base), *args, speed=speed, **options)
+    for name, value in given.items():
+        setattr(module, name, value)
+    return module

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from rosa_lightning import ReasoningDataModule, RoAEConfig, RoSAModule
 from rosa_lightning.roae.inject import is_adapter_key
-from tests.conftest import SMALL, byte_tokenizer, save_base
+from tests.conftest import SMALL, byte_tokenizer, rosa_module, save_base
 
 
 def trainer(tmp_path: Path, **options) -> Trainer:
@@ -45,7 +45,7 @@ def data(sources, **options) -> ReasoningDataModule:
 
 def module(base_folder: Path, **options) -> RoSAModule:
     options = {"max_new_tokens": 8, **options}  # a base of random weights ends no answer
-    return RoSAModule(str(base_folder), RoAEConfig(rank=4), **options)
+    return rosa_module(str(base_folder), RoAEConfig(rank=4), **options)
 
 
 def randomise(built: RoSAModule) -> RoSAModule:

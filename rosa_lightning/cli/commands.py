@@ -191,8 +191,8 @@ def inspect(
         response_length=length,
         optimizer=module.make_optimizer,
         autocast=_AUTOCAST.get(precision),
-        loss_chunk=module.loss_chunk,
-        recompute_activations=module.recompute_activations and not module.compiles,
+        loss_chunk=module.speed.loss_chunk,
+        recompute_activations=module.speed.recompute_activations and not module.speed.compile,
         microbatch_tokens=num_tokens,
     )
     console.print(memory_table(estimates))
@@ -297,7 +297,7 @@ def _tokens_at_once(
     module: RoSAModule, trainer: Mapping[str, Any], model: torch.nn.Module
 ) -> int | None:
     """Most tokens that a training runs forward and backward at once; None for whole batches."""
-    given = module.microbatch_tokens
+    given = module.speed.microbatch_tokens
     strategy = str(trainer.get("strategy")).lower()
     accelerator = str(trainer.get("accelerator") or "auto").lower()
     if accelerator == "auto":

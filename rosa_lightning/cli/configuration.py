@@ -25,7 +25,10 @@ _LEAST = {
     "gradient_clip_val": (0, "null clips nothing"),
 }
 """The least that a setting can be, and what a special value means."""
-_GROUPS = ("model", "model.roae", "model.evaluation", "data", "trainer")
+_GROUPS = (
+    *("model", "model.roae", "model.speed", "model.evaluation"),
+    *("data", "dls", "trainer"),
+)
 """Settings that have settings of their own."""
 _MADE: dict[str, tuple[type, ...]] = {
     "optimizer": (Optimizer,),

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
+from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
@@ -82,14 +83,14 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "export": tuple(f"model.{name}" for name in _OF_A_BASE),
     "inspect": (
         *(f"model.{name}" for name in _OF_A_BASE),
-        *(*_OF_A_STEP, "data.max_length", "data.sources", "trainer.precision"),
+        *(*_OF_A_STEP, "data.max_length", "data.sources", "trainer.precision", "dls.num_active"),
     ),
     "audit": (
         *("model.base", "model.revision", "model.trust_remote_code", "model.adapter"),
         *("data.sources", "data.test_sources", "data.tokenizer", "data.template"),
         *("data.max_length", "data.decontaminate"),
     ),
-    "bench": ("model.", "data.", "optimizer", "lr_scheduler", "trainer."),
+    "bench": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
     "report": (),
 }
 """The keys of a training that mean something to such a command, or how they begin."""
@@ -162,8 +163,14 @@ class RoSACLI(LightningCLI):
             default={"class_path": "rosa_lightning.training.schedule.WarmupCosine"},
             help="Any torch learning rate schedule, stepped once an optimizer step.",
         )
-        parser.link_arguments("optimizer", "model.optimizer")
-        parser.link_arguments("lr_scheduler", "model.lr_scheduler")
+        parser.add_argument(
+            "--max_nonfinite_steps",
+            type=NonNegativeInt,
+            default=0,
+            help="Optimizer steps of a run that are left out, with a warning, where loss or "
+            "gradients are not finite; the next one stops the run.",
+        )
+        parser.add_lightning_class_args(DynamicLayerSelection, "dls")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with what a checkpoint or an adapter knows of its model as defaults.
@@ -281,6 +288,11 @@ class RoSACLI(LightningCLI):
                 self.config_init = self.parser.instantiate_classes(self.config)
             else:
                 super().instantiate_classes()
+        given = self.config_init[self.subcommand]
+        if "model" in given:
+            module = given["model"]
+            module.make_optimizer, module.make_lr_scheduler = given.optimizer, given.lr_scheduler
+            module.max_nonfinite_steps = given.max_nonfinite_steps
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a command of the trainer, or another."""
@@ -291,7 +303,11 @@ class RoSACLI(LightningCLI):
                 super()._run_subcommand(subcommand)
             return
         options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
-        setting = Setting(config["model"], config["data"], config["trainer"])
+        trainer = dict(config["trainer"])
+        callbacks = trainer.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        trainer["callbacks"] = [config["dls"], *callbacks]
+        setting = Setting(config["model"], config["data"], trainer)
         with termination():
             TOOLS[subcommand](setting, **options)
 
@@ -302,13 +318,28 @@ class RoSACLI(LightningCLI):
         are defaults, and one that does not fit what was given is an error.
         """
 
+    def _check_one_selection(self) -> None:
+        callbacks = self._get(self.config_init, "trainer.callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        selections = [one for one in callbacks if isinstance(one, DynamicLayerSelection)]
+        if any(one.layers is None for one in selections):
+            raise ConfigurationError(
+                "trainer.callbacks holds DynamicLayerSelection, which every fit has. Take it out "
+                "of trainer.callbacks and give its settings as dls: {num_active: 0.5, interval: "
+                "100}; dls.policy: all trains every layer."
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; what Lightning refuses is the user's to mend."""
         if self._get(self.config_init, "trainer.strategy") == ModelParallelStrategy.__name__:
             # Lightning knows the other strategies by short names, and this one by its class alone.
             kwargs["strategy"] = ModelParallelStrategy()
+        self._check_one_selection()
         with refused("the trainer cannot be made", "Mend trainer."):
             trainer = super().instantiate_trainer(**kwargs)
+        # Layers are frozen before other callbacks look at them.
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda item: not isinstance(item, DynamicLayerSelection))
         complete_strategy(trainer)
         return trainer
 

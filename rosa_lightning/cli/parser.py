@@ -20,6 +20,12 @@ TRACEBACK_VARIABLE = "ROSA_TRACEBACK"
 """Environment variable that, set to 1, shows the traceback of a user's error."""
 
 SUGGESTION = " Did you mean"
+_SPEED = ("share_prefix", "loss_chunk", "microbatch_tokens", "recompute_activations", "compile")
+RENAMED = {
+    **{f"model.{name}": f"model.speed.{name}" for name in _SPEED},
+    "model.max_nonfinite_steps": "max_nonfinite_steps",
+}
+"""Keys of earlier versions, and what they are called now."""
 
 
 class RoSAParser(LightningArgumentParser):
@@ -62,7 +68,8 @@ class RoSAParser(LightningArgumentParser):
         unknown = unknown_key(message)
         if unknown is not None and SUGGESTION not in message:
             known = [action.dest for action in parser._actions]
-            near = difflib.get_close_matches(unknown, known, n=1)
+            near = [RENAMED[unknown]] if unknown in RENAMED else []
+            near = near or difflib.get_close_matches(unknown, known, n=1)
             message = f"{message.rstrip('.')}.{SUGGESTION} {near[0]}?" if near else message
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex

@@ -42,14 +42,14 @@ def compile_layers(
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     if checkpointed and backend == "inductor":
         raise ValueError(
-            "model.compile=true does not go with model.gradient_checkpointing=true: the compiler "
-            "cannot recompute attention in the backward pass. Set one of them to false."
+            "model.speed.compile=true does not go with model.gradient_checkpointing=true: the "
+            "compiler cannot recompute attention in the backward pass. Set one of them to false."
         )
     if is_sharded(strategy):
         raise ValueError(
-            f"model.compile=true does not go with {type(strategy).__name__}, which gathers weights "
-            "in the midst of a layer. Set model.compile to false, or trainer.strategy to "
-            "ddp_find_unused_parameters_true."
+            f"model.speed.compile=true does not go with {type(strategy).__name__}, which gathers "
+            "weights within a layer. Set model.speed.compile to false, or trainer.strategy "
+            "to ddp_find_unused_parameters_true."
         )
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, NUM_GRAPHS)

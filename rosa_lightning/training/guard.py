@@ -32,7 +32,7 @@ def check_max_nonfinite_steps(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
             f"max_nonfinite_steps={value!r} is no whole number from 0 up. Set "
-            "model.max_nonfinite_steps to the number of such steps that a run may leave out; 0 "
+            "max_nonfinite_steps to the number of such steps that a run may leave out; 0 "
             "stops at the first."
         )
 
@@ -166,12 +166,12 @@ class StepGuard:
             raise RanksError(
                 f"optimizer step {step} is not finite{before}: {where}. The weights are as they "
                 "were before it. Look at these records, lower optimizer.lr, set "
-                "trainer.gradient_clip_val, or let model.max_nonfinite_steps such steps be left "
+                "trainer.gradient_clip_val, or let max_nonfinite_steps such steps be left "
                 "out."
             )
         self.skipped += 1
         rank_zero_warn(
-            f"Optimizer step {step} is left out, {self.skipped} of model.max_nonfinite_steps="
+            f"Optimizer step {step} is left out, {self.skipped} of max_nonfinite_steps="
             f"{self.max_skipped}: {where}."
         )
         for logger in trainer.loggers:

@@ -31,13 +31,13 @@ from rosa_lightning.dls.checks import is_reentrant
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
 from rosa_lightning.training import head, shared_prefix
 from rosa_lightning.training.microbatches import (
-    MicrobatchTokens,
     accumulate_loss,
     default_microbatch_tokens,
     microbatches,
 )
 from rosa_lightning.training.packing import check_can_pack
 from rosa_lightning.training.recompute import has_gradient_hooks, recomputable, recomputed
+from rosa_lightning.training.speed import MicrobatchTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -246,7 +246,7 @@ class LossComputer:
             return [batch]
         parts = microbatches(batch, self._tokens_at_once, self._num_shared(batch))
         if len(parts) > 1 and (reason := self._whole_batch_reason(device)):
-            self._note(reason, reason, "batches are run whole, model.microbatch_tokens or not")
+            self._note(reason, reason, "batches are run whole")
             return [batch]
         return parts
 
@@ -273,7 +273,7 @@ class LossComputer:
             torch.clear_autocast_cache()  # of weights cast without a graph
             instead = "logits are computed at the last columns of all rows"
             if self.loss_chunk is not None:
-                instead += ", all at once in spite of model.loss_chunk"
+                instead += ", all at once in spite of model.speed.loss_chunk"
             self._note("head", reason, instead)
         return not self._unsupported["head"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rosa_lightning.data.collators import IGNORE_INDEX, is_packed_batch
 from rosa_lightning.models.quantization import num_parameters
 
-MicrobatchTokens = int | Literal["auto"] | None
-"""Most tokens of a part; ``auto`` for `default_microbatch_tokens`; None for whole batches."""
-
 _FEW = 2048
 """Tokens of a part under ``auto``."""
 _LARGE = 2e9
@@ -35,17 +32,6 @@ as much backward) than to launch the kernels."""
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 _BOUNDS = ("num_label_positions", "num_shared")
 """What holds for all rows of a padded batch and so for any of them."""
-
-
-def check_microbatch_tokens(num_tokens: Any) -> None:
-    """Raise ValueError for a setting that is no `MicrobatchTokens`, or below 1."""
-    is_number = isinstance(num_tokens, int) and not isinstance(num_tokens, bool)
-    if not (num_tokens is None or num_tokens == "auto" or (is_number and num_tokens >= 1)):
-        raise ValueError(
-            f"microbatch_tokens={num_tokens!r} is no whole number from 1 up. Set "
-            "model.microbatch_tokens to a number of tokens, 2048 say, to auto, or to null for "
-            "whole batches."
-        )
 
 
 def default_microbatch_tokens(model: nn.Module, device: str) -> int | None:
@@ -171,7 +157,7 @@ def _add_gradients(loss: Tensor, gradients: MutableMapping[Tensor, Tensor]) -> T
         except RuntimeError as error:
             error.add_note(
                 "The batch is taken in parts, each with a backward pass of its own. Set "
-                "model.microbatch_tokens to null, if this comes of it."
+                "model.speed.microbatch_tokens to null, if this comes of it."
             )
             raise
     for leaf, gradient in zip(leaves, found, strict=True):

@@ -30,7 +30,7 @@ _Restore = Callable[[], Tensor]
 
 _CHANGED = (
     "the backward pass needs a {} that an in-place operation has changed since. Mend the model's "
-    "code, or set model.recompute_activations to false, if the model trains without it."
+    "code, or set model.speed.recompute_activations to false, if the model trains without it."
 )
 
 

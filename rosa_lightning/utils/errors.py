@@ -163,7 +163,7 @@ def _of_file(error: OSError) -> str:
 def _of_memory(error: BaseException) -> str:
     return (
         f"memory is spent: {one_line(str(error))[:300] or 'nothing more can be allocated'}. Lower "
-        "data.batch_size, data.max_length or model.microbatch_tokens, or set "
+        "data.batch_size, data.max_length or model.speed.microbatch_tokens, or set "
         "model.gradient_checkpointing."
     )
 

@@ -39,7 +39,6 @@ def arguments(base_folder: Path, folder: Path, steps: int) -> list[str]:
         *("--trainer.accelerator", "cpu", "--trainer.max_steps", str(steps)),
         *(word for name in quiet for word in (f"--trainer.{name}", "false")),
         *("--trainer.default_root_dir", str(folder), "--trainer.log_every_n_steps", "1"),
-        *("--trainer.callbacks", "rosa_lightning.DynamicLayerSelection"),
     ]
 
 

@@ -72,8 +72,8 @@ def run(seed: int, lr: float = 3e-3, **options: object) -> tuple[list[float], fl
     module = RoSAModule(
         "tiny",
         RoAEConfig(rank=16, alpha=32.0, low_freq_ratio=0.5),
-        optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
     )
+    module.make_optimizer = partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
     selection, watch = DynamicLayerSelection(**(HALF | options)), Watch()
     trainer = Trainer(
         accelerator="cpu",

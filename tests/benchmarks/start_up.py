@@ -37,7 +37,6 @@ trainer:
     class_path: lightning.pytorch.loggers.TensorBoardLogger
     init_args: {{save_dir: {folder}}}
   callbacks:
-    - class_path: rosa_lightning.DynamicLayerSelection
     - class_path: rosa_lightning.RunMonitor
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {{monitor: val/loss, save_last: true}}

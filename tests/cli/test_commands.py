@@ -24,7 +24,7 @@ from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.files import atomic_directory
-from tests.conftest import SMALL, save_base
+from tests.conftest import SMALL, rosa_module, save_base
 
 
 @pytest.fixture(autouse=True)
@@ -428,7 +428,7 @@ def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
     (tmp_path / "shell").mkdir()
     (tmp_path / "shell" / "config.json").write_text((base_folder / "config.json").read_text())
     step = ["--data.batch_size", "2", "--data.max_length", "16", "--response_length", "4"]
-    step += ["--trainer.accelerator", "cpu", "--model.microbatch_tokens", "16"]
+    step += ["--trainer.accelerator", "cpu", "--model.speed.microbatch_tokens", "16"]
     status, printed, _ = run(capsys, "inspect", "--model.base", "shell", *step)
     assert status == 0
     for expected in (
@@ -459,7 +459,7 @@ def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
     ],
 )
 def test_inspect_knows_how_many_tokens_a_training_runs_at_once(given, settings, wanted):
-    module = RoSAModule("tiny", microbatch_tokens=given)
+    module = rosa_module("tiny", microbatch_tokens=given)
     assert commands._tokens_at_once(module, settings, nn.Linear(2, 2)) == wanted
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import yaml
 
@@ -25,15 +26,13 @@ def config(base_folder: Path, sources, **trainer) -> dict:
     return {
         "model": {"base": str(base_folder), "roae": {"rank": 4}},
         "data": {"sources": sources, "batch_size": 4, "val_fraction": 0.1},
+        "dls": {"interval": 5},
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 2,
             "log_every_n_steps": 1,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "rosa_lightning.DynamicLayerSelection", "init_args": {"interval": 5}}
-            ],
             **trainer,
         },
     }
@@ -230,8 +229,8 @@ def test_help_shows_what_the_attributes_of_nested_settings_mean(capsys):
         (lambda c: c["data"].update(batchsize=4), "data.batch_size"),
         (lambda c: c["trainer"].update(max_stps=4), "trainer.max_steps"),
         (
-            lambda c: c["trainer"]["callbacks"][0]["init_args"].update(intervall=4),
-            "interval",
+            lambda c: c["dls"].update(intervall=4),
+            "dls.interval",
         ),
         (
             lambda c: c.update(
@@ -647,3 +646,31 @@ def test_one_source_is_a_list_of_one_from_python(sources):
         for found in (module.sources, module.test_sources, module.predict_sources):
             assert [source.path for source in found] == [path]
     assert ReasoningDataModule(test_sources=["demo"]).test_sources[0].label == "demo"
+
+
+def test_keys_of_earlier_versions_name_those_of_today(settings, capsys):
+    for old, new in (
+        ("model.share_prefix", "model.speed.share_prefix"),
+        ("model.max_nonfinite_steps", "max_nonfinite_steps"),
+    ):
+        with pytest.raises(SystemExit):
+            run("fit", settings, f"--{old}", "1")
+        assert f"Did you mean {new}?" in capsys.readouterr().err
+
+
+def test_a_selection_among_the_callbacks_of_an_earlier_configuration_is_told_its_place(
+    settings, capsys
+):
+    settings["trainer"]["callbacks"] = [{"class_path": "rosa_lightning.DynamicLayerSelection"}]
+    assert run("fit", settings) != 0
+    error = capsys.readouterr().err
+    assert "dls:" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_every_fit_selects_layers_as_told_at_the_top_level(settings):
+    del settings["dls"]
+    assert run("fit", settings, "--dls.interval", "1", "--dls.num_active", "1") == 0
+    (path,) = Path.cwd().rglob("*.ckpt")
+    saved = torch.load(path, weights_only=True)["callbacks"]["DynamicLayerSelection"]
+    assert saved["num_selections"] == 2

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
 from rosa_lightning.utils import agreement
 from tests import ranks
-from tests.conftest import save_base, write_records
+from tests.conftest import rosa_module, save_base, write_records
 from tests.dls.test_callback import Batches, Toy, batches
 
 SAME: dict = {
@@ -71,7 +71,7 @@ def fit(folder: Path, changes: dict) -> str:
     given = SAME | changes
     os.environ["PL_GLOBAL_SEED"] = given["seed_everything"]
     agreement._release = lambda name: given.get("release", "1.0")
-    module = RoSAModule(
+    module = rosa_module(
         str(folder / "base"),
         RoAEConfig(**given["module"]["roae"]),
         optimizer=partial(SGD, lr=given["lr"]),

@@ -81,14 +81,15 @@ def arguments(dtype: str) -> list[str]:
         "trainer.accumulate_grad_batches": 1,
         "trainer.enable_progress_bar": False,
         "trainer.enable_model_summary": False,
+        "dls.num_active": 2,
+        "dls.interval": 2,
+        "dls.policy": "sample",
     }
     callbacks = [
-        {"class_path": "rosa_lightning.DynamicLayerSelection"},
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"},
         {"class_path": "tests.distributed.test_sharding.Watch"},
     ]
-    callbacks[0]["init_args"] = {"num_active": 2, "interval": 2, "policy": "sample"}
-    callbacks[1]["init_args"] = {
+    callbacks[0]["init_args"] = {
         "every_n_train_steps": 1,
         "save_top_k": -1,
         "filename": "{step}",
@@ -192,7 +193,8 @@ def reference(seen: list[dict], whole_rows: bool) -> dict[str, torch.Tensor]:
     roae = RoAEConfig(rank=16, alpha=32.0, low_freq_ratio=0.5)
     optimizer = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0, eps=1e-3)
     schedule = partial(WarmupCosine, total_steps=STEPS)
-    module = Joint("tiny", roae, dtype="bfloat16", optimizer=optimizer, lr_scheduler=schedule)
+    module = Joint("tiny", roae, dtype="bfloat16")
+    module.make_optimizer, module.make_lr_scheduler = optimizer, schedule
     module.whole_rows = whole_rows
     pairs = list(zip(*(rank["ddp"]["straight"]["batches"] for rank in seen), strict=True))
     dls = DynamicLayerSelection(num_active=2, interval=2, policy="sample")

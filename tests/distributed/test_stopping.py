@@ -57,6 +57,7 @@ def settings(folder: Path, **trainer) -> dict:
             "val_fraction": 0.1,
             "cache_dir": None,
         },
+        "dls": {"interval": 2, "num_active": 2, "policy": "sample"},
         "trainer": {
             "accelerator": "cpu",
             "max_steps": STEPS,
@@ -65,10 +66,6 @@ def settings(folder: Path, **trainer) -> dict:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "callbacks": [
-                {
-                    "class_path": "rosa_lightning.DynamicLayerSelection",
-                    "init_args": {"interval": 2, "num_active": 2, "policy": "sample"},
-                },
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                     "init_args": {"monitor": "val/loss", "save_last": True, "filename": "{step}"},

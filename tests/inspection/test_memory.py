@@ -22,7 +22,7 @@ from rosa_lightning.roae.inject import inject_roae
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.head import last_block, logits_at
 from rosa_lightning.training.loss import LossComputer
-from tests.conftest import build, save_base
+from tests.conftest import build, rosa_module, save_base
 from tests.model_zoo.small import build_small
 
 LAYERS = "model.layers"
@@ -174,7 +174,7 @@ def both(
     """A base, real and adapted, and the estimate of the same from its configuration."""
     roae = roae or RoAEConfig()
     settings: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
-    module = RoSAModule(base, roae, gradient_checkpointing=checkpointing, **settings)
+    module = rosa_module(base, roae, gradient_checkpointing=checkpointing, **settings)
     module.configure_model()
     skeleton = load_skeleton(base, dtype=dtype)
     inject_roae(skeleton, roae)

@@ -35,6 +35,7 @@ def settings(base_folder, sources) -> dict:
             "class_path": "rosa_lightning.training.schedule.WarmupCosine",
             "init_args": {"total_steps": STEPS},
         },
+        "dls": selection,
         "trainer": {
             "accelerator": "cpu",
             "max_steps": STEPS,
@@ -42,7 +43,6 @@ def settings(base_folder, sources) -> dict:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "callbacks": [
-                {"class_path": "rosa_lightning.DynamicLayerSelection", "init_args": selection},
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                     "init_args": every_step,

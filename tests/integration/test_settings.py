@@ -11,6 +11,7 @@ from lightning.pytorch.tuner import Tuner
 
 import rosa_lightning.module
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
+from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import write_records
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -165,9 +166,11 @@ def test_settings_that_cannot_be_used_are_refused_when_they_are_set(data):
         with pytest.raises(ValueError, match=words):
             setattr(data, name, value)
     module = Model()
-    for name, value in (("loss_chunk", 0), ("microbatch_tokens", 0), ("max_new_tokens", 0)):
+    for name in ("loss_chunk", "microbatch_tokens"):
         with pytest.raises(ValueError, match=name):
-            setattr(module, name, value)
+            module.speed = replace(module.speed, **{name: 0})
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        module.max_new_tokens = 0
 
 
 def test_a_model_runs_with_the_settings_of_the_moment(data, tmp_path):
@@ -180,9 +183,9 @@ def test_a_model_runs_with_the_settings_of_the_moment(data, tmp_path):
         ("recompute_activations", False),
         ("microbatch_tokens", 64),
     ):
-        setattr(module, name, value)
+        module.speed = replace(module.speed, **{name: value})
         assert getattr(module._forward, name) == value
-        assert module.hparams[name] == value
+        assert module.hparams["speed"][name] == value
     heads = []
     module.model.lm_head.register_forward_hook(lambda *call: heads.append(call[1][0].shape))
     batch = first_batch(data)
@@ -207,7 +210,7 @@ def test_what_a_model_is_built_with_follows_before_and_is_read_only_after(base_f
         ("dtype_of_base", "float32"),
         ("quantization", "int8"),
         ("gradient_checkpointing", True),
-        ("compiles", True),
+        ("speed", SpeedConfig(compile=True)),
         ("adapter", "folder"),
     ):
         with pytest.raises(

@@ -43,7 +43,7 @@ from rosa_lightning.models.quantization import (
 from rosa_lightning.roae.inject import is_adapter_key, remove_roae, roae_layers
 from rosa_lightning.roae.layer import RoAELinear, RowBlocks
 from rosa_lightning.training.schedule import WarmupCosine
-from tests.conftest import FAMILIES, SMALL, save_base
+from tests.conftest import FAMILIES, SMALL, rosa_module, save_base
 
 needs_torchao = pytest.mark.skipif(
     not utils.is_torchao_available(), reason="torchao is not installed"
@@ -457,7 +457,7 @@ def trainer(folder: Path, **options) -> Trainer:
 
 
 def module(folder: Path, scheme: str | None = "int8", **options) -> RoSAModule:
-    return RoSAModule(
+    return rosa_module(
         str(folder),
         RoAEConfig(rank=4, low_freq_ratio=0.5),
         quantization=scheme,

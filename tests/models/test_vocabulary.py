@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rosa_lightning import ReasoningDataModule, RoSAModule
 from rosa_lightning.cli.main import main
-from tests.conftest import save_base, write_records
+from tests.conftest import rosa_module, save_base, write_records
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 ROWS = 257
@@ -66,7 +66,7 @@ def test_a_padding_token_without_a_row_is_not_needed(base, tmp_path):
     losses = []
     for share in (True, False):
         torch.manual_seed(0)
-        module = RoSAModule(str(base), share_prefix=share, max_new_tokens=3)
+        module = rosa_module(str(base), share_prefix=share, max_new_tokens=3)
         own = trainer(tmp_path)
         own.fit(module, data(tmp_path, "{}"))
         losses.append(own.callback_metrics["train/loss"].item())

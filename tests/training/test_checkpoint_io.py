@@ -144,7 +144,7 @@ def test_a_name_as_long_as_can_be_is_written(tmp_path):
 
 
 def test_a_full_disk_leaves_whole_checkpoints_and_is_one_line(tmp_path, mount, monkeypatch, capsys):
-    place = mount("small", "size=900k")
+    place = mount("small", "size=500k")
     other = mount("tmp", "size=50m")
     monkeypatch.setattr("tempfile.tempdir", str(other))
     every = {"every_n_train_steps": 1, "save_top_k": -1, "dirpath": str(place)}

@@ -167,7 +167,7 @@ def test_a_compiled_run_resumes_and_ends_like_one_that_is_not(
         assert_close(straight[name], value, atol=1e-5, rtol=1e-4)
         assert torch.equal(resumed[name], straight[name])
     loaded = RoSAModule.load_from_checkpoint(tmp_path / "straight" / "step=4.ckpt")
-    assert loaded.compiles
+    assert loaded.speed.compile
 
 
 def test_sharded_models_are_refused_in_one_line():

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
+from rosa_lightning import RoAEConfig, inject_roae
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.head import last_block
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.shared_prefix import rows_behind
-from tests.conftest import FAMILIES, SMALL, build
+from tests.conftest import FAMILIES, SMALL, build, rosa_module
 from tests.model_zoo.small import build_small, causal_models
 
 RESTS = ((9, 3), (4, 2), (14, 7))
@@ -263,7 +263,7 @@ def test_a_model_in_shards_is_run_once_over_whole_rows(said):
     assert widths.decoder[0] == (3, 34)
     assert len(said) == 2
     assert all("shards" in line for line in said)
-    assert any("in spite of model.loss_chunk" in line for line in said)
+    assert any("in spite of model.speed.loss_chunk" in line for line in said)
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -424,7 +424,7 @@ def trained(folder, batches, change=lambda model: None, **options) -> list[float
     torch.manual_seed(0)
     # At a rate of 1e-2 and an eps of 1e-4 rounding alone grows to 0.05 within 100 steps.
     optimizer = partial(torch.optim.AdamW, lr=3e-3, eps=1e-3)
-    module = RoSAModule(str(folder), RoAEConfig(rank=4), optimizer=optimizer, **options)
+    module = rosa_module(str(folder), RoAEConfig(rank=4), optimizer=optimizer, **options)
     module.configure_model()
     module.train()
     for weight in module.model.model.layers[:1].parameters():
@@ -494,5 +494,5 @@ def test_a_hundred_steps_train_alike_with_each_lever_on_and_off(base_folder, mon
 
 @pytest.mark.parametrize("chunk", [0, -1])
 def test_a_chunk_of_nothing_is_refused(base_folder, chunk):
-    with pytest.raises(ValueError, match=r"below 1\. Set model\.loss_chunk"):
-        RoSAModule(str(base_folder), loss_chunk=chunk)
+    with pytest.raises(ValueError, match=r"from 1 up\. Set model\.speed\.loss_chunk"):
+        rosa_module(str(base_folder), loss_chunk=chunk)

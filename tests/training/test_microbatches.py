@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule
+from rosa_lightning import DynamicLayerSelection, ReasoningDataModule
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.compile import compile_layers
@@ -23,7 +23,7 @@ from rosa_lightning.training.microbatches import (
     microbatches,
 )
 from tests import ranks
-from tests.conftest import FAMILIES, build
+from tests.conftest import FAMILIES, build, rosa_module
 from tests.model_zoo.small import build_small
 from tests.training.test_loss import (
     HEADS,
@@ -338,8 +338,8 @@ def test_as_many_tokens_as_keep_a_device_busy():
 
 @pytest.mark.parametrize("num_tokens", [0, -1, True, 2048.0, "2048", "automatic"])
 def test_parts_of_nothing_are_refused(base_folder, num_tokens):
-    with pytest.raises(ValueError, match=r"whole number .*\. Set model\.microbatch_tokens"):
-        RoSAModule(str(base_folder), microbatch_tokens=num_tokens)
+    with pytest.raises(ValueError, match=r"whole number .*\. Set model\.speed\.microbatch_tokens"):
+        rosa_module(str(base_folder), microbatch_tokens=num_tokens)
 
 
 @pytest.mark.slow
@@ -374,7 +374,7 @@ class NormGradients(Callback):
 def adapters_after(num_tokens: int | None, folder) -> tuple[list[Tensor], list[Tensor], int]:
     """What a run over the demonstration data trains, on two ranks whose parts differ in number."""
     seed_everything(0)
-    module = RoSAModule("tiny", microbatch_tokens=num_tokens, share_prefix=False)
+    module = rosa_module("tiny", microbatch_tokens=num_tokens, share_prefix=False)
     data = ReasoningDataModule(batch_size=4)
     dls, norms = DynamicLayerSelection(num_active=2, interval=2), NormGradients()
     trainer = Trainer(

@@ -1,0 +1,51 @@
+"""Settings that make a training step faster or smaller, and leave its result as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MicrobatchTokens = int | Literal["auto"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """What a training step does to be fast or to fit; loss and gradients stay those of the batch.
+
+    Args:
+        share_prefix: Compute once what all rows of a batch begin with, such as an instruction
+            template, where loss and gradients stay as they are; where not, the log says why.
+        loss_chunk: Response tokens of a batch whose logits are held at once (chunked
+            cross-entropy); all by default.
+        microbatch_tokens: Tokens of a batch, padding included, that run forward and backward at
+            once; a larger batch is taken in parts, in one step and with its own gradients.
+            ``auto`` is 2048 on a CPU and for bases from 2e9 weights on, else all; null is all. All,
+            too, where the model is in shards, under 16-mixed and with hooks on parameters.
+        recompute_activations: Compute the outputs of activation functions and norms again in the
+            backward pass and hold the rest; gradients stay bit for bit. No effect beside
+            ``gradient_checkpointing`` and ``compile``.
+        compile: Compile the decoder layers, one by one, for training on one device or under DDP.
+
+    Raises:
+        ValueError: A number below 1.
+    """
+
+    share_prefix: bool = True
+    loss_chunk: int | None = None
+    microbatch_tokens: MicrobatchTokens = "auto"
+    recompute_activations: bool = True
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _check_count("loss_chunk", self.loss_chunk, "a number such as 1024, or null")
+        if self.microbatch_tokens != "auto":
+            expected = "a number of tokens, 2048 say, auto, or null for whole batches"
+            _check_count("microbatch_tokens", self.microbatch_tokens, expected)
+
+
+def _check_count(name: str, value: Any, expected: str) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is not None and not whole:
+        raise ValueError(
+            f"{name}={value!r} is no whole number from 1 up. Set model.speed.{name} to {expected}."
+        )
