@@ -47,7 +47,7 @@ from rosa_lightning.roae.inject import (
     is_adapter_key,
 )
 from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.training.checkpoint_io import check_outputs, write_checkpoints_whole
+from rosa_lightning.training.checkpoint_io import check_outputs, use_atomic_checkpoints
 from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.guard import StepGuard, check_clipping, check_max_nonfinite_steps
 from rosa_lightning.training.loss import LossComputer
@@ -55,17 +55,16 @@ from rosa_lightning.training.resume import (
     begin_due_validation,
     due_validation,
     settle_epoch,
-    why_nothing_to_train,
+    untrained_reason,
 )
 from rosa_lightning.training.schedule import WarmupCosine, lightning_scheduler
 from rosa_lightning.training.sharding import (
-    clip,
     leave_packed_out,
-    load_once,
-    raise_together,
-    spread,
+    load_on_rank_zero,
+    shard_and_broadcast,
 )
 from rosa_lightning.training.speed import SpeedConfig
+from rosa_lightning.utils.agreement import together
 from rosa_lightning.utils.rng import set_rng_state
 from rosa_lightning.utils.stopping import Stopping
 
@@ -274,12 +273,14 @@ class RoSAModule(Answering):
                 "many passes on every rank, where batches may take more or fewer. Set "
                 "trainer.strategy to ddp, fsdp or ModelParallelStrategy."
             )
-        model, self.identity, self.report = load_once(partial(self._adapted_base, device), strategy)
+        model, self.identity, self.report = load_on_rank_zero(
+            partial(self._adapted_base, device), strategy
+        )
         self.roae = self.report.config  # an adapter brings its own
         if self.speed.compile:
             compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
-        self.model = cast("PreTrainedModel", spread(model.train(), strategy))
+        self.model = cast("PreTrainedModel", shard_and_broadcast(model.train(), strategy))
         self._forward = self._new_forward()
         leave_packed_out(self)
         rank_zero_info(str(self.report))
@@ -356,7 +357,7 @@ class RoSAModule(Answering):
         """See to how checkpoints are written, and refuse what cannot be before loading."""
         super().setup(stage)
         self._to_fit = None
-        write_checkpoints_whole(self.trainer.strategy)
+        use_atomic_checkpoints(self.trainer.strategy)
         if stage == "fit":
             check_outputs(self.trainer)
             check_clipping(self.trainer.gradient_clip_val)
@@ -408,7 +409,7 @@ class RoSAModule(Answering):
         """
         # Lightning calls no hook between restoring its counts and finding that they are reached.
         if self.trainer.global_step and not self._has_trained:
-            raise ValueError(why_nothing_to_train(self.trainer))
+            raise ValueError(untrained_reason(self.trainer))
 
     def on_train_start(self) -> None:
         """Forget what was loaded for another purpose than going on."""
@@ -445,8 +446,8 @@ class RoSAModule(Answering):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer is told to, under FSDP1 too."""
-        done = gradient_clip_val is not None and clip(
-            self._built(), gradient_clip_val, gradient_clip_algorithm
+        done = gradient_clip_val is not None and self._guard.clip(
+            self._built(), optimizer, gradient_clip_val, gradient_clip_algorithm
         )
         if not done:
             super().configure_gradient_clipping(
@@ -530,12 +531,11 @@ class RoSAModule(Answering):
             ValueError: The adapters, or gradients that a step waits with, hold NaN or infinity.
                 What is on disk stays.
         """
-        problem = None
-        try:
-            check_weights(checkpoint["state_dict"])
-        except ValueError as error:
-            problem = ValueError(f"the checkpoint is not saved: {error}")
-        raise_together(problem)  # ranks may hold other shards, or none
+        with together("check of the weights"):  # ranks may hold other shards, or none
+            try:
+                check_weights(checkpoint["state_dict"])
+            except ValueError as error:
+                raise ValueError(f"the checkpoint is not saved: {error}") from error
         training = self._trainer is not None and self.trainer.state.fn == "fit"
         waiting = training and self.trainer.fit_loop._should_accumulate()
         if waiting:

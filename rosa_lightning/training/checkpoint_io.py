@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and folders that cannot be written, seen early.
+"""Write checkpoints whole or not at all, and check before a run that they can be written.
 
 Lightning writes a checkpoint into the folder for temporary files and moves it, which across file
 systems is a copy: a kill or a full disk leaves half of it under its final name. Checkpoints in
@@ -8,8 +8,8 @@ shards it writes file by file over the older ones.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
-from rosa_lightning.training.sharding import SHARDED_METADATA, raise_together
+from rosa_lightning.utils.agreement import together
 from rosa_lightning.utils.files import (
     atomic_write,
     check_writable,
@@ -32,63 +32,64 @@ from rosa_lightning.utils.files import (
     writing,
 )
 
-
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final place, to the disk, and renames it."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Write a checkpoint; elsewhere than on a local file system as Lightning does.
-
-        Raises:
-            OSError: It cannot be written, or the disk is full; names the file. One that was there
-                is there still.
-            ValueError: It could not be loaded again; names the entry, as a callback's state.
-        """
-        local = _local(path)
-        if local is None or storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        # Not straight into the file: torch's writer hides what the file system says.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        if _unsafe(buffer):
-            raise ValueError(_why_unsafe(checkpoint))
-        atomic_write(local, buffer.getbuffer())
+_SHARDED_METADATA = "meta.pt"
+"""The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""
 
 
-def _unsafe(buffer: io.BytesIO) -> list[str]:
-    """The classes in a saved file that loading it without running code refuses."""
+def save_atomically(
+    checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+) -> None:
+    """Write a checkpoint beside its final place, to the disk, and rename it.
+
+    Elsewhere than on a local file system it is written as Lightning does.
+
+    Raises:
+        OSError: It cannot be written, or the disk is full; names the file. An older one of that
+            name is still there.
+        ValueError: It could not be loaded again; names the entry, as a callback's state.
+    """
+    local = _local(path)
+    if local is None or storage_options is not None:
+        TorchCheckpointIO().save_checkpoint(checkpoint, path, storage_options)
+        return
+    # Not straight into the file: torch's writer hides what the file system says.
+    buffer = _saved(checkpoint)
+    if _unsafe_classes(buffer):
+        raise ValueError(_unsafe_entries(checkpoint))
+    atomic_write(local, buffer.getbuffer())
+
+
+def _saved(value: Any) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
     buffer.seek(0)
+    return buffer
+
+
+def _unsafe_classes(buffer: io.BytesIO) -> list[str]:
+    """The classes in a saved file that loading with `weights_only` refuses."""
     return torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
 
 
-def _why_unsafe(checkpoint: dict[str, Any]) -> str:
+def _unsafe_entries(checkpoint: dict[str, Any]) -> str:
     entries = {f"entry {name}": value for name, value in checkpoint.items() if name != "callbacks"}
     states = checkpoint.get("callbacks", {})
     entries |= {f"state of callback {name}": value for name, value in states.items()}
-    holds = []
-    for name, value in entries.items():
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        if found := _unsafe(buffer):
-            holds.append(f"{name} holds {', '.join(found)}")
+    found = {name: _unsafe_classes(_saved(value)) for name, value in entries.items()}
+    holds = [f"{name} holds {', '.join(classes)}" for name, classes in found.items() if classes]
     return (
         "the checkpoint is not saved, since it could not be loaded again: the "
         f"{'; the '.join(holds)}. Let it return numbers, strings, lists, dictionaries and tensors."
     )
 
 
-def write_checkpoints_whole(strategy: Strategy) -> None:
+def use_atomic_checkpoints(strategy: Strategy) -> None:
     """Let a strategy write checkpoints whole or not at all; a user's own `CheckpointIO` stays."""
     plugin: Any = strategy.checkpoint_io
+    while hasattr(plugin, "checkpoint_io"):  # AsyncCheckpointIO wraps another
+        plugin = plugin.checkpoint_io
     if type(plugin) is TorchCheckpointIO:
-        strategy.checkpoint_io = WholeCheckpointIO()
-    while isinstance(plugin, _WrappingCheckpointIO):
-        if type(plugin._checkpoint_io) is TorchCheckpointIO:
-            plugin._checkpoint_io = WholeCheckpointIO()
-        plugin = plugin._checkpoint_io
+        plugin.save_checkpoint = save_atomically  # type: ignore[method-assign]
     if not isinstance(strategy.save_checkpoint, partial):
         save = partial(_save, strategy, strategy.save_checkpoint)
         strategy.save_checkpoint = save  # type: ignore[method-assign]
@@ -101,62 +102,58 @@ def _save(
     filepath: str | Path,
     storage_options: Any | None = None,
 ) -> None:
-    """Save, a folder of shards beside its final place; what fails on one rank fails on all.
-
-    Raises:
-        OSError: A rank cannot write.
-    """
+    """Save, a folder of shards beside its final place; what fails on one rank fails on all."""
     write = partial(save, checkpoint, storage_options=storage_options)
-    path, in_shards = _local(filepath), _writes_shards(strategy)
+    path = _local(filepath)
     # Lightning would remove shards that are in the way of a file before that is written.
-    in_the_way = path is not None and Path(path, SHARDED_METADATA).is_file()
-    if path is None or not strategy.broadcast(in_shards or in_the_way):
-        raise_together(_failure(partial(write, filepath)))
+    in_the_way = path is not None and Path(path, _SHARDED_METADATA).is_file()
+    in_shards = _is_in_shards(checkpoint)
+    if path is None or not strategy.broadcast(in_the_way or in_shards):
+        with together("saving of the checkpoint"), _disk_errors():
+            write(filepath)
         return
     target: Path = strategy.broadcast(path)
-    is_zero = strategy.is_global_zero
-    with ExitStack() as stack, writing(target, beside=True):
-        part = strategy.broadcast(_part(target, in_shards, stack) if is_zero else target)
-        if isinstance(part, Exception):
-            raise part
-        raise_together(_failure(partial(write, part)))
-        raise_together(_failure(partial(put_in_place, part, target)) if is_zero else None)
+    with writing(target, beside=True), _part(strategy, target, in_shards) as part:
+        with together("saving of the checkpoint"), _disk_errors():
+            write(part)
+        with together("renaming of the checkpoint"):
+            if strategy.is_global_zero:
+                put_in_place(part, target)
 
 
-def _writes_shards(strategy: Any) -> bool:
-    """Whether its checkpoints are folders that all ranks write into."""
-    of_fsdp = getattr(strategy, "_state_dict_type", None) == "sharded"
-    return of_fsdp or getattr(strategy, "_save_distributed_checkpoint", None) is True
+def _is_in_shards(checkpoint: dict[str, Any]) -> bool:
+    """Whether all ranks write a part of it, into a folder."""
+    values = checkpoint.get("state_dict", {}).values()
+    return any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in values)
 
 
-def _part(path: Path, is_folder: bool, stack: ExitStack) -> Path | Exception:
-    """Where to write a checkpoint that then replaces what is there."""
-    if path.is_dir() and any(path.iterdir()) and not (path / SHARDED_METADATA).is_file():
-        return OSError("there is a folder that holds no checkpoint")
+@contextmanager
+def _part(strategy: Strategy, path: Path, is_folder: bool) -> Iterator[Path]:
+    """A path beside the final one, the same on all ranks; rank 0 makes and removes it."""
+    part = path
+    with ExitStack() as stack:
+        with together("preparation of the checkpoint"):
+            if strategy.is_global_zero:
+                is_checkpoint = (path / _SHARDED_METADATA).is_file()
+                if path.is_dir() and any(path.iterdir()) and not is_checkpoint:
+                    raise OSError("there is a folder that holds no checkpoint")
+                part = stack.enter_context(part_beside(path, is_folder=is_folder))
+        yield strategy.broadcast(part)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Raise OSError for what torch's writers say when they cannot write."""
     try:
-        return stack.enter_context(part_beside(path, is_folder=is_folder))
-    except OSError as error:
-        return error
-
-
-def _failure(work: Callable[[], None]) -> Exception | None:
-    """What goes wrong, if anything; what the writers of shards hide behind other errors."""
-    try:
-        work()
+        yield
     except CheckpointException as error:
-        found = [cause for cause, _ in error.failures.values()]
-        return next((cause for cause in found if isinstance(cause, OSError)), _disk_error(found[0]))
+        causes = [cause for cause, _ in error.failures.values()]
+        known = [cause for cause in causes if isinstance(cause, OSError)]
+        raise (known[0] if known else OSError(str(causes[0]).strip().splitlines()[-1])) from error
     except Exception as error:
-        return _disk_error(error)
-    return None
-
-
-def _disk_error(error: BaseException) -> Exception:
-    """An `OSError` for what torch's writer of archives says when it cannot write."""
-    text = str(error)
-    if "PytorchStreamWriter" in text or "inline_container" in text:
-        return OSError("not all of it could be written, as on a full disk")
-    return error if isinstance(error, Exception) else OSError(text.strip().splitlines()[-1])
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            raise OSError("not all of it could be written, as on a full disk") from error
+        raise
 
 
 def _local(path: str | Path) -> Path | None:
@@ -172,28 +169,24 @@ def check_outputs(trainer: Trainer) -> None:
     where there are loggers, whose folders they would choose.
 
     Raises:
-        OSError: Names the first folder that cannot be written, on every rank.
+        OSError: Names the first folder that cannot be written.
     """
-    error = None
-    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        error = _failure(partial(_check_outputs, trainer))
-    raise_together(error)
+    with together("check of the output folders"):
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for folder, what, setting in _outputs(trainer):
+                local = _local(folder) if isinstance(folder, str | Path) else None
+                if local is not None:
+                    check_writable(local, what, f"Set {setting} to a folder that can be.")
 
 
-def _check_outputs(trainer: Trainer) -> None:
+def _outputs(trainer: Trainer) -> Iterator[tuple[Any, str, str]]:
     for logger in trainer.loggers:
         folder = getattr(logger, "log_dir", None) or logger.save_dir
-        _check_folder(folder, "logs", "trainer.logger.init_args.save_dir")
+        yield folder, "logs", "trainer.logger.init_args.save_dir"
     for callback in trainer.checkpoint_callbacks:
         folder = getattr(callback, "dirpath", None)
         if folder is None and not trainer.loggers:
             folder = Path(trainer.default_root_dir, "checkpoints")
         if getattr(callback, "save_top_k", 1) or getattr(callback, "save_last", False):
             what = f"dirpath of {type(callback).__name__}, or trainer.default_root_dir,"
-            _check_folder(folder, "checkpoints", what)
-
-
-def _check_folder(folder: Any, what: str, setting: str) -> None:
-    local = _local(folder) if isinstance(folder, str | Path) else None
-    if local is not None:
-        check_writable(local, what, f"Set {setting} to a folder that can be.")
+            yield folder, "checkpoints", what

@@ -1,34 +1,32 @@
-"""Optimizer steps with a loss or a gradient that is not finite: stopped, or left out.
+"""Stop a run, or skip an optimizer step, where the loss or a gradient is not finite.
 
 One look at the numbers and one wait for the device an optimizer step, on all ranks alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from rosa_lightning.models.finite import local_parts
-from rosa_lightning.utils.agreement import RanksError, several_ranks
+from rosa_lightning.utils.agreement import RanksError, exchange, several_ranks
 
 _MOST_RECORDS = 20
 """Record numbers of a source that a message lists."""
 
 
 def check_max_nonfinite_steps(value: Any) -> None:
-    """Check the setting.
-
-    Raises:
-        ValueError: It is no whole number from 0 up.
-    """
+    """Raise ValueError for a setting that is no whole number from 0 up."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
             f"max_nonfinite_steps={value!r} is no whole number from 0 up. Set "
@@ -38,11 +36,7 @@ def check_max_nonfinite_steps(value: Any) -> None:
 
 
 def check_clipping(value: float | None) -> None:
-    """Check what gradients are clipped at, which Lightning does not.
-
-    Raises:
-        ValueError: It is below 0, which would clip nothing, or NaN, which would spoil all.
-    """
+    """Raise ValueError for a clipping value below 0, which clips nothing, or NaN, spoiling all."""
     if value is not None and not value >= 0:
         raise ValueError(
             f"gradient_clip_val={value} clips nothing. Set trainer.gradient_clip_val to a number "
@@ -51,7 +45,7 @@ def check_clipping(value: float | None) -> None:
 
 
 class StepGuard:
-    """Looks at each optimizer step before it is taken.
+    """Checks losses and gradients before each optimizer step, and clips the gradients.
 
     A gradient counts as not finite, too, where the sum of its squares is not in its data type:
     clipping and Adam's moments need it.
@@ -67,80 +61,98 @@ class StepGuard:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new window of micro-batches."""
+        """Begin a new window of gradient accumulation."""
         self._losses: list[Tensor] = []
         self._batches: list[Mapping[str, Any]] = []
+        self._norm: Tensor | None = None
+        """L2 norm of the gradients, where this rank holds all of them."""
 
     def add(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
-        """Remember a micro-batch of the step, without waiting for the device."""
+        """Remember a batch of the step, without waiting for the device."""
         self._losses.append(loss.detach().float())
         self._batches.append({k: batch[k] for k in ("source", "index") if k in batch})
 
     def check(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the step's losses and gradients, which stand in the parameters; all ranks must.
+        """Check the step's losses and gradients, which stand in the parameters; on all ranks.
 
         Raises:
             ValueError: One is not finite, and no step may be left out any more. Says on every rank
                 which, and of which records.
         """
-        if problem := self._look(module, optimizer):
+        problem, norm = self._look(module, optimizer)
+        if problem:
             self._skip(module.trainer, problem)
-            _drop(optimizer, has_scaler=_scaler(module.trainer) is not None)
+            _drop_gradients(optimizer, _scaler(module.trainer))
         self.reset()
+        self._norm = None if problem else norm
 
     def check_begun(self, module: LightningModule) -> None:
-        """Look at a step that has begun before its gradients are saved; all ranks must.
+        """Check a step that has begun before its gradients are saved; on all ranks.
 
         Raises:
             ValueError: It will stop the run, as soon as all of its batches are there.
         """
         for optimizer in module.trainer.optimizers if self.skipped >= self.max_skipped else ():
-            if problem := self._look(module, optimizer):
+            if problem := self._look(module, optimizer)[0]:
                 self._skip(module.trainer, problem)
 
-    def _look(self, module: LightningModule, optimizer: Optimizer) -> str:
-        """What is not finite, on any rank; empty if nothing is.
+    def clip(
+        self, model: nn.Module, optimizer: Optimizer, value: float, algorithm: str | None
+    ) -> bool:
+        """Clip gradients by the norm that `check` has computed, or under FSDP1; False elsewhere.
 
-        Under a gradient scaler infinite gradients are normal, and it passes over their step. They
-        count only once it scales by less than 1.
+        Args:
+            model: As `shard_and_broadcast` returned it.
+            optimizer: As given to `check`.
+            value: Largest norm of all gradients, or largest size of each entry.
+            algorithm: ``norm`` (also None) or ``value``.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        bad_loss, bad_gradient = self._flags(parameters, module.trainer.strategy.root_device)
-        scaler = _scaler(module.trainer)
-        if bad_gradient and not bad_loss and scaler is not None:
-            bad_gradient = scaler.get_scale() < 1
-        return self._describe(module, bad_loss) if bad_loss or bad_gradient else ""
+        norm, self._norm = self._norm, None
+        if value <= 0:
+            return False
+        if norm is not None and algorithm != "value":
+            clip_grads_with_norm_(_parameters(optimizer), value, norm)
+            return True
+        return clip_fsdp_gradients(model, value, algorithm)
 
-    def _flags(self, parameters: Iterable[Tensor], device: torch.device) -> tuple[bool, bool]:
-        """Whether any loss, and any gradient, of any rank is not finite."""
-        gradients = [
-            part for p in parameters if p.grad is not None for part in local_parts(p.grad.detach())
-        ]
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(1, device=device)
+    def _look(self, module: LightningModule, optimizer: Optimizer) -> tuple[str, Tensor | None]:
+        """What is not finite, on any rank (empty if nothing is), and the norm of the gradients.
+
+        Under a gradient scaler infinite gradients are normal, and it skips their step. They count
+        only once it scales by less than 1.
+        """
+        trainer = module.trainer
+        device, scaler = trainer.strategy.root_device, _scaler(trainer)
+        held = [p.grad.detach() for p in _parameters(optimizer) if p.grad is not None]
+        gradients = [part for grad in held for part in local_parts(grad)]
         norm = get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(1, device=device)
         bad = ~torch.stack([losses.isfinite().all(), norm.to(losses.device).isfinite()])
         flags = bad.to(device, torch.float32)
         if several_ranks():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        loss, gradient = flags.tolist()
-        return bool(loss), bool(gradient)
+        bad_loss, bad_gradient = map(bool, flags.tolist())
+        if bad_gradient and not bad_loss and scaler is not None:
+            bad_gradient = scaler.get_scale() < 1
+        problem = self._describe(module, bad_loss) if bad_loss or bad_gradient else ""
+        sharded = isinstance(getattr(module, "model", None), FullyShardedDataParallel)
+        sharded = sharded or any(isinstance(grad, DTensor) for grad in held)
+        return problem, None if sharded or scaler is not None else norm
 
     def _describe(self, module: LightningModule, bad_loss: bool) -> str:
         """What is not finite, and on which records, on all ranks that have seen it."""
         own = self._bad_losses(module) if bad_loss else self._bad_gradients(module)
         if not several_ranks():
             return own
-        texts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, own)
-        return "; ".join(f"on rank {rank} {text}" for rank, text in enumerate(texts) if text)
+        texts = enumerate(exchange("step that is not finite", own))
+        return "; ".join(f"on rank {rank} {text}" for rank, text in texts if text)
 
     def _bad_losses(self, module: LightningModule) -> str:
-        bad = [
-            (loss.item(), batch)
+        return "; ".join(
+            f"the loss is {loss.item()} {_records(module, [batch])}"
             for loss, batch in zip(self._losses, self._batches, strict=True)
             if not loss.isfinite()
-        ]
-        return "; ".join(f"the loss is {value} {_records(module, [b])}" for value, b in bad)
+        )
 
     def _bad_gradients(self, module: LightningModule) -> str:
         names = [
@@ -178,15 +190,31 @@ class StepGuard:
             logger.log_metrics({"train/nonfinite_steps": self.skipped}, step=step)
 
 
+def clip_fsdp_gradients(model: nn.Module, value: float, algorithm: str | None) -> bool:
+    """Clip gradients under FSDP1, where Lightning cannot; False elsewhere."""
+    if not isinstance(model, FullyShardedDataParallel):
+        return False
+    if algorithm == "value":
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.clamp_(-value, value)
+    else:
+        model.clip_grad_norm_(value)
+    return True
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _scaler(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def _drop(optimizer: Optimizer, has_scaler: bool) -> None:
-    """Leave the optimizer nothing to do."""
-    # A scaler that has not unscaled the gradients yet looks for infinity in them.
-    unscales = has_scaler and getattr(optimizer, "_step_supports_amp_scaling", False)
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+def _drop_gradients(optimizer: Optimizer, scaler: Any) -> None:
+    # A scaler leaves unscaling to fused optimizers, and then looks for infinity in gradients.
+    unscales = scaler is not None and optimizer.defaults.get("fused")
+    for parameter in _parameters(optimizer):
         if parameter.grad is not None and unscales:
             parameter.grad.fill_(torch.nan)
         else:

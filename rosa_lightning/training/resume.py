@@ -1,4 +1,4 @@
-"""Where a resumed run goes on: Lightning's counts of batches and epochs in a checkpoint."""
+"""Mend Lightning's counts of batches and epochs in a checkpoint, so that a resumed run is exact."""
 
 from __future__ import annotations
 
@@ -47,15 +47,10 @@ def settle_epoch(loops: Mapping[str, Any]) -> None:
 
 
 def due_validation(trainer: Trainer, loops: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a checkpoint must remember of a validation that follows on the batch it was saved at.
+    """The settings that make a validation follow on the batch a checkpoint is saved at.
 
-    Args:
-        trainer: Of the training that is saved.
-        loops: The entry of that name of its checkpoint.
-
-    Returns:
-        The settings that made the validation due; None where none is, or where a clock or a
-        request to stop has made it due, of which a resumed run does not know.
+    None where none follows, or where a clock or a request to stop has made it due, of which a
+    resumed run does not know.
     """
     by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
     if not _is_behind_batch(loops) or trainer.should_stop or by_clock:
@@ -66,10 +61,10 @@ def due_validation(trainer: Trainer, loops: Mapping[str, Any]) -> dict[str, Any]
 def begin_due_validation(
     trainer: Trainer, loops: Mapping[str, Any], due: Mapping[str, Any] | None
 ) -> None:
-    """Let a run go on with the validation that was due; Lightning leaves it out.
+    """Let a resumed run begin with the validation that was due, which Lightning leaves out.
 
     Args:
-        trainer: Of the run that goes on. Where its settings are others, no validation may be due.
+        trainer: Of the resumed run. Where its settings are others, no validation may be due.
         loops: The entry of that name of the checkpoint; changed in place.
         due: What `due_validation` has returned.
     """
@@ -97,23 +92,22 @@ def _validation_settings(trainer: Trainer) -> dict[str, Any]:
     return {name: getattr(trainer, name) for name in (*names, "limit_train_batches")}
 
 
-def why_nothing_to_train(trainer: Trainer) -> str:
-    """Which limits a run that goes on has reached already, and what to do, in a line."""
+def untrained_reason(trainer: Trainer) -> str:
+    """Which limits a resumed run had reached already, and what to do, in one line."""
     loop: Any = trainer.fit_loop
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     epochs: int = loop.epoch_progress.current.processed
-    timers = [c for c in callbacks if isinstance(c, Timer) and c.time_remaining() is not None]
+    times = [c.time_remaining() for c in callbacks if isinstance(c, Timer)]
     limits = {
         f"trainer.max_steps={trainer.max_steps}": 0 <= trainer.max_steps <= trainer.global_step,
         f"trainer.max_epochs={loop.max_epochs}": 0 <= (loop.max_epochs or -1) <= epochs,
-        "trainer.max_time": any((timer.time_remaining() or 0) <= 0 for timer in timers),
+        "trainer.max_time": any(time is not None and time <= 0 for time in times),
         "trainer.limit_train_batches=0": trainer.limit_train_batches == 0,
     }
     reached = [name for name, holds in limits.items() if holds]
     names = " and ".join(name.partition("=")[0] for name in reached)
-    if reached:
-        why = f"{' and '.join(reached)} {'is' if len(reached) == 1 else 'are'} reached"
-    else:
+    why = f"{' and '.join(reached)} {'is' if len(reached) == 1 else 'are'} reached"
+    if not reached:
         why, names = "a callback has stopped the run", "the limits of trainer.callbacks"
     anew = ", or leave out ckpt_path to begin anew" if trainer.ckpt_path else ""
     return (

@@ -6,14 +6,13 @@ import math
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from rosa_lightning.dls.length import planned_steps
 
 
-class WarmupCosine(LRScheduler):
+class WarmupCosine(LambdaLR):
     """Linear warm-up to each group's learning rate, then half a cosine down.
 
     Args:
@@ -52,28 +51,12 @@ class WarmupCosine(LRScheduler):
         self.warmup = warmup
         self.total_steps = total_steps
         self.final_ratio = final_ratio
-        super().__init__(optimizer)
+        super().__init__(optimizer, self.factor)
 
-    def set_total_steps(self, total_steps: int) -> None:
-        """Say how long the run is, once that is known, before the first step."""
-        self.total_steps = total_steps
-        self._last_lr = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Learning rates for the step numbered ``last_epoch`` (torch's name), from 0."""
-        factor = self._factor(self.last_epoch)
-        return [float(base) * factor for base in self.base_lrs]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The step reached; the shape of the schedule is the configuration's."""
-        return {"last_epoch": self.last_epoch, "_last_lr": self._last_lr}
-
-    def _factor(self, step: int) -> float:
+    def factor(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, as a share of the peak."""
         total = self.total_steps
-        share = self.warmup < 1
-        warmup = self.warmup * (total or 0) if share else self.warmup
+        warmup = self.warmup * (total or 0) if self.warmup < 1 else self.warmup
         if step < warmup:
             # The first step already learns: step 0 of a warm-up of 10 runs at a tenth.
             return min(1.0, (step + 1) / warmup)
@@ -81,6 +64,21 @@ class WarmupCosine(LRScheduler):
             return 1.0
         done = min(1.0, (step - warmup) / max(1.0, total - warmup))
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Say how long the run is, once that is known, before the first step."""
+        self.total_steps = total_steps
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * self.factor(self.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step reached; the shape of the schedule is the configuration's."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {"last_epoch": self.last_epoch, "_last_lr": rates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the step reached."""
+        vars(self).update(state_dict)
 
 
 def lightning_scheduler(scheduler: Any, trainer: Trainer) -> Any:

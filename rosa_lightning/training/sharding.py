@@ -1,8 +1,8 @@
-"""An adapted base under a strategy of several processes: loaded once, sent to all, sharded.
+"""Load an adapted base on rank 0, broadcast it to all ranks, and shard it under FSDP.
 
-Rank 0 loads. All others get the model with its parameters on the meta device, and then, unit by
-unit, their values, so that no rank but the first ever holds more of the base than its shard and
-one unit. A unit is what FSDP gathers at a time.
+All ranks but the first get the model with its parameters on the meta device, and then, unit by
+unit, their values, so that none ever holds more of the base than its shard and one unit. A unit is
+what FSDP gathers at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rosa_lightning.models.quantization import is_packed
 from rosa_lightning.roae.layer import RoAELinear
-from rosa_lightning.utils.agreement import mark_told, several_ranks
+from rosa_lightning.utils.agreement import several_ranks, together
 
 T = TypeVar("T")
-
-SHARDED_METADATA = "meta.pt"
-"""The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""
 
 
 def is_sharded(strategy: Strategy | None) -> bool:
@@ -33,47 +30,24 @@ def is_sharded(strategy: Strategy | None) -> bool:
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raise what has gone wrong on any rank, on every rank; each of them must call this.
-
-    Raises:
-        Exception: The first rank's error.
-    """
-    errors: list[Exception | None] = [error]
-    if several_ranks():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            mark_told(found)
-            raise found from (error if error is not None and found is not error else None)
-
-
-def load_once(load: Callable[[], T], strategy: Strategy | None) -> T:
-    """What `load` returns, called on rank 0 alone; elsewhere its parameters are on meta.
+def load_on_rank_zero(load: Callable[[], T], strategy: Strategy | None) -> T:
+    """The result of `load`, called on rank 0 alone; elsewhere its parameters are on meta.
 
     Where it cannot be sent (packed weights, classes of code that came with a base), every rank
     loads.
 
     Raises:
-        Exception: Whatever `load` raised, on every rank.
+        RanksError: `load` failed; says why, on every rank.
     """
     if strategy is None or not several_ranks():
         return load()
-    loaded: T | None = None
-    message: bytes | None = None
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            loaded = load()
-            message = _without_values(loaded)
-        except Exception as failure:
-            error = failure
-    message, error = strategy.broadcast((message, error))
-    if error is not None:
-        raise error
-    if dist.get_rank() == 0:
-        return cast(T, loaded)
+    loaded: list[T] = []
+    with together("loading of the base"):
+        if dist.get_rank() == 0:
+            loaded = [load()]
+    message = strategy.broadcast(_without_values(loaded[0]) if loaded else None)
+    if loaded:
+        return loaded[0]
     return load() if message is None else cast(T, pickle.loads(message))
 
 
@@ -101,7 +75,7 @@ def _without_values(value: object) -> bytes | None:
     return buffer.getvalue()
 
 
-def spread(model: nn.Module, strategy: Strategy | None) -> nn.Module:
+def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Module:
     """Give every rank the values of rank 0, and shard the model where the strategy shards.
 
     Adapters are units of their own: FSDP joins or reduces the weights of a unit in one data type,
@@ -109,55 +83,55 @@ def spread(model: nn.Module, strategy: Strategy | None) -> nn.Module:
     room for gradients of the whole base under FSDP1.
 
     Args:
-        model: As `load_once` gave it, adapted.
+        model: As `load_on_rank_zero` gave it, adapted.
         strategy: The trainer's, if there is one.
 
     Returns:
-        The model, which FSDP1 stands around.
+        The model, which FSDP1 wraps.
 
     Raises:
-        ValueError: Tensor parallelism, or shards of a quantised base, which nothing here can do.
+        ValueError: Tensor parallelism, or shards of a quantised base, which are not supported.
     """
     if strategy is None:
         return model
-    _check_unpacked(model, strategy)
-    shard = _shard_function(strategy)
-    device = strategy.root_device
-    # What belongs to which unit must be known before a wrapper stands in between.
-    plan: list[tuple[str, list[tuple[nn.Module, str]]]] = []
-    taken: set[nn.Module] = set()
-    for path in [*_units(model), ""] if shard else [""]:
-        own = [module for module in model.get_submodule(path).modules() if module not in taken]
-        taken.update(own)
-        plan.append((path, [(module, name) for module in own for name in module._parameters]))
-    filled: dict[Tensor, nn.Parameter] = {}
-    for path, parameters in plan:
-        if several_ranks():
-            _send(parameters, device, filled)
-        if shard is not None:
-            unit = shard(model.get_submodule(path))
-            if not path:
-                return unit
-            model.set_submodule(path, unit)
-            if path.endswith(".base"):
-                unit.register_forward_hook(_copy)
-    return model
-
-
-def _check_unpacked(model: nn.Module, strategy: Strategy) -> None:
-    """Refuse shards of packed weights."""
     packed = [name for name, weight in model.named_parameters() if is_packed(weight)]
     if packed and is_sharded(strategy):
         raise ValueError(
             f"{strategy.__class__.__name__} cannot shard a quantised base ({packed[0]}). Set "
             "trainer.strategy to ddp, or leave model.quantization out."
         )
+    shard = _shard_function(strategy)
+    # What belongs to which unit must be known before a wrapper stands in between.
+    plan: list[tuple[str, list[tuple[nn.Module, str]]]] = []
+    taken: set[nn.Module] = set()
+    for path in [*_units(model), ""] if shard else [""]:
+        own = [module for module in model.get_submodule(path).modules() if module not in taken]
+        taken.update(own)
+        plan.append((path, [(m, name) for m in own for name, _ in _own_parameters(m)]))
+    filled: dict[Tensor, nn.Parameter] = {}
+    for path, parameters in plan:
+        if several_ranks():
+            _broadcast(parameters, strategy.root_device, filled)
+        if shard is not None:
+            unit = shard(model.get_submodule(path))
+            if not path:
+                return unit
+            model.set_submodule(path, unit)
+            if path.endswith(".base"):
+                # A copy, for the adapter to add to: FSDP's backward hook is on the unit's own
+                # output, and an output that is a view would lose it if changed in place.
+                unit.register_forward_hook(lambda _module, _args, output: output.clone())
+    return model
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters(recurse=False, remove_duplicate=False)
 
 
 def leave_packed_out(module: nn.Module) -> None:
-    """Keep packed weights out of what `DistributedDataParallel` sends round at its start.
+    """Keep packed weights out of what `DistributedDataParallel` broadcasts at its start.
 
-    It cannot send them, and every rank has loaded its own.
+    It cannot send them, and every rank has loaded its own. torch 2.13 has no public way.
     """
     packed = [name for name, weight in module.named_parameters() if is_packed(weight)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
@@ -165,24 +139,15 @@ def leave_packed_out(module: nn.Module) -> None:
     )
 
 
-def _copy(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """A copy, for the adapter to add to: FSDP's backward hook is on the unit's own output.
-
-    Changed in place, an output that is a view would lose that hook, and the backward pass would
-    find the unit's weights gone.
-    """
-    return output.clone()
-
-
-def _send(
+def _broadcast(
     parameters: list[tuple[nn.Module, str]],
     device: torch.device,
     filled: dict[Tensor, nn.Parameter],
 ) -> None:
     """Broadcast parameters from rank 0, each once, wherever it stands."""
     for module, name in parameters:
-        parameter = module._parameters[name]
-        if parameter is None or is_packed(parameter):
+        parameter = module.get_parameter(name)
+        if is_packed(parameter):
             continue
         if parameter not in filled:
             if parameter.is_meta:
@@ -193,7 +158,7 @@ def _send(
                 whole = parameter
             dist.broadcast(whole.data, src=0)
             filled[parameter] = filled[whole] = whole
-        module._parameters[name] = filled[parameter]
+        setattr(module, name, filled[parameter])
 
 
 def _units(model: nn.Module) -> Iterator[str]:
@@ -226,7 +191,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _shard_function(strategy: Strategy) -> Callable[[nn.Module], nn.Module] | None:
-    """What makes a unit of a module, and returns it or what stands around it."""
+    """What makes a unit of a module, and returns it or its wrapper."""
     if isinstance(strategy, FSDPStrategy):
         from torch.distributed.fsdp.wrap import wrap
 
@@ -245,24 +210,3 @@ def _shard_function(strategy: Strategy) -> Callable[[nn.Module], nn.Module] | No
             )
         return lambda module: cast(nn.Module, fully_shard(module, mesh=mesh["data_parallel"]))
     return None
-
-
-def clip(model: nn.Module, value: float, algorithm: str | None) -> bool:
-    """Clip gradients under FSDP1, where Lightning cannot; False elsewhere.
-
-    Args:
-        model: As `spread` returned it.
-        value: Largest norm of all gradients, or largest size of each entry.
-        algorithm: ``norm`` (also None) or ``value``.
-    """
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if not isinstance(model, FullyShardedDataParallel):
-        return False
-    if algorithm == "value":
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.clamp_(-value, value)
-    else:
-        model.clip_grad_norm_(value)
-    return True

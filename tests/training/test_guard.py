@@ -312,13 +312,13 @@ def test_the_numbers_are_looked_at_once_an_optimizer_step(
     base_folder, sources, tmp_path, monkeypatch
 ):
     waits = []
-    flags = StepGuard._flags
+    look = StepGuard._look
 
     def counted(self, *args):
         waits.append(1)
-        return flags(self, *args)
+        return look(self, *args)
 
-    monkeypatch.setattr(StepGuard, "_flags", counted)
+    monkeypatch.setattr(StepGuard, "_look", counted)
     options = {"max_steps": 3, "accumulate_grad_batches": 2}
     trainer(tmp_path, **options).fit(module(base_folder), data(sources))
     assert len(waits) == 3
