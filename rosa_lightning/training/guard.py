@@ -141,34 +141,20 @@ class StepGuard:
 
     def _describe(self, module: LightningModule, bad_loss: bool) -> str:
         """What is not finite, and on which records, on all ranks that have seen it."""
-        own = self._bad_losses(module) if bad_loss else self._bad_gradients(module)
+        losses = zip(self._losses, self._batches, strict=True)
+        if bad_loss:
+            bad = [(loss.item(), batch) for loss, batch in losses if not loss.isfinite()]
+            own = "; ".join(f"the loss is {loss} {_records(module, [b])}" for loss, b in bad)
+        elif names := _bad_gradients(module):
+            more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+            where = _records(module, self._batches)
+            own = f"the gradient of {names[0]}{more} is not finite {where}"
+        else:  # in another rank's shards, or in all of them together
+            own = "" if several_ranks() else "the norm of the gradients is not finite"
         if not several_ranks():
             return own
         texts = enumerate(exchange("step that is not finite", own))
         return "; ".join(f"on rank {rank} {text}" for rank, text in texts if text)
-
-    def _bad_losses(self, module: LightningModule) -> str:
-        return "; ".join(
-            f"the loss is {loss.item()} {_records(module, [batch])}"
-            for loss, batch in zip(self._losses, self._batches, strict=True)
-            if not loss.isfinite()
-        )
-
-    def _bad_gradients(self, module: LightningModule) -> str:
-        names = [
-            name
-            for name, parameter in module.named_parameters()
-            if parameter.grad is not None
-            and any(not get_total_norm([g]).isfinite() for g in local_parts(parameter.grad))
-        ]
-        if not names:  # in another rank's shards, or in all of them together
-            return "" if several_ranks() else "the norm of the gradients is not finite"
-        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
-        losses = ", ".join(f"{loss.item():.4g}" for loss in self._losses)
-        return (
-            f"the gradient of {names[0]}{more} is not finite {_records(module, self._batches)}, "
-            f"with a loss of {losses}"
-        )
 
     def _skip(self, trainer: Trainer, where: str) -> None:
         """Count the step, or stop."""
@@ -203,6 +189,15 @@ def clip_fsdp_gradients(model: nn.Module, value: float, algorithm: str | None) -
     return True
 
 
+def _bad_gradients(module: LightningModule) -> list[str]:
+    return [
+        name
+        for name, weight in module.named_parameters()
+        if weight.grad is not None
+        and any(not get_total_norm([part]).isfinite() for part in local_parts(weight.grad))
+    ]
+
+
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -225,17 +220,12 @@ def _records(module: LightningModule, batches: Sequence[Mapping[str, Any]]) -> s
     """Which records batches hold, by source."""
     names = getattr(getattr(module.trainer, "datamodule", None), "source_names", ())
     found: dict[str, list[int]] = {}
-    for batch in batches:
-        if "source" in batch and "index" in batch:
-            pairs = zip(batch["source"].tolist(), batch["index"].tolist(), strict=True)
-            for source, index in pairs:
-                name = names[source] if source < len(names) else f"source {source}"
-                found.setdefault(name, []).append(index)
+    for batch in (batch for batch in batches if "source" in batch and "index" in batch):
+        for source, index in zip(batch["source"].tolist(), batch["index"].tolist(), strict=True):
+            name = names[source] if source < len(names) else f"source {source}"
+            found.setdefault(name, []).append(index)
     if not found:
         return f"in batch {module.trainer.fit_loop.batch_idx}"
-    texts = []
-    for name, numbers in found.items():
-        listed = ", ".join(map(str, sorted(numbers)[:_MOST_RECORDS]))
-        more = f" and {len(numbers) - _MOST_RECORDS} more" if len(numbers) > _MOST_RECORDS else ""
-        texts.append(f"{listed}{more} of {name}")
+    listed = {name: sorted(numbers)[:_MOST_RECORDS] for name, numbers in found.items()}
+    texts = [f"{', '.join(map(str, numbers))} of {name}" for name, numbers in listed.items()]
     return f"on records {'; '.join(texts)}"

@@ -1,11 +1,10 @@
 """Recompute cheap activations in the backward pass instead of holding them, bit for bit.
 
-A gated feed-forward block saves the output of its activation function, and also its input, from
-which it follows. A norm saves a float32 copy of a 16-bit input, and where its weight trains, its
-input normalised. To recompute these takes a few operations an element and no matrix product.
-Megatron-LM has ``CheckpointWithoutOutput`` for this; here hooks on saved tensors do it, whatever
-the model's code. Uses `Tensor._version`, `_backward_hooks`, a module's `_forward_hooks` and
-`UntypedStorage._cdata` (torch 2.13).
+A gated feed-forward block saves both input and output of its activation function, and a norm saves
+a float32 copy of a 16-bit input. To recompute these takes a few operations an element and no matrix
+product. Megatron-LM has ``CheckpointWithoutOutput`` for this; here hooks on saved tensors do it,
+whatever the model's code. Uses `Tensor._version` and `_backward_hooks`, a module's
+`_forward_hooks`, and `UntypedStorage._cdata` (torch 2.13).
 """
 
 from __future__ import annotations
@@ -27,11 +26,6 @@ _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 _Restore = Callable[[], Tensor]
 """Gives a saved tensor, or recomputes it."""
-
-_CHANGED = (
-    "the backward pass needs a {} that an in-place operation has changed since. Mend the model's "
-    "code, or set model.speed.recompute_activations to false, if the model trains without it."
-)
 
 
 def recomputable(model: nn.Module) -> list[nn.Module]:
@@ -69,16 +63,9 @@ def _is_norm(module: nn.Module) -> bool:
 def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Within it, what these modules save is recomputed in the backward pass.
 
-    The backward pass may come after the context has ended, and more than once. As autograd does, it
-    refuses tensors that were changed in place after they were saved; a norm's input counts among
-    them. `saved_tensors_hooks` around this context see nothing.
-
-    Args:
-        modules: As `recomputable` finds them. One with hooks of others is left alone, and so is a
-            call with more than one tensor.
-
-    Raises:
-        RuntimeError: In the backward pass, for a tensor that was changed in place.
+    As autograd does, the backward pass refuses tensors that were changed in place after they were
+    saved; a norm's input counts among them. Modules with hooks of others are left alone, and so are
+    calls with more than one tensor. `saved_tensors_hooks` around this context see nothing.
     """
     calls = _Calls()
     with ExitStack() as stack:
@@ -107,9 +94,9 @@ class _Calls:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, self.running = self.running, None
-        if call is None or not isinstance(output, Tensor):
+        if call is None or call.weights or not isinstance(output, Tensor):
             return
-        if output.requires_grad and not call.weights:
+        if output.requires_grad:
             call.made = output.dtype, output._version
             # A storage's address is used anew once its tensor is gone.
             self.ended[_storage(output)] = weakref.ref(output), call
@@ -140,9 +127,8 @@ class _Call:
             torch.get_autocast_dtype(device),
             enabled=torch.is_autocast_enabled(device),
         )
-        self.num_inner = self.outputs_to_take = 0
+        self.num_inner = 0
         self.inner: dict[int, Tensor] = {}
-        self.output: Tensor | None = None
 
     def hold_inner(self, tensor: Tensor) -> _Restore:
         """For what the module saves itself: the tensor, if it is small or held anyway."""
@@ -155,8 +141,8 @@ class _Call:
         """For the module's output, or a view of it: the tensor, if it has been changed since."""
         if (tensor.dtype, tensor._version) != self.made:
             return _held(tensor)
-        self.outputs_to_take += 1
-        return partial(self._take_output, tensor.shape, tensor.stride(), tensor.storage_offset())
+        view = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return lambda: self._run().as_strided(*view)
 
     def _versions(self) -> list[int]:
         return [tensor._version for tensor in (self.given, *self.weights)]
@@ -170,17 +156,10 @@ class _Call:
             self._run()
         return self.inner.pop(number)
 
-    def _take_output(self, *view: Any) -> Tensor:
-        """A view of the output, by shape, strides and offset."""
-        output = self._run() if self.output is None else self.output
-        self.outputs_to_take -= 1  # below zero in a second backward pass
-        self.output = output if self.outputs_to_take > 0 else None
-        return output.as_strided(*view)
-
     def _run(self) -> Tensor:
         """The output, and in `inner` what the module saves."""
         if self._versions() != self.versions:
-            raise RuntimeError(_CHANGED.format(f"input or weight of {type(self.module).__name__}"))
+            raise _changed(f"input or weight of {type(self.module).__name__}")
         inner: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> None:
@@ -195,21 +174,27 @@ class _Call:
         ):
             output: Tensor = self.module.forward(given).detach()
         self.inner = inner
-        self.output = output if self.outputs_to_take > 0 else None
         return output
 
 
 def _held(tensor: Tensor) -> _Restore:
     """The tensor itself, checked as autograd checks those that have no hooks."""
     # Without its graph, which it would hold on to for ever where it is an output.
-    bare = tensor if tensor.grad_fn is None else tensor.detach()
-    return partial(_unchanged, bare, tensor._version)
+    bare, version = tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
+
+    def restore() -> Tensor:
+        if bare._version != version:
+            raise _changed(f"tensor of shape {tuple(bare.shape)}")
+        return bare
+
+    return restore
 
 
-def _unchanged(tensor: Tensor, version: int) -> Tensor:
-    if tensor._version != version:
-        raise RuntimeError(_CHANGED.format(f"tensor of shape {tuple(tensor.shape)}"))
-    return tensor
+def _changed(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the backward pass needs a {what} that an in-place operation has changed since. Mend the "
+        "model's code, or set model.speed.recompute_activations to false, if it trains without it."
+    )
 
 
 def _restored(restore: _Restore) -> Tensor:

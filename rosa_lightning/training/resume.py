@@ -27,7 +27,7 @@ def settle_epoch(loops: Mapping[str, Any]) -> None:
     if epochs is None or batches is None:
         return
     last, all_batches = batches["is_last_batch"], batches["total"]
-    if all_batches["completed"] < all_batches["processed"]:  # saved in `on_train_batch_end`
+    if _is_behind_batch(loops):
         if not last:
             return
         for kind in ("total", "current"):
@@ -63,10 +63,7 @@ def begin_due_validation(
 ) -> None:
     """Let a resumed run begin with the validation that was due, which Lightning leaves out.
 
-    Args:
-        trainer: Of the resumed run. Where its settings are others, no validation may be due.
-        loops: The entry of that name of the checkpoint; changed in place.
-        due: What `due_validation` has returned.
+    Changes `loops` in place. With other settings than `due` has, no validation may be due.
     """
     if due is None or due != _validation_settings(trainer) or not _is_behind_batch(loops):
         return
@@ -76,9 +73,9 @@ def begin_due_validation(
         counts["completed"] = counts["processed"]
     validated = fit["epoch_loop.val_loop.batch_progress"]
     done = validated["total"]["completed"]
-    begun = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
-    first = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    validated |= {"total": begun, "current": first}
+    for kind, count in (("total", done), ("current", 0)):
+        begun = dict.fromkeys(("ready", "started"), count + 1)
+        validated[kind] = begun | dict.fromkeys(("processed", "completed"), count)
 
 
 def _is_behind_batch(loops: Mapping[str, Any]) -> bool:

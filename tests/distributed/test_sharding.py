@@ -26,8 +26,9 @@ from tests.distributed.test_dls import plain
 CONFIGS = Path(__file__).parents[2] / "configs"
 STRATEGIES = {
     "ddp": "ddp",
-    "fsdp1 full": "{class_path: ranks.CPUFSDPStrategy}",
-    "fsdp1 sharded": "{class_path: ranks.CPUFSDPStrategy, init_args: {state_dict_type: sharded}}",
+    "fsdp1 full": "{class_path: tests.ranks.CPUFSDPStrategy}",
+    "fsdp1 sharded": "{class_path: tests.ranks.CPUFSDPStrategy, "
+    "init_args: {state_dict_type: sharded}}",
     "fsdp2 sharded": "ModelParallelStrategy",
     "fsdp2 full": "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, "
     "init_args: {save_distributed_checkpoint: false}}",

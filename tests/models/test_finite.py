@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.fabric.utilities.load import _lazy_load
 from safetensors.torch import load_file, save_file
 
-from rosa_lightning import RoAEConfig, RoSAModule
+from rosa_lightning import RoSAModule
 from rosa_lightning.models.finite import check_states, check_weights
 from rosa_lightning.models.loading import load_base
 from tests.test_module import data, module, trainer
@@ -109,29 +107,6 @@ def test_a_base_too_large_for_the_data_type_is_refused_and_fits_another(base_fol
     assert load_base(str(folder), dtype="bfloat16").model.norm.weight.min() > 2e38
 
 
-@given(st.floats(min_value=1e-320, max_value=1e308), st.integers(1, 256))
-def test_a_scale_is_taken_if_and_only_if_float32_holds_it(alpha, rank):
-    # Subnormal numbers are refused: devices take them for 0.
-    limits = torch.finfo(torch.float32)
-    if limits.tiny <= alpha / rank <= limits.max:
-        assert RoAEConfig(alpha=alpha, rank=rank).scale == alpha / rank
-    else:
-        with pytest.raises(ValueError, match=r"model\.roae\.alpha"):
-            RoAEConfig(alpha=alpha, rank=rank)
-
-
-@pytest.mark.parametrize("alpha", [1e300, 1e-300])
-def test_a_scale_out_of_range_is_refused(alpha):
-    with pytest.raises(ValueError, match="outside the range of float32"):
-        RoAEConfig(alpha=alpha)
-
-
-@pytest.mark.parametrize("rank", [0, -1, True, 2.0, 2**31, pytest.param(10**5000, id="long")])
-def test_a_rank_that_no_matrix_has_is_refused(rank):
-    with pytest.raises(ValueError, match=r"model\.roae\.rank"):
-        RoAEConfig(rank=rank)
-
-
 def test_saving_refuses_adapters_that_are_not_finite_and_keeps_the_older_file(
     base_folder, sources, tmp_path
 ):
@@ -146,17 +121,6 @@ def test_saving_refuses_adapters_that_are_not_finite_and_keeps_the_older_file(
     with pytest.raises(ValueError, match=rf"{name} holds values that are not finite"):
         run.save_checkpoint(tmp_path / "c.ckpt")
     assert (tmp_path / "c.ckpt").read_bytes() == before
-
-
-def test_a_base_of_the_command_line_is_refused_in_one_line(
-    base_folder, tmp_path, capsys, sources, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    from tests.cli.test_main import config, refused
-
-    folder = spoilt_base(base_folder, tmp_path / "bad", "lm_head.weight", math.nan)
-    for command in ("fit", "validate"):
-        assert "lm_head.weight" in refused(capsys, command, config(folder, sources))
 
 
 @pytest.mark.parametrize("value", [0.5, math.nan])

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from rosa_lightning.models.loading import (
     base_name,
-    enable_checkpointing,
     load_base,
     load_skeleton,
     load_tokenizer,
@@ -38,13 +37,6 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_pa
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).pad_token == "<eos>"
     assert load_tokenizer(str(tmp_path), for_training=False).pad_token is None
-
-
-def test_a_reason_of_several_lines_is_told_to_its_end(tmp_path):
-    build("llama").save_pretrained(tmp_path)  # and no tokenizer
-    with pytest.raises(ValueError, match=r"from one of: \(1\) a .* \(3\) .* Set model") as error:
-        load_tokenizer(str(tmp_path))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("load", [load_base, load_skeleton])
@@ -94,12 +86,6 @@ def test_a_skeleton_of_a_known_class_does_without_the_code_that_comes_with_it(tm
     assert type(load_skeleton(str(tmp_path))) is transformers.LlamaForCausalLM
 
 
-def test_checkpointing_leaves_the_embeddings_without_a_gradient():
-    model = build("llama").train().requires_grad_(False)
-    enable_checkpointing(model)
-    assert not model(torch.tensor([[3, 4]])).logits.requires_grad
-
-
 def test_a_skeleton_needs_a_configuration_only_and_has_the_base_s_shapes(base_folder, tmp_path):
     whole = load_base(str(base_folder))
     whole.config.save_pretrained(tmp_path)
@@ -121,13 +107,6 @@ def test_a_skeleton_s_buffers_are_those_of_the_model(family, tmp_path):
     assert buffers.keys() == expected.keys()
     assert expected
     assert all(torch.equal(buffers[name], expected[name]) for name in expected)
-
-
-def test_a_skeleton_takes_the_dtype_and_kernel_asked_for(base_folder):
-    empty = load_skeleton(str(base_folder), dtype="bfloat16", attn_implementation="eager")
-    assert {weight.dtype for weight in empty.parameters()} == {torch.bfloat16}
-    assert empty.config._attn_implementation == "eager"
-    assert {weight.dtype for weight in load_skeleton("tiny").parameters()} == {torch.float32}
 
 
 def test_a_skeleton_without_a_dtype_or_a_configuration_is_refused(tmp_path):

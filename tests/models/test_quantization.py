@@ -6,10 +6,6 @@ bitsandbytes computes on a CPU too; where it or torchao is missing, its tests ar
 from __future__ import annotations
 
 import copy
-import logging
-import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers import utils
 
 from rosa_lightning import (
-    DynamicLayerSelection,
     ReasoningDataModule,
     RoAEConfig,
     RoSAModule,
@@ -33,16 +28,11 @@ from rosa_lightning import (
 from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.files import load_adapter
 from rosa_lightning.adapters.metadata import fingerprint
-from rosa_lightning.cli.main import main, quiet_quantizers
-from rosa_lightning.models.loading import enable_checkpointing, load_base
+from rosa_lightning.models.loading import load_base
 from rosa_lightning.models.quantization import (
-    is_quantized,
-    quantization_config,
     ready_four_bit_layers,
 )
 from rosa_lightning.roae.inject import is_adapter_key, remove_roae, roae_layers
-from rosa_lightning.roae.layer import RoAELinear, RowBlocks
-from rosa_lightning.training.schedule import WarmupCosine
 from tests.conftest import FAMILIES, SMALL, rosa_module, save_base
 
 needs_torchao = pytest.mark.skipif(
@@ -161,17 +151,6 @@ def test_linear_layers_but_the_head_are_quantised_and_nothing_else(scheme, dtype
             assert torch.equal(others[name], weight)
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_four_bits_are_those_of_qlora(name, monkeypatch):
-    for library in ("bitsandbytes", "accelerate"):
-        monkeypatch.setattr(utils, f"is_{library}_available", lambda: True)
-    config = quantization_config(name, torch.bfloat16)
-    assert config.load_in_4bit
-    assert config.bnb_4bit_quant_type == name
-    assert config.bnb_4bit_use_double_quant
-    assert config.bnb_4bit_compute_dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("name", "library"),
     [("int8", "torchao"), ("nf4", "bitsandbytes"), ("llm_int8", "accelerate")],
@@ -217,13 +196,6 @@ def test_a_quantised_model_is_adapted_where_the_plain_one_is(scheme, dtype, fami
             assert set(changed.tolist()) == set(projection.rows)
             assert layer.roae_A.dtype == layer.roae_B.dtype == torch.float32
             assert layer(x).dtype == layer.base(x).dtype == x.dtype
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_target_is_adapted(scheme, folder):
-    config = RoAEConfig(rank=4, targets=("q", "k", "v", "o", "gate", "up", "down"))
-    model = load_base(str(folder), quantization=scheme)
-    assert inject_roae(model, config) == inject_roae(load_base(str(folder)), config)
 
 
 # float32: the same products in another order.
@@ -274,30 +246,6 @@ def test_four_bit_rows_of_broken_blocks_are_right_or_refused(scheme, tmp_path, i
         assert not list(roae_layers(model))
     else:
         assert_close(model(ids).logits, load_base(str(path))(ids).logits, rtol=0, atol=0.2)
-
-
-@needs_torchao
-def test_gradients_are_the_same_with_checkpointing(folder, ids):
-    model = load_base(str(folder), quantization="int8")
-    inject_roae(model, CONFIG)
-    wanted = gradients(randomise(model.train()), ids)
-    enable_checkpointing(model)
-    for name, gradient in gradients(model, ids).items():
-        assert torch.equal(gradient, wanted[name])
-
-
-# The compiler looks at the gradient of every input.
-@pytest.mark.slow
-@needs_torchao
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_layers_have_the_same_gradients(folder, ids):
-    model = load_base(str(folder), quantization="int8")
-    inject_roae(model, CONFIG)
-    wanted = gradients(randomise(model.train()), ids)
-    for layer in model.model.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
-    for name, gradient in gradients(model, ids).items():
-        assert_close(gradient, wanted[name])
 
 
 class BufferLinear(nn.Module):
@@ -376,43 +324,6 @@ def test_a_dequantised_merge_is_the_fold_by_hand(scheme, dtype, family, tmp_path
     assert torch.equal(load_base(str(tmp_path))(ids).logits, model(ids).logits)
 
 
-@needs_torchao
-def test_plain_projections_of_a_partly_quantised_base_take_the_term(folder, ids):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = load_base(str(folder))
-    for layer in model.model.layers:
-        quantize_(layer.mlp, Int8WeightOnlyConfig(version=2, set_inductor_config=False))
-    inject_roae(model, CONFIG)
-    before = randomise(model)(ids).logits
-    merge_roae(model)
-    assert_close(model(ids).logits, before)
-    assert len(packed(model)) == 12
-
-
-def test_dequantizing_a_plain_base_is_a_merge(folder, ids):
-    model = load_base(str(folder))
-    inject_roae(model, CONFIG)
-    before = randomise(model)(ids).logits
-    assert_close(merge_roae(model, dequantize=True)(ids).logits, before)
-
-
-@needs_torchao
-def test_a_term_after_a_norm_is_not_merged_into_a_dequantised_weight(tmp_path):
-    model = load_base(str(save_qwen3(tmp_path)), quantization="int8")
-    inject_roae(model, RoAEConfig(rank=4, placement="state"))
-    count = len(packed(model))
-    with pytest.raises(ValueError, match="after a norm"):
-        merge_roae(model, dequantize=True)
-    assert len(packed(model)) == count
-
-
-def save_qwen3(folder: Path) -> Path:
-    config = transformers.Qwen3Config(**{**SMALL, "head_dim": 32})
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
 # --- knowing the base again ---------------------------------------------------------------------
 
 
@@ -423,19 +334,6 @@ def test_a_base_is_known_again_quantised_or_not(scheme, family):
         plain = fingerprint(load_base(str(family), dtype=dtype), "plain")
         plain.check(quantized)
         quantized.check(plain)
-
-
-@needs_torchao
-@pytest.mark.parametrize("both", [True, False])
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}])
-def test_another_base_is_refused_by_what_differs(changes, both, folder, tmp_path):
-    other_folder = save_base(tmp_path / "other", **changes)
-    first = fingerprint(load_base(str(folder), quantization="int8"), "one")
-    other = load_base(str(other_folder), quantization="int8" if both else None)
-    with pytest.raises(ValueError, match=r"is another one: model\.\S+ differs"):
-        fingerprint(other, "two").check(first)
-    with pytest.raises(ValueError, match=r"is another one: model\.\S+ differs"):
-        first.check(fingerprint(other, "two"))
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -500,60 +398,6 @@ def test_adapters_train_in_float32_and_the_base_stays(
 
 
 @needs_torchao
-def test_inside_autocast_the_term_is_computed_in_its_dtype(folder):
-    model = load_base(str(folder), quantization="int8")
-    inject_roae(model, CONFIG)
-    layer = next(layer for _, layer in roae_layers(model))
-    x = torch.randn(2, 5, 64)
-    assert layer.low_rank(x.bfloat16()).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer.low_rank(x).dtype == torch.bfloat16
-        assert layer(x).dtype == layer.base(x).dtype
-
-
-@pytest.mark.parametrize("scheme", SCHEMES[:3])
-def test_64_true_is_refused_in_one_line(scheme, folder, batches, tmp_path):
-    built = module(folder, scheme)
-    with pytest.raises(ValueError, match=r"64-true.*trainer\.precision to 32-true") as error:
-        trainer(tmp_path, precision="64-true").fit(built, batches, batches)
-    assert "\n" not in str(error.value)
-
-
-@needs_torchao
-def test_layer_selection_and_checkpointing_train_the_chosen_layers_alone(folder, batches, tmp_path):
-    built = module(folder, gradient_checkpointing=True)
-    built.configure_model()
-    start = loss_of(built, batches)
-    before = {n: p.detach().clone() for n, p in built.named_parameters() if is_adapter_key(n)}
-    dls = DynamicLayerSelection(num_active=2, interval=100)
-    trainer(tmp_path, callbacks=[dls]).fit(built, batches, batches)
-    changed = {n.split(".")[3] for n, p in built.named_parameters() if not same(before, n, p)}
-    assert {int(index) for index in changed} == set(dls.active)
-    assert loss_of(built, batches) < start
-
-
-def same(before: dict[str, Tensor], name: str, parameter: Tensor) -> bool:
-    return name not in before or torch.equal(before[name], parameter)
-
-
-@needs_torchao
-def test_a_run_goes_on_after_a_stop_as_if_there_had_been_none(folder, batches, tmp_path):
-    schedule = partial(WarmupCosine, total_steps=16)
-    whole = module(folder, lr_scheduler=schedule)
-    torch.manual_seed(1)
-    trainer(tmp_path, max_epochs=2).fit(whole, batches, batches)
-    torch.manual_seed(1)
-    first, stopped = trainer(tmp_path), module(folder, lr_scheduler=schedule)
-    first.fit(stopped, batches, batches)
-    first.save_checkpoint(tmp_path / "c.ckpt")
-    resumed = module(folder, lr_scheduler=schedule)
-    trainer(tmp_path, max_epochs=2).fit(resumed, batches, batches, ckpt_path=tmp_path / "c.ckpt")
-    for name, weight in whole.named_parameters():
-        if is_adapter_key(name):
-            assert torch.equal(weight, resumed.get_parameter(name))
-
-
-@needs_torchao
 def test_an_adapter_of_a_quantised_base_loads_on_the_plain_one(folder, batches, tmp_path):
     built = module(folder)
     run = trainer(tmp_path)
@@ -607,60 +451,6 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 @needs_torchao
-@pytest.mark.filterwarnings("ignore:Your `.*` has.*`.*_dataloader`")
-def test_the_demonstration_trains_and_validates_in_int8(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["rosa"])
-    monkeypatch.chdir(tmp_path)
-    options = ["--config", str(TINY), "--model.quantization", "int8"]
-    options += ["--trainer.limit_val_batches", "2", "--trainer.enable_progress_bar", "false"]
-    short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
-    assert main(["fit", *options, *short]) == 0
-    checkpoint = tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt"
-    assert main(["validate", *options, "--ckpt_path", str(checkpoint)]) == 0
-    written = (tmp_path / "lightning_logs/version_0/config.yaml").read_text()
-    assert "quantization: int8" in written
-
-
-def test_an_unknown_quantization_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["rosa"])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", str(TINY), "--model.quantization", "int5"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "model.quantization" in line
-    assert "nf4" in line
-
-
-@pytest.mark.slow
-def test_libraries_that_nobody_asked_for_say_nothing(tmp_path):
-    """In a process of its own: they speak when they are imported."""
-    command = [sys.executable, "-m", "rosa_lightning", "fit", "--config", str(TINY)]
-    result = subprocess.run(
-        [*command, "--print_config"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert result.stderr == ""
-
-
-def test_other_messages_of_these_libraries_are_shown_once(caplog):
-    quiet_quantizers()
-    logger = logging.getLogger("torchao")
-    filters = logger.filters
-    try:
-        for _ in range(2):
-            logger.warning("a kernel is slow")
-            logger.warning("Failed to load kernels of another device")
-        assert [record.message for record in caplog.records] == ["a kernel is slow"]
-    finally:
-        logger.filters = filters[:-1]
-
-
-def test_a_plain_layer_is_no_copy():
-    """The defensive copy is for packed weights alone."""
-    layer = RoAELinear(nn.Linear(8, 8), in_features=8, blocks=RowBlocks.find([0], 8), config=CONFIG)
-    assert not layer.copies_output
-
-
-@needs_torchao
 def test_a_quantised_base_leaves_merged_when_told_to_dequantise(tmp_path, ids):
     model = load_base(str(save_base(tmp_path / "base")), quantization="int8").eval()
     inject_roae(model, CONFIG)
@@ -680,23 +470,3 @@ def test_a_quantised_base_leaves_merged_when_told_to_dequantise(tmp_path, ids):
         other = load_base(str(tmp_path / "base"), quantization="int8").eval()
         load_adapter(other, tmp_path / format)
         assert torch.equal(other(ids).logits, expected)
-
-
-@needs_torchao
-def test_a_base_that_was_saved_quantised_leaves_merged(tmp_path, ids):
-    load_base(str(save_base(tmp_path / "base")), quantization="int8").save_pretrained(
-        tmp_path / "int8"
-    )
-    model = load_base(str(tmp_path / "int8")).eval()
-    assert any(is_quantized(module) for module in model.modules())
-    inject_roae(model, CONFIG)
-    randomise(model)
-    expected = model(ids).logits
-    for _ in range(2):  # the model is as it was, so it goes again
-        export_adapter(model, tmp_path / "out", "merged", dequantize=True)
-        assert torch.equal(model(ids).logits, expected)
-        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-        assert getattr(plain.config, "quantization_config", None) is None
-        assert not any(is_quantized(module) for module in plain.modules())
-        assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
-        shutil.rmtree(tmp_path / "out")

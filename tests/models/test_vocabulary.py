@@ -11,7 +11,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rosa_lightning import ReasoningDataModule, RoSAModule
-from rosa_lightning.cli.main import main
 from tests.conftest import rosa_module, save_base, write_records
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
@@ -111,18 +110,6 @@ def test_an_added_token_without_a_row_is_refused_where_it_is_used(base, tmp_path
         assert module.model is None  # before anything is loaded
 
 
-def test_tokens_kept_for_a_larger_embedding_are_not_taken_for_a_smaller_one(tmp_path):
-    kept = {"tokenizer": tokenizer("<new>"), "cache_dir": str(tmp_path / "cache")}
-    for rows in (ROWS + 1, ROWS):
-        base = save_base(tmp_path / str(rows), vocab_size=rows, pad_token_id=None)
-        own, records = trainer(tmp_path), data(tmp_path, "<new> {}.", **kept)
-        if rows == ROWS:
-            with pytest.raises(ValueError, match="token '<new>' has the id 257"):
-                own.fit(RoSAModule(str(base)), records)
-        else:
-            own.fit(RoSAModule(str(base)), records)
-
-
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_the_tokenizer_of_a_larger_model_is_refused(base, tmp_path, stage):
     module = RoSAModule(str(base))
@@ -131,25 +118,3 @@ def test_the_tokenizer_of_a_larger_model_is_refused(base, tmp_path, stage):
         getattr(trainer(tmp_path), stage)(module, records)
     assert "of another model. Set data.tokenizer" in str(caught.value)
     assert module.model is None
-
-
-def test_an_end_of_sequence_without_a_row_is_refused(base, tmp_path):
-    ended = tokenizer()
-    ended.add_special_tokens({"eos_token": "[END]"})
-    with pytest.raises(ValueError, match=r"end of sequence: token '\[END\]' has the id 257"):
-        trainer(tmp_path).fit(RoSAModule(str(base)), data(tmp_path, tokenizer=ended))
-
-
-@pytest.mark.parametrize("command", [["fit"], ["inspect", "--activations", "norms.png"]])
-def test_the_command_line_says_it_in_one_line(base, tmp_path, capsys, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    path = write_records(tmp_path / "records.json", 24)
-    status = main(
-        [
-            *(*command, "--config", str(CONFIG), "--model.base", str(base)),
-            *("--data.tokenizer", "tiny", f"--data.sources=[{path}]", "--data.test_sources=null"),
-        ]
-    )
-    assert status == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: the tokenizer has a vocabulary of ")

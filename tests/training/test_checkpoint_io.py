@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from rosa_lightning import RoAEConfig, RoSAModule
 from rosa_lightning.cli.main import main
 from rosa_lightning.training.checkpoint_io import save_atomically
-from rosa_lightning.utils.files import atomic_write, check_writable, part_beside, put_in_place
+from rosa_lightning.utils.files import check_writable, part_beside, put_in_place
 from tests import ranks
 from tests.conftest import save_base, write_records
 from tests.test_module import data, module, trainer
@@ -135,11 +134,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_and_the_next_save_tidies
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
-def test_a_name_as_long_as_can_be_is_written(tmp_path):
-    atomic_write(tmp_path / ("n" * 255), b"whole")
-    assert os.listdir(tmp_path) == ["n" * 255]
-
-
 # A full disk.
 
 
@@ -216,34 +210,6 @@ def test_a_file_in_the_way_stops_before_training(base_folder, sources, tmp_path)
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_an_immutable_folder_stops_before_training(base_folder, sources, tmp_path):
-    place = tmp_path / "fixed"
-    place.mkdir()
-    if (
-        shutil.which("chattr") is None
-        or subprocess.run(["chattr", "+i", str(place)], capture_output=True).returncode
-    ):
-        pytest.skip("chattr +i is not possible here")
-    try:
-        options = {"callbacks": [ModelCheckpoint(dirpath=place)], "enable_checkpointing": True}
-        assert "Operation not permitted" in stopped(base_folder, sources, tmp_path, **options)
-    finally:
-        subprocess.run(["chattr", "-i", str(place)], check=True)
-
-
-@pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
-def test_a_log_folder_that_cannot_be_written_is_one_line(
-    kind, tmp_path, mount, monkeypatch, capsys
-):
-    place = mount("ro", "ro,size=1m")
-    logger = {"class_path": f"lightning.pytorch.loggers.{kind}"}
-    logger["init_args"] = {"save_dir": str(place)}
-    assert demonstration(tmp_path, monkeypatch, f"--trainer.logger={logger}") == 1
-    error = error_line(capsys)
-    assert f"logs cannot be written to {place}/lightning_logs/version_0: Read-only file" in error
-    assert "trainer.logger.init_args.save_dir" in error
-
-
 class KeepsAPath(Callback):
     """One whose state is no plain value."""
 
@@ -256,38 +222,6 @@ def test_a_state_that_could_not_be_loaded_again_is_not_saved(base_folder, source
     with pytest.raises(ValueError, match="state of callback KeepsAPath holds pathlib"):
         trainer(tmp_path, **options).fit(module(base_folder), data(sources))
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-class Fills(Callback):
-    """Leaves no room on a file system, once training has begun."""
-
-    def __init__(self, place: str) -> None:
-        self.place = Path(place)
-
-    def on_train_start(self, *args) -> None:
-        with (self.place / "filler").open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-
-
-@pytest.mark.parametrize(("kind", "steps"), [("CSVLogger", 2), ("TensorBoardLogger", 60)])
-def test_a_full_disk_of_the_logs_is_one_line(kind, steps, tmp_path, mount, monkeypatch, capsys):
-    place = mount("small", "size=100k")
-    logger = {"class_path": f"lightning.pytorch.loggers.{kind}"}
-    logger["init_args"] = {"save_dir": str(place)}
-    fills = {
-        "class_path": "tests.training.test_checkpoint_io.Fills",
-        "init_args": {"place": str(place)},
-    }
-    often = [f"--trainer.max_steps={steps}", "--trainer.log_every_n_steps=1"]
-    quiet = [f"--trainer.callbacks=[{fills}]", "--trainer.enable_checkpointing=false", *often]
-    more = [f"--trainer.logger={logger}", "--trainer.limit_val_batches=0", *quiet]
-    assert demonstration(tmp_path, monkeypatch, *more) == 1
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    (error,) = [line for line in errors.splitlines() if "error: " in line]
-    assert "the logs cannot be written: [Errno 28] No space left on device" in error
-    assert "trainer.logger.init_args.save_dir" in error
 
 
 @pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
@@ -335,21 +269,6 @@ def test_a_word_for_a_checkpoint_that_is_not_there_is_one_line(
     error = error_line(capsys)
     assert f"ckpt_path={word}: there is no such checkpoint" in error
     assert "Give its path" in error
-
-
-def test_the_last_checkpoint_is_taken_where_there_is_one(tmp_path, monkeypatch, capsys):
-    saves = {"dirpath": str(tmp_path / "kept"), "save_last": True}
-    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saves}
-    where = f"--trainer.callbacks=[{callback}]"
-    assert demonstration(tmp_path, monkeypatch, where) == 0
-    capsys.readouterr()
-    few = ["--trainer.limit_test_batches=1", "--data.batch_size=2"]
-    for name in ("last.ckpt", None):
-        if name is None:
-            (tmp_path / "kept" / "last.ckpt").unlink()
-        status = main(["test", "--config", str(TINY), where, "--ckpt_path", "last", *few])
-        assert status == (0 if name else 1)
-    assert f"there is no such checkpoint in {tmp_path / 'kept'}" in error_line(capsys)
 
 
 # Folders of shards.

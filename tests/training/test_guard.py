@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from rosa_lightning import DynamicLayerSelection, RoAEConfig
 from rosa_lightning.cli.main import main
-from rosa_lightning.training.guard import StepGuard, check_clipping
+from rosa_lightning.training.guard import check_clipping
 from tests import ranks
 from tests.conftest import rosa_module, save_base, write_records
 from tests.test_module import data, module, trainer
@@ -176,17 +176,6 @@ def test_under_a_gradient_scaler_only_the_loss_counts(fused, base_folder, source
     assert not same(states[2], states[3])
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")  # the scaler's doing, too
-def test_a_gradient_scaler_that_never_lets_a_step_through_stops(base_folder, sources, tmp_path):
-    plugin = MixedPrecision("16-mixed", "cpu")
-    options = {"plugins": [plugin], "limit_val_batches": 0, "max_steps": 30, "max_epochs": -1}
-    faults = Faults("gradient nan", *range(30))
-    built = module(base_folder, dtype="float16")
-    with pytest.raises(ValueError, match=r"step 17 is not finite.*gradient"):
-        trainer(tmp_path, callbacks=[faults], **options).fit(built, data(sources))
-
-
 class SavesEveryBatch(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -226,12 +215,6 @@ def test_clipping_at_what_clips_nothing_is_refused(value, base_folder, sources, 
         trainer(tmp_path, gradient_clip_val=value).fit(module(base_folder), data(sources))
     for fine in (None, 0, 1e-9, 1, math.inf):
         check_clipping(fine)
-
-
-@pytest.mark.parametrize("value", [-1, True, 1.5])
-def test_a_number_of_steps_that_is_none_is_refused(value):
-    with pytest.raises(ValueError, match=r"max_nonfinite_steps"):
-        rosa_module("tiny", max_nonfinite_steps=value)
 
 
 def test_the_shipped_demonstration_with_a_wild_rate_ends_in_one_line(tmp_path, monkeypatch, capsys):
@@ -306,19 +289,3 @@ def test_all_ranks_stop_or_go_on_where_one_has_a_loss_that_is_not_finite(tmp_pat
             assert "on rank 1 the loss is nan" in one["error"], key
             assert "rank 0" not in one["error"], key
             assert numbers(one["error"]) == set(other["records"][1]), key
-
-
-def test_the_numbers_are_looked_at_once_an_optimizer_step(
-    base_folder, sources, tmp_path, monkeypatch
-):
-    waits = []
-    look = StepGuard._look
-
-    def counted(self, *args):
-        waits.append(1)
-        return look(self, *args)
-
-    monkeypatch.setattr(StepGuard, "_look", counted)
-    options = {"max_steps": 3, "accumulate_grad_batches": 2}
-    trainer(tmp_path, **options).fit(module(base_folder), data(sources))
-    assert len(waits) == 3

@@ -15,11 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule
 from rosa_lightning.inspection.live import LiveBytes
 from rosa_lightning.training import loss as forward
-from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import (
     accumulate_loss,
-    default_microbatch_tokens,
     microbatches,
 )
 from tests import ranks
@@ -95,12 +93,6 @@ def test_parts_hold_every_row_once_and_are_few_and_small(rests, num_tokens, num_
             assert part["attention_mask"][:, -1].all()
 
 
-@pytest.mark.parametrize("longest", [1000, 2000])
-def test_one_long_row_does_not_scatter_the_others(longest):
-    batch = batch_of(num_shared=2, rests=((longest, 1), *[(60, 1)] * 31))
-    assert [len(part["labels"]) for part in microbatches(batch, 2048)] == [1, 31]
-
-
 KINDS = (*FAMILIES, "soft-capped", "without logits_to_keep", "experts")
 
 
@@ -114,13 +106,6 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_its_rows(kind, share
         model = adapted(HEADS[kind]() if kind in HEADS else build(kind)).eval()
     batch = batch_of(rests=RESTS)
     check(model, batch, microbatch_tokens=70, share_prefix=share_prefix)
-
-
-def test_what_trains_may_differ_from_part_to_part_and_be_of_norms():
-    model = adapted(build("llama"))
-    for name, weight in model.named_parameters():
-        weight.requires_grad_("roae" in name or "norm" in name)
-    check(model, batch_of(rests=RESTS), microbatch_tokens=40)
 
 
 def test_a_packed_batch_is_taken_in_parts_of_whole_rows():
@@ -168,31 +153,6 @@ def test_the_graphs_of_parts_are_never_alive_together():
     assert peaks[40] < 0.3 * peaks[None]
 
 
-class Keeping(torch.autograd.Function):
-    """Holds on to a tensor as long as its node lives, whether saved tensors are freed or not."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.kept = x + 1
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient + 0 * ctx.kept
-
-
-def test_however_many_parts_there_are_they_take_no_more():
-    weight, peaks = torch.ones(1000, requires_grad=True), []
-    for number in (2, 3, 6):
-        with LiveBytes([weight]) as live:
-            accumulate_loss([{}] * number, lambda _: Keeping.apply(weight * 2).sum()).backward()
-        assert torch.equal(weight.grad, torch.full((1000,), 2.0 * number))
-        weight.grad = None
-        peaks.append(live.peak)
-    assert peaks[2] < peaks[1] + 100  # bytes, for a number a part
-    assert peaks[1] <= peaks[0] + weight.nbytes
-
-
 def test_a_beginning_that_is_computed_once_counts_once(said):
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)  # 20 + 6 x 14 tokens
     for share_prefix, num_tokens, wanted in ((True, 104, 1), (True, 103, 2), (False, 104, 2)):
@@ -204,21 +164,6 @@ def test_a_beginning_that_is_computed_once_counts_once(said):
     assert not said
 
 
-def test_tensors_of_a_part_alone_are_not_kept_for_their_gradients():
-    weight = torch.ones(1000, requires_grad=True)
-
-    def loss(part: dict[str, Any]) -> Tensor:
-        # As enable_input_require_grads makes the output of an embedding a leaf.
-        own = torch.ones(1000).requires_grad_()
-        return (weight * own).sum()
-
-    with LiveBytes([weight]) as live:
-        total = accumulate_loss([{}] * 9, loss)
-        assert live.now <= 4 * weight.nbytes  # nine of its own would be more
-        total.backward()
-    assert torch.equal(weight.grad, torch.full((1000,), 9.0))
-
-
 def test_a_loss_in_parts_goes_on_into_any_graph_and_backward_twice():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     wanted = gradients(model, single_rows(model, batch))
@@ -227,15 +172,6 @@ def test_a_loss_in_parts_goes_on_into_any_graph_and_backward_twice():
     loss.backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert_close(found, 6 * wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_parameters_of_others_get_their_gradients_too():
-    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
-    prompt = nn.Parameter(torch.zeros(model.config.hidden_size))
-    model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + prompt)
-    (wanted,) = torch.autograd.grad(single_rows(model, batch), prompt)
-    LossComputer(model, microbatch_tokens=40).loss(batch).backward()
-    assert_close(prompt.grad, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_part_whose_loss_depends_on_nothing_counts_all_the_same():
@@ -327,34 +263,10 @@ def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, num_tokens, said, 
     assert why in about
 
 
-def test_as_many_tokens_as_keep_a_device_busy():
-    small, large = nn.Linear(8, 8), nn.Linear(50_000, 50_000, device="meta")
-    assert (
-        default_microbatch_tokens(small, "cpu") == default_microbatch_tokens(large, "cpu") == 2048
-    )
-    assert default_microbatch_tokens(large, "cuda") == 2048
-    assert default_microbatch_tokens(small, "cuda") is None
-
-
 @pytest.mark.parametrize("num_tokens", [0, -1, True, 2048.0, "2048", "automatic"])
 def test_parts_of_nothing_are_refused(base_folder, num_tokens):
     with pytest.raises(ValueError, match=r"whole number .*\. Set model\.speed\.microbatch_tokens"):
         rosa_module(str(base_folder), microbatch_tokens=num_tokens)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_layers_run_in_parts():
-    torch._dynamo.reset()
-    model, batch = adapted(build("llama")), batch_of(rests=RESTS)
-    wanted = single_rows(model, batch)
-    grads = gradients(model, wanted)
-    compile_layers(model, backend="aot_eager")
-    found = LossComputer(model, microbatch_tokens=70).loss(batch)
-    assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert_close(gradients(model, found), grads, rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
 
 
 # --- several processes ----------------------------------------------------------------------

@@ -5,14 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from rosa_lightning import RoAEConfig, inject_roae
-from rosa_lightning.data.collators import PackedCollator, TrainCollator, is_packed_batch
-from rosa_lightning.data.tokenization import Example, encode
+from rosa_lightning.data.collators import PackedCollator, TrainCollator
+from rosa_lightning.data.tokenization import Example
 from rosa_lightning.tasks.records import Record
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.packing import check_can_pack
 from tests.conftest import FAMILIES, build
-from tests.data.test_collators import byte_tokenizer
 
 LENGTHS = [(3, 2), (14, 5), (1, 1), (8, 9)]
 
@@ -95,38 +94,6 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_rows(
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("narrows", [True, False])
-def test_every_way_to_the_head_gives_the_same_loss(monkeypatch, narrows):
-    model, rows = build("llama"), examples()
-    expected = padded_loss(model, TrainCollator(("a",), pad_id=0)(rows))
-    if not narrows:
-        monkeypatch.setattr(forward.head, "unsupported_reason", lambda *_: "it is told not to")
-    for loss_chunk in (None, 3):
-        loss = LossComputer(model, loss_chunk=loss_chunk).loss(PackedCollator(("a",))(rows))
-        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
-
-
-def test_packed_batch_says_what_the_padded_one_says():
-    tokenizer = byte_tokenizer()
-    records = [
-        Record("One?", "", "It is 1.", "1", "svamp", "b", 4),
-        Record("Two or three?", "", "It is 23.", "23", "gsm8k", "a", 2),
-    ]
-    rows, _ = encode(records, tokenizer)
-    padded, packed = TrainCollator(("a", "b"), 0)(rows), PackedCollator(("a", "b"))(rows)
-    kept = padded["attention_mask"].bool()
-    for name in ("input_ids", "position_ids", "labels", "answer_mask"):
-        assert torch.equal(packed[name][0], padded[name][kept]), name
-    for name in ("source", "index"):
-        assert torch.equal(packed[name], padded[name])
-    assert packed["task"] == padded["task"] == ["svamp", "gsm8k"]
-    assert packed["row_lengths"].tolist() == kept.sum(1).tolist()
-    assert packed["attention_mask"].shape == packed["input_ids"].shape
-    assert packed["attention_mask"].sum() == padded["attention_mask"].sum()
-    assert is_packed_batch(packed)
-    assert not is_packed_batch(padded)
-
-
 def test_answers_are_right_row_by_row():
     model, rows = build("llama"), examples()
     padded = TrainCollator(("a",), pad_id=0)(rows)
@@ -177,16 +144,6 @@ def test_model_with_a_state_across_rows_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=r"it mixes packed rows.*Set data\.batching: len") as e:
         check_can_pack(model, "it")
     assert "\n" not in str(e.value)
-
-
-def test_check_leaves_modes_and_generators_as_they_are():
-    model = build("llama").train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    before = torch.get_rng_state()
-    check_can_pack(model, "it")
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
