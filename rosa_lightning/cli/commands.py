@@ -29,8 +29,7 @@ from rosa_lightning.inspection.activations import (
     rotated_norms,
     save_figure,
 )
-from rosa_lightning.inspection.memory import check_batch
-from rosa_lightning.inspection.packed import pack_on_paper
+from rosa_lightning.inspection.memory import check_batch, check_not_quantized
 from rosa_lightning.inspection.parameters import (
     compare_memory,
     memory_table,
@@ -171,10 +170,10 @@ def inspect(
         _check_picture(Path(activations), num_batches)
     precision = str(setting.trainer.get("precision"))
     model = _skeleton(module, double=precision in _DOUBLE)
-    tables = summary_tables(summarize(model))  # before weights are packed, and hard to count
+    tables = summary_tables(summarize(model))
     num_tokens = _tokens_at_once(module, setting.trainer, model)
     if module.quantization is not None:
-        pack_on_paper(model, module.quantization)
+        check_not_quantized(model, module.quantization)
     drawn = None
     if activations is not None:
         drawn = _draw_activations(setting, ckpt_path, Path(activations), num_batches)
@@ -189,6 +188,7 @@ def inspect(
         batch_size=rows,
         length=data.max_length,
         response_length=length,
+        quantization=module.quantization,
         optimizer=module.make_optimizer,
         autocast=_AUTOCAST.get(precision),
         loss_chunk=module.speed.loss_chunk,

@@ -1,16 +1,18 @@
-"""The memory that a training step takes, read from a step on tensors that hold no numbers.
+"""Memory that a training step takes, measured on tensors without data.
 
-The adapted model itself runs forward and backward, and the optimizer steps, under torch's
-`FakeTensorMode`: operations give shapes and data types alone, and the storages that are alive are
-counted. So whatever the architecture, the attention kernel, the data types and gradient
-checkpointing do to memory is in the figures; there are no formulas.
+The adapted model runs forward and backward, and the optimizer steps, on fake tensors: operations
+give shapes and dtypes alone, and the storages that are alive are counted. So whatever the
+architecture, the attention kernel, the dtypes and gradient checkpointing do is in the figures.
 
-Axes: B batch, T tokens, K last positions that predict the response, N of all rows together, V
-vocabulary.
+`TorchDispatchMode` is the one way to see every tensor of the backward pass; torch 2.13 documents
+it, in a module whose name begins with an underscore.
+
+Axes: B batch, T tokens, K supervised positions of a row.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_indices
-from rosa_lightning.inspection.live import LiveBytes
-from rosa_lightning.inspection.packed import PackedLinear
 from rosa_lightning.models.meta import fake_tensors, replaced_tensors
+from rosa_lightning.models.quantization import Quantization
 from rosa_lightning.roae.inject import is_adapter_key, roae_report
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import accumulate_loss, rows_at_once
 from rosa_lightning.utils.modules import in_mode
+
+_FOUR_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+BITS: dict[Quantization, float] = {"int8": 8, "llm_int8": 8, "nf4": _FOUR_BITS, "fp4": _FOUR_BITS}
+"""Bits of a quantised weight. In four bits 64 weights share a scale of 8 bits, and 256 scales one
+of 32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,7 @@ class MemoryEstimate:
     """Bytes that a training step takes, line by line. The lines are largest at different times."""
 
     base: dict[str, int]
-    """Weights and buffers of the frozen base, by data type; packed ones by their scheme."""
+    """Weights and buffers of the frozen base, by dtype; quantised ones by their scheme."""
     adapter: int
     """RoAE weights."""
     gradients: int
@@ -55,20 +61,6 @@ class MemoryEstimate:
         """All weights and buffers."""
         return sum(self.base.values()) + self.adapter
 
-    def describe(self) -> str:
-        """One line for each line of the estimate, for people."""
-        parts = ", ".join(f"{kind} {readable_size(size)}" for kind, size in self.base.items())
-        lines = {
-            "weights": f"{readable_size(self.weights)} (base: {parts}; "
-            f"adapter: {readable_size(self.adapter)})",
-            **{name: readable_size(getattr(self, name)) for name in LINES[1:]},
-        }
-        return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
-
-
-LINES = ("weights", "gradients", "optimizer", "activations", "logits", "peak")
-"""Names of the estimate's lines."""
-
 
 def readable_size(num_bytes: int) -> str:
     """Bytes as KiB, MiB or GiB, with three digits."""
@@ -85,6 +77,7 @@ def estimate_memory(
     batch_size: int,
     length: int,
     response_length: int,
+    quantization: Quantization | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW,
     autocast: torch.dtype | None = None,
     active_layers: Collection[int] | None = None,
@@ -95,22 +88,20 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The memory of one training step of `RoSAModule`, once the optimizer has its state.
 
-    Of what the module leaves out, the head and the last feed-forward block are run on responses
-    alone here too. Rows are taken to begin with nothing in common, so that a step whose rows do
-    takes less.
-
-    The figures are of tensors. An allocator takes more, by rounding and by fragments, and so does
-    a device, for its libraries. The attention kernel is the one that a CPU would run.
+    Rows are taken to share no prefix; a step whose rows do takes less. The figures are of tensors:
+    an allocator takes more, and so does a device, for its libraries. The attention kernel is the
+    one that a CPU would run.
 
     Args:
         model: A `transformers` language model with RoAE, with its weights or on the meta device,
-            quantised by `pack_on_paper` or not, and with gradient checkpointing on if that is
-            wanted. It is left as it is.
+            and with gradient checkpointing on if that is wanted. It is left as it is.
         batch_size: B.
         length: T, padding included; the batch is taken to hold some.
         response_length: Tokens of the longest response, below T.
+        quantization: Take the linear layers of the base, but for the head, at the bits of this
+            scheme. What the library unpacks while a layer runs is left out.
         optimizer: Makes the optimizer from the adapters.
-        autocast: The lower data type of a ``-mixed`` precision.
+        autocast: The lower dtype of a ``-mixed`` precision.
         active_layers: Positions of the layers that train, as `DynamicLayerSelection` counts them;
             all if not given. The optimizer keeps the state of the others, too.
         scoring: A step in which `DynamicLayerSelection` selects: all layers take gradients, and
@@ -125,11 +116,7 @@ def estimate_memory(
     """
     roae_report(model)
     check_batch(batch_size, length, response_length)
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        raise ValueError(
-            f"the memory of {type(model).__name__} cannot be estimated, since its weights are "
-            "quantized, which a step without numbers cannot run."
-        )
+    check_not_quantized(model, quantization)
     trains = _what_trains(model, active_layers, scoring)
 
     def fake(tensor: Tensor) -> Tensor:
@@ -147,23 +134,20 @@ def estimate_memory(
             f"the memory of {type(model).__name__} cannot be estimated, since a training step "
             f"fails on tensors without numbers: {type(error).__name__}: {reason}"
         ) from error
+    base, saved = _base_bytes(model, quantization)
     return MemoryEstimate(
-        base=_base_bytes(model),
+        base=base,
         adapter=_num_bytes(step.adapters),
         gradients=step.gradients,
         optimizer=step.state,
         activations=step.activations,
-        logits=step.live.peak_of_head,
-        peak=step.live.peak,
+        logits=step.memory.peak_of_head,
+        peak=step.memory.peak - saved,
     )
 
 
 def check_batch(batch_size: int, length: int, response_length: int) -> None:
-    """Check that there is a batch of such sizes.
-
-    Raises:
-        ValueError: There is no row, or a response that is empty or leaves no token before it.
-    """
+    """Raise ValueError where there is no row, or no response with a token before it."""
     if batch_size < 1 or not 0 < response_length < length:
         raise ValueError(
             f"batch_size={batch_size}, length={length} and response_length={response_length} make "
@@ -172,20 +156,39 @@ def check_batch(batch_size: int, length: int, response_length: int) -> None:
         )
 
 
-def _base_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of the base's weights and buffers, by kind."""
+def check_not_quantized(model: nn.Module, quantization: Quantization | None) -> None:
+    """Raise ValueError for a base that is quantised already."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return
+    if quantization is not None:
+        raise ValueError(
+            f"the base is quantised already, so model.quantization={quantization} cannot be had. "
+            "Take model.quantization out."
+        )
+    raise ValueError(
+        f"the memory of {type(model).__name__} cannot be estimated, since its weights are "
+        "quantized, which a step without numbers cannot run."
+    )
+
+
+def _base_bytes(model: Any, quantization: Quantization | None) -> tuple[dict[str, int], int]:
+    """Bytes of the base's weights and buffers, by kind, and the bytes that quantisation saves."""
+    head = model.get_output_embeddings()
     packed = {
-        tensor: module.scheme
+        module.weight
         for module in model.modules()
-        if isinstance(module, PackedLinear)
-        for tensor in module.buffers(recurse=False)
+        if quantization and isinstance(module, nn.Linear) and module is not head
     }
     sizes: dict[str, int] = {}
+    saved = 0
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_adapter_key(name):
-            kind = packed.get(tensor, str(tensor.dtype).removeprefix("torch."))
-            sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
-    return sizes
+            kind, size = str(tensor.dtype).removeprefix("torch."), tensor.nbytes
+            if quantization and tensor in packed:
+                kind, size = quantization, round(tensor.numel() * BITS[quantization] / 8)
+                saved += tensor.nbytes - size
+            sizes[kind] = sizes.get(kind, 0) + size
+    return sizes, saved
 
 
 def _what_trains(
@@ -216,6 +219,51 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that are alive, and apart those that the head made.
+
+    Args:
+        tensors: What is alive from the start.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.at_head = False
+        self.now_of_head = self.peak_of_head = 0
+        self._known: set[int] = set()
+        self.add(*tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute, and count what is new."""
+        out = func(*args, **(kwargs or {}))
+        self.add(*(out if isinstance(out, tuple | list) else (out,)))
+        return out
+
+    def add(self, *values: Any) -> None:
+        """Count the storages of tensors until they are freed, those that are not counted yet."""
+        for value in values:
+            if isinstance(value, tuple | list):
+                self.add(*value)
+            elif isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                key, size = id(storage), storage.nbytes()
+                if key in self._known:
+                    continue
+                self._known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                if self.at_head:
+                    self.now_of_head += size
+                    self.peak_of_head = max(self.peak_of_head, self.now_of_head)
+                weakref.finalize(storage, self._freed, key, size, self.at_head)
+
+    def _freed(self, key: int, size: int, of_head: bool) -> None:
+        self._known.discard(key)
+        self.now -= size
+        self.now_of_head -= size * of_head
+
+
 class _Step:
     """One training step as `RoSAModule` and Lightning run it."""
 
@@ -238,39 +286,38 @@ class _Step:
         for adapter in self.adapters:
             if not adapter.requires_grad:
                 adapter.grad = None
-        state = [v for v in tree_leaves(dict(self.optimizer.state)) if isinstance(v, Tensor)]
+        states = self.optimizer.state.values()
+        state = [v for one in states for v in one.values() if isinstance(v, Tensor)]
         self.state = _num_bytes(state)
         self.activations = 0
         self.gradients = 0
-        self.live = LiveBytes(
+        self.memory = MemoryTracker(
             (*state, *model.parameters(), *model.buffers(), *(_gradients(self.adapters)))
         )
 
     def run(self, batch: dict[str, Any], num_rows: int, autocast: torch.dtype | None) -> None:
         """Forward and backward of a batch, so many rows at once, and a step of the optimizer."""
         head: nn.Module = self.model.get_output_embeddings()
-        for tensor in batch.values():
-            if isinstance(tensor, Tensor):
-                self.live.add(tensor)
+        self.memory.add(*batch.values())
         # From the third part on, parts take the same.
         num_parts = min(3, -(-len(batch["labels"]) // num_rows))
         batch = {k: v[:num_rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
-        before = self.live.now
+        before = self.memory.now
         self.computer.assume_supported(batch["input_ids"])
 
         def enter_head(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.live.at_head = True
+            self.memory.at_head = True
             args[0].register_hook(leave_head)  # type: ignore[no-untyped-call]
 
         def leave_head(gradient: Tensor) -> None:
-            self.live.at_head = False
+            self.memory.at_head = False
 
         handle = head.register_forward_pre_hook(enter_head)
         try:
-            with self.live:
+            with self.memory:
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
                     loss = accumulate_loss([batch] * num_parts, self._part)
-                self.activations = self.live.now - before - self.live.now_of_head
+                self.activations = self.memory.now - before - self.memory.now_of_head
                 if num_parts > 1:  # gradients of those before the last
                     trained = (p for p in self.model.parameters() if p.requires_grad)
                     self.activations -= _num_bytes(trained)

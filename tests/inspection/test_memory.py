@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import utils
 
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
-from rosa_lightning.inspection.packed import pack_on_paper
 from rosa_lightning.models.loading import enable_checkpointing, load_skeleton
 from rosa_lightning.models.quantization import Quantization
 from rosa_lightning.module import RoSAModule
@@ -28,13 +27,6 @@ from tests.model_zoo.small import build_small
 LAYERS = "model.layers"
 # bfloat16 takes a CPU several times as long.
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
-needs_torchao = pytest.mark.skipif(
-    not utils.is_torchao_available(), reason="torchao is not installed"
-)
-needs_bitsandbytes = pytest.mark.skipif(
-    not (utils.is_bitsandbytes_available() and utils.is_accelerate_available()),
-    reason="bitsandbytes or accelerate is not installed",
-)
 
 
 def running_total(work: Callable[[], Any]) -> tuple[list[int], Any]:
@@ -178,12 +170,11 @@ def both(
     module.configure_model()
     skeleton = load_skeleton(base, dtype=dtype)
     inject_roae(skeleton, roae)
-    if quantization is not None:
-        pack_on_paper(skeleton, quantization)
     if checkpointing:
         enable_checkpointing(skeleton)
     names = ("batch_size", "length", "response_length")
-    return module, partial(estimate_memory, skeleton, **dict(zip(names, shape, strict=True)))
+    sizes = dict(zip(names, shape, strict=True))
+    return module, partial(estimate_memory, skeleton, quantization=quantization, **sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -283,45 +274,31 @@ def test_other_architectures_keep_what_the_profiler_sees(family, kernel):
     assert estimate.activations > 20 * logits
 
 
-QUANTIZED_STEPS = [
-    {"dtype": "float32"},
-    {"dtype": "float32", "checkpointing": True},
-    *(
-        pytest.param(step, marks=pytest.mark.slow)
-        for step in (
-            {"dtype": "bfloat16"},
-            {"dtype": "float32", "autocast": torch.bfloat16},
-            {"dtype": "bfloat16", "inactive": (0, 1)},
-            {"dtype": "bfloat16", "checkpointing": True},
-        )
-    ),
-]
+@pytest.mark.parametrize(("scheme", "bits"), [("int8", 8), ("nf4", 4.127)])
+def test_quantised_weights_are_counted_at_the_bits_of_their_format(scheme, bits):
+    model = build("llama")
+    inject_roae(model, RoAEConfig(rank=4))
+    shape = {"batch_size": 2, "length": 20, "response_length": 4}
+    whole, found = (estimate_memory(model, **shape, quantization=q) for q in (None, scheme))
+    linear = [m.weight for m in model.model.modules() if isinstance(m, nn.Linear)]
+    assert found.base[scheme] == pytest.approx(sum(w.numel() for w in linear) * bits / 8, rel=1e-3)
+    assert whole.weights - found.weights == whole.peak - found.peak
+    assert found.base["float32"] == whole.base["float32"] - bytes_of(linear)
+    assert found.activations == whole.activations
 
 
-def check_quantized(base: str, quantization: Quantization, step: dict[str, Any]) -> None:
-    given = dict(step)
-    dtype, checkpointing = given.pop("dtype"), given.pop("checkpointing", False)
-    settings = {"base": base, "quantization": quantization, "checkpointing": checkpointing}
-    module, estimate = both(dtype, 8, 128, 16, **settings)
-    measured = measure(module, 8, 128, 16, **given)
-    inactive, autocast = given.get("inactive", ()), given.get("autocast")
-    active = [index for index in range(4) if index not in inactive]
-    check(estimate(active_layers=active, autocast=autocast), measured)
-
-
-@needs_torchao
-@pytest.mark.parametrize("step", QUANTIZED_STEPS)
-def test_a_base_in_int8_takes_what_it_takes_with_torchao(step):
-    check_quantized("tiny", "int8", step)
-
-
-@needs_bitsandbytes
+@pytest.mark.skipif(
+    not (utils.is_bitsandbytes_available() and utils.is_accelerate_available()),
+    reason="bitsandbytes or accelerate is not installed",
+)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-@pytest.mark.parametrize("scheme", ["llm_int8", "nf4", "fp4"])
-@pytest.mark.parametrize("step", QUANTIZED_STEPS)
-def test_a_base_of_bitsandbytes_takes_what_it_takes_there(scheme, step, tmp_path):
+def test_a_base_in_four_bits_weighs_what_it_weighs_with_bitsandbytes(tmp_path):
     shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
-    check_quantized(str(save_base(tmp_path / "base", **shape)), scheme, step)
+    base = str(save_base(tmp_path / "base", **shape))
+    module, estimate = both("bfloat16", 8, 128, 16, base=base, quantization="nf4")
+    found, measured = estimate(), measure(module, 8, 128, 16)
+    assert found.weights == pytest.approx(measured["weights"], rel=0.01)
+    assert found.peak == pytest.approx(measured["peak"], rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -427,22 +404,6 @@ def test_quantized_weights_are_refused():
         estimate_memory(model, batch_size=2, length=20, response_length=4)
 
 
-def test_the_estimate_describes_itself():
-    estimate = MemoryEstimate(
-        base={"bfloat16": 3 * 1024**3},
-        adapter=1024**2,
-        gradients=1024**2,
-        optimizer=2 * 1024**2,
-        activations=512 * 1024**2,
-        logits=1536,
-        peak=4 * 1024**3,
-    )
-    assert estimate.describe().splitlines() == [
-        "weights      3.00 GiB (base: bfloat16 3.00 GiB; adapter: 1.00 MiB)",
-        "gradients    1.00 MiB",
-        "optimizer    2.00 MiB",
-        "activations  512 MiB",
-        "logits       1.50 KiB",
-        "peak         4.00 GiB",
-    ]
-    assert readable_size(70 * 1024**3) == "70.0 GiB"
+def test_sizes_have_three_digits():
+    sizes = (1536, 1024**2, 512 * 1024**2, 70 * 1024**3)
+    assert [*map(readable_size, sizes)] == ["1.50 KiB", "1.00 MiB", "512 MiB", "70.0 GiB"]

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule
-from rosa_lightning.inspection.live import LiveBytes
+from rosa_lightning.inspection.memory import MemoryTracker
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import (
@@ -145,7 +145,7 @@ def test_the_graphs_of_parts_are_never_alive_together():
     for num_tokens in (None, 40):
         run = LossComputer(model, share_prefix=False, microbatch_tokens=num_tokens)
         run.loss(batch)
-        with LiveBytes(model.parameters()) as live:
+        with MemoryTracker(model.parameters()) as live:
             before = live.now
             run.loss(batch).backward()
         model.zero_grad()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from rosa_lightning.inspection.live import LiveBytes
+from rosa_lightning.inspection.memory import MemoryTracker
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.loss import LossComputer
@@ -32,7 +32,7 @@ def trained(model, batch, *, on: bool, autocast=None):
     model.zero_grad()
     run = LossComputer(model, recompute_activations=on)
     run.loss(batch)  # finds out what can be left out
-    with LiveBytes(model.parameters()) as live:
+    with MemoryTracker(model.parameters()) as live:
         before = live.now
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = run.loss(batch)
@@ -98,7 +98,7 @@ def test_of_a_gated_block_two_thirds_are_held():
         part.requires_grad_(False)
 
     def held(modules) -> int:
-        with LiveBytes([x, gate.weight, up.weight, down.weight]) as live:
+        with MemoryTracker([x, gate.weight, up.weight, down.weight]) as live:
             before = live.now
             with recomputed(modules):
                 y = down(act(gate(x)) * up(x))
@@ -118,7 +118,7 @@ def test_with_frozen_layers_and_packed_rows_too(scoring):
 def test_a_graph_that_is_dropped_frees_what_its_modules_were_given():
     """Though another, of the same forward pass, lives on."""
     act, x = nn.SiLU(), torch.randn(1000, requires_grad=True)
-    with LiveBytes([x]) as live:
+    with MemoryTracker([x]) as live:
         with recomputed([act]):
             dropped = (act(x * 2) * x).sum()
             kept = (act(x * 3) * x).sum()
