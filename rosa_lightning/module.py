@@ -437,7 +437,7 @@ class RoSAModule(Answering):
         """Stop here where a signal asks for it, after all callbacks: checkpoints are saved."""
         # A search for a batch size runs its trials without callbacks.
         if (stopping := Stopping.of(self.trainer)) is not None:
-            stopping.after_batch(self.trainer)
+            stopping.after_batch(self.trainer, batch_idx)
 
     def configure_gradient_clipping(
         self,

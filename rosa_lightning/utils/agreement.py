@@ -1,4 +1,4 @@
-"""What the ranks of a run must agree on, and how they tell each other.
+"""What the ranks of a run must agree on, and how they fail together.
 
 They speak through the store of the process group and not through collectives. So a rank whose
 configuration lets it do other collectives than the rest is found before it does any.
@@ -6,7 +6,6 @@ configuration lets it do other collectives than the rest is found before it does
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -23,13 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 
 LIMIT_S = 1800.0
 """How long a rank waits for another, in seconds: as long as a process group does by default."""
 
-_POLL_S = 0.01
 _SHOWN = 6
 """Most differences that a message names."""
 _RELEASES = ("rosa-lightning", "torch", "lightning", "transformers")
@@ -42,7 +40,6 @@ _TRAINER = (
 )
 _OF_A_NODE = {"dirpath", "path", "folder", "save_dir", "root_dir", "cache_dir", "verbose"}
 """Settings of callbacks that may differ from node to node."""
-_MISSING = object()
 
 _run = 0
 _rounds: Counter[str] = Counter()
@@ -67,7 +64,8 @@ def new_run() -> int:
 
 def shared_store() -> Any:
     """The key-value store of the process group, which rank 0 holds."""
-    return dist.distributed_c10d._get_default_store()
+    group: Any = dist.group.WORLD
+    return group.get_group_store()
 
 
 def exchange(name: str, value: object, limit_s: float = LIMIT_S) -> list[Any]:
@@ -87,7 +85,7 @@ def exchange(name: str, value: object, limit_s: float = LIMIT_S) -> list[Any]:
     keys = [f"{key}/{other}" for other in range(world)]
     store.set(keys[rank], json.dumps(value))
     store.add(f"{key}/told", 1)
-    if not _reached(lambda: int(store.add(f"{key}/told", 0)) >= world, limit_s):
+    if not _wait_until(lambda: int(store.add(f"{key}/told", 0)) >= world, limit_s):
         missing = [other for other in range(world) if not store.check([keys[other]])]
         raise RanksError(
             f"{_ranks(missing)} did not get to the {name} within {limit_s:.0f} s. See its own log."
@@ -95,22 +93,22 @@ def exchange(name: str, value: object, limit_s: float = LIMIT_S) -> list[Any]:
     told = [json.loads(store.get(one)) for one in keys]
     store.add(f"{key}/read", 1)
     if rank == 0:  # whose store this is: it must not end before all have read
-        _reached(lambda: int(store.add(f"{key}/read", 0)) >= world, 10.0)
+        _wait_until(lambda: int(store.add(f"{key}/read", 0)) >= world, 10.0)
     return told
 
 
-def _reached(done: Callable[[], bool], limit_s: float) -> bool:
+def _wait_until(done: Callable[[], bool], limit_s: float) -> bool:
     """Wait until something is so; false if it is not in time. Signals are handled meanwhile."""
     until = time.monotonic() + limit_s
     while not done():
         if time.monotonic() > until:
             return False
-        time.sleep(_POLL_S)
+        time.sleep(0.01)
     return True
 
 
 def agree(name: str, told: Mapping[str, Any]) -> None:
-    """Check that all ranks give the same; alone, nothing is checked.
+    """Check that all ranks give the same values; alone, nothing is checked.
 
     Args:
         name: Of what is compared.
@@ -119,39 +117,71 @@ def agree(name: str, told: Mapping[str, Any]) -> None:
     Raises:
         RanksError: Names what differs, on every rank.
     """
-    if several_ranks():
-        check_equal(exchange(name, dict(_leaves("", plain(told)))))
+    if not several_ranks():
+        return
+    check_equal(exchange(name, flattened(told)))
+
+
+def flattened(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as plain values by dotted keys; objects by their class alone."""
+    return dict(_leaves("", json.loads(json.dumps(told, default=_plain, skipkeys=True))))
+
+
+def check_equal(ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RanksError, naming what differs, unless all ranks give the same values."""
+    found = []
+    for key in dict.fromkeys(key for one in ranks for key in one):
+        where: dict[str, list[int]] = {}
+        for rank, one in enumerate(ranks):
+            if key in one:
+                where.setdefault(json.dumps(one[key]), []).append(rank)
+        if len(where) > 1:
+            said = (f"{_short(value)} on {_ranks(numbers)}" for value, numbers in where.items())
+            found.append(f"{key} ({', '.join(said)})")
+    if found:
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise RanksError(
+            f"the ranks disagree on {', '.join(found[:_SHOWN])}{more}. Start all of them with the "
+            "same configuration, data and releases."
+        )
 
 
 def tell(name: str, told: Mapping[str, Any]) -> None:
     """Tell the other ranks, without waiting for any; `compare_told` reads it behind a barrier."""
     store, rank = shared_store(), dist.get_rank()
     store.delete_key(f"{name}/{rank}/read")
-    store.set(f"{name}/{rank}", json.dumps(dict(_leaves("", plain(told)))))
+    store.set(f"{name}/{rank}", json.dumps(flattened(told)))
 
 
 def compare_told(name: str, absent: Mapping[str, Any]) -> None:
-    """Check that every rank has told the same; those that have told nothing need not call this.
-
-    Args:
-        name: As given to `tell`.
-        absent: What a rank is taken to have told that has told nothing.
-
-    Raises:
-        RanksError: Names what differs.
-    """
+    """Check that every rank has told the same; those that have told nothing need not call this."""
     store, world = shared_store(), dist.get_world_size()
     there = [rank for rank in range(world) if store.check([f"{name}/{rank}"])]
     told = {rank: json.loads(store.get(f"{name}/{rank}")) for rank in there}
     store.set(f"{name}/{dist.get_rank()}/read", "1")
     with suppress(RuntimeError):  # the store went with rank 0, which had seen that all have read
-        _reached(lambda: all(store.check([f"{name}/{rank}/read"]) for rank in there), 10.0)
+        _wait_until(lambda: all(store.check([f"{name}/{rank}/read"]) for rank in there), 10.0)
         store.delete_key(f"{name}/{dist.get_rank()}")
     check_equal([told.get(rank, absent) for rank in range(world)])
 
 
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, the same on every rank."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if isinstance(value, Path | timedelta | torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, torch.Tensor):
+        return value.tolist() if value.numel() <= 64 else list(value.shape)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Plain values by dotted keys, lists of settings by their places too."""
+    """Plain values by dotted keys, lists of settings by their positions too."""
     items: list[tuple[Any, Any]] = []
     if isinstance(value, dict):
         items = list(value.items())
@@ -164,32 +194,8 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _leaves(f"{key}.{name}" if key else str(name), item)
 
 
-def check_equal(told: Sequence[Mapping[str, Any]]) -> None:
-    """Check that what the ranks told is the same.
-
-    Raises:
-        RanksError: Names each setting that differs, with its values.
-    """
-    found = []
-    for key in dict.fromkeys(key for one in told for key in one):
-        values = [_MISSING if key not in one else json.dumps(one[key]) for one in told]
-        distinct = dict.fromkeys(value for value in values if value is not _MISSING)
-        if len(distinct) > 1:
-            where = {
-                value: [r for r, own in enumerate(values) if own == value] for value in distinct
-            }
-            said = ", ".join(f"{_short(value)} on {_ranks(where[value])}" for value in distinct)
-            found.append(f"{key} ({said})")
-    if found:
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise RanksError(
-            f"the ranks disagree on {', '.join(found[:_SHOWN])}{more}. Start all of them with the "
-            "same configuration, data and releases."
-        )
-
-
-def _short(value: Any) -> str:
-    text = str(value).strip('"')
+def _short(value: str) -> str:
+    text = value.strip('"')
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -258,8 +264,17 @@ def configuration(trainer: Trainer) -> dict[str, Any]:
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: _release(name) for name in _RELEASES},
         **{f"trainer.{name}": getattr(trainer, name, None) for name in _TRAINER},
-        **_callbacks(trainer),
     }
+    names: list[str] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        package = type(callback).__module__.partition(".")[0]
+        shows = isinstance(callback, ProgressBar | ModelSummary)
+        if package in ("rosa_lightning", "lightning", "pytorch_lightning") and not shows:
+            name = type(callback).__name__
+            names.append(name)
+            number = f" {names.count(name)}" if names.count(name) > 1 else ""
+            told |= {f"{name}{number}.{k}": v for k, v in settings_of(callback).items()}
+    told["trainer.callbacks"] = names
     for part in (module, datamodule):
         told |= part.agreed_settings() if hasattr(part, "agreed_settings") else {}
     return told
@@ -271,37 +286,15 @@ def _release(name: str) -> str | None:
     return None
 
 
-def _callbacks(trainer: Trainer) -> dict[str, Any]:
-    """The callbacks of this package and of Lightning that have a part in the training."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    told: dict[str, Any] = {}
-    names: list[str] = []
-    for callback in callbacks:
-        of = type(callback).__module__.partition(".")[0]
-        if of in ("rosa_lightning", "lightning", "pytorch_lightning") and not isinstance(
-            callback, ProgressBar | ModelSummary
-        ):
-            name = type(callback).__name__
-            names.append(name)
-            number = f" {names.count(name)}" if names.count(name) > 1 else ""
-            told |= {f"{name}{number}.{k}": v for k, v in settings_of(callback).items()}
-    return {"trainer.callbacks": names, **told}
-
-
 def settings_of(made: object) -> dict[str, Any]:
     """What an object was made with, as far as it keeps that under the names of its arguments."""
     found = {}
-    for name in inspect.signature(type(made).__init__).parameters:
-        for holder, attribute in ((made, name), (made, f"_{name}"), (_rules(made), name)):
-            value = getattr(holder, attribute, _MISSING)
-            if value is not _MISSING and name not in _OF_A_NODE:
-                found[name] = value
-                break
+    for name in inspect.signature(type(made).__init__).parameters.keys() - _OF_A_NODE:
+        for holder in (made, getattr(made, "config", None) or getattr(made, "rules", None)):
+            for attribute in (name, f"_{name}"):
+                if hasattr(holder, attribute) and name not in found:
+                    found[name] = getattr(holder, attribute)
     return found
-
-
-def _rules(made: object) -> object:
-    return getattr(made, "rules", None)
 
 
 def optimization(trainer: Trainer) -> dict[str, Any]:
@@ -310,9 +303,7 @@ def optimization(trainer: Trainer) -> dict[str, Any]:
     for number, optimizer in enumerate(trainer.optimizers):
         name = f"optimizer{number or ''}"
         told[name] = type(optimizer).__name__
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        told[f"{name}.parameters"] = sizes
+        groups = [{**g, "params": len(g["params"])} for g in optimizer.param_groups]
         for key in dict.fromkeys(key for group in groups for key in group):
             values = [group.get(key) for group in groups]
             told[f"{name}.{key}"] = values[0] if len(values) == 1 else values
@@ -321,38 +312,3 @@ def optimization(trainer: Trainer) -> dict[str, Any]:
         told[name] = [type(config.scheduler).__name__, config.interval, config.frequency]
         told |= {f"{name}.{key}": value for key, value in config.scheduler.state_dict().items()}
     return told
-
-
-def file_digest(path: str | Path | None) -> str | None:
-    """A digest of a file's content; of a folder, of its files' names and sizes."""
-    if path is None:
-        return None
-    place = Path(path)
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.is_file())
-        named = [(str(file.relative_to(place)), file.stat().st_size) for file in files]
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
-    if not place.is_file():  # in a store elsewhere
-        return str(path)
-    with place.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it, the same on every rank: objects by their class alone."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        items = [plain(item) for item in value]
-        return sorted(items, key=str) if isinstance(value, set | frozenset) else items
-    if isinstance(value, Path | timedelta | torch.dtype | torch.device):
-        return str(value)
-    if hasattr(value, "numel") and hasattr(value, "tolist"):
-        return value.tolist() if value.numel() <= 64 else list(value.shape)
-    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -7,7 +7,6 @@ import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import lightning
 import torch
@@ -30,15 +29,17 @@ _RESTORED = {
 }
 """The trainer's functions that restore an entry of a checkpoint."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk that is full; of a library's files, they come without a name."""
-
 _OF_SETTINGS = ("Early stopping conditioned on metric",)
 """How errors of another kind begin that speak of a setting."""
 
 
 class ConfigurationError(ValueError):
     """A command line or a configuration that nothing can be made of."""
+
+
+def is_configuration(error: BaseException) -> bool:
+    """Whether the command line or a configuration is at fault, and no run has begun."""
+    return any(isinstance(link, ConfigurationError) for link in _chain(error))
 
 
 def one_line(message: str) -> str:
@@ -55,36 +56,18 @@ def explain(error: BaseException) -> str | None:
     same classes: its message would not say what to mend.
     """
     for link in _chain(error):
-        if (told := _of_machine(link)) is not None:
+        if (told := _of_machine(link) or _refused(link) or _refused_by_worker(link)) is not None:
             return told
-        if isinstance(link, ValueError | TypeError | ImportError) and _is_refusal(link, _PACKAGE):
-            return one_line(str(link))
-        if isinstance(link, ValueError) and _is_refusal(link, _LIGHTNING):
-            return one_line(str(link))
-        if (told := _told_by_worker(link)) is not None:
-            return told
-    entry = _restored_entry(error)
-    if entry is not None:
-        return (
-            f"the checkpoint's entry {entry} cannot be restored ({type(error).__name__}: "
-            f"{one_line(str(error))[:300]}). It is damaged, or was written by another kind of run. "
-            "Give another checkpoint as ckpt_path."
-        )
-    message = _of_file(error) if isinstance(error, OSError) else one_line(str(error))
-    if isinstance(error, OSError | MisconfigurationException) or message.startswith(_OF_SETTINGS):
-        return message or type(error).__name__
-    return None
-
-
-def _of_machine(error: BaseException) -> str | None:
-    """What the machine lacks: room, memory, a name that it can spell, another process."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return _of_memory(error)
-    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
-        return f"another process of the run cannot be reached: {one_line(str(error))[:300]}"
-    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
-        return _of_name(error)
-    return _of_logs(error)
+    said = one_line(str(error))
+    for path, function in _frames(error):
+        if path.name == "checkpoint_connector.py" and function in _RESTORED:
+            return (
+                f"the checkpoint's entry {_RESTORED[function]} cannot be restored "
+                f"({type(error).__name__}: {said[:300]}). It is damaged, or was written by another "
+                "kind of run. Give another checkpoint as ckpt_path."
+            )
+    known = isinstance(error, OSError | MisconfigurationException) or said.startswith(_OF_SETTINGS)
+    return (said or type(error).__name__) if known else None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -97,28 +80,69 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def _frames(error: BaseException) -> Iterator[TracebackType]:
-    frame = error.__traceback__
-    while frame is not None:
-        yield frame
-        frame = frame.tb_next
+def _frames(error: BaseException) -> list[tuple[Path, str]]:
+    """The file and the function of each frame that an error went through."""
+    frames, link = [], error.__traceback__
+    while link is not None:
+        code = link.tb_frame.f_code
+        frames.append((Path(code.co_filename), code.co_name))
+        link = link.tb_next
+    return frames
 
 
-def _is_refusal(error: BaseException, package: Path) -> bool:
-    """Whether a statement of a package raised it, and not some call or operation in it.
+def _of_machine(error: BaseException) -> str | None:
+    """What the machine lacks: room, memory, a name that it can spell, another process."""
+    said = one_line(str(error))
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return (
+            f"memory is spent: {said[:300] or 'nothing more can be allocated'}. Lower "
+            "data.batch_size, data.max_length or model.speed.microbatch_tokens, or set "
+            "model.gradient_checkpointing."
+        )
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return f"another process of the run cannot be reached: {said[:300]}"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        shown = one_line(printable(error.object))[-300:]
+        return (
+            f"a name is not UTF-8, and a library needs it in UTF-8: {shown}. Rename the file or "
+            "folder, or give another."
+        )
+    # TensorBoard's writer hides what the file system says behind another error.
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and any("loggers" in path.parts for path, _ in _frames(error)):
+        return (
+            f"the logs cannot be written: {one_line(str(cause))}. Make room for them, or set "
+            "trainer.logger.init_args.save_dir to another place."
+        )
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    reason = getattr(error, "strerror", None)
+    if full and reason and getattr(error, "filename", None) is None:  # a library's file
+        return (
+            f"a file of the run cannot be written: {reason}. Make room, or set "
+            "trainer.default_root_dir to another place."
+        )
+    return None
 
-    `int("x")` in a package is a defect of it, and says nothing of what was given.
+
+def _refused(error: BaseException) -> str | None:
+    """What a raise statement of this package refused, or a check of Lightning's.
+
+    Not what some call or operation raised in it: `int("x")` in a package is a defect of it, and
+    says nothing of what was given.
     """
-    frames = list(_frames(error))
-    if not frames:
-        return False
-    innermost = frames[-1]
-    code = innermost.tb_frame.f_code
-    raised = dis.opname[code.co_code[innermost.tb_lasti]] == "RAISE_VARARGS"
-    return raised and package in Path(code.co_filename).parents
+    link = error.__traceback__
+    if link is None or not isinstance(error, ValueError | TypeError | ImportError):
+        return None
+    while link.tb_next is not None:
+        link = link.tb_next
+    code = link.tb_frame.f_code
+    folders = Path(code.co_filename).parents
+    ours = _PACKAGE in folders or (_LIGHTNING in folders and isinstance(error, ValueError))
+    raised = dis.opname[code.co_code[link.tb_lasti]] == "RAISE_VARARGS"
+    return one_line(str(error)) if ours and raised else None
 
 
-def _told_by_worker(error: BaseException) -> str | None:
+def _refused_by_worker(error: BaseException) -> str | None:
     """What this package refused in a process that prepares batches; torch hands it on as text."""
     found = re.match(r"Caught (\w+) in DataLoader worker process.*?\nOriginal Tr", str(error), re.S)
     if found is None:
@@ -128,58 +152,3 @@ def _told_by_worker(error: BaseException) -> str | None:
     is_refusal = _PACKAGE in Path(last[1]).parents and last[2].startswith("raise ")
     is_ours = found[1] in ("ValueError", "TypeError", "ImportError") and is_refusal
     return one_line(told) if is_ours or found[1].endswith("OSError") else None
-
-
-def _restored_entry(error: BaseException) -> str | None:
-    """The entry of a checkpoint that was being restored when an error was raised."""
-    for frame in _frames(error):
-        code = frame.tb_frame.f_code
-        if Path(code.co_filename).name == "checkpoint_connector.py" and code.co_name in _RESTORED:
-            return _RESTORED[code.co_name]
-    return None
-
-
-def _of_name(error: UnicodeEncodeError) -> str:
-    """Of a name with bytes that are no UTF-8, which Python keeps as halves of surrogate pairs."""
-    about = one_line(printable(error.object))
-    shown = about if len(about) < 300 else f"...{about[-300:]}"
-    return (
-        f"a name is not UTF-8, and a library needs it in UTF-8: {shown}. Rename the file or "
-        "folder, or give another."
-    )
-
-
-def _of_file(error: OSError) -> str:
-    """What the machine says of a file; where a library wrote it, its name is not told."""
-    # One that names the file in its own words has an errno, but no strerror.
-    if error.filename is None and error.strerror and error.errno in _FULL:
-        return (
-            f"a file of the run cannot be written: {error.strerror}. Make room, or set "
-            "trainer.default_root_dir to another place."
-        )
-    return one_line(str(error))
-
-
-def _of_memory(error: BaseException) -> str:
-    return (
-        f"memory is spent: {one_line(str(error))[:300] or 'nothing more can be allocated'}. Lower "
-        "data.batch_size, data.max_length or model.speed.microbatch_tokens, or set "
-        "model.gradient_checkpointing."
-    )
-
-
-def _of_logs(error: BaseException) -> str | None:
-    """What the file system refused a logger; TensorBoard's hides it behind another error."""
-    logs = any("loggers" in Path(f.tb_frame.f_code.co_filename).parts for f in _frames(error))
-    cause = error if isinstance(error, OSError) else error.__cause__
-    if not (logs and isinstance(cause, OSError)):
-        return None
-    return (
-        f"the logs cannot be written: {one_line(str(cause))}. Make room for them, or set "
-        "trainer.logger.init_args.save_dir to another place."
-    )
-
-
-def is_configuration(error: BaseException) -> bool:
-    """Whether the command line or a configuration is at fault, and no run has begun."""
-    return any(isinstance(link, ConfigurationError) for link in _chain(error))

@@ -1,8 +1,11 @@
 """The end of a run: by a signal to any of its processes, or where another rank has failed.
 
-A signal is only noted while a training runs. All ranks stop together after the optimizer step, with
-a checkpoint to go on from. Where nothing is trained, a signal ends the process at once, and a
-thread of each rank looks whether another one has left.
+While a training runs, a signal is only noted: all ranks stop together after the optimizer step,
+with a checkpoint to go on from. Elsewhere a signal ends the process at once, and a thread of each
+rank looks whether another one has left.
+
+Private members of Lightning 2.6: `_signal_connector` (the handlers that it registers), the cluster
+environment of `_accelerator_connector`, `_hpc_resume_path`, and `_should_check_val_fx`.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ from rosa_lightning.utils.agreement import (
     RanksError,
     agree,
     configuration,
-    file_digest,
     is_told,
     mark_told,
     new_run,
@@ -50,17 +52,15 @@ _REQUEUE, _INTERRUPT, _TERMINATE = 1, 2, 3
 
 
 class Stopping(Callback):
-    """Ends a run of several ranks, or of one, in order. `RoSAModule` brings it along.
+    """Ends a run of one rank or several in order, and compares the ranks before they work together.
 
-    It also compares the ranks before they work together.
+    `RoSAModule` brings it along.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._asked = 0
-        self._training = False
-        self._over = False
-        self._agreed = False
+        self._training = self._over = self._agreed = False
         self._key = ""
         self._news: dict[str, Any] | None = None
         self._done = threading.Event()
@@ -79,7 +79,13 @@ class Stopping(Callback):
         """A new one for the run that a trainer begins, in place of that of the run before."""
         trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, cls)]
         new = cls()
-        new._begin(trainer)
+        # Lightning's own waits, within the handler, for what other ranks will not do.
+        trainer._signal_connector._sigterm_notifier_fn = new._on_signal
+        if trainer.world_size > 1:
+            new._key = f"rosa/left/{new_run()}"
+            if _in_main_thread():
+                new._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, new._on_signal)
+            threading.Thread(target=new._look, name="other-ranks", daemon=True).start()
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stopping:
@@ -90,25 +96,10 @@ class Stopping(Callback):
         """A new one: another process has its own signals."""
         return type(self), ()
 
-    # Beginning.
-
-    def _begin(self, trainer: Trainer) -> None:
-        # Lightning's own waits, within the handler, for what other ranks will not do.
-        connector: Any = trainer._signal_connector
-        connector._sigterm_notifier_fn = self._on_signal
-        if trainer.world_size < 2:
-            return
-        self._key = f"rosa/left/{new_run()}"
-        if threading.current_thread() is threading.main_thread():
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
-        threading.Thread(target=self._look, name="other-ranks", daemon=True).start()
+    # Comparing the ranks.
 
     def agree(self, trainer: Trainer) -> None:
-        """Compare the ranks' configurations, once a run.
-
-        Raises:
-            RanksError: Names what differs.
-        """
+        """Compare the ranks' configurations, once a run; RanksError names what differs."""
         if not self._agreed:
             self._agreed = True
             agree("settings", configuration(trainer))
@@ -120,48 +111,30 @@ class Stopping(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare what has been made since."""
         if several_ranks():
-            agree("optimizers", optimization(trainer) | _checkpoint(trainer))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on signals wait for the end of a step."""
-        if several_ranks() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")  # no wait for the device
-        self._training = True
-        if threading.current_thread() is threading.main_thread():
-            for number in self._deferred(trainer):
-                signal.signal(number, self._on_signal)  # Lightning puts the former ones back
+            agree("optimizers", optimization(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the batches that all ranks have, and set right what a resumed one has counted."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            self._agree_on_checkpoint(trainer)
-        elif not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             loop = trainer.fit_loop.epoch_loop.val_loop
             number = min(sum(loop.max_batches), 2**31)
             self._common_batches = -self._highest(-int(number))
             total: Any = loop.batch_progress.total
             total.ready = total.started = total.processed = total.completed
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the checkpoints."""
-        self._agree_on_checkpoint(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the checkpoints."""
-        self._agree_on_checkpoint(trainer)
-
-    def _agree_on_checkpoint(self, trainer: Trainer) -> None:
-        if several_ranks():
-            agree("checkpoint", _checkpoint(trainer))
-
     # Signals.
 
-    def _deferred(self, trainer: Trainer) -> list[int]:
-        own: list[int] = [signal.SIGTERM]
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on signals wait for the end of a step."""
+        if several_ranks() and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")  # no wait for the device
+        self._training = True
+        numbers: list[int | None] = [signal.SIGTERM, _requeue_signal(trainer)]
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            own.append(signal.SIGINT)
-        requeue = _requeue_signal(trainer)
-        return own if requeue is None else [*own, requeue]
+            numbers.append(signal.SIGINT)
+        for number in numbers if _in_main_thread() else ():
+            if number is not None:
+                signal.signal(number, self._on_signal)  # Lightning puts the former ones back
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._over:
@@ -177,17 +150,18 @@ class Stopping(Callback):
             return
         if number == signal.SIGINT and self._asked >= _INTERRUPT:
             raise KeyboardInterrupt  # asked for again: at once
-        kinds = {signal.SIGTERM: _TERMINATE, signal.SIGINT: _INTERRUPT}
-        self._asked = max(self._asked, kinds.get(signal.Signals(number), _REQUEUE))
+        kinds = {int(signal.SIGTERM): _TERMINATE, int(signal.SIGINT): _INTERRUPT}
+        self._asked = max(self._asked, kinds.get(number, _REQUEUE))
 
-    def after_batch(self, trainer: Trainer) -> None:
+    def after_batch(self, trainer: Trainer, batch_idx: int) -> None:
         """Stop here, where that was asked of any rank; all ranks must call this.
 
         Not between the batches of one optimizer step, nor before a validation that is due: what
         comes next in it is where to stop then.
         """
-        loop: Any = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+        count = batch_idx + 1
+        last = trainer.is_last_batch or count >= trainer.num_training_batches
+        if not last and count % trainer.accumulate_grad_batches:
             return
         asked = self._highest(self._asked)
         if asked and not validation_is_due(trainer):
@@ -200,15 +174,14 @@ class Stopping(Callback):
         progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
         if progress.current.processed > self._common_batches:
             return  # other ranks have no such batch
-        asked = self._highest(self._asked)
-        if asked:
+        if asked := self._highest(self._asked):
             with _before_its_first_batch(progress):
                 self._obey(trainer, asked)
 
     def _obey(self, trainer: Trainer, asked: int) -> None:
         self._asked = 0
         if asked == _REQUEUE:
-            # All of it at this place: a checkpoint in the midst of a step would be of no state.
+            # All of it here: a checkpoint in the midst of a step would be of no state.
             connector: Any = trainer._signal_connector
             connector._slurm_sigusr_handler_fn(_requeue_signal(trainer), None)
             return
@@ -264,11 +237,7 @@ class Stopping(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Tell the other ranks that this one leaves; or say which one left first.
-
-        Raises:
-            RanksError: Another rank has failed, and this one because of that.
-        """
+        """Tell the other ranks that this one leaves; or say which one left first."""
         self._done.set()
         over, self._over = self._over, True
         if over or not several_ranks() or is_told(exception):
@@ -306,9 +275,13 @@ class Stopping(Callback):
         if several_ranks():
             trainer.strategy.barrier("ended")
         self._over = True
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        for number, handler in self._before.items() if _in_main_thread() else ():
+            signal.signal(number, handler)
+
+
+def _in_main_thread() -> bool:
+    """Whether signal handlers can be set here."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _follow(news: dict[str, Any], cause: BaseException | None = None) -> NoReturn:
@@ -322,10 +295,6 @@ def _in_words(news: dict[str, Any]) -> str:
     if news["status"] > 128:
         return f"rank {news['rank']} was stopped by {signal.Signals(news['status'] - 128).name}."
     return f"rank {news['rank']} failed: {news['reason']}"
-
-
-def _checkpoint(trainer: Trainer) -> dict[str, Any]:
-    return {"ckpt_path": file_digest(trainer.ckpt_path)}
 
 
 def _requeue_signal(trainer: Trainer) -> int | None:
@@ -345,8 +314,8 @@ def requeued(trainer: Trainer) -> bool:
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether a validation follows on the batch that has been trained."""
     loop: Any = trainer.fit_loop.epoch_loop
-    validates = loop.val_loop._max_batches and not loop.val_loop.skip
-    return bool(validates and loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+    validates = sum(trainer.num_val_batches) > 0
+    return validates and bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
 @contextmanager
@@ -366,17 +335,17 @@ def _before_its_first_batch(progress: Any) -> Iterator[None]:
 
 def _save(trainer: Trainer) -> str | None:
     """Save the last checkpoint of the first callback that saves any; all ranks must call this."""
-    saving: list[Any] = [
-        one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)
-    ]
-    saving.sort(key=lambda one: not one.save_last)
+    saving = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     if not saving:
         return None
-    callback = saving[0]
-    kept = callback.save_last, callback.save_weights_only
-    callback.save_last, callback.save_weights_only = True, False
-    try:
-        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
-    finally:
-        callback.save_last, callback.save_weights_only = kept
+    callback = max(saving, key=lambda one: bool(one.save_last))
+    if not callback.last_model_path:
+        counts: Any = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        values, name = trainer.callback_metrics | counts, callback.CHECKPOINT_NAME_LAST
+        path, version = callback.format_checkpoint_name(values, name), callback.STARTING_VERSION
+        while callback.file_exists(path, trainer):
+            path = callback.format_checkpoint_name(values, name, version)
+            version += 1
+        callback.last_model_path = path  # before saving, as it is part of the state
+    trainer.save_checkpoint(callback.last_model_path, weights_only=False)
     return str(callback.last_model_path)
