@@ -26,7 +26,7 @@ from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, finger
 from rosa_lightning.adapters.resume_checks import check_entries, check_states_fit
 from rosa_lightning.answering import Answering
 from rosa_lightning.data.collators import num_rows
-from rosa_lightning.dls.gradients import held_gradients, hold_gradients
+from rosa_lightning.dls.optimizer_state import held_gradients, hold_gradients
 from rosa_lightning.evaluation.evaluator import EvaluationConfig
 from rosa_lightning.models.finite import check_states, check_weights
 from rosa_lightning.models.loading import (

@@ -184,7 +184,7 @@ def inspect(
     selection = [c for c in _callbacks(setting) if isinstance(c, DynamicLayerSelection)]
     estimates = compare_memory(
         model,
-        num_active=selection[0].rules.num_active if selection else 0.5,
+        num_active=selection[0].num_active if selection else 0.5,
         batch_size=rows,
         length=data.max_length,
         response_length=length,

@@ -1,11 +1,8 @@
 """A budget for the backward pass: which layers an interval may train, so that the mean cost holds.
 
-Pure torch, no trainer. The backward pass runs from the top of the stack down to the lowest layer
-that trains, so an interval costs what its lowest active layer costs. Costs are shares of a full
-backward, one with all layers active.
-
-A step that scores the layers is a full backward, whatever is selected. So a budget is spent in two
-parts: a full backward each selection, and the rest on the steps between selections, `steps_share`.
+The backward pass runs from the top of the stack down to the lowest layer that trains, so an
+interval costs what its lowest active layer costs. Costs are shares of a full backward. A step that
+scores is a full backward, whatever is selected; `steps_share` is what is left for the others.
 """
 
 import math
@@ -52,9 +49,7 @@ def steps_share(
             for over the whole run, and for nothing where its length is unknown.
 
     Raises:
-        ValueError: Selecting, the full_steps and training the cheapest layer alone cost as much as
-            the budget, so that nothing would be left for the others, in a run of this length or
-            of any.
+        ValueError: Nothing would be left to share, in a run of this length or of any.
     """
     if math.isinf(total_steps):
         full, between = 1.0, interval - 1.0
@@ -105,6 +100,12 @@ class BackwardBudget:
 
     Where every interval has its full length, the cost of all steps so far is within the budget at
     the end of each interval, and within it, above by less than one full backward.
+
+    Args:
+        share: Mean cost that the steps may have, above the lowest of the costs.
+        costs: What each layer costs as the lowest one, descending.
+        always_active: Indices of the layers that train anyway and claim nothing.
+        by_score: Whether claims grow with the scores, or alike for policies that ignore them.
     """
 
     def __init__(
@@ -114,14 +115,6 @@ class BackwardBudget:
         always_active: Sequence[int] = (),
         by_score: bool = True,
     ) -> None:
-        """Start with nothing saved and no claims.
-
-        Args:
-            share: Mean cost that the steps may have, above the lowest of the costs.
-            costs: What each layer costs as the lowest one, descending.
-            always_active: Indices of the layers that train anyway and claim nothing.
-            by_score: Whether claims grow with the scores, or alike for policies that ignore them.
-        """
         self._share = share
         self._by_score = by_score
         self._costs = tuple(costs)
@@ -140,8 +133,7 @@ class BackwardBudget:
         Args:
             scores: Scores of 0 or above, shape (num_layers,).
             steps: Steps until the next selection, without the one that selects.
-            choose: Turns claims, shape (num_layers,), and the lowest index that may be taken into
-                the indices of layers that train, those that always do included.
+            choose: A policy: takes claims, shape (num_layers,), and the lowest index allowed.
         """
         weights = scores.tolist() if self._by_score else [1.0] * len(self._costs)
         earned = zip(self._earned, _shares(weights), strict=True)
@@ -171,11 +163,7 @@ class BackwardBudget:
 
     def state_dict(self) -> dict[str, Any]:
         """What was saved, earned and carried over so far, as plain numbers."""
-        return {
-            "saved": self._saved,
-            "earned": list(self._earned),
-            "carried": list(self._carried),
-        }
+        return {"saved": self._saved, "earned": [*self._earned], "carried": [*self._carried]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from such a state."""

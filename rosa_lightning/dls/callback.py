@@ -1,58 +1,54 @@
-"""Dynamic Layer Selection: every few optimizer steps, choose which layers train.
+"""Dynamic Layer Selection, the callback: every few optimizer steps, choose which layers train.
 
-The callback freezes and thaws parameters and scores layers; `selector.py` decides and remembers.
-It knows nothing of language models or adapters: it selects among whatever trains inside the
-repeated layers of a LightningModule.
+It freezes and thaws parameters and scores layers; `selector.py` and `policies.py` decide. It knows
+nothing of language models or adapters: it selects among whatever trains inside the repeated layers
+of a LightningModule.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from rosa_lightning.dls.checks import (
+from .checks import (
     check_module,
     check_optimizers,
-    check_reached,
+    check_published,
     check_resumed,
     check_sole_owner,
     check_strategy,
     check_wrapped,
+    publish_settings,
 )
-from rosa_lightning.dls.gradients import (
-    drop_grad,
+from .layers import Layer, find_layers
+from .optimizer_state import (
+    OptimizerState,
+    check_optimizer_state,
+    fill_state,
+    free_state,
     freeze,
     global_gradients,
     num_elements,
-    require_grad,
+    reset_state,
 )
-from rosa_lightning.dls.layers import Layer, find_layers
-from rosa_lightning.dls.length import planned_steps
-from rosa_lightning.dls.optimizer_state import (
-    Moments,
-    check_moments,
-    fill_optimizer_state,
-    free_moments,
-    reset_moments,
-)
-from rosa_lightning.dls.policies import Policy
-from rosa_lightning.dls.rules import SelectionRules, check_choice, check_type, layer_indices
-from rosa_lightning.dls.scores import Normalization, layer_scores
-from rosa_lightning.dls.selector import Selector
-from rosa_lightning.utils.agreement import compare_told, settings_of, several_ranks, tell
+from .policies import Policy, layer_scores
+from .selector import LayerSelector, PolicyOptions, SelectionConfig, check_choice
 
-_RULES = frozenset(field.name for field in fields(SelectionRules))
-_READ_AT_START = frozenset({"rules", "moments", "layers", "norms", "trainable"})
+_DEFAULT_OPTIONS = PolicyOptions()
 
 
 class DynamicLayerSelection(Callback):
     """Trains only the layers whose norm weights have the largest gradients, chosen anew at times.
+
+    Pan et al., "RoSA: Enhancing Parameter-Efficient Fine-Tuning via RoPE-aware Selective
+    Adaptation in Large Language Models", AAAI-26, https://doi.org/10.1609/aaai.v40i18.38589
 
     Every `interval` optimizer steps one step runs with the gradients of all layers. From those of
     the norm weights, accumulated over the micro-batches of that step, each layer gets a score; a
@@ -76,6 +72,7 @@ class DynamicLayerSelection(Callback):
     _found: Sequence[tuple[nn.Parameter, bool]] = ()
     _probes: Sequence[nn.Parameter] = ()
     _scoring: bool = False
+    _ends_window: bool = False
     _warned: bool = False
     # A checkpoint's state, until training starts.
     _pending: dict[str, Any] | None = None
@@ -83,28 +80,23 @@ class DynamicLayerSelection(Callback):
     _names: tuple[str, ...] = ()
     _positions: tuple[int, ...] = ()
     _num_blocks: int = 0
-    _selector: Selector | None = None
+    _selector: LayerSelector | None = None
     _steps: int = 0
 
     def __init__(
         self,
-        *,
         num_active: int | float = 0.5,
         interval: int = 100,
+        *,
         policy: Policy = "top_k",
-        temperature: float = 1.0,
-        score_share: float = 0.5,
-        score_smoothing: float = 0.0,
-        score_normalization: Normalization = "none",
+        policy_options: PolicyOptions = _DEFAULT_OPTIONS,
         backward_budget: float = 1.0,
-        moments: Moments = "reset",
+        optimizer_state: OptimizerState = "reset",
         warmup_steps: int = 0,
         final_steps_all: int = 0,
         layers: str | None = None,
         norms: str | None = None,
         trainable: str | None = None,
-        always_active: list[int] | None = None,
-        fixed_layers: list[int] | None = None,
         seed: int = 0,
     ) -> None:
         """Check what can be checked without a model.
@@ -114,21 +106,16 @@ class DynamicLayerSelection(Callback):
             interval: Optimizer steps from one selection to the next.
             policy: top_k takes the highest scores; sample draws without replacement in proportion
                 to score**(1/temperature); threshold takes the fewest layers that hold score_share
-                of the total score; random, all and fixed are controls that ignore scores.
-            temperature: For sample: below 1 nearer to top_k, above 1 nearer to random.
-            score_share: For threshold, which does not read num_active: a share in (0, 1].
-            score_smoothing: Weight of earlier selections in a score, in [0, 1): a moving average
-                with its bias corrected. 0 takes each score as it is.
-            score_normalization: Divides a layer's score by the square root of the number of its
-                norm weights (sqrt_size), by the mean of its scores so far (running_mean), or by
-                nothing (none).
+                of the total score; random and fixed are controls that ignore scores; all trains
+                every layer, as without selection, unless there is a backward_budget.
+            policy_options: What a policy reads besides.
             backward_budget: Mean share of a full backward pass that a step of the run may cost, in
                 (0, 1]; a step costs the layers from the top to the lowest active one, and all in
                 a step that scores. Below 1, scores add up while a layer waits: intervals that
                 train low layers alternate with intervals that save for them.
-            moments: What becomes of an optimizer's moments of a frozen layer: keep leaves them as
-                they are; reset zeroes them when the layer trains again; free gives their memory
-                back until then (one device and DDP).
+            optimizer_state: What becomes of the optimizer's state of a frozen layer: keep leaves it
+                as it is; reset zeroes it when the layer trains again; free gives its memory back
+                until then (one device and DDP).
             warmup_steps: Optimizer steps at the start in which all layers train.
             final_steps_all: Optimizer steps at the end of the run in which all layers train.
             layers: Dotted path of the ModuleList of layers, or a pattern that one path matches; by
@@ -137,59 +124,40 @@ class DynamicLayerSelection(Callback):
                 by commas: the norms that score it. By default its direct children.
             trainable: Pattern such as "*lora*" on parameter names inside a layer, several
                 separated by commas: what is frozen and trained. By default all that trains.
-            always_active: Layers that always train; they count towards num_active. Negative
-                indices count from the last layer.
-            fixed_layers: For fixed: the layers that train.
             seed: Seed of the callback's own random generator, for sample and random.
         """
         super().__init__()
-        self.rules = SelectionRules(
-            num_active=num_active,
-            interval=interval,
-            policy=policy,
-            temperature=temperature,
-            score_share=score_share,
-            score_smoothing=score_smoothing,
-            score_normalization=score_normalization,
-            backward_budget=backward_budget,
-            warmup_steps=warmup_steps,
-            final_steps_all=final_steps_all,
-            always_active=layer_indices("always_active", always_active),
-            fixed_layers=layer_indices("fixed_layers", fixed_layers),
-            seed=seed,
-        )
-        check_choice("moments", moments, get_args(Moments))
+        self.num_active, self.interval = num_active, interval
+        self.policy, self.policy_options = policy, policy_options
+        self.backward_budget, self.optimizer_state = backward_budget, optimizer_state
+        self.warmup_steps, self.final_steps_all = warmup_steps, final_steps_all
+        self.layers, self.norms, self.trainable = layers, norms, trainable
+        self.seed = seed
+        assert self.config
+        check_choice("optimizer_state", optimizer_state, get_args(OptimizerState))
         for name, path in (("layers", layers), ("norms", norms), ("trainable", trainable)):
-            if path is not None:
-                check_type(name, path, str, "a dotted path or pattern, as text")
-        self.moments = moments
-        self.layers = layers
-        self.norms = norms
-        self.trainable = trainable
+            if not isinstance(path, str | None):
+                raise ValueError(f"{name}={path!r} is a {type(path).__name__}. Set a path as text.")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute.
-
-        Raises:
-            AttributeError: It is a setting, which `rules` holds, or one that a fit that runs has
-                read already.
-        """
-        if name in _RULES:
-            raise AttributeError(
-                f"{name} cannot be set on its own. Set rules = dataclasses.replace(rules, "
-                f"{name}={value!r}) before a fit, or make a new DynamicLayerSelection."
-            )
-        if name in _READ_AT_START and self._layers:
-            raise AttributeError(
-                f"{name} cannot be changed while a fit runs, which has read it. Set it before."
-            )
-        super().__setattr__(name, value)
+    @property
+    def config(self) -> SelectionConfig:
+        """How layers are selected in the next fit."""
+        return SelectionConfig(
+            num_active=self.num_active,
+            interval=self.interval,
+            policy=self.policy,
+            options=self.policy_options,
+            backward_budget=self.backward_budget,
+            warmup_steps=self.warmup_steps,
+            final_steps_all=self.final_steps_all,
+            seed=self.seed,
+        )
 
     @property
     def state_key(self) -> str:
         """Its own for each list of layers, so that a trainer may hold one callback for each."""
-        own = self.layers is not None
-        return self._generate_state_key(layers=self.layers) if own else super().state_key
+        name = type(self).__qualname__
+        return name if self.layers is None else f"{name}{ {'layers': self.layers}!r}"
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -200,26 +168,18 @@ class DynamicLayerSelection(Callback):
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Positions, in the list of blocks, of the layers selected among; empty before a fit."""
+        """Positions, in the list of layers, of those selected among; empty before a fit."""
         return self._positions
 
     @property
     def num_blocks(self) -> int:
-        """Length of the list of blocks, those with nothing to train included; 0 before a fit."""
+        """Length of the list of layers, those with nothing to train included; 0 before a fit."""
         return self._num_blocks
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """Each candidate layer's score at the last selection; None before the first.
-
-        As measured: before smoothing and normalization.
-        """
+        """Each layer's score at the last selection, as measured; None before the first."""
         return None if self._selector is None else self._selector.scores
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers selected among, those with something to train; 0 before a fit."""
-        return len(self._names)
 
     @property
     def num_selections(self) -> int:
@@ -229,34 +189,38 @@ class DynamicLayerSelection(Callback):
     @property
     def selection_counts(self) -> tuple[int, ...]:
         """How often each layer was selected so far in this run."""
-        return (0,) * self.num_layers if self._selector is None else tuple(self._selector.counts)
+        none = (0,) * len(self._positions)
+        return none if self._selector is None else tuple(self._selector.counts)
 
     @property
     def backward_share(self) -> float:
-        """Mean share of a full backward pass that a step has cost so far in this run.
-
-        Counted in layers that the backward passes through.
-        """
+        """Mean share of a full backward pass, in layers, that a step has cost in this run."""
         return 1.0 if self._selector is None else self._selector.backward_share(self._steps)
+
+    @property
+    def _selects(self) -> bool:
+        return self.policy != "all" or self.backward_budget < 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is not supported, before anything is built."""
         if stage == "fit":
-            check_strategy(trainer.strategy, frees_state=self.moments == "free")
-            if several_ranks():
-                # Behind the barrier that follows, each rank that has this callback has told so.
-                name = type(self).__name__
-                settings = {f"{name}.{key}": value for key, value in settings_of(self).items()}
-                tell(f"rosa/{self.state_key}", {name: "given", **settings})
+            # Behind the barrier that follows, each rank that has this callback has told its own.
+            options = {"optimizer_state": self.optimizer_state, "layers": self.layers}
+            options |= {"norms": self.norms, "trainable": self.trainable}
+            publish_settings(self.state_key, asdict(self.config) | options)
+            if self._selects:
+                check_strategy(trainer.strategy, frees_state=self.optimizer_state == "free")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the ranks, find the layers and remember what trains."""
-        if several_ranks():
-            compare_told(f"rosa/{self.state_key}", {type(self).__name__: "missing"})
+        check_published(self.state_key, type(self).__name__)
+        self._selector, self._names, self._positions = None, (), ()
+        if not self._selects:
+            return
         check_module(pl_module)
         check_wrapped(trainer.strategy.model or pl_module)
         self._layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
-        self.rules.fit(self._layers)
+        self.config.resolve(self._layers)
         check_sole_owner(self._layers, [c._layers for c in _selections(trainer) if c is not self])
         self._names = tuple(layer.name for layer in self._layers)
         self._positions = tuple(layer.index for layer in self._layers)
@@ -270,18 +234,20 @@ class DynamicLayerSelection(Callback):
         """Check the optimizer and start afresh, or where the checkpoint stopped."""
         # Not earlier: strategies differ in when they load callbacks, model and optimizer.
         state, self._pending = self._pending, None
+        if not self._layers:
+            return
         candidates = {n: p for layer in self._layers for n, p in layer.candidates.items()}
         check_optimizers(trainer.optimizers, candidates)
-        check_moments(self.moments, trainer.optimizers, list(candidates.values()))
+        check_optimizer_state(self.optimizer_state, trainer.optimizers)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             for optimizer in trainer.optimizers:
-                fill_optimizer_state(optimizer)
+                fill_state(optimizer)
         # Without a path the state was loaded for another purpose, a validation before this fit.
         state = state if trainer.ckpt_path is not None else None
         first_step = trainer.global_step if state is None else state["first_step"]
-        total = planned_steps(trainer) if self.rules.needs_length else math.inf
+        total = total_optimizer_steps(trainer) if self.config.needs_length else math.inf
         sizes = num_elements([layer.norms for layer in self._layers], *_wrapped(trainer))
-        self._selector = self.rules.selector(self._layers, sizes, total, first_step)
+        self._selector = LayerSelector(self.config, self._layers, sizes, total, first_step)
         self._scoring = self._warned = False
         self._steps = trainer.global_step
         if state is not None:
@@ -293,34 +259,41 @@ class DynamicLayerSelection(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """In a scoring step, let all layers and their norms take gradients."""
-        selector, step = self._running(), trainer.global_step
-        opens_window = batch_idx % trainer.accumulate_grad_batches == 0
+        if not self._layers or self._selector is None:
+            return
+        selector, step = self._selector, trainer.global_step
+        window, count = trainer.accumulate_grad_batches, batch_idx + 1
+        last = trainer.is_last_batch or count >= trainer.num_training_batches
+        self._ends_window = last or count % window == 0
         previous = selector.active
         if selector.activate_all(step):
             self._apply(selector, previous, trainer)
             self._log(selector, trainer)
-        if selector.is_due(step) and (opens_window or not self._scoring):
+        if selector.is_due(step) and (batch_idx % window == 0 or not self._scoring):
             self._scoring = True
-            for layer in self._layers:
-                # Norms outside the optimizer are zeroed by nobody else.
-                drop_grad(layer.norms)
+            for norm in (norm for layer in self._layers for norm in layer.norms):
+                norm.grad = None  # those outside the optimizer are zeroed by nobody else
         if self._scoring:
             for layer in self._layers:
-                require_grad([*layer.candidates.values(), *layer.norms], True)
+                _require_grad([*layer.candidates.values(), *layer.norms], True)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Refuse a loss that the active layers have no part in, before autograd does."""
-        if len(self.active) < self.num_layers:
-            check_reached(loss, self.active)
+        if len(self.active) < len(self._positions) and not loss.requires_grad:
+            raise ValueError(
+                f"The active layers {list(self.active)} took no part in this loss, and nothing "
+                "else trains, so there is no gradient. Set always_active (or fixed_layers) to "
+                "layers that every forward pass runs through, or raise num_active."
+            )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the last micro-batch of a scoring step, select."""
         if self._scoring:
             # Between micro-batches too, where a checkpoint may be saved.
-            require_grad(self._probes, False)
-            if not trainer.fit_loop._should_accumulate():
+            _require_grad(self._probes, False)
+            if self._ends_window:
                 self._select(trainer)
 
     def on_before_optimizer_step(
@@ -362,14 +335,11 @@ class DynamicLayerSelection(Callback):
         """Keep the state until training starts."""
         self._pending = dict(state_dict)
 
-    def _running(self) -> Selector:
-        assert self._selector is not None, "training goes on"
-        return self._selector
-
     def _select(self, trainer: Trainer) -> None:
         """The one place of a decision: all ranks score the same batch and take rank 0's choice."""
         self._scoring = False
-        selector, step, before = self._running(), trainer.global_step, self.num_selections
+        assert self._selector is not None, "training goes on"
+        selector, step, before = self._selector, trainer.global_step, self.num_selections
         gradients = global_gradients([layer.norms for layer in self._layers], *_wrapped(trainer))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scores = layer_scores(gradients, 1.0 if scaler is None else scaler.get_scale())
@@ -392,24 +362,22 @@ class DynamicLayerSelection(Callback):
             )
         self._apply(selector, previous, trainer)
 
-    def _apply(self, selector: Selector, previous: Sequence[int], trainer: Trainer) -> None:
+    def _apply(self, selector: LayerSelector, previous: Sequence[int], trainer: Trainer) -> None:
         """Freeze and thaw, and treat what optimizers remember of layers that were frozen."""
-        optimizers = trainer.optimizers
-        every = [p for layer in self._layers for p in layer.candidates.values()]
-        check_moments(self.moments, optimizers, every)
+        optimizers, mode = trainer.optimizers, self.optimizer_state
         for index, layer in enumerate(self._layers):
             parameters = list(layer.candidates.values())
-            if self.moments == "free" and index not in selector.active:
-                free_moments(optimizers, parameters)
-            if self.moments == "reset" and index in set(selector.active) - set(previous):
-                reset_moments(optimizers, parameters)
+            if mode == "free" and index not in selector.active:
+                free_state(optimizers, parameters)
+            if mode == "reset" and index in set(selector.active) - set(previous):
+                reset_state(optimizers, parameters)
         self._freeze_inactive(selector)
 
-    def _freeze_inactive(self, selector: Selector) -> None:
+    def _freeze_inactive(self, selector: LayerSelector) -> None:
         freeze(self._probes)
         for index, layer in enumerate(self._layers):
             if index in selector.active:
-                require_grad(layer.candidates.values(), True)
+                _require_grad(layer.candidates.values(), True)
             else:
                 freeze(layer.candidates.values())
 
@@ -421,7 +389,7 @@ class DynamicLayerSelection(Callback):
         self._layers, self._found, self._probes = (), (), ()
         self._scoring = False
 
-    def _log(self, selector: Selector, trainer: Trainer) -> None:
+    def _log(self, selector: LayerSelector, trainer: Trainer) -> None:
         # The first callback's tags are those of the dashboard and the report.
         first = _selections(trainer)[0] is self
         start = "dls/" if first else f"dls/{self._names[0].rpartition('.')[0]}/"
@@ -430,6 +398,26 @@ class DynamicLayerSelection(Callback):
         for logger in trainer.loggers:
             tagged = {f"{start}{name}": value for name, value in metrics.items()}
             logger.log_metrics(tagged, step=trainer.global_step)
+
+
+def total_optimizer_steps(trainer: Trainer) -> float:
+    """The optimizer step at which the trainer will stop; infinite where it cannot know.
+
+    Lightning's own estimate takes the accumulation of the moment for that of all epochs, and tells
+    the end of a run of so many epochs without a length as -1.
+    """
+    total: float = trainer.estimated_stepping_batches
+    if total < 0:
+        return math.inf
+    batches = trainer.num_training_batches
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    # Without a number of epochs or of batches only max_steps can end the run.
+    if scheduler is None or trainer.max_epochs in (None, -1) or math.isinf(batches):
+        return total
+    windows = (scheduler.get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs))
+    steps = sum(math.ceil(batches / window) for window in windows)
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
 def _selections(trainer: Trainer) -> list[DynamicLayerSelection]:
@@ -442,3 +430,8 @@ def _wrapped(trainer: Trainer) -> tuple[nn.Module, torch.device]:
     model = trainer.strategy.model
     assert model is not None, "training goes on"
     return model, trainer.strategy.root_device
+
+
+def _require_grad(parameters: Iterable[nn.Parameter], required: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(required)

@@ -1,10 +1,18 @@
-"""What layer selection cannot work with, refused before training with the line that mends it."""
+"""What layer selection cannot work with, refused before training with the line that mends it.
 
-from collections.abc import Iterator, Mapping, Sequence
+Attributes of activation checkpointing in `transformers` (read in 5.24) and torch (2.13) have no
+public name: ``_gradient_checkpointing_func``, ``_require_grads_hook(s)`` and ``checkpoint_impl``.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -14,10 +22,10 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rosa_lightning.dls.layers import Layer
+from .layers import Layer
 
 
 def check_strategy(strategy: object, frees_state: bool = False) -> None:
@@ -26,10 +34,6 @@ def check_strategy(strategy: object, frees_state: bool = False) -> None:
     Args:
         strategy: Of the trainer.
         frees_state: Whether optimizer state of frozen layers will be missing.
-
-    Raises:
-        ValueError: DeepSpeed, which steps its own copies, and any other that is not known; FSDP
-            where state will be missing.
     """
     known = isinstance(
         strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | ModelParallelStrategy
@@ -38,24 +42,17 @@ def check_strategy(strategy: object, frees_state: bool = False) -> None:
         raise ValueError(
             f"DynamicLayerSelection does not work under {type(strategy).__name__}, which keeps "
             "gradients where it cannot drop them. Set trainer.strategy to "
-            "ddp_find_unused_parameters_true, fsdp or ModelParallelStrategy."
+            "ddp_find_unused_parameters_true, fsdp or ModelParallelStrategy, or policy to all."
         )
     if frees_state and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise ValueError(
-            f"moments='free' does not work under {type(strategy).__name__}, whose checkpoints "
-            "need state for every parameter. Set moments='reset'."
+            f"optimizer_state='free' does not work under {type(strategy).__name__}, whose "
+            "checkpoints need state for every parameter. Set optimizer_state='reset'."
         )
 
 
 def check_wrapped(model: nn.Module) -> None:
-    """Refuse what a strategy has wrapped so that parameters cannot be frozen and thawed.
-
-    Args:
-        model: As the strategy wrapped it.
-
-    Raises:
-        ValueError: DDP that counts on every gradient, FSDP that hides the parameters.
-    """
+    """Refuse what a strategy has wrapped so that parameters cannot be frozen and thawed."""
     if isinstance(model, DistributedDataParallel):
         if model.static_graph:
             raise ValueError(
@@ -75,37 +72,25 @@ def check_wrapped(model: nn.Module) -> None:
         )
 
 
-def check_module(module: LightningModule) -> None:
-    """Refuse manual optimization, and what `check_checkpointing` refuses.
+def check_module(module: nn.Module) -> None:
+    """Refuse manual optimization and reentrant activation checkpointing.
 
-    Raises:
-        ValueError: Names the module.
+    A reentrant checkpoint gives a layer no gradients when nothing below it trains, and DDP fails
+    on it. Calls of `torch.utils.checkpoint.checkpoint` in a module's own code cannot be seen here.
     """
-    if not module.automatic_optimization:
+    if isinstance(module, LightningModule) and not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} optimizes manually; DynamicLayerSelection needs "
             "automatic_optimization=True: one optimizer, and training_step returns the loss."
         )
-    check_checkpointing(module)
-
-
-def check_checkpointing(model: nn.Module) -> None:
-    """Refuse reentrant activation checkpointing, and warn where nothing can be saved.
-
-    A reentrant checkpoint gives a layer no gradients when nothing below it trains, and DDP fails
-    on it. Calls of `torch.utils.checkpoint.checkpoint` in a module's own code cannot be seen here.
-
-    Raises:
-        ValueError: Names the module.
-    """
-    for name, module in model.named_modules():
-        if is_reentrant(module):
+    for name, part in module.named_modules():
+        if is_reentrant(part):
             raise ValueError(
-                f"{name or type(module).__name__} uses reentrant activation checkpointing, which "
+                f"{name or type(part).__name__} uses reentrant activation checkpointing, which "
                 "loses the gradients of layers above frozen ones. Enable it with "
                 "use_reentrant=False."
             )
-    if any(True for module in model.modules() for _ in _input_hooks(module)):
+    if any(_has_input_hook(part) for part in module.modules()):
         rank_zero_warn(
             "A hook of enable_input_require_grads makes every backward pass run through all "
             "layers, the frozen ones too, so that selection saves no time. Call "
@@ -123,13 +108,10 @@ def is_reentrant(module: nn.Module) -> bool:
     return getattr(getattr(module, "checkpoint_impl", None), "name", None) == "REENTRANT"
 
 
-def _input_hooks(module: nn.Module) -> Iterator[Any]:
-    """The hooks of transformers' enable_input_require_grads that are still in place."""
+def _has_input_hook(module: nn.Module) -> bool:
     handles = [*getattr(module, "_require_grads_hooks", ())]
     handles += [module._require_grads_hook] if hasattr(module, "_require_grads_hook") else []
-    for handle in handles:
-        if handle.id in (handle.hooks_dict_ref() or {}):
-            yield handle
+    return any(handle.id in (handle.hooks_dict_ref() or {}) for handle in handles)
 
 
 def check_optimizers(
@@ -140,9 +122,6 @@ def check_optimizers(
     Args:
         optimizers: All that train.
         candidates: The parameters of all layers that can be selected, by their names.
-
-    Raises:
-        ValueError: Names the parameters that are missing.
     """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise ValueError(
@@ -161,12 +140,8 @@ def check_optimizers(
 
 
 def check_sole_owner(layers: Sequence[Layer], others: Sequence[Sequence[Layer]]) -> None:
-    """Check that no other callback freezes and scores what this one does.
-
-    Raises:
-        ValueError: Names a layer that two callbacks select.
-    """
-    taken = {parameter for found in others for layer in found for parameter in _touched(layer)}
+    """Check that no other callback freezes and scores what this one does."""
+    taken = {p for found in others for other in found for p in _touched(other)}
     for layer in layers:
         if not taken.isdisjoint(_touched(layer)):
             raise ValueError(
@@ -179,33 +154,51 @@ def _touched(layer: Layer) -> set[nn.Parameter]:
     return {*layer.norms, *layer.candidates.values()}
 
 
-def check_reached(loss: Tensor, active: Sequence[int]) -> None:
-    """Check that something that trains took part in a loss.
-
-    Args:
-        loss: Of a step in which some layers are frozen.
-        active: Positions of the layers that train.
-
-    Raises:
-        ValueError: Names the layers.
-    """
-    if not loss.requires_grad:
-        raise ValueError(
-            f"The active layers {list(active)} took no part in this loss, and nothing else "
-            "trains, so there is no gradient. Set always_active (or fixed_layers) to layers that "
-            "every forward pass runs through, or raise num_active."
-        )
-
-
 def check_resumed(saved: Sequence[str], own: Sequence[str]) -> None:
-    """Check that a checkpoint selects among the layers of this model.
-
-    Raises:
-        ValueError: Names the layers of both.
-    """
+    """Check that a checkpoint selects among the layers of this model."""
     if list(saved) != list(own):
         raise ValueError(
             f"The checkpoint selects among {len(saved)} layers, {saved[0]} to {saved[-1]}; "
             f"this model has {len(own)}, {own[0]} to {own[-1]}. Resume with the model and "
             "layers= that wrote it."
+        )
+
+
+# Settings of several ranks are compared through the store of the process group, not by
+# collectives: a rank without the callback takes part in none, and would make the others wait.
+
+
+def publish_settings(key: str, settings: Mapping[str, Any]) -> None:
+    """Tell the other ranks, if there are any, without waiting for them."""
+    if dist.is_available() and dist.is_initialized() and dist.group.WORLD is not None:
+        store, rank = dist.group.WORLD.get_group_store(), dist.get_rank()
+        store.delete_key(f"{key}/{rank}/read")
+        store.set(f"{key}/{rank}", json.dumps(settings))
+
+
+def check_published(key: str, name: str) -> None:
+    """Behind a barrier, check that every rank has published the same settings of a callback."""
+    if not (dist.is_available() and dist.is_initialized() and dist.group.WORLD is not None):
+        return
+    store, rank, world = dist.group.WORLD.get_group_store(), dist.get_rank(), dist.get_world_size()
+    there = [other for other in range(world) if store.check([f"{key}/{other}"])]
+    found = {other: json.loads(store.get(f"{key}/{other}")) for other in there}
+    store.set(f"{key}/{rank}/read", "1")
+    until = time.monotonic() + 10
+    with suppress(RuntimeError):  # the store went with rank 0, which had seen that all have read
+        while time.monotonic() < until and not all(store.check([f"{key}/{n}/read"]) for n in there):
+            time.sleep(0.01)
+        store.delete_key(f"{key}/{rank}")
+    missing = [other for other in range(world) if other not in found]
+    problems = [f"{name} (given on rank {there[0]}, missing on rank {n})" for n in missing[:1]]
+    for setting, value in found[there[0]].items():
+        for other in there[1:]:
+            if (theirs := found[other][setting]) != value:
+                both = f"{value} on rank {there[0]}, {theirs} on rank {other}"
+                problems.append(f"{name}.{setting} ({both})")
+                break
+    if problems:
+        raise ValueError(
+            f"the ranks disagree on {', '.join(problems[:6])}. Start all of them with the same "
+            "configuration."
         )

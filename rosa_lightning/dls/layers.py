@@ -1,7 +1,7 @@
-"""The repeated layers of a module: what trains in them, and the norms by which they are scored.
+"""Finds the repeated layers of a module: what trains in them, and the norms that score them.
 
-Pure torch, no trainer. Layers are found by the dotted path of their list or a pattern of it, or as
-the only list of repeated blocks; names are matched against the module's, never evaluated.
+Pure torch, no trainer. Parameters and modules are named as they are without the wrappers of
+torch.compile, FSDP1 and checkpoint_wrapper (read in torch 2.13), so that checkpoints agree.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch.compile, FSDP1 and checkpoint_wrapper keep the module that they stand around."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -19,9 +22,9 @@ class Layer:
     name: str
     """Dotted path from the root module."""
     index: int
-    """Position in the list of blocks."""
+    """Position in the list of layers."""
     num_above: int
-    """Blocks above it in the list: a backward runs through them before it gets here."""
+    """Layers above it in the list: a backward runs through them before it gets here."""
     norms: tuple[nn.Parameter, ...]
     """The norm weights whose gradients score the layer."""
     candidates: dict[str, nn.Parameter]
@@ -36,7 +39,7 @@ def find_layers(
 ) -> list[Layer]:
     """The layers of root, with the norm weights that score them and the parameters that train.
 
-    Blocks in which nothing trains (a layer without rotation carries no adapter) are left out.
+    Layers in which nothing trains (one without rotation carries no adapter) are left out.
 
     Args:
         root: The module to look into.
@@ -51,34 +54,30 @@ def find_layers(
         ValueError: Nothing is found, or more than one thing, or layers share a candidate.
     """
     path = _only_stack(root) if path is None else _stack_path(root, path)
-    blocks = dict(_stacks(root))[path]
-    found = [_layer(path, blocks, index, norms, trainable) for index in range(len(blocks))]
+    stack = dict(_stacks(root))[path]
+    found = [_layer(path, stack, index, norms, trainable) for index in range(len(stack))]
     layers = [layer for layer in found if layer is not None]
     if not layers:
         raise ValueError(
             f"There is nothing to train in {path!r}: no parameter {trainable or ''} in its layers "
             "requires a gradient. Unfreeze them or add adapters before fit, or mend trainable=."
         )
-    _check_shared(layers)
+    owners: dict[nn.Parameter, str] = {}
+    for layer in layers:
+        for parameter in (*layer.candidates.values(), *layer.norms):
+            if (owner := owners.setdefault(parameter, layer.name)) != layer.name:
+                is_norm = any(parameter is norm for norm in layer.norms)
+                kind, setting = ("norm", "norms") if is_norm else ("parameter", "trainable")
+                raise ValueError(
+                    f"A {kind} of layer {layer.name!r} also belongs to layer {owner!r}, so that it "
+                    f"cannot follow one layer. Leave it out with a pattern for {setting}=."
+                )
     return layers
 
 
-def _check_shared(layers: Sequence[Layer]) -> None:
-    owners: dict[nn.Parameter, str] = {}
-    for layer in layers:
-        for name, parameter in layer.candidates.items():
-            if (owner := owners.setdefault(parameter, layer.name)) != layer.name:
-                raise ValueError(
-                    f"{name!r} also belongs to layer {owner!r}; a shared parameter cannot follow "
-                    "one layer. Leave it out with a pattern for trainable=."
-                )
-        for norm in layer.norms:
-            if (owner := owners.setdefault(norm, layer.name)) != layer.name:
-                raise ValueError(
-                    f"A norm that scores layer {layer.name!r} also belongs to layer {owner!r}, so "
-                    "that both would score the same. Set norms= to a pattern of modules that no "
-                    "two layers share."
-                )
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm, RMSNorm or the like, by its class name."""
+    return "Norm" in type(_trained(module)).__name__
 
 
 def _stacks(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
@@ -111,13 +110,13 @@ def _only_stack(root: nn.Module) -> str:
 
 def _flaw(stack: nn.ModuleList | nn.Sequential) -> str | None:
     """Why a list is not taken for that of the layers without being named; None if it is."""
-    classes = {type(_unwrapped(block)).__name__: None for block in stack}
+    classes = {type(_unwrapped(block)): None for block in stack}
     if not isinstance(stack, nn.ModuleList):
         return "a Sequential"
     if len(stack) < 2:
         return "one block alone"
-    if len({type(_unwrapped(block)) for block in stack}) > 1:
-        return f"of different classes: {_listed(list(classes))}"
+    if len(classes) > 1:
+        return f"of different classes: {_listed([kind.__name__ for kind in classes])}"
     if not any(parameter.requires_grad for parameter in stack.parameters()):
         return "nothing in it trains"
     return None
@@ -126,25 +125,19 @@ def _flaw(stack: nn.ModuleList | nn.Sequential) -> str | None:
 def _stack_path(root: nn.Module, wanted: str) -> str:
     """The one list that a path or pattern names."""
     stacks = [name for name, _ in _stacks(root)]
-    matching = [name for name in stacks if fnmatchcase(name, wanted)]
-    if wanted in stacks or len(matching) == 1:
-        return wanted if wanted in stacks else matching[0]
+    matching = [wanted] if wanted in stacks else [n for n in stacks if fnmatchcase(n, wanted)]
+    if len(matching) == 1:
+        return matching[0]
+    modules = {_plain(name): module for name, module in root.named_modules()}
     if matching:
-        raise ValueError(
-            f"layers={wanted!r} matches {len(matching)} lists in {type(root).__name__}: "
-            f"{_listed(matching)}. Set it to the path of one."
-        )
+        problem = f"matches {len(matching)} lists in {type(root).__name__}: {_listed(matching)}"
+    elif wanted in modules:
+        problem = f"is a {type(modules[wanted]).__name__}; expected a ModuleList of layers"
+    else:
+        problem = f"matches nothing in {type(root).__name__}; expected the path of a ModuleList"
     close = get_close_matches(wanted, stacks, n=3, cutoff=0.4) or stacks[:3]
     hint = f"Nearest: {', '.join(close)}." if close else "The model has none."
-    found = {_plain(name): module for name, module in root.named_modules()}.get(wanted)
-    if found is None:
-        raise ValueError(
-            f"layers={wanted!r} matches nothing in {type(root).__name__}; "
-            f"expected the path of a ModuleList. {hint}"
-        )
-    raise ValueError(
-        f"layers={wanted!r} is a {type(found).__name__}; expected a ModuleList of layers. {hint}"
-    )
+    raise ValueError(f"layers={wanted!r} {problem}. {hint}")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -153,13 +146,13 @@ def _listed(names: Sequence[str]) -> str:
 
 def _layer(
     path: str,
-    blocks: nn.ModuleList | nn.Sequential,
+    stack: nn.ModuleList | nn.Sequential,
     index: int,
     norms: str | None,
     trainable: str | None,
 ) -> Layer | None:
     """One layer; None where nothing in it trains."""
-    name, block = f"{path}.{index}", _unwrapped(blocks[index])
+    name, block = f"{path}.{index}", _unwrapped(stack[index])
     parameters = {_plain(inner): parameter for inner, parameter in block.named_parameters()}
     candidates = {
         f"{name}.{inner}": parameter
@@ -175,31 +168,22 @@ def _layer(
         _trained(module)
         for inner, module in modules.items()
         if not inner.startswith(wrapped)
-        and (_is_norm(module) if norms is None else _matches(_plain(inner), norms))
+        and (is_norm(module) if norms is None else _matches(_plain(inner), norms))
     ]
     weights = [getattr(module, "weight", None) for module in wanted]
-    scored = [w for w in weights if isinstance(w, nn.Parameter) and w.ndim == 1]
+    scored = tuple(w for w in weights if isinstance(w, nn.Parameter) and w.ndim == 1)
     if not scored:
-        inside = [_plain(i) for i, m in block.named_modules() if _is_norm(m)]
+        inside = [_plain(i) for i, m in block.named_modules() if is_norm(m)]
         raise ValueError(
             f"Layer {name!r} has no norm weight to be scored by; norms inside it: "
             f"{', '.join(inside) or 'none'}. Set norms= to a pattern of modules with a 1-D weight."
         )
-    return Layer(
-        name=name,
-        index=index,
-        num_above=len(blocks) - 1 - index,
-        norms=tuple(scored),
-        candidates=candidates,
-    )
+    num_above = len(stack) - 1 - index
+    return Layer(name=name, index=index, num_above=num_above, norms=scored, candidates=candidates)
 
 
 def _matches(name: str, patterns: str) -> bool:
     return any(fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(_trained(module)).__name__
 
 
 def _trained(module: nn.Module) -> nn.Module:
@@ -216,23 +200,18 @@ def _trained(module: nn.Module) -> nn.Module:
 
 def _copies(module: nn.Module) -> nn.ModuleDict | None:
     """Of modules_to_save and of LN tuning in PEFT: the copies, beside the original."""
-    kept = (
-        _unwrapped(module)._modules.get(name) for name in ("modules_to_save", "ln_tuning_layers")
-    )
+    children = dict(_unwrapped(module).named_children())
+    kept = (children.get(name) for name in ("modules_to_save", "ln_tuning_layers"))
     return next((copies for copies in kept if isinstance(copies, nn.ModuleDict)), None)
-
-
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Where torch.compile, FSDP1 and checkpoint_wrapper keep the module that they stand around."""
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module itself; a wrapper's parameters are the same objects."""
-    while inner := next((module._modules[w] for w in _WRAPPERS if w in module._modules), None):
+    while inner := next((m for name, m in module.named_children() if name in _WRAPPERS), None):
         module = inner
     return module
 
 
 def _plain(name: str) -> str:
-    """A dotted path as it is without wrappers, so that checkpoints agree under every strategy."""
+    """A dotted path as it is without wrappers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -1,8 +1,8 @@
-"""Which layers train: one pure function per policy, and what the arguments of a choice mean.
+"""Scores of layers and the policies that select by them: all decisions of layer selection.
 
-Pure torch, no trainer: the decision of Dynamic Layer Selection (RoSA, doi
-10.1609/aaai.v40i18.38589), usable in any training loop. A policy turns the scores of all layers
-into the sorted indices of those that train. Scores are 1-D tensors, one entry per layer.
+Pure functions of tensors and numbers, usable in any training loop (Pan et al., RoSA, AAAI-26,
+https://doi.org/10.1609/aaai.v40i18.38589). Scores are 1-D float64 tensors, one entry per layer; a
+policy turns them into the sorted indices of the layers that train next.
 """
 
 import math
@@ -15,11 +15,63 @@ import torch
 from torch import Generator, Tensor
 
 Policy = Literal["top_k", "sample", "threshold", "random", "all", "fixed"]
+Normalization = Literal["none", "sqrt_size", "running_mean"]
+
+
+def layer_scores(gradients: Sequence[Sequence[Tensor | None]], scale: float = 1.0) -> Tensor:
+    """L2 norm over each layer's gradients, shape (num_layers,), float64 on the CPU.
+
+    Args:
+        gradients: For each layer the gradients of its norm weights; None counts as zero.
+        scale: The loss scale contained in the gradients; scores are divided by it.
+    """
+    norms: list[Tensor] = []
+    for layer in gradients:
+        parts = [_norm(gradient) for gradient in layer if gradient is not None]
+        norms.append(_norm(torch.stack(parts)) if parts else torch.zeros(()))
+    # Gathered on the first gradient's device, so that the whole model costs one transfer.
+    device = next((norm.device for norm in norms if norm.device.type != "cpu"), None)
+    return torch.stack([norm.to(device) for norm in norms]).cpu().double() / scale
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    dtype = torch.float32 if gradient.device.type == "mps" else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
+    return norm
+
+
+def normalize_scores(
+    scores: Sequence[float],
+    normalization: Normalization,
+    num_weights: Sequence[int],
+    means: Sequence[float] | None,
+) -> Tensor:
+    """Scores made comparable between layers.
+
+    Args:
+        scores: A layer's score each, smoothed or as it is.
+        normalization: ``none`` leaves them; ``sqrt_size`` divides by the square root of the number
+            of a layer's norm weights; ``running_mean`` by the mean of all its scores so far, so
+            that a layer whose gradients have always been large counts only when they are larger
+            than it is used to.
+        num_weights: How many norm weights each layer has.
+        means: The mean of each layer's scores so far; None at the first selection, where
+            ``running_mean`` is ``none``.
+    """
+    units: Sequence[float] = [1.0] * len(scores)
+    if normalization == "sqrt_size":
+        units = [math.sqrt(count) for count in num_weights]
+    elif normalization == "running_mean" and means is not None:
+        units = means
+    # A layer whose scores were all zero has no unit, and stays at zero.
+    values = [value / unit if unit > 0 else 0.0 for value, unit in zip(scores, units, strict=True)]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def top_k(scores: Tensor, num_active: int) -> tuple[int, ...]:
     """The num_active highest-scoring layers, sorted; of equal scores the lower index wins."""
-    return tuple(sorted(_ranked(_checked(scores, num_active))[:num_active]))
+    return tuple(sorted(_ranked(scores.tolist())[:num_active]))
 
 
 def sample(
@@ -31,12 +83,11 @@ def sample(
     scores nor tiny temperatures underflow. A layer that scores zero is drawn only when no other
     is left, and then with equal chances. Every call takes num_layers numbers from the generator.
     """
-    values = _not_negative(_checked(scores, num_active))
-    logs_L = scores.detach().cpu().double().log()
+    values = scores.tolist()
+    logs_L = scores.double().log()
     logs_L = (logs_L - logs_L.max()) / temperature if max(values) > 0 else logs_L
     waits_L = torch.empty(len(values), dtype=torch.float64).exponential_(generator=generator)
-    gumbels = (-waits_L.log()).tolist()
-    logs = logs_L.tolist()
+    gumbels, logs = (-waits_L.log()).tolist(), logs_L.tolist()
 
     def rank(index: int) -> tuple[float, ...]:
         if values[index] == 0:
@@ -56,7 +107,7 @@ def threshold(scores: Tensor, share: float, held: Sequence[int] = ()) -> tuple[i
         share: In (0, 1], taken as the decimal number that it prints as, and summed exactly.
         held: Layers that are in the set in any case, and count.
     """
-    values = _not_negative(_checked(scores, 1))
+    values = scores.tolist()
     exact = [Fraction(value) for value in values]
     wanted = Fraction(str(share)) * sum(exact)
     order = [*sorted(set(held)), *(index for index in _ranked(values) if index not in held)]
@@ -116,19 +167,22 @@ def resolve_num_active(num_active: int | float, num_layers: int | None = None) -
     A fraction is rounded to the nearest count, halves up, and never below one layer. Without
     num_layers only what can be known without a model is checked, and a fraction gives 1.
     """
-    given = f"num_active={num_active!r}"
-    expected = "Set a count of layers, 1 or more, or a fraction in (0, 1] such as 0.5."
     if isinstance(num_active, bool) or not isinstance(num_active, int | float):
-        raise ValueError(f"{given} is a {type(num_active).__name__}, not a number. {expected}")
-    if isinstance(num_active, float):
-        if not 0 < num_active <= 1:
-            raise ValueError(f"{given} is a fraction outside (0, 1]. {expected}")
-        return max(1, math.floor(num_active * (num_layers or 1) + 0.5))
-    if num_active < 1:
-        raise ValueError(f"{given} leaves no layer to train. {expected}")
-    if num_layers is not None and num_active > num_layers:
-        raise ValueError(f"{given} is above the model's {num_layers} layers. {expected}")
-    return num_active
+        problem = f"is a {type(num_active).__name__}, not a number"
+    elif isinstance(num_active, float):
+        if 0 < num_active <= 1:
+            return max(1, math.floor(num_active * (num_layers or 1) + 0.5))
+        problem = "is a fraction outside (0, 1]"
+    elif num_active < 1:
+        problem = "leaves no layer to train"
+    elif num_layers is not None and num_active > num_layers:
+        problem = f"is above the model's {num_layers} layers"
+    else:
+        return num_active
+    raise ValueError(
+        f"num_active={num_active!r} {problem}. Set a count of layers, 1 or more, or a fraction in "
+        "(0, 1] such as 0.5."
+    )
 
 
 def resolve_indices(name: str, given: Sequence[int], positions: Sequence[int]) -> tuple[int, ...]:
@@ -136,11 +190,8 @@ def resolve_indices(name: str, given: Sequence[int], positions: Sequence[int]) -
 
     Args:
         name: What an error calls the indices.
-        given: Positions of layers in the list of blocks.
+        given: Positions of layers in the list of layers.
         positions: Positions of the layers that can be selected, ascending.
-
-    Raises:
-        ValueError: A layer that is not there or has nothing to train.
     """
     wanted = {index + positions[-1] + 1 if index < 0 else index for index in given}
     if not wanted <= set(positions):
@@ -149,21 +200,6 @@ def resolve_indices(name: str, given: Sequence[int], positions: Sequence[int]) -
             f"{list(positions)}, or count from the last layer with -1."
         )
     return tuple(sorted(positions.index(index) for index in wanted))
-
-
-def _checked(scores: Tensor, num_active: int) -> list[float]:
-    if scores.ndim != 1 or not bool(scores.isfinite().all()):
-        raise ValueError(f"Expected one finite score per layer; given {scores.tolist()}.")
-    if not 1 <= num_active <= len(scores):
-        raise ValueError(f"num_active={num_active} is outside 1 to {len(scores)}, the layers.")
-    values: list[float] = scores.detach().cpu().double().tolist()
-    return values
-
-
-def _not_negative(values: list[float]) -> list[float]:
-    if min(values) < 0:
-        raise ValueError(f"A layer scores {min(values)}; shares need scores of 0 or above.")
-    return values
 
 
 def _ranked(values: Sequence[float]) -> list[int]:

@@ -1,108 +1,221 @@
-"""All selections of a run: the layers that train now, how they came to it, and what it has cost.
+"""The settings of layer selection, and the state of all selections of a run.
 
-Pure torch, no trainer. It ties scores, a policy and a budget together, and is all that has to be
-saved to go on selecting as if a run had never stopped.
+Pure torch, no trainer: ties scores, a policy and a budget together.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, get_args
 
 from torch import Generator, Tensor
 
-from rosa_lightning.dls.budget import BackwardBudget
-from rosa_lightning.dls.scores import ScoreHistory
+from .budget import BackwardBudget, layer_costs, steps_share
+from .layers import Layer
+from .policies import (
+    Normalization,
+    Policy,
+    normalize_scores,
+    resolve_indices,
+    resolve_num_active,
+    select_layers,
+)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """When layers are selected."""
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """What policies read besides the number of active layers."""
 
-    interval: int
-    """Optimizer steps from one selection to the next."""
-    start: int
-    """The first step that may select; all layers train before it."""
-    end: float
-    """The step from which all layers train to the end of the run."""
+    temperature: float = 1.0
+    """For sample: below 1 nearer to top_k, above 1 nearer to random."""
+    score_share: float = 0.5
+    """For threshold, which does not read num_active: a share of the total score, in (0, 1]."""
+    score_smoothing: float = 0.0
+    """Weight of earlier selections in a score, in [0, 1): a moving average with its bias corrected.
+    0 takes each score as it is."""
+    score_normalization: Normalization = "none"
+    """Divides a layer's score by the square root of the number of its norm weights (sqrt_size), by
+    the mean of its scores so far (running_mean), or by nothing (none)."""
+    always_active: list[int] = field(default_factory=list)
+    """Layers that always train; they count towards num_active. Negative indices count from the last
+    layer."""
+    fixed_layers: list[int] = field(default_factory=list)
+    """For fixed: the layers that train."""
 
-    def is_due(self, step: int, num_selections: int) -> bool:
-        """Whether this optimizer step, counted from 0, selects."""
-        # Without any selection yet (a fit that starts late, a first score that was not finite)
-        # the next step scores, whatever the interval.
-        on_time = (step - self.start) % self.interval == 0 or num_selections == 0
-        return self.start <= step < self.end and on_time
+    def __post_init__(self) -> None:
+        """Check each value."""
+        for name in ("temperature", "score_share", "score_smoothing"):
+            _check_type(self, name, Real, "a number")
+        check_choice("score_normalization", self.score_normalization, get_args(Normalization))
+        _require(
+            self.temperature > 0 and math.isfinite(self.temperature),
+            *(self, "temperature", "is not above 0. Set 1 for shares by score"),
+        )
+        _require(
+            0 < self.score_share <= 1,
+            *(
+                self,
+                "score_share",
+                "is outside (0, 1]. Set the share of the score that is to train",
+            ),
+        )
+        _require(
+            0 <= self.score_smoothing < 1,
+            *(self, "score_smoothing", "is outside [0, 1). Set 0 for no memory of earlier scores"),
+        )
+        for name in ("always_active", "fixed_layers"):
+            _check_type(self, name, list | tuple, "a list of layers")
+            whole = [isinstance(index, Integral) for index in getattr(self, name)]
+            _require(all(whole), self, name, "are no layers. Set whole numbers")
 
-    def steps_ahead(self, step: int) -> int:
-        """Steps after this one for which its choice holds."""
-        whole = self.interval - (step - self.start) % self.interval
-        return int(min(whole, self.end - step)) - 1
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """How layers are selected; the arguments of `DynamicLayerSelection` say what each means."""
+
+    num_active: int | float = 0.5
+    interval: int = 100
+    policy: Policy = "top_k"
+    options: PolicyOptions = field(default_factory=PolicyOptions)
+    backward_budget: float = 1.0
+    warmup_steps: int = 0
+    final_steps_all: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        resolve_num_active(self.num_active)
+        for name in ("interval", "warmup_steps", "final_steps_all", "seed"):
+            _check_type(self, name, Integral, "a whole number")
+        _check_type(self, "backward_budget", Real, "a number")
+        check_choice("policy", self.policy, get_args(Policy))
+        _require(self.interval >= 1, self, "interval", "is below 1. Set the steps to wait")
+        for name in ("warmup_steps", "final_steps_all"):
+            _require(getattr(self, name) >= 0, self, name, "is below 0. Set 0 for none")
+        _require(
+            0 < self.backward_budget <= 1,
+            *(self, "backward_budget", "is outside (0, 1]. Set a mean share of a full backward"),
+        )
+        if (self.policy == "fixed") != bool(self.options.fixed_layers):
+            raise ValueError(
+                f"policy={self.policy!r} with fixed_layers={self.options.fixed_layers}: policy "
+                "'fixed' needs fixed_layers, and only it reads them. Set both or neither."
+            )
+        _require(
+            self.policy != "fixed" or self.backward_budget == 1,
+            *(self, "backward_budget", "has nothing to share under policy 'fixed'. Set it to 1"),
+        )
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether selecting depends on how many steps the run will have."""
+        return self.final_steps_all > 0 or self.backward_budget < 1
+
+    def resolve(self, layers: Sequence[Layer]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """What the settings mean for these layers: num_active, always_active and fixed_layers."""
+        positions = [layer.index for layer in layers]
+        count = resolve_num_active(self.num_active, len(layers))
+        always = resolve_indices("always_active", self.options.always_active, positions)
+        if len(always) > count and self.policy in ("top_k", "sample", "random"):
+            raise ValueError(
+                f"always_active={self.options.always_active} holds more layers than num_active="
+                f"{self.num_active} lets train ({count}). Raise num_active or shorten it."
+            )
+        return count, always, resolve_indices("fixed_layers", self.options.fixed_layers, positions)
 
 
-class Selector:
-    """Selects again and again, and remembers.
+class LayerSelector:
+    """Selects layers again and again, and remembers.
 
     Layers are counted from 0 among those that can be selected.
+
+    Args:
+        config: The settings.
+        layers: The layers that can be selected.
+        num_weights: How many norm weights each has.
+        total_steps: The optimizer step at which the run ends; infinite if unknown.
+        first_step: The one at which it begins, later than 0 in a second fit.
 
     Attributes:
         active: Sorted indices of the layers that train; all before the first selection.
         scores: Each layer's score at the last selection, as it was measured; None before the first.
         num_selections: Selections so far.
         counts: How often each layer was selected.
+
+    Raises:
+        ValueError: A setting that this model or this run cannot have.
     """
 
     def __init__(
         self,
-        choose: Callable[[Tensor, int, Generator], tuple[int, ...]],
-        costs: Sequence[float],
-        history: ScoreHistory,
-        budget: BackwardBudget | None,
-        timing: Timing,
-        seed: int,
+        config: SelectionConfig,
+        layers: Sequence[Layer],
+        num_weights: Sequence[int],
+        total_steps: float = math.inf,
         first_step: int = 0,
     ) -> None:
-        """Start with all layers active.
-
-        Args:
-            choose: Turns scores, the lowest index that may be taken and a generator into indices.
-            costs: What a step costs whose lowest active layer is this one; shares of a full
-                backward.
-            history: Makes scores comparable.
-            budget: Shares time; None leaves the choice to the scores alone.
-            timing: When it is time to select.
-            seed: Seed of the generator.
-            first_step: The optimizer step at which the run begins, later than 0 in a second fit.
-        """
-        self._choose = choose
-        self._costs = tuple(costs)
-        self._history = history
-        self._budget = budget
-        self.timing = timing
-        self._generator = Generator().manual_seed(seed)
-        self.active: tuple[int, ...] = tuple(range(len(costs)))
+        if config.final_steps_all and math.isinf(total_steps):
+            raise ValueError(
+                f"final_steps_all={config.final_steps_all} needs to know where the run ends. Set "
+                "trainer.max_steps, or trainer.max_epochs with a data set that has a length."
+            )
+        self.config = config
+        self._num_active, self._always, self._fixed = config.resolve(layers)
+        self._num_weights = tuple(num_weights)
+        above = [layer.num_above for layer in layers]
+        self._costs = layer_costs(above)
+        self._end = total_steps - config.final_steps_all
+        self._budget: BackwardBudget | None = None
+        if config.backward_budget < 1:
+            costs = layer_costs(above, self._always)
+            full_steps = max(0, config.warmup_steps - first_step) + config.final_steps_all
+            share = steps_share(
+                *(config.backward_budget, config.interval, costs),
+                *(total_steps - first_step, full_steps),
+            )
+            by_score = config.policy in ("top_k", "sample", "threshold")
+            self._budget = BackwardBudget(share, costs, self._always, by_score=by_score)
+        self._generator = Generator().manual_seed(config.seed)
+        self.active: tuple[int, ...] = tuple(range(len(layers)))
         self.scores: tuple[float, ...] | None = None
         self.num_selections = 0
-        self.counts = [0] * len(costs)
+        self.counts = [0] * len(layers)
+        self._recent = _DecayingMean(config.options.score_smoothing, len(layers))
+        self._ever = _DecayingMean(1.0, len(layers))
         self._spent = 0.0
         self._first_step = self._counted_steps = first_step
 
     def is_due(self, step: int) -> bool:
-        """Whether this optimizer step selects."""
-        return self.timing.is_due(step, self.num_selections)
+        """Whether this optimizer step, counted from 0, selects."""
+        # Without any selection yet (a fit that starts late, a first score that was not finite)
+        # the next step scores, whatever the interval.
+        start = self.config.warmup_steps
+        on_time = (step - start) % self.config.interval == 0 or self.num_selections == 0
+        return start <= step < self._end and on_time
+
+    def steps_ahead(self, step: int) -> int:
+        """Steps after this one for which its choice holds."""
+        interval = self.config.interval
+        whole = interval - (step - self.config.warmup_steps) % interval
+        return int(min(whole, self._end - step)) - 1
 
     def select(self, scores: Tensor, step: int) -> None:
-        """Choose anew.
-
-        Args:
-            scores: Finite scores of 0 or above, shape (num_layers,).
-            step: The optimizer step, counted from 0.
-        """
+        """Choose anew by finite scores of 0 or above, shape (num_layers,), at an optimizer step."""
         self._count_cost(step, 1.0)
-        comparable = self._history.update(scores)
+        values: list[float] = scores.tolist()
+        smoothed, means = self._recent.update(values), self._ever.update(values)
+        comparable = normalize_scores(
+            smoothed,
+            self.config.options.score_normalization,
+            self._num_weights,
+            means if self._ever.weight > 1 else None,
+        )
         if self._budget is None:
             self.active = self._take(comparable, 0)
         else:
-            self.active = self._budget.select(comparable, self.timing.steps_ahead(step), self._take)
-        self.scores = tuple(scores.tolist())
+            self.active = self._budget.select(comparable, self.steps_ahead(step), self._take)
+        self.scores = tuple(values)
         self.num_selections += 1
         for index in self.active:
             self.counts[index] += 1
@@ -112,12 +225,12 @@ class Selector:
         self._count_cost(step, 1.0)
         # Before the first selection the next step scores again.
         if self._budget is not None and self.num_selections > 0:
-            self._budget.spend(self.active, self.timing.steps_ahead(step))
+            self._budget.spend(self.active, self.steps_ahead(step))
 
     def activate_all(self, step: int) -> bool:
         """At the end, let all layers train from this step on; whether that changes anything."""
         everything = tuple(range(len(self._costs)))
-        if step < self.timing.end or self.active == everything:
+        if step < self._end or self.active == everything:
             return False
         self._count_cost(step, 1.0)
         self.active = everything
@@ -133,12 +246,7 @@ class Selector:
         return (self._spent + since) / max(1, step - self._first_step)
 
     def metrics(self, positions: Sequence[int], step: int) -> dict[str, float]:
-        """What to log of the choice that this step has made, by name.
-
-        Args:
-            positions: Numbers of the layers, ascending.
-            step: The optimizer step, counted from 0.
-        """
+        """What to log of the choice of this step, by name; layers go by their positions."""
         active = {positions[index] for index in self.active}
         metrics: dict[str, float] = {
             "lowest_active": min(active),
@@ -152,7 +260,17 @@ class Selector:
         return metrics
 
     def _take(self, scores: Tensor, floor: int) -> tuple[int, ...]:
-        return self._choose(scores, floor, self._generator)
+        return select_layers(
+            self.config.policy,
+            scores,
+            self._num_active,
+            generator=self._generator,
+            temperature=self.config.options.temperature,
+            score_share=self.config.options.score_share,
+            always_active=self._always,
+            fixed_layers=self._fixed,
+            floor=floor,
+        )
 
     def _count_cost(self, step: int, cost: float) -> None:
         """Add what the steps up to this one have cost, and the cost of this one."""
@@ -167,7 +285,7 @@ class Selector:
             "num_selections": self.num_selections,
             "selection_counts": list(self.counts),
             "generator": self._generator.get_state(),
-            "history": self._history.state_dict(),
+            "history": {"recent": self._recent.state_dict(), "ever": self._ever.state_dict()},
             "budget": None if self._budget is None else self._budget.state_dict(),
             "spent": self._spent,
             "first_step": self._first_step,
@@ -181,9 +299,53 @@ class Selector:
         self.num_selections = state_dict["num_selections"]
         self.counts = list(state_dict["selection_counts"])
         self._generator.set_state(state_dict["generator"].cpu())
-        self._history.load_state_dict(state_dict["history"])
+        self._recent.load_state_dict(state_dict["history"]["recent"])
+        self._ever.load_state_dict(state_dict["history"]["ever"])
         if self._budget is not None and state_dict["budget"] is not None:
             self._budget.load_state_dict(state_dict["budget"])
         self._spent = state_dict["spent"]
         self._first_step = state_dict["first_step"]
         self._counted_steps = state_dict["counted_steps"]
+
+
+class _DecayingMean:
+    """The mean of all lists so far, each weighing `decay` times the one after it.
+
+    After t lists the weights are decay**(t - i): an exponential moving average, bias corrected.
+    """
+
+    def __init__(self, decay: float, length: int) -> None:
+        self.decay = decay
+        self.weight = 0.0
+        self.sums = [0.0] * length
+
+    def update(self, values: Sequence[float]) -> list[float]:
+        self.weight = self.decay * self.weight + 1
+        pairs = zip(self.sums, values, strict=True)
+        self.sums = [self.decay * total + value for total, value in pairs]
+        return [total / self.weight for total in self.sums]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight, "sums": list(self.sums)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.weight = state_dict["weight"]
+        self.sums = list(state_dict["sums"])
+
+
+def check_choice(name: str, given: object, known: Sequence[str]) -> None:
+    """Refuse a name that is none of those known."""
+    if given not in known:
+        raise ValueError(f"{name}={given!r} is unknown. Set one of {', '.join(known)}.")
+
+
+def _check_type(config: object, name: str, wanted: Any, what: str) -> None:
+    """Refuse a setting of another type, which may have come from a file."""
+    given = getattr(config, name)
+    if isinstance(given, bool) or not isinstance(given, wanted):
+        raise ValueError(f"{name}={given!r} is a {type(given).__name__}. Set {what}.")
+
+
+def _require(holds: bool, config: object, name: str, problem: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={getattr(config, name)} {problem}.")

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from rosa_lightning.dls.length import planned_steps
+from rosa_lightning.dls.callback import total_optimizer_steps
 
 
 class WarmupCosine(LambdaLR):
@@ -93,7 +93,7 @@ def lightning_scheduler(scheduler: Any, trainer: Trainer) -> Any:
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {"scheduler": scheduler, "monitor": monitor, "strict": False}
     if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
-        steps = planned_steps(trainer)
+        steps = total_optimizer_steps(trainer)
         if math.isinf(steps):
             raise ValueError(
                 "the run has no end, so the schedule has no length. Set trainer.max_steps or "

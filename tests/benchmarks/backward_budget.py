@@ -115,7 +115,7 @@ def main() -> int:
     print(f"{'run':20} {'budget':>6} {'counted':>8} {'measured':>9} {'ms a step':>10}")
     for name, selection, seconds in zip(RUNS, selections, turns.seconds, strict=True):
         counted, measured = selection.backward_share, seconds / turns.seconds[0]
-        budget = selection.rules.backward_budget
+        budget = selection.backward_budget
         wrong |= abs(measured / counted - 1) > 0.05 or measured > 1.05 * budget
         milliseconds = 1000 * seconds / STEPS
         print(f"{name:20} {budget:6.2f} {counted:8.3f} {measured:9.3f} {milliseconds:10.1f}")

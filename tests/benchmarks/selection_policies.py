@@ -1,7 +1,7 @@
 """Compare ways of selecting layers on the demonstration of configs/tiny.yaml, in random order.
 
 python tests/benchmarks/selection_policies.py policies
-python tests/benchmarks/selection_policies.py moments
+python tests/benchmarks/selection_policies.py optimizer_state
 
 Prints one line of a table for each way: validation loss after 40, 80, 120 and 160 steps (mean over
 seeds 0 to 2, lowest and highest), the mean share of a full backward, and the seconds of training,
@@ -21,33 +21,41 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
+from rosa_lightning.dls import PolicyOptions
 
 SEEDS = (0, 1, 2)
 HALF = {"num_active": 0.5, "interval": 20}
+UPPER = PolicyOptions(fixed_layers=[2, 3])
 POLICIES = {
     "top_k, the paper's": {},
-    "top_k, running_mean": {"score_normalization": "running_mean"},
-    "top_k, smoothing 0.5": {"score_smoothing": 0.5},
+    "top_k, running_mean": {"policy_options": PolicyOptions(score_normalization="running_mean")},
+    "top_k, smoothing 0.5": {"policy_options": PolicyOptions(score_smoothing=0.5)},
     "sample": {"policy": "sample"},
-    "threshold, share 0.5": {"policy": "threshold", "score_share": 0.5},
+    "threshold, share 0.5": {
+        "policy": "threshold",
+        "policy_options": PolicyOptions(score_share=0.5),
+    },
     "random": {"policy": "random"},
-    "fixed, the upper half": {"policy": "fixed", "fixed_layers": [2, 3]},
+    "fixed, the upper half": {
+        "policy": "fixed",
+        "policy_options": PolicyOptions(fixed_layers=[2, 3]),
+    },
     "all": {"policy": "all"},
     "top_k, backward_budget 0.75": {"backward_budget": 0.75},
     "top_k, backward_budget 0.5": {"backward_budget": 0.5},
     "all, backward_budget 0.5": {"policy": "all", "backward_budget": 0.5},
 }
 DRAWN = {"policy": "random"}
-MOMENTS = {
-    "keep": DRAWN | {"moments": "keep"},
-    "keep, twice the learning rate": DRAWN | {"moments": "keep", "lr": 6e-3},
-    "reset": DRAWN | {"moments": "reset"},
-    "reset, half the learning rate": DRAWN | {"moments": "reset", "lr": 1.5e-3},
-    "free": DRAWN | {"moments": "free"},
-    "keep, interval 5": DRAWN | {"moments": "keep", "interval": 5},
-    "reset, interval 5": DRAWN | {"moments": "reset", "interval": 5},
+STATES = {
+    "keep": DRAWN | {"optimizer_state": "keep"},
+    "keep, twice the learning rate": DRAWN | {"optimizer_state": "keep", "lr": 6e-3},
+    "reset": DRAWN | {"optimizer_state": "reset"},
+    "reset, half the learning rate": DRAWN | {"optimizer_state": "reset", "lr": 1.5e-3},
+    "free": DRAWN | {"optimizer_state": "free"},
+    "keep, interval 5": DRAWN | {"optimizer_state": "keep", "interval": 5},
+    "reset, interval 5": DRAWN | {"optimizer_state": "reset", "interval": 5},
 }
-TABLES = {"policies": POLICIES, "moments": MOMENTS}
+TABLES = {"policies": POLICIES, "optimizer_state": STATES}
 
 
 class Watch(Callback):

@@ -143,6 +143,7 @@ def train_rosa(job: Job, turns: Turns) -> None:
     from lightning.pytorch import Callback, Trainer
 
     from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule
+    from rosa_lightning.dls import PolicyOptions
     from rosa_lightning.inspection.throughput import lowest_active
 
     class Gate(Callback):
@@ -153,6 +154,9 @@ def train_rosa(job: Job, turns: Turns) -> None:
             turns.lowest.append(lowest_active(pl_module.model.model.layers))
 
     selection = job.options.get("selection")
+    if "fixed_layers" in (selection or {}):
+        options = PolicyOptions(fixed_layers=selection["fixed_layers"])
+        selection = {"policy": "fixed", "policy_options": options}
     callbacks = [] if selection is None else [DynamicLayerSelection(**selection)]
     module = RoSAModule(job.base, **job.options.get("model", {}))
     data = ReasoningDataModule(
@@ -374,7 +378,7 @@ def contenders_of(options: argparse.Namespace, base: str, paths: list[str]) -> d
     layers = SMALL["num_hidden_layers"] if options.small else SHAPE["num_hidden_layers"]
     upper = list(range(layers // 2, layers))
     ours: dict[str, dict[str, Any]] = {
-        UPPER: {"selection": {"policy": "fixed", "fixed_layers": upper}},
+        UPPER: {"selection": {"fixed_layers": upper}},
         ALL: {},
         DLS: {"selection": {}},
         PACKED: {"data": {"batching": "packed"}},

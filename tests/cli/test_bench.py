@@ -21,6 +21,7 @@ from rosa_lightning.cli.bench import (
     rows_of,
     run_bench,
 )
+from rosa_lightning.dls import PolicyOptions
 from rosa_lightning.roae.inject import roae_layers
 from tests.cli.test_commands import run
 
@@ -69,7 +70,9 @@ def records(rows) -> list[tuple[int, ...]]:
 
 
 def test_all_ways_train_on_the_same_records_in_every_round(base_folder, data, seen):
-    pick = DynamicLayerSelection(policy="fixed", fixed_layers=[2, 3], interval=1000)
+    pick = DynamicLayerSelection(
+        policy="fixed", policy_options=PolicyOptions(fixed_layers=[2, 3]), interval=1000
+    )
     left_out = [EarlyStopping("val/loss"), LearningRateMonitor(), ModelCheckpoint()]
     settings = {"accelerator": "cpu", "callbacks": [pick, *left_out], "max_steps": 1}
     module = RoSAModule(str(base_folder), RoAEConfig(rank=4))

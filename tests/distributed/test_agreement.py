@@ -12,7 +12,7 @@ from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfi
 from rosa_lightning.utils import agreement
 from tests import ranks
 from tests.conftest import rosa_module, save_base, write_records
-from tests.dls.test_callback import Batches, Toy, batches
+from tests.dls.toys import Batches, Toy, batches
 
 SAME: dict = {
     "trainer": {"max_steps": 2, "accumulate_grad_batches": 1},

@@ -8,9 +8,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
-from rosa_lightning.dls.callback import DynamicLayerSelection
+from rosa_lightning.dls import DynamicLayerSelection
 from tests import ranks
-from tests.dls.test_callback import (
+from tests.dls.toys import (
     TOY,
     Batches,
     Block,
@@ -26,6 +26,7 @@ from tests.dls.test_callback import (
     highest,
     reference,
     sampler,
+    select,
 )
 
 JOINT = batches(7, rows=8)
@@ -152,9 +153,9 @@ SHARING = {
 }
 
 
-def clipped(strategy, module, moments="reset") -> dict:
+def clipped(strategy, module, mode="reset") -> dict:
     """Clipping, activation checkpointing, a budget and scores with a memory together."""
-    dls = DynamicLayerSelection(**SHARING, moments=moments)
+    dls = select(**SHARING, optimizer_state=mode)
     built = module()
     counts = count_backwards([layer.down for layer in built.layers])
     seen = followed(built, dls, strategy(), **CLIPPED)
@@ -162,7 +163,7 @@ def clipped(strategy, module, moments="reset") -> dict:
 
 
 def assert_clipped_as_one_process(seen: dict) -> None:
-    dls, module = DynamicLayerSelection(**SHARING), Checkpointed()
+    dls, module = select(**SHARING), Checkpointed()
     counts = count_backwards([layer.down for layer in module.layers])
     alone = RankRecorder(dls)
     fit(module, JOINT, dls, alone, **CLIPPED)
@@ -264,7 +265,7 @@ def on_ddp(folder) -> dict:
     torch.manual_seed(ranks.rank())  # no help from equal generators
     seen = runs(ranks.ddp)
     seen["resumed"] = resumes(folder, ranks.ddp)
-    seen["clipped"] = clipped(ranks.ddp, Checkpointed, moments="free")
+    seen["clipped"] = clipped(ranks.ddp, Checkpointed, mode="free")
     other = OwnDraws(num_active=2, interval=1, policy="random")
     seen["disagreeing"] = followed(Toy(), other, ranks.ddp(gradient_as_bucket_view=True))
     seen["errors"] = [
@@ -362,7 +363,7 @@ def on_fsdp1(folder) -> dict:
     torch.manual_seed(ranks.rank())
     strategy = partial(ranks.fsdp, auto_wrap_policy={Block})
     seen = runs(strategy, NormsLast)
-    sized = DynamicLayerSelection(num_active=2, interval=2, score_normalization="sqrt_size")
+    sized = select(num_active=2, interval=2, score_normalization="sqrt_size")
     seen["sized"] = followed(NormsLast(), sized, strategy(), **RUNS["adapters"])
     for kind in ("sharded", "full"):
         sharding = partial(strategy, state_dict_type=kind)

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from rosa_lightning.dls.checks import check_checkpointing, check_strategy, check_wrapped
+from rosa_lightning.dls.checks import check_module, check_strategy, check_wrapped
 from tests.conftest import build
 
 
@@ -33,7 +33,7 @@ def test_deepspeed_is_refused_with_what_to_take_instead():
 
 def test_state_that_sharded_checkpoints_need_is_not_freed():
     check_strategy(DDPStrategy(), frees_state=True)
-    with pytest.raises(ValueError, match=r"ModelParallelStrategy.*Set moments='reset'"):
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy.*Set optimizer_state='reset'"):
         check_strategy(ModelParallelStrategy(), frees_state=True)
 
 
@@ -62,14 +62,14 @@ def enabled(**options) -> nn.Module:
 )
 def test_reentrant_checkpointing_is_refused(model):
     with pytest.raises(ValueError, match=r"reentrant.*Enable it with use_reentrant=False") as error:
-        check_checkpointing(model())
+        check_module(model())
     assert "\n" not in str(error.value)
 
 
 def test_the_hook_that_checkpointing_leaves_on_the_embeddings_is_warned_of():
     model = enabled(use_reentrant=False)
     with pytest.warns(UserWarning, match=r"saves no time\. Call disable_input_require_grads\(\)"):
-        check_checkpointing(model)
+        check_module(model)
     model.disable_input_require_grads()
-    check_checkpointing(model)
-    check_checkpointing(nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2))))
+    check_module(model)
+    check_module(nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2))))

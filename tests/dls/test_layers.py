@@ -73,13 +73,6 @@ def test_two_stacks_are_listed_with_their_lengths():
     assert len(find_layers(root, "decoder.layers")) == 5
 
 
-def test_a_frozen_tower_and_lists_without_parameters_are_no_choice():
-    root = nn.ModuleDict({"vision": Model(3), "language": Model(4), "metrics": nn.Module()})
-    root["vision"].requires_grad_(False)
-    root["metrics"].all = nn.ModuleList([nn.Identity(), nn.Identity()])
-    assert next(layer.name for layer in find_layers(root)) == "language.layers.0"
-
-
 def test_a_model_without_layers_is_told_so():
     with pytest.raises(ValueError, match=r"found 0.*layers="):
         find_layers(nn.Linear(2, 2))
@@ -121,11 +114,6 @@ def test_a_path_that_matches_nothing_names_the_nearest():
         find_layers(nn.Linear(2, 2), "encoder.layers")
 
 
-def test_a_path_to_something_else_is_refused():
-    with pytest.raises(ValueError, match="is a Block; expected a ModuleList"):
-        find_layers(Model(), "layers.0")
-
-
 def test_a_sequential_of_layers_can_be_named():
     root = nn.ModuleDict({"blocks": nn.Sequential(Block(), Block())})
     assert [layer.name for layer in find_layers(root, "blocks")] == ["blocks.0", "blocks.1"]
@@ -152,7 +140,7 @@ def test_a_layer_without_candidates_is_left_out():
 def test_layers_that_share_a_parameter_are_refused():
     root = Model()
     root.layers[2].attention = root.layers[0].attention
-    with pytest.raises(ValueError, match=r"'layers.2.attention.*also belongs to layer 'layers.0'"):
+    with pytest.raises(ValueError, match=r"of layer 'layers.2'.*layer 'layers.0'.*trainable="):
         find_layers(root)
 
 
@@ -160,7 +148,7 @@ def test_layers_that_share_a_frozen_norm_are_refused():
     root = Model()
     root.layers[0].input_layernorm.requires_grad_(False)
     root.layers[2].input_layernorm = root.layers[0].input_layernorm
-    with pytest.raises(ValueError, match=r"scores layer 'layers.2'.*layer 'layers.0'.*norms="):
+    with pytest.raises(ValueError, match=r"norm of layer 'layers.2'.*layer 'layers.0'.*norms="):
         find_layers(root)
     assert len(find_layers(root, norms="post*")) == 3
 

@@ -6,10 +6,11 @@ import torchao.optim
 from torch import nn, optim
 
 from rosa_lightning.dls.optimizer_state import (
-    check_moments,
-    fill_optimizer_state,
-    free_moments,
-    reset_moments,
+    check_optimizer_state,
+    fill_state,
+    free_state,
+    global_gradients,
+    reset_state,
 )
 
 OPTIMIZERS = {
@@ -29,6 +30,11 @@ OPTIMIZERS = {
     "rmsprop": lambda p: optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True),
     "adadelta": lambda p: optim.Adadelta(p, lr=0.1),
 }
+OTHERS = {
+    "rprop": lambda p: optim.Rprop(p, lr=0.1),
+    "asgd": lambda p: optim.ASGD(p, lr=0.1),
+}
+"""Their state has entries that are made anew."""
 
 
 def weights():
@@ -43,8 +49,8 @@ def step(optimizer, parameters, seed):
     optimizer.step()
 
 
-@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("forget", [reset_moments, free_moments])
+@pytest.mark.parametrize("build", (OPTIMIZERS | OTHERS).values(), ids=OPTIMIZERS | OTHERS)
+@pytest.mark.parametrize("forget", [reset_state, free_state])
 def test_a_forgotten_parameter_goes_on_as_under_a_new_optimizer(build, forget):
     parameters = weights()
     optimizer = build(parameters)
@@ -53,7 +59,6 @@ def test_a_forgotten_parameter_goes_on_as_under_a_new_optimizer(build, forget):
     first, second = parameters
     new, old = nn.Parameter(first.detach().clone()), deepcopy(optimizer.state.get(second))
 
-    check_moments("reset", [optimizer], parameters)
     forget([optimizer], [first])
     assert str(optimizer.state.get(second)) == str(old)
     fresh = build([new])
@@ -63,22 +68,12 @@ def test_a_forgotten_parameter_goes_on_as_under_a_new_optimizer(build, forget):
         torch.testing.assert_close(first, new, rtol=0, atol=0)
 
 
-def test_keeping_moments_would_have_gone_another_way():
-    parameters = weights()
-    optimizer = OPTIMIZERS["adamw"](parameters)
-    step(optimizer, parameters, 0)
-    new = nn.Parameter(parameters[0].detach().clone())
-    step(optimizer, parameters[:1], 1)
-    step(OPTIMIZERS["adamw"]([new]), [new], 1)
-    assert not torch.equal(parameters[0], new)
-
-
 def test_a_reset_keeps_every_entry_where_it_is():
     parameters = weights()
     optimizer = OPTIMIZERS["adamw"](parameters)
     step(optimizer, parameters, 0)
     before = {key: value.data_ptr() for key, value in optimizer.state[parameters[0]].items()}
-    reset_moments([optimizer], parameters)
+    reset_state([optimizer], parameters)
     after = {key: value.data_ptr() for key, value in optimizer.state[parameters[0]].items()}
     assert after == before
 
@@ -93,7 +88,7 @@ def test_freed_moments_hold_no_memory():
     optimizer = OPTIMIZERS["adamw"](parameters)
     step(optimizer, parameters, 0)
     before = held_bytes(optimizer)
-    free_moments([optimizer], parameters[:1])
+    free_state([optimizer], parameters[:1])
     assert held_bytes(optimizer) == before / 2
     # The next checkpoint holds no more either, and loads.
     saved = optimizer.state_dict()
@@ -113,8 +108,7 @@ def test_moments_of_eight_bits_are_reset_in_place(name):
         optimizer.step()
     new = nn.Parameter(weight.detach().clone())
     entry = optimizer.state[weight]["exp_avg"]
-    check_moments("reset", [optimizer], [weight])
-    reset_moments([optimizer], [weight])
+    reset_state([optimizer], [weight])
     assert optimizer.state[weight]["exp_avg"] is entry
     fresh = getattr(torchao.optim, name)([new], lr=0.1)
     for _ in range(3):
@@ -125,63 +119,12 @@ def test_moments_of_eight_bits_are_reset_in_place(name):
         torch.testing.assert_close(weight, new, rtol=0, atol=0)
 
 
-class Noting(optim.AdamW):
-    """An optimizer of somebody else, with an entry of its own."""
-
-    def step(self, closure=None):
-        super().step(closure)
-        for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["noted"] = 1
-
-
-@pytest.mark.parametrize(
-    ("make", "key"),
-    [
-        (lambda p: optim.Rprop(p, lr=torch.tensor(0.1), capturable=True), "prev"),
-        (optim.ASGD, "eta"),
-        (Noting, "noted"),
-    ],
-)
-def test_a_state_that_comes_with_the_first_step_is_refused_before_it(make, key):
-    parameters = weights()
-    optimizer = make(parameters)
-    with pytest.raises(ValueError, match=f"'{key}'.*Set moments='keep'"):
-        check_moments("reset", [optimizer], parameters)
-    assert not optimizer.state
-    assert all(parameter.grad is None for parameter in parameters)
-
-
-def test_an_optimizer_that_cannot_be_built_again_is_judged_by_the_state_it_has():
-    class Particular(optim.Rprop):
-        def __init__(self, parameters, secret):
-            super().__init__(parameters)
-
-    parameters = weights()
-    optimizer = Particular(parameters, 1)
-    check_moments("reset", [optimizer], parameters)
-    step(optimizer, parameters, 0)
-    with pytest.raises(ValueError, match="'prev'"):
-        check_moments("reset", [optimizer], parameters)
-
-
 def test_parameters_without_state_are_passed_over_and_get_none():
     parameters = weights()
     optimizer = OPTIMIZERS["adamw"](parameters)
-    check_moments("reset", [optimizer], parameters)
-    reset_moments([optimizer], parameters)
-    free_moments([optimizer], parameters)
+    reset_state([optimizer], parameters)
+    free_state([optimizer], parameters)
     assert len(optimizer.state) == 0
-
-
-def test_a_state_that_is_not_known_is_refused_by_name():
-    parameters = weights()
-    optimizer = optim.Adagrad(parameters, lr=0.1)
-    with pytest.raises(ValueError, match=r"'sum'.*Adagrad remembers.*moments='keep'") as error:
-        check_moments("reset", [optimizer], parameters)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"Adagrad.*moments='keep'"):
-        check_moments("free", [optimizer], parameters)
-    check_moments("keep", [optimizer], parameters)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -196,7 +139,7 @@ def test_filled_state_changes_nothing_of_what_training_does(make):
         for step in range(6):
             if filled:  # also in the middle of training, with gradients at hand
                 held = [weight.grad for weight in pair]
-                fill_optimizer_state(optimizer)
+                fill_state(optimizer)
                 assert all(a is w.grad for a, w in zip(held, pair, strict=True))
             for index, weight in enumerate(pair):
                 weight.grad = weight.detach().sin() if index == 0 or step >= 3 else None
@@ -212,6 +155,22 @@ def test_filled_state_changes_nothing_of_what_training_does(make):
 def test_every_weight_has_state_once_filled():
     pair = weights()
     optimizer = optim.AdamW(pair)
-    fill_optimizer_state(optimizer)
+    fill_state(optimizer)
     assert all(set(optimizer.state[w]) == {"step", "exp_avg", "exp_avg_sq"} for w in pair)
     assert not any(value.any() for w in pair for value in optimizer.state[w].values())
+
+
+@pytest.mark.parametrize("mode", ["reset", "free"])
+def test_an_optimizer_that_makes_its_state_once_is_refused(mode):
+    optimizer = optim.Adagrad(weights(), lr=0.1)
+    with pytest.raises(ValueError, match=r"Adagrad.*optimizer_state='keep'"):
+        check_optimizer_state(mode, [optimizer])
+    check_optimizer_state("keep", [optimizer])
+
+
+def test_in_one_process_the_gradients_are_those_at_hand():
+    first, second = weights()
+    second.grad = torch.ones(3, 2)
+    gradients = global_gradients([[first], [second]], nn.Module(), torch.device("cpu"))
+    assert gradients[0] == [None]
+    assert gradients[1][0] is second.grad

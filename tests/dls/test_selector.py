@@ -2,43 +2,51 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from rosa_lightning.dls.budget import BackwardBudget, layer_costs
-from rosa_lightning.dls.policies import select_layers
-from rosa_lightning.dls.scores import ScoreHistory
-from rosa_lightning.dls.selector import Selector, Timing
+from rosa_lightning.dls.layers import Layer
+from rosa_lightning.dls.selector import LayerSelector, PolicyOptions, SelectionConfig
 
 
 def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def selector(timing, policy="top_k", budget=None, smoothing=0.0):
-    def choose(scores, floor, generator):
-        return select_layers(policy, scores, 2, generator=generator, floor=floor)
+def selector(interval=5, positions=range(4), depth=4, sizes=None, steps=math.inf, **settings):
+    names = PolicyOptions.__dataclass_fields__.keys() & settings.keys()
+    options = PolicyOptions(**{name: settings.pop(name) for name in names})
+    config = SelectionConfig(**{"num_active": 2, "interval": interval, **settings}, options=options)
+    norm = nn.Parameter(torch.ones(3))
+    layers = [
+        Layer(name=f"{i}", index=i, num_above=depth - 1 - i, norms=(norm,), candidates={})
+        for i in positions
+    ]
+    return LayerSelector(config, layers, sizes or [3] * len(layers), steps)
 
-    history = ScoreHistory(smoothing, "none", [1] * 4)
-    return Selector(choose, layer_costs([3, 2, 1, 0]), history, budget, timing, seed=3)
+
+def chosen(scores, **settings):
+    made = selector(**settings)
+    made.select(tensor(scores), 0)
+    return made
 
 
 def test_steps_are_due_every_interval_from_the_start_to_the_end():
-    timing = Timing(4, 3, 13)
-    due = [step for step in range(20) if timing.is_due(step, num_selections=1)]
+    made = selector(4, warmup_steps=3, final_steps_all=2, steps=15)
+    made.num_selections = 1
+    due = [step for step in range(20) if made.is_due(step)]
     assert due == [3, 7, 11]
-    assert [timing.steps_ahead(step) for step in due] == [3, 3, 1]
     # Each choice holds until the next one is due, or until the end.
-    assert [step + 1 + timing.steps_ahead(step) for step in due] == [7, 11, 13]
+    assert [step + 1 + made.steps_ahead(step) for step in due] == [7, 11, 13]
 
 
 def test_without_any_selection_every_step_is_due():
-    timing = Timing(4, 3, math.inf)
-    assert [step for step in range(7) if timing.is_due(step, num_selections=0)] == [3, 4, 5, 6]
-    assert timing.steps_ahead(5) == 1
+    made = selector(4, warmup_steps=3)
+    assert [step for step in range(7) if made.is_due(step)] == [3, 4, 5, 6]
+    assert made.steps_ahead(5) == 1
 
 
 def test_cost_is_the_mean_over_steps():
-    run = selector(Timing(4, 2, 10))
-    spent = []
+    run = selector(4, warmup_steps=2, final_steps_all=2, steps=12)
     for step, scores in [(2, [1, 2, 3, 4]), (6, [0, 9, 9, 0])]:
         run.select(tensor(scores), step)
     # Two full steps, one that scores, three that end at layer 2, one that scores, then layer 1.
@@ -53,24 +61,67 @@ def test_cost_is_the_mean_over_steps():
 
 
 def test_scores_are_remembered_as_measured_and_chosen_by_as_smoothed():
-    run = selector(Timing(1, 0, math.inf), smoothing=0.9)
+    run = selector(1, score_smoothing=0.9)
     run.select(tensor([9, 9, 0, 0]), 0)
     run.select(tensor([0, 0, 1, 1]), 1)
-    assert run.active == (0, 1)
-    assert run.scores == (0, 0, 1, 1)
-    assert run.counts == [2, 2, 0, 0]
+    assert (run.active, run.scores, run.counts) == ((0, 1), (0, 0, 1, 1), [2, 2, 0, 0])
 
 
-def budget():
-    return BackwardBudget(0.5, layer_costs([3, 2, 1, 0]))
+def test_smoothing_agrees_with_a_bias_corrected_average_as_adam_keeps_it():
+    beta, averages = 0.9, [0.0, 0.0]
+    run = selector(1, positions=(0, 1), depth=2, num_active=1, score_smoothing=beta)
+    for t in range(1, 30):
+        row = torch.rand(2).tolist()
+        averages = [beta * a + (1 - beta) * x for a, x in zip(averages, row, strict=True)]
+        run.select(tensor(row), t - 1)
+        corrected = [average / (1 - beta**t) for average in averages]
+        assert run.active == (corrected.index(max(corrected)),)
+
+
+def test_sizes_and_earlier_scores_reach_the_normalization():
+    options = {"num_active": 1, "positions": (0, 1), "depth": 2}
+    by_size = chosen([3.0, 2.0], score_normalization="sqrt_size", sizes=[100, 4], **options)
+    assert by_size.active == (1,)
+    usual = chosen([9.0, 1.0], score_normalization="running_mean", **options)
+    assert usual.active == (0,)  # the first selection has nothing to compare with
+    usual.select(tensor([9.0, 3.0]), 5)
+    assert usual.active == (1,)
+
+
+def test_positions_are_those_of_layers_and_choices_places_among_the_candidates():
+    made = chosen([9, 5, 1], always_active=[-1, 3], positions=(1, 3, 6), depth=8)
+    assert made.active == (1, 2)
+
+
+def test_a_budget_counts_layers_in_which_nothing_trains():
+    options = {"num_active": 1, "backward_budget": 0.5, "interval": 1001}
+    # The lowest candidate is a full backward: 6 layers, of which layer 4 needs 2.
+    made = chosen([9.0, 8.0, 7.0], positions=(0, 2, 4), depth=6, **options)
+    assert made.active == (2,)
+    assert made.backward_share(1001) == pytest.approx((1 + 1000 * 2 / 6) / 1001)
+
+
+def test_only_what_depends_on_the_length_of_the_run_asks_for_it():
+    assert not SelectionConfig(warmup_steps=5).needs_length
+    assert SelectionConfig(backward_budget=0.5).needs_length
+    assert SelectionConfig(final_steps_all=5).needs_length
+
+
+def test_policies_that_draw_or_take_all_claim_alike():
+    options = {"policy": "all", "backward_budget": 0.7, "interval": 1001}
+    one, two = chosen([1.0, 0, 0, 0], **options), chosen([0, 0, 0, 1.0], **options)
+    for made in (one, two):
+        for step in range(1001, 8008, 1001):
+            made.select(torch.tensor([float(made is one), 0, 0, 1.0]), step)
+    assert one.counts == two.counts
 
 
 @pytest.mark.parametrize("policy", ["top_k", "sample", "random"])
-def test_a_restored_selector_goes_on_exactly(policy, tmp_path):
+@pytest.mark.parametrize("normalization", ["none", "sqrt_size", "running_mean"])
+def test_a_restored_selector_goes_on_exactly(policy, normalization, tmp_path):
     rows = torch.rand(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    straight, first, second = (
-        selector(Timing(5, 0, math.inf), policy, budget(), 0.5) for _ in range(3)
-    )
+    options = {"policy": policy, "score_normalization": normalization, "score_smoothing": 0.5}
+    straight, first, second = (selector(backward_budget=0.6, **options) for _ in range(3))
     history = []
     for index, row in enumerate(rows):
         straight.select(row, 5 * index)
@@ -88,11 +139,7 @@ def test_a_restored_selector_goes_on_exactly(policy, tmp_path):
 
 
 def test_a_state_without_a_budget_can_be_gone_on_with_under_one():
-    before, after = (
-        selector(Timing(5, 0, math.inf)),
-        selector(Timing(5, 0, math.inf), "top_k", budget()),
-    )
-    before.select(tensor([1, 2, 3, 4]), 0)
+    before, after = chosen([1, 2, 3, 4]), selector(backward_budget=0.6)
     after.load_state_dict(before.state_dict())
     assert after.active == (2, 3)
     after.select(tensor([4, 3, 2, 1]), 5)
@@ -100,9 +147,10 @@ def test_a_state_without_a_budget_can_be_gone_on_with_under_one():
 
 
 def test_a_kept_choice_is_paid_for():
-    spends, saves = (selector(Timing(11, 0, math.inf), "all", budget()) for _ in range(2))
-    for run in (spends, saves):
-        run.select(torch.ones(4), 0)
+    budget = (1 + 10 * 0.5) / 11  # half a backward on the steps between
+    spends, saves = (
+        chosen([1.0] * 4, interval=11, policy="all", backward_budget=budget) for _ in "ab"
+    )
     assert spends.active == saves.active == (3,)
     spends.select(torch.ones(4), 11)
     spends.select(torch.ones(4), 22)

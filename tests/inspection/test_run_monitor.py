@@ -25,6 +25,7 @@ from rosa_lightning import (
     TokenThroughputMonitor,
     inject_roae,
 )
+from rosa_lightning.dls import PolicyOptions
 from rosa_lightning.inspection import run_monitor as monitor_module
 from rosa_lightning.inspection.run_monitor import (
     dashboard,
@@ -253,7 +254,7 @@ class Plain(LightningModule):
 
 
 def fit_plain(logger, monitor=None, extra=(), **options) -> None:
-    pick = selection(policy="fixed", fixed_layers=[5, 10])
+    pick = selection(policy="fixed", policy_options=PolicyOptions(fixed_layers=[5, 10]))
     callbacks = [pick, monitor or RunMonitor(), *extra]
     run_settings(logger, callbacks, **{"max_steps": 6, **options}).fit(Plain())
 
@@ -268,7 +269,12 @@ def test_layers_with_nothing_to_train_count_among_those_that_backward_may_skip(t
 
 
 def test_final_steps_of_all_layers_are_shown_where_they_begin(tmp_path):
-    pick = selection(policy="fixed", fixed_layers=[10], interval=3, final_steps_all=2)
+    pick = selection(
+        policy="fixed",
+        policy_options=PolicyOptions(fixed_layers=[10]),
+        interval=3,
+        final_steps_all=2,
+    )
     run_settings(board(tmp_path), [pick, RunMonitor()], max_steps=7).fit(Plain())
     log = read(tmp_path)
     assert series(log, "dls/backward_saved") == pytest.approx({0: 10 / 12, 3: 10 / 12, 5: 2 / 12})

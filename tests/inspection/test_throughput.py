@@ -18,6 +18,7 @@ from rosa_lightning import (
     TokenThroughputMonitor,
     inject_roae,
 )
+from rosa_lightning.dls import PolicyOptions
 from rosa_lightning.inspection import throughput
 from rosa_lightning.inspection.throughput import (
     bar_texts,
@@ -126,7 +127,9 @@ def test_utilisation_is_the_operations_by_what_the_device_could_have_done(
 
     monkeypatch.setattr(throughput, "get_available_flops", available)
     monitor, ticking = TokenThroughputMonitor(), Ticking(clock)
-    pick = DynamicLayerSelection(policy="fixed", fixed_layers=[2, 3], interval=1000)
+    pick = DynamicLayerSelection(
+        policy="fixed", policy_options=PolicyOptions(fixed_layers=[2, 3]), interval=1000
+    )
     trainer = fit(base_folder, sources, [pick, monitor, ticking], log_every_n_steps=4)
     assert asked == [("cpu", torch.float32)]
     model = trainer.lightning_module.model
@@ -145,7 +148,9 @@ def test_the_progress_bar_shows_figures_with_their_units(base_folder, sources, t
     shown = bar()
     clock = [0.0]
     ticking = Ticking(clock)
-    pick = DynamicLayerSelection(policy="fixed", fixed_layers=[3], interval=1000)
+    pick = DynamicLayerSelection(
+        policy="fixed", policy_options=PolicyOptions(fixed_layers=[3]), interval=1000
+    )
     fit(
         base_folder,
         sources,

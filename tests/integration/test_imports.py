@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,6 @@ def test_a_file_imports_from_its_own_subpackage_or_a_row_below(path):
     others = {name.split(".")[1] for name in imported(path) if name.startswith("rosa_lightning.")}
     assert {name for name in others - {own} if LEVEL[name] <= LEVEL[own]} == set()
     assert not {name for name in imported(path) if name.startswith("unittest")}
+    if own == "dls":
+        own_imports = sys.stdlib_module_names | {"torch", "lightning"}
+        assert {name.partition(".")[0] for name in imported(path)} <= own_imports

@@ -60,7 +60,10 @@ def test_every_argument_of_the_modules_stands_in_the_table():
 def test_every_argument_of_layer_selection_stands_in_its_table_with_its_default():
     from rosa_lightning import DynamicLayerSelection
 
-    arguments = inspect.signature(DynamicLayerSelection).parameters.values()
+    parameters = dict(inspect.signature(DynamicLayerSelection).parameters)
+    options = parameters.pop("policy_options").default
+    defaults_of = {name: parameter.default for name, parameter in parameters.items()}
+    defaults_of |= {f"policy_options.{name}": value for name, value in vars(options).items()}
     rows = re.findall(r"^\| (`.+?) \| (`.+?`) \| ", README, flags=re.MULTILINE)
     told = {
         name: yaml.safe_load(default)
@@ -69,9 +72,7 @@ def test_every_argument_of_layer_selection_stands_in_its_table_with_its_default(
             re.findall(r"`([\w.]+)`", names), re.findall(r"`([^`]+)`", defaults), strict=False
         )
     }
-    assert {argument.name for argument in arguments} <= told.keys()
-    for argument in arguments:
-        assert told[argument.name] == argument.default, argument.name
+    assert {name: told[name] for name in defaults_of} == defaults_of
 
 
 def test_the_readme_opens_with_its_two_commands():
