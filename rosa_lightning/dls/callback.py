@@ -172,6 +172,11 @@ class DynamicLayerSelection(Callback):
         return self._positions
 
     @property
+    def num_layers(self) -> int:
+        """Number of layers selected among, those with something to train; 0 before a fit."""
+        return len(self._positions)
+
+    @property
     def num_blocks(self) -> int:
         """Length of the list of layers, those with nothing to train included; 0 before a fit."""
         return self._num_blocks
