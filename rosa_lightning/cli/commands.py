@@ -33,8 +33,7 @@ from rosa_lightning.inspection.memory import check_batch, check_not_quantized
 from rosa_lightning.inspection.parameters import (
     compare_memory,
     memory_table,
-    summarize,
-    summary_tables,
+    parameter_tables,
 )
 from rosa_lightning.inspection.report import write_report
 from rosa_lightning.models.loading import (
@@ -170,7 +169,7 @@ def inspect(
         _check_picture(Path(activations), num_batches)
     precision = str(setting.trainer.get("precision"))
     model = _skeleton(module, double=precision in _DOUBLE)
-    tables = summary_tables(summarize(model))
+    tables = parameter_tables(model)
     num_tokens = _tokens_at_once(module, setting.trainer, model)
     if module.quantization is not None:
         check_not_quantized(model, module.quantization)

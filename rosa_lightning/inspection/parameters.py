@@ -1,4 +1,4 @@
-"""What RoAE adapts in a model and what a training step takes, as data and as tables to print."""
+"""What RoAE adapts in each layer of a model, and what a training step takes: tables to print."""
 
 from __future__ import annotations
 
@@ -17,21 +17,18 @@ from torch import nn
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_num_active
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
-from rosa_lightning.roae.inject import is_adapter_key, roae_report
+from rosa_lightning.roae.inject import roae_report
 from rosa_lightning.roae.layer import spans
 from rosa_lightning.roae.targets import AdaptedProjection
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LayerSummary:
-    """One decoder layer."""
+    """What layers that are alike have in common; paths are those inside the layer."""
 
     stack: str
     """Dotted path of the list of layers."""
-    index: int
-    """Position in that list."""
     terms: tuple[AdaptedProjection, ...]
-    """Their paths are those inside the layer, so that layers that are alike have equal terms."""
     projection_sizes: tuple[int, ...]
     """Parameters of each term's projection, with all terms on it."""
     notes: tuple[str, ...]
@@ -39,64 +36,36 @@ class LayerSummary:
     trainable: int
     total: int
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Equal for layers that differ in nothing but their position."""
-        return self.stack, self.terms, self.notes, self.trainable, self.total
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSummary:
-    """A model with RoAE, layer by layer."""
-
-    model: str
-    """Class name."""
-    layers: tuple[LayerSummary, ...]
-    trainable: int
-    total: int
-
-
-def summarize(model: nn.Module) -> ModelSummary:
-    """What was adapted in each layer of a model, with its weights or on the meta device.
+def summarize(model: nn.Module) -> dict[LayerSummary, list[int]]:
+    """The kinds of layers of a model with RoAE, and the indices of the layers of each.
 
     Raises:
         ValueError: The model carries no RoAE.
     """
     report = roae_report(model)
-    stacks = dict.fromkeys(_place(projection.layer)[0] for projection in report.projections)
-    layers = []
-    for stack in stacks:
+    kinds: dict[LayerSummary, list[int]] = {}
+    for stack in dict.fromkeys(_stack(term.layer) for term in report.projections):
         for index, (name, block) in enumerate(model.get_submodule(stack).named_children()):
             inside = f"{stack}.{name}."
             terms = [p for p in report.projections if f"{p.layer}.".startswith(inside)]
-            # Notes name their layer in front, and projections further on.
-            notes = [n.replace(inside, "") for n in report.notes if n.startswith(inside)]
-            layers.append(
-                LayerSummary(
-                    stack=stack,
-                    index=index,
-                    terms=tuple(_inside(term, inside) for term in terms),
-                    projection_sizes=tuple(
-                        _count(model.get_submodule(term.projection)) for term in terms
-                    ),
-                    notes=tuple(notes),
-                    trainable=_count(block, adapters=True),
-                    total=_count(block),
-                )
+            kind = LayerSummary(
+                stack=stack,
+                terms=tuple(_inside(term, inside) for term in terms),
+                projection_sizes=tuple(
+                    _count(model.get_submodule(term.projection)) for term in terms
+                ),
+                notes=tuple(n.replace(inside, "") for n in report.notes if n.startswith(inside)),
+                trainable=sum(term.num_parameters for term in terms),
+                total=_count(block),
             )
-    return ModelSummary(
-        model=type(model).__name__,
-        layers=tuple(layers),
-        trainable=report.num_trainable,
-        total=report.num_total,
-    )
+            kinds.setdefault(kind, []).append(index)
+    return kinds
 
 
-def _place(path: str) -> tuple[str, str]:
-    """The list of layers that a module stands in, and its layer's name there."""
-    parts = path.split(".")
-    number = next(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[:number]), parts[number]
+def _stack(path: str) -> str:
+    """The list of layers that a module stands in."""
+    return re.split(r"\.\d+(?:\.|$)", path, maxsplit=1)[0]
 
 
 def _inside(term: AdaptedProjection, prefix: str) -> AdaptedProjection:
@@ -104,8 +73,54 @@ def _inside(term: AdaptedProjection, prefix: str) -> AdaptedProjection:
     return replace(term, **{name: getattr(term, name).removeprefix(prefix) for name in paths})
 
 
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parameter_tables(model: nn.Module) -> Group:
+    """What RoAE adapts in each layer, for `rich` to print; layers that are alike share a table."""
+    kinds, report = summarize(model), roae_report(model)
+    parts: list[RenderableType] = []
+    for kind, indices in kinds.items():
+        parts += [*_describe(kind, indices), ""]
+    table = _parameter_table(type(model).__name__)
+    inside = sum(kind.total * len(indices) for kind, indices in kinds.items())
+    num_layers = sum(map(len, kinds.values()))
+    table.add_row(f"{num_layers} layers", *_cells(report.num_trainable, inside))
+    table.add_row("other parts", *_cells(0, report.num_total - inside))
+    table.add_row("model", *_cells(report.num_trainable, report.num_total), style="bold")
+    return Group(*parts, table)
+
+
+def _describe(kind: LayerSummary, indices: Sequence[int]) -> Iterable[RenderableType]:
+    title = f"{kind.stack} {spans(indices)}"
+    if not kind.terms:
+        title += f": no term, as no attention is rotated; {kind.total:,} parameters a layer"
+    yield Text(title, style="bold")
+    if kind.terms:
+        table = _parameter_table("Target", "Projection", "Heads")
+        for term, total in zip(kind.terms, kind.projection_sizes, strict=True):
+            heads = str(term.num_heads) if term.dims else ""
+            cells = _cells(term.num_parameters, total)
+            table.add_row(term.target, term.projection, heads, *cells)
+        # The projections above are parts of it, so their totals do not add up to it.
+        table.add_row("", "one layer", "", *_cells(kind.trainable, kind.total), style="bold")
+        yield table
+    lines: dict[str, list[str]] = {}
+    for term in kind.terms:
+        if term.dims:
+            after = f" (after {term.norm})" if term.norm else ""
+            lines.setdefault(_rotation(term), []).append(term.target + after)
+    yield from (_line(f"{_join(targets)}: {rotation}") for rotation, targets in lines.items())
+    reasons: dict[str, list[str]] = {}
+    for note in kind.notes:
+        _, target, reason = re.split(": (?:no term on )?", note, maxsplit=2)
+        reasons.setdefault(reason, []).append(target)
+    yield from (_line(f"no term on {_join(t)}: {reason}") for reason, t in reasons.items())
+
+
 def _rotation(term: AdaptedProjection) -> str:
-    """The adapted pairs and their frequencies, for people."""
+    """The adapted pairs and their frequencies."""
     slowest, (fastest, other) = min(term.table.inv_freq), term.border
     border = "" if other is None else f", next {other:.2g}"
     both = dict.fromkeys([f"{slowest:.2g}", f"{fastest:.2g}"])
@@ -115,79 +130,24 @@ def _rotation(term: AdaptedProjection) -> str:
     )
 
 
-def _count(module: nn.Module, adapters: bool = False) -> int:
-    named = module.named_parameters()
-    return sum(p.numel() for name, p in named if is_adapter_key(name) or not adapters)
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
-def summary_tables(summary: ModelSummary) -> Group:
-    """The summary for `rich` to print, layers that are alike taken together."""
-    kinds: dict[tuple[Any, ...], list[LayerSummary]] = {}
-    for layer in summary.layers:
-        kinds.setdefault(layer.kind, []).append(layer)
-    parts: list[RenderableType] = []
-    for layers in kinds.values():
-        parts += [*_describe_kind(layers), ""]
-    return Group(*parts, _totals(summary))
-
-
-def _describe_kind(layers: Sequence[LayerSummary]) -> Iterable[RenderableType]:
-    first = layers[0]
-    title = f"{first.stack} {spans([layer.index for layer in layers])}"
-    if not first.terms:
-        title += f": no term, as no attention is rotated; {first.total:,} parameters a layer"
-    yield Text(title, style="bold")
-    if first.terms:
-        yield _term_table(first)
-    by_rotation: dict[str, list[str]] = {}
-    for term in first.terms:
-        if term.dims:
-            after = f" (after {term.norm})" if term.norm else ""
-            by_rotation.setdefault(_rotation(term), []).append(term.target + after)
-    for rotation, targets in by_rotation.items():
-        yield _indented(f"{', '.join(dict.fromkeys(targets))}: {rotation}")
-    by_reason: dict[str, list[str]] = {}
-    for note in first.notes:
-        _, target, reason = re.split(": (?:no term on )?", note, maxsplit=2)
-        by_reason.setdefault(reason, []).append(target)
-    for reason, targets in by_reason.items():
-        yield _indented(f"no term on {', '.join(targets)}: {reason}")
-
-
-def _term_table(layer: LayerSummary) -> Table:
-    table = _parameter_table("Target", "Projection", "Heads")
-    for term, total in zip(layer.terms, layer.projection_sizes, strict=True):
-        heads = str(term.num_heads) if term.dims else ""
-        table.add_row(term.target, term.projection, heads, *_counts(term.num_parameters, total))
-    # The projections above are parts of it, so their totals do not add up to it.
-    table.add_row("", "one layer", "", *_counts(layer.trainable, layer.total), style="bold")
-    return table
-
-
-def _indented(text: str) -> Padding:
+def _line(text: str) -> Padding:
     return Padding(Text(text), (0, 0, 0, 1))
-
-
-def _totals(summary: ModelSummary) -> Table:
-    table = _parameter_table(summary.model)
-    inside = sum(layer.total for layer in summary.layers)
-    table.add_row(f"{len(summary.layers)} layers", *_counts(summary.trainable, inside))
-    table.add_row("other parts", *_counts(0, summary.total - inside))
-    table.add_row("model", *_counts(summary.trainable, summary.total), style="bold")
-    return table
 
 
 def _parameter_table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        justify: Any = "right" if column == "Heads" else "left"
-        table.add_column(column, overflow="fold", justify=justify)
+        table.add_column(column, overflow="fold", justify="right" if column == "Heads" else "left")
     for column in ("Trainable", "Total", "%"):
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _counts(trainable: int, total: int) -> tuple[str, str, str]:
+def _cells(trainable: int, total: int) -> tuple[str, str, str]:
     return f"{trainable:,}", f"{total:,}", f"{100 * trainable / max(total, 1):.2f}"
 
 

@@ -25,6 +25,14 @@ Counts = dict[str, Tensor | int]
 
 RATES = ("examples", "tokens", "supervised_tokens")
 """Counts that are shown per second."""
+BAR_NAMES = {
+    "throughput/examples_per_s": "examples/s",
+    "throughput/tokens_per_s": "tokens/s",
+    "throughput/padding_share": "padding",
+    "memory/peak_mib": "MiB",
+    "throughput/mfu": "MFU",
+}
+"""What the progress bar calls the figures that it shows."""
 
 
 class TokenThroughputMonitor(Callback):
@@ -53,8 +61,7 @@ class TokenThroughputMonitor(Callback):
         self._head_flops = 0
         self._peak_flops: float | None = None
         self._step = 0
-        self._bar: Any = None
-        self._shown: dict[str, str] = {}
+        self._held_at = 0.0
         self._restart()
 
     def _restart(self) -> None:
@@ -66,27 +73,21 @@ class TokenThroughputMonitor(Callback):
         """Find the layers and the device's peak, and start the clock."""
         self._reset()
         self.latest = {}
-        self._find_layers(trainer, pl_module)
-        if trainer.is_global_zero:
-            self._join(trainer.progress_bar_callback)
-        self._restart()
-
-    def _find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
             path = find_layers(pl_module)[0].name.rpartition(".")[0]
         except ValueError:  # of another shape: nothing to say of layers
             return
         self._blocks = list(pl_module.get_submodule(path).children())
-        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
         peak = peak_flops(trainer, self._blocks)
         model = next((m for m in pl_module.modules() if hasattr(m, "get_output_embeddings")), None)
-        if peak is None or model is None:
-            return
-        reason = "weights are in shards" if sharded else uncounted(self._blocks)
-        if reason is not None:
-            rank_zero_info(f"MFU is not shown: {reason}.")
-            return
-        self._peak_flops, self._head_flops = peak, head_flops(model)
+        if peak is not None and model is not None:
+            sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+            reason = "weights are in shards" if sharded else uncounted(self._blocks)
+            if reason is None:
+                self._peak_flops, self._head_flops = peak, head_flops(model)
+            else:
+                rank_zero_info(f"MFU is not shown: {reason}.")
+        self._restart()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -117,20 +118,8 @@ class TokenThroughputMonitor(Callback):
         """Let the clock run on."""
         self._since += time.perf_counter() - self._held_at
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the model; the progress bar keeps what it shows."""
-        self._blocks = []
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Let go of all: after an exception there is no teardown."""
-        self.teardown(trainer, pl_module, "fit")
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of all, the progress bar included."""
-        if self._bar is not None:
-            del self._bar.get_metrics
+        """Let go of the model."""
         self._reset()
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,34 +130,17 @@ class TokenThroughputMonitor(Callback):
         self.latest = rates(counts, time.perf_counter() - self._since, peak)
         if (memory := peak_mib(pl_module.device)) is not None:
             self.latest["memory/peak_mib"] = memory
-        self._shown = bar_texts(self.latest, lowest_active(self._blocks))
         for logger in trainer.loggers:
             logger.log_metrics(dict(self.latest), step=self._step)
+        bar = {BAR_NAMES[tag]: value for tag, value in self.latest.items() if tag in BAR_NAMES}
+        if (lowest := lowest_active(self._blocks)) is not None:
+            bar["lowest layer"] = lowest
+        pl_module.log_dict(bar, prog_bar=True, logger=False)
         self._restart()
-
-    def _join(self, bar: Any) -> None:
-        """Put the figures beside what the progress bar shows, each with its unit.
-
-        What modules log for the bar are bare numbers, to Rich's with three decimals each.
-        """
-        if bar is None:
-            return
-        self._bar, own = bar, bar.get_metrics
-
-        def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-            items = own(trainer, pl_module)
-            whole = {name: str(value) for name, value in items.items() if isinstance(value, int)}
-            return {**items, **whole, **self._shown}
-
-        bar.get_metrics = get_metrics
 
 
 def batch_counts(batch: Any) -> Counts:
-    """Examples, tokens, supervised tokens, and positions with padding, of a batch.
-
-    Raises:
-        TypeError: It is no batch of `ReasoningDataModule`.
-    """
+    """Examples, tokens, supervised tokens, and positions with padding, of a batch."""
     try:
         mask, labels = batch["attention_mask"], batch["labels"]
         examples = len(batch.get("row_lengths", labels))
@@ -192,32 +164,6 @@ def rates(
     if peak_flops is not None:
         figures["throughput/mfu"] = counts["flops"] / seconds / peak_flops
     return figures
-
-
-def bar_texts(figures: Mapping[str, float], lowest: int | None) -> dict[str, str]:
-    """Figures as a progress bar shows them, and the lowest layer that trains."""
-    texts = {
-        "examples/s": _short(figures["throughput/examples_per_s"]),
-        "tokens/s": _short(figures["throughput/tokens_per_s"]),
-        "supervised/s": _short(figures["throughput/supervised_tokens_per_s"]),
-        "padding": f"{figures['throughput/padding_share']:.0%}",
-    }
-    if lowest is not None:
-        texts["lowest layer"] = str(lowest)
-    if "memory/peak_mib" in figures:
-        texts["memory"] = f"{_short(figures['memory/peak_mib'])}MiB"
-    if "throughput/mfu" in figures:
-        texts["MFU"] = f"{figures['throughput/mfu']:.0%}"
-    return texts
-
-
-def _short(value: float) -> str:
-    """Three digits, thousands and millions by letter."""
-    for limit, letter in ((999_500, "M"), (9_995, "k")):
-        if value >= limit:
-            scaled = value / (1e6 if letter == "M" else 1e3)
-            return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f}{letter}"
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def peak_flops(trainer: Trainer, blocks: list[nn.Module]) -> float | None:

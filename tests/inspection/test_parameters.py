@@ -10,8 +10,8 @@ from rosa_lightning.inspection.memory import MemoryEstimate
 from rosa_lightning.inspection.parameters import (
     compare_memory,
     memory_table,
+    parameter_tables,
     summarize,
-    summary_tables,
 )
 from rosa_lightning.models.loading import load_skeleton
 from rosa_lightning.roae.inject import inject_roae
@@ -37,31 +37,28 @@ def adapted(family: str, roae: RoAEConfig | None = None, **changes):
 def test_every_layer_is_told_in_full():
     model = load_skeleton("tiny")
     inject_roae(model, RoAEConfig(rank=16, low_freq_ratio=0.25, targets=("q", "up")))
-    summary = summarize(model)
-    assert [layer.index for layer in summary.layers] == [0, 1, 2, 3]
-    for layer in summary.layers:
-        q, up = layer.terms
-        assert (q.projection, q.target, q.num_heads) == ("self_attn.q_proj", "q", 5)
-        assert q.dims == (*range(12, 16), *range(28, 32))
-        assert (q.table.head_dim, len(q.low_pairs), len(q.table.pairs)) == (32, 4, 16)
-        assert min(q.table.inv_freq) == pytest.approx(10000 ** (-30 / 32), rel=1e-4)
-        assert q.border[0] == pytest.approx(10000 ** (-24 / 32), rel=1e-4)
-        assert q.border[1] == pytest.approx(10000 ** (-22 / 32), rel=1e-4)
-        assert q.num_parameters == 16 * 160 + 5 * 8 * 16
-        assert layer.projection_sizes[0] == 160 * 160 + 160 + q.num_parameters
-        assert (up.projection, up.dims, up.table.pairs) == ("mlp.up_proj", (), ())
-        assert up.num_parameters == 16 * (160 + 432)
-        assert layer.trainable == q.num_parameters + up.num_parameters
-        own = 4 * (160 * 160 + 160) + 3 * 160 * 432 + 2 * 160
-        assert layer.total == own + layer.trainable
-    assert summary.trainable == sum(layer.trainable for layer in summary.layers)
-    assert summary.total == sum(parameter.numel() for parameter in model.parameters())
+    ((layer, indices),) = summarize(model).items()
+    assert indices == [0, 1, 2, 3]
+    q, up = layer.terms
+    assert (q.projection, q.target, q.num_heads) == ("self_attn.q_proj", "q", 5)
+    assert q.dims == (*range(12, 16), *range(28, 32))
+    assert (q.table.head_dim, len(q.low_pairs), len(q.table.pairs)) == (32, 4, 16)
+    assert min(q.table.inv_freq) == pytest.approx(10000 ** (-30 / 32), rel=1e-4)
+    assert q.border[0] == pytest.approx(10000 ** (-24 / 32), rel=1e-4)
+    assert q.border[1] == pytest.approx(10000 ** (-22 / 32), rel=1e-4)
+    assert q.num_parameters == 16 * 160 + 5 * 8 * 16
+    assert layer.projection_sizes[0] == 160 * 160 + 160 + q.num_parameters
+    assert (up.projection, up.dims, up.table.pairs) == ("mlp.up_proj", (), ())
+    assert up.num_parameters == 16 * (160 + 432)
+    assert layer.trainable == q.num_parameters + up.num_parameters
+    own = 4 * (160 * 160 + 160) + 3 * 160 * 432 + 2 * 160
+    assert layer.total == own + layer.trainable
 
 
 def test_the_numbers_of_every_layer_and_of_the_model_are_printed():
     model = load_skeleton("tiny")
     inject_roae(model, RoAEConfig(rank=16, low_freq_ratio=0.25))
-    text = printed(summary_tables(summarize(model)))
+    text = printed(parameter_tables(model))
     lines = [line.split() for line in text.splitlines()]
     assert ["model.layers", "0-3"] in lines
     assert ["q", "self_attn.q_proj", "5", "3,200", "28,960", "11.05"] in lines
@@ -75,24 +72,21 @@ def test_the_numbers_of_every_layer_and_of_the_model_are_printed():
 
 
 def test_layers_that_are_alike_share_a_table_and_the_others_have_their_own():
-    text = printed(summary_tables(summarize(adapted("llama", num_hidden_layers=80))))
+    text = printed(parameter_tables(adapted("llama", num_hidden_layers=80)))
     assert "model.layers 0-79" in text
     assert len(text.splitlines()) < 25
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-    text = printed(
-        summary_tables(summarize(adapted("gemma3", layer_types=kinds, num_hidden_layers=6)))
-    )
+    text = printed(parameter_tables(adapted("gemma3", layer_types=kinds, num_hidden_layers=6)))
     assert "model.layers 0-1, 3-4" in text
     assert "model.layers 2, 5" in text
     assert text.count("radians") == 2
 
 
 def test_a_layer_without_a_term_says_so():
-    text = printed(summary_tables(summarize(adapted("smollm3"))), width=200)
+    text = printed(parameter_tables(adapted("smollm3")), width=200)
     assert re.search(r"layers 1: no term, as no attention is rotated; 3\d,\d{3} parameters", text)
-    summary = summarize(adapted("smollm3"))
-    assert [len(layer.terms) for layer in summary.layers] == [2, 0]
-    assert summary.layers[1].trainable == 0
+    rotated, other = summarize(adapted("smollm3"))
+    assert (len(rotated.terms), other.terms, other.trainable) == (2, (), 0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -100,17 +94,16 @@ def test_reasons_why_a_layer_does_without_are_told_once():
     model = build_small("Qwen2MoeConfig")
     report = inject_roae(model, RoAEConfig(rank=2, targets=("q", "k", "gate", "up")))
     assert len(report.notes) == 4
-    summary = summarize(model)
-    assert [len(layer.notes) for layer in summary.layers] == [2, 2]
-    text = " ".join(printed(summary_tables(summary)).split())
+    assert [len(layer.notes) for layer in summarize(model)] == [2]
+    text = " ".join(printed(parameter_tables(model)).split())
     assert text.count("no term on gate, up: its routed experts") == 1
 
 
 def test_terms_on_a_fused_projection_and_after_a_norm_name_their_place():
-    text = printed(summary_tables(summarize(adapted("phi3"))))
+    text = printed(parameter_tables(adapted("phi3")))
     assert len(re.findall(r"[qk] +self_attn\.qkv_proj +[24] ", text)) == 2
     roae = RoAEConfig(rank=2, placement="state")
-    text = printed(summary_tables(summarize(adapted("qwen3", roae))))
+    text = printed(parameter_tables(adapted("qwen3", roae)))
     assert "q (after self_attn.q_norm), k (after self_attn.k_norm)" in text
 
 
@@ -119,10 +112,9 @@ def test_terms_on_a_fused_projection_and_after_a_norm_name_their_place():
 def test_tables_fit_80_columns_and_keep_numbers_whole(family):
     model = build_small(f"{family}Config")
     inject_roae(model, RoAEConfig(rank=2))
-    summary = summarize(model)
-    text = printed(summary_tables(summary))
+    text = printed(parameter_tables(model))
     assert all(len(line) <= 80 for line in text.splitlines())
-    for layer in summary.layers:
+    for layer in summarize(model):
         for number in (layer.trainable, layer.total, *layer.projection_sizes):
             assert f" {number:,} " in text
 

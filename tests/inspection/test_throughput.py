@@ -21,7 +21,6 @@ from rosa_lightning import (
 from rosa_lightning.dls import PolicyOptions
 from rosa_lightning.inspection import throughput
 from rosa_lightning.inspection.throughput import (
-    bar_texts,
     batch_counts,
     flops_per_token,
     head_flops,
@@ -144,53 +143,19 @@ def test_utilisation_is_the_operations_by_what_the_device_could_have_done(
 
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
-def test_the_progress_bar_shows_figures_with_their_units(base_folder, sources, tmp_path, bar):
-    shown = bar()
-    clock = [0.0]
+def test_the_progress_bar_shows_the_figures_from_the_first_log_on(base_folder, sources, clock, bar):
     ticking = Ticking(clock)
     pick = DynamicLayerSelection(
         policy="fixed", policy_options=PolicyOptions(fixed_layers=[3]), interval=1000
     )
-    fit(
-        base_folder,
-        sources,
-        [pick, TokenThroughputMonitor(), ticking, shown],
-        enable_progress_bar=True,
-        logger=CSVLogger(tmp_path),
-        max_steps=3,
-    )
-    assert "examples/s" not in ticking.shown[0]
-    # From the second step on, and after the step that logs nothing.
-    for items in ticking.shown[1:]:
-        assert list(items)[-6:] == [
-            "examples/s",
-            "tokens/s",
-            "supervised/s",
-            "padding",
-            "lowest layer",
-            "memory",
-        ]
-        assert items["lowest layer"] == "3"
-        assert items["v_num"] == "0"
-        assert items["padding"].endswith("%")
-    assert "get_metrics" not in vars(shown)
-
-
-def test_after_an_exception_nothing_of_the_fit_is_held(base_folder, sources):
-    class Fails(Callback):
-        def on_train_batch_end(self, *_) -> None:
-            raise RuntimeError("no more")
-
-    shown, monitor = RichProgressBar(), TokenThroughputMonitor()
-    with pytest.raises(RuntimeError, match="no more"):
-        fit(base_folder, sources, [monitor, shown, Fails()], enable_progress_bar=True)
-    assert "get_metrics" not in vars(shown)
-
-
-def test_without_an_interval_nothing_is_shown(base_folder, sources):
     monitor = TokenThroughputMonitor()
-    fit(base_folder, sources, [monitor], log_every_n_steps=0)
-    assert monitor.latest == {}
+    callbacks = [pick, monitor, ticking, bar()]
+    fit(base_folder, sources, callbacks, enable_progress_bar=True, max_steps=3)
+    assert "examples/s" not in ticking.shown[0]
+    for items in ticking.shown[1:]:
+        assert {"examples/s", "tokens/s", "padding", "MiB"} <= set(items)
+        assert items["lowest layer"] == 3
+        assert items["tokens/s"] == pytest.approx(monitor.latest["throughput/tokens_per_s"])
 
 
 def test_a_second_fit_begins_anew(base_folder, sources, clock):
@@ -243,24 +208,6 @@ def test_other_batches_are_refused_in_one_line():
     )
     with pytest.raises(TypeError, match="cannot count a batch of Tensor: it takes those of"):
         trainer.fit(Plain(), loader)
-
-
-def test_numbers_are_short():
-    figures = dict(zip(RATES, (8.674, 12_345.6, 999_600.0), strict=True))
-    figures |= {"throughput/padding_share": 0.126, "throughput/mfu": 0.4149}
-    figures["memory/peak_mib"] = 9_994.7
-    assert bar_texts(figures, None) == {
-        "examples/s": "8.67",
-        "tokens/s": "12.3k",
-        "supervised/s": "1.00M",
-        "padding": "13%",
-        "memory": "9995MiB",
-        "MFU": "41%",
-    }
-    figures["throughput/tokens_per_s"] = 123_456.0
-    figures["memory/peak_mib"] = 120_000.0
-    assert bar_texts(figures, 0)["tokens/s"] == "123k"
-    assert bar_texts(figures, 0)["memory"] == "120kMiB"
 
 
 def test_peak_memory_grows_with_what_the_process_holds():
