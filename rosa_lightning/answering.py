@@ -113,7 +113,7 @@ class Answering(LightningModule, ABC):
         name = getattr(datamodule, "tokenizer", None)
         tokenizer = getattr(datamodule, "text_tokenizer", None)
         return Conditions(
-            template=getattr(datamodule, "template", None),
+            template=getattr(datamodule, "prompt_style", None),
             max_length=getattr(datamodule, "max_length", None),
             tokenizer=whole_name(name) if isinstance(name, str) else None,
             tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
@@ -163,7 +163,7 @@ class Answering(LightningModule, ABC):
             self.max_new_tokens,
             tasks=self._task_names(),
             known_tasks=getattr(datamodule, "tasks", TASKS),
-            template=getattr(datamodule, "template", None),
+            template=getattr(datamodule, "prompt_style", None),
             stop_ids=getattr(datamodule, "stop_ids", ()),
             encode_response=getattr(datamodule, "response_ids", None),
         )
@@ -203,7 +203,7 @@ class Answering(LightningModule, ABC):
             "base": self.base,
             "revision": cast(BaseFingerprint, self.identity).revision,
             "roae": self.hparams["roae"] if added else None,
-            "template": getattr(datamodule, "template", None),
+            "template": getattr(datamodule, "prompt_style", None),
             **asdict(self.evaluation),
             "max_new_tokens": self.max_new_tokens,
             "max_length": getattr(datamodule, "max_length", None),

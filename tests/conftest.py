@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -18,6 +19,9 @@ import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from rosa_lightning.data.datamodule import ReasoningDataModule
+from rosa_lightning.data.settings import LoadingConfig
 
 # How long an example takes says nothing on a machine that others use too.
 hypothesis.settings.register_profile("any-machine", deadline=None)
@@ -112,6 +116,13 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
     config = getattr(transformers, name)(**{**SMALL, **special, **changes})
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
+
+
+def data_module(**settings: Any) -> ReasoningDataModule:
+    """A data module; settings of `data.loading` are given like the others."""
+    names = {field.name for field in dataclasses.fields(LoadingConfig)}
+    loading = {name: settings.pop(name) for name in names & settings.keys()}
+    return ReasoningDataModule(**settings, loading=LoadingConfig(**loading))
 
 
 @pytest.fixture

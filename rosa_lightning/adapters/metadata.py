@@ -112,7 +112,7 @@ class Conditions:
     """
 
     template: str | None = None
-    """Prompt style: data.template."""
+    """data.prompt_style."""
     max_length: int | None = None
     """data.max_length, in tokens."""
     tokenizer: str | None = None
@@ -145,7 +145,7 @@ class Conditions:
     def settings(self) -> dict[str, Any]:
         """The values that are known, by configuration key."""
         named = {
-            "data.template": self.template,
+            "data.prompt_style": self.template,
             "data.max_length": self.max_length,
             "data.tokenizer": self.tokenizer,
             "trainer.precision": self.precision,
@@ -164,7 +164,7 @@ def contradictions(known: Mapping[str, Any], given: Mapping[str, Any], trained: 
         trained: What was trained, such as "the checkpoint".
     """
     lines = []
-    compared = ("data.template", "data.max_length", "trainer.precision")
+    compared = ("data.prompt_style", "data.max_length", "trainer.precision")
     for key in (*compared, "model.dtype", "model.quantization"):
         if key not in known or key not in given:
             continue

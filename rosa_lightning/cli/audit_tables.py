@@ -95,7 +95,7 @@ def _content_table(audit: Audit) -> Table:
 def _leakage_table(benchmarks: Iterable[BenchmarkAudit]) -> Table:
     table = _table(
         "Test questions in the training data",
-        "Benchmark", "Questions", "leaked (exact)", "leaked (near)",
+        "Benchmark", "Questions", "exact", "near",
     )  # fmt: skip
     table.add_column("in", style="dim", overflow="fold")
     for benchmark in benchmarks:
@@ -113,14 +113,14 @@ def _leakage_table(benchmarks: Iterable[BenchmarkAudit]) -> Table:
 def _leakage_notes(audit: Audit) -> Iterable[str]:
     yield "near: not exact, but much the same words, and the same numbers"
     held = [
-        f"{len(source.leaked):,} of {source.num_records:,} records of {source.name}"
+        f"{len(source.contaminated):,} of {source.num_records:,} records of {source.name}"
         for source in audit.sources
-        if source.leaked
+        if source.contaminated
     ]
     if held:
         what = "leaves out" if audit.decontaminate else "trains on"
         setting = str(audit.decontaminate).lower()
-        yield f"data.decontaminate: {setting} {what} (exact) {', '.join(held)}"
+        yield f"data.loading.decontaminate: {setting} {what} (exact) {', '.join(held)}"
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:

@@ -22,6 +22,7 @@ from rosa_lightning.cli.bench_tables import bench_tables
 from rosa_lightning.data.audit import audit_records, token_lengths
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.records import load_records
+from rosa_lightning.data.tokenization import Encoder
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.inspection.activations import (
     activation_figure,
@@ -200,7 +201,7 @@ def inspect(
 
 
 def audit(setting: Setting, *, ckpt_path: str | None = None, output: str | None = None) -> None:
-    """Look at the training data: lengths, duplicates, contradictions, leaked test questions.
+    """Look at the training data: lengths, duplicates, contradictions, contamination.
 
     Args:
         setting: The sources to train on and to test on, and the tokenizer, its own or the base's.
@@ -214,13 +215,14 @@ def audit(setting: Setting, *, ckpt_path: str | None = None, output: str | None 
         data.tokenizer = setting.module.tokenizer
     lengths = None
     if data.tokenizer is not None:
-        lengths = partial(token_lengths, tokenizer=data.text_tokenizer, template=data.template)
+        encoder = Encoder(data.text_tokenizer, data.prompt_style)
+        lengths = partial(token_lengths, encoder=encoder)
     found = audit_records(
         {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.sources},
         {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.test_sources},
         lengths,
         max_length=data.max_length,
-        decontaminate=data.decontaminate,
+        decontaminate=data.loading.decontaminate,
     )
     Console().print(audit_tables(found))
     if output is not None:

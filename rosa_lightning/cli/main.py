@@ -59,7 +59,7 @@ COMMANDS = {
     "predict": "Write answers to the predict sources into predictions.jsonl.",
     "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
     "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
-    "audit": "Look at the training data: lengths, duplicates, leaked test questions.",
+    "audit": "Look at the training data: lengths, duplicates, contamination.",
     "bench": "Measure a training beside PEFT LoRA and the frozen base.",
     "report": "Write what a run has logged as one HTML page, or as pictures.",
 }
@@ -77,7 +77,7 @@ _OF_A_STEP = (
     "model.attn_implementation",
     "model.gradient_checkpointing",
     "data.batch_size",
-    "data.tokens_per_batch",
+    "data.loading.tokens_per_batch",
 )
 SHOWN: dict[str, tuple[str, ...]] = {
     "export": tuple(f"model.{name}" for name in _OF_A_BASE),
@@ -87,8 +87,8 @@ SHOWN: dict[str, tuple[str, ...]] = {
     ),
     "audit": (
         *("model.base", "model.revision", "model.trust_remote_code", "model.adapter"),
-        *("data.sources", "data.test_sources", "data.tokenizer", "data.template"),
-        *("data.max_length", "data.decontaminate"),
+        *("data.sources", "data.test_sources", "data.tokenizer", "data.prompt_style"),
+        *("data.max_length", "data.loading.decontaminate"),
     ),
     "bench": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
     "report": (),

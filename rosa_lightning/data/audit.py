@@ -1,17 +1,13 @@
-"""What is in the training data: lengths, repetitions, contradictions, and leaked test questions.
-
-Pure functions of records; `audit_tables` prints what they give.
-"""
+"""What is in the training data: lengths, duplicates, contradictions, and test questions."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-from rosa_lightning.data.leakage import Leakage, leaked_benchmarks, question_digest
-from rosa_lightning.data.prompts import Template
-from rosa_lightning.data.tokenization import encode
+from rosa_lightning.data.contamination import Contamination, compare, question_digest
+from rosa_lightning.data.tokenization import Encoder
 from rosa_lightning.tasks.records import (
     NUMBER_TOLERANCE,
     Record,
@@ -44,8 +40,9 @@ class SourceAudit:
     """Records whose question has another answer somewhere in the mixture."""
     empty: tuple[int, ...]
     """Records without a response to train on, which training refuses."""
-    leaked: tuple[int, ...]
-    """Records whose question is a test question: those that ``data.decontaminate`` leaves out."""
+    contaminated: tuple[int, ...]
+    """Records whose question is a test question, which ``data.loading.decontaminate`` leaves
+    out."""
 
     @property
     def num_records(self) -> int:
@@ -119,8 +116,8 @@ class Audit:
             {
                 "name": benchmark.name,
                 "questions": benchmark.questions,
-                "leaked_exact": benchmark.num_exact,
-                "leaked_near": benchmark.num_near,
+                "contaminated_exact": benchmark.num_exact,
+                "contaminated_near": benchmark.num_near,
                 "exact": [asdict(match) for match in benchmark.exact],
                 "near": [asdict(match) for match in benchmark.near],
             }
@@ -148,11 +145,11 @@ def audit_records(
         tests: Test records by the name of theirs; may be empty.
         lengths: Gives the records' lengths in tokens; without it they are counted in words.
         max_length: Most tokens of a record.
-        decontaminate: Whether training leaves leaked questions out; for the report alone.
+        decontaminate: Whether training leaves test questions out; for the report alone.
     """
     # Gone through, never held: they may be more than memory has room for.
-    leaks = leaked_benchmarks(chain.from_iterable(sources.values()), list(tests.values()))
-    leaked = {place for leak in leaks for places in leak.exact.values() for place in places}
+    found_in = compare(chain.from_iterable(sources.values()), list(tests.values()))
+    exact = {place for one in found_in for places in one.exact.values() for place in places}
     notes = [_noted(name, record) for name, records in sources.items() for record in records]
     repeated, elsewhere, conflicting = _compare(notes)
     empty = {place for place, note in enumerate(notes) if note.is_empty}
@@ -164,7 +161,7 @@ def audit_records(
         too_long = None if lengths is None else sum(length > max_length for length in found)
         groups = [
             tuple(notes[place].number for place in span if place in group)
-            for group in (repeated, elsewhere, conflicting, empty, leaked)
+            for group in (repeated, elsewhere, conflicting, empty, exact)
         ]
         audits.append(
             SourceAudit(
@@ -175,15 +172,15 @@ def audit_records(
                 elsewhere=groups[1],
                 conflicting=groups[2],
                 empty=groups[3],
-                leaked=groups[4],
+                contaminated=groups[4],
             )
         )
         start += len(records)
     return Audit(
         sources=tuple(audits),
         benchmarks=tuple(
-            _benchmark(name, tests[name], leak, notes)
-            for name, leak in zip(tests, leaks, strict=True)
+            _benchmark(name, tests[name], one, notes)
+            for name, one in zip(tests, found_in, strict=True)
         ),
         unit="words" if lengths is None else "tokens",
         max_length=max_length,
@@ -191,14 +188,11 @@ def audit_records(
     )
 
 
-def token_lengths(records: Sequence[Record], tokenizer: Any, template: Template) -> list[int]:
+def token_lengths(records: Sequence[Record], encoder: Encoder) -> list[int]:
     """Tokens of each record as training takes them, prompt, response and end, uncut."""
-    found = []
-    for start in range(0, len(records), _CHUNK):
-        chunk = records[start : start + _CHUNK]
-        examples, _ = encode(chunk, tokenizer, template=template, max_length=2**31)
-        found += [len(example.prompt) + len(example.response) for example in examples]
-    return found
+    uncut = replace(encoder, max_length=2**31)
+    starts = range(0, len(records), _CHUNK)
+    return [one.num_tokens for start in starts for one in uncut(records[start : start + _CHUNK])]
 
 
 def _lengths_in_words(records: Sequence[Record]) -> tuple[int, ...]:
@@ -268,7 +262,7 @@ def _agree(first: _Note, second: _Note) -> bool:
 def _benchmark(
     name: str,
     test: Sequence[Record],
-    leak: Leakage,
+    found_in: Contamination,
     train: Sequence[_Note],
 ) -> BenchmarkAudit:
     exact, near = (
@@ -279,6 +273,6 @@ def _benchmark(
             for number, places in found.items()
             for at in places
         )
-        for found in (leak.exact, leak.near)
+        for found in (found_in.exact, found_in.near)
     )
     return BenchmarkAudit(name=name, questions=len(test), exact=exact, near=near)

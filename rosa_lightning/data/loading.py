@@ -1,18 +1,23 @@
-"""Samplers that say which records a rank gets, and the loader that saves its place."""
+"""Samplers that give each rank its records, and the loader that resumes where it stopped."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from rosa_lightning.data.grouping import Grouping
-from rosa_lightning.data.sampling import Stop, epoch_counts, epoch_length, epoch_order
-from rosa_lightning.data.tokenization import Example
+from rosa_lightning.data.sampling import (
+    BatchPlanner,
+    Stop,
+    epoch_counts,
+    epoch_length,
+    epoch_order,
+)
+from rosa_lightning.data.tokenization import Example, Examples
 
 
-class LongestFirst(DistributedSampler[int]):
+class LengthSortedSampler(DistributedSampler[int]):
     """This rank's share of prompts, the longest first: batches hold prompts of like length.
 
     So little is padded, and what does not fit into memory shows at once. No prompt is repeated to
@@ -40,7 +45,7 @@ class LongestFirst(DistributedSampler[int]):
 
 
 class MixtureSampler(DistributedSampler[list[int]]):
-    """This rank's batches of `epoch_order`, as `grouping` makes them.
+    """This rank's batches of `epoch_order`, as `planner` makes them.
 
     An epoch has `epoch_length` records, a multiple of the ranks, and all ranks have the same
     number of batches of the same numbers of records.
@@ -56,7 +61,7 @@ class MixtureSampler(DistributedSampler[list[int]]):
         weights: Sequence[float],
         names: Sequence[str],
         seed: int,
-        grouping: Grouping,
+        planner: BatchPlanner,
         num_replicas: int = 1,
         rank: int = 0,
         stop: Stop = "total",
@@ -69,7 +74,7 @@ class MixtureSampler(DistributedSampler[list[int]]):
             seed=seed,
         )
         self.sizes, self.names = tuple(sizes), tuple(names)
-        self.grouping = grouping
+        self.planner = planner
         self.total_size = epoch_length(sizes, weights, stop, num_replicas)
         self.num_samples = self.total_size // num_replicas
         self.counts = epoch_counts(weights, self.total_size)
@@ -85,7 +90,7 @@ class MixtureSampler(DistributedSampler[list[int]]):
 
     def num_batches(self, epoch: int) -> int:
         """Batches of an epoch; where they are made by tokens, no two epochs need have as many."""
-        number = self.grouping.num_steps(self.total_size, self.num_replicas)
+        number = self.planner.num_steps(self.total_size, self.num_replicas)
         if number is not None:
             return number
         if epoch not in self._known:
@@ -105,16 +110,32 @@ class MixtureSampler(DistributedSampler[list[int]]):
 
     def _steps(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         order = epoch_order(self.sizes, self.counts, self.names, self.seed, epoch).numpy()
-        return self.grouping.steps(order, self.num_replicas, self.seed, epoch)
+        return self.planner.steps(order, self.num_replicas, self.seed, epoch)
 
 
-class Batched(ConcatDataset[Example]):
+class Mixture(Dataset[Any]):
     """Sources laid end to end, of which many records are asked for at once."""
 
-    def __getitem__(self, positions: list[int]) -> list[Example]:  # type: ignore[override]
-        """The records at these positions."""
-        one = super().__getitem__
-        return [one(position) for position in positions]  # type: ignore[no-untyped-call]
+    def __init__(self, sources: Sequence[Examples]) -> None:
+        self.sources = sources
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Example]:
+        return self[positions]
+
+    def __getitem__(self, positions: Sequence[int]) -> list[Example]:
+        """The records at these positions, read source by source."""
+        wanted = np.asarray(positions)
+        numbers = np.searchsorted(self._ends, wanted, side="right")
+        found = dict[int, Example]()
+        for number in np.unique(numbers):
+            some = wanted[numbers == number]
+            start = self._ends[number] - len(self.sources[number])
+            found.update(zip(some.tolist(), self.sources[number].take(some - start), strict=True))
+        return [found[position] for position in wanted.tolist()]
 
 
 class ResumableLoader(DataLoader[Any]):

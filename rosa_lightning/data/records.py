@@ -1,31 +1,140 @@
-"""The records of a data source.
+"""The records of a data source: read, checked, and kept in an Arrow table.
 
 Three kinds of rows are read: LLM-Adapters' `instruction`, `input`, `output`, `answer`; GSM8K's
-`question`, `answer` with the final number after `####`; and, where a source is of a benchmark, the
-fields of that benchmark's hub data set. Whatever does not fit ends in an error that names file,
-record and field; records are counted from 1.
+`question`, `answer` with the final number after `####`; and the fields of the hub data set of the
+source's task. Errors name file, record and field; records are counted from 1.
 """
 
+from __future__ import annotations
+
+import atexit
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+import os
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar, overload
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.compute as pc
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 
-from rosa_lightning.data.source_rows import json_line, kind_of, read_rows
+from rosa_lightning.data.rows import kind_of, read_rows
 from rosa_lightning.data.sources import Purpose, Source, as_source
-from rosa_lightning.data.streamed import ArrowRows, Lines, Streamed, select
 from rosa_lightning.tasks.converters import written
 from rosa_lightning.tasks.records import TASKS, Record, Task, check_gold, reference
+from rosa_lightning.utils.files import check_input, check_name, part_beside
 from rosa_lightning.utils.strict_json import half_character
+
+T = TypeVar("T")
 
 _SCHEMAS = (
     "expected instruction, input, output, answer, or GSM8K's question, answer ('... #### 42')"
 )
-
 _MAY_LACK = ("rationale",)
-"""Fields of benchmarks that may be nothing; an answer too, in some splits."""
+"""Fields of benchmarks that may be null; an answer too, in some splits."""
+_COLUMNS = ("instruction", "input", "output", "answer", "index")
+_FEATURES = datasets.Features(
+    dict.fromkeys(_COLUMNS, datasets.Value("large_string")) | {"index": datasets.Value("int32")}
+)
+_AT_A_TIME = 1000
+
+
+class Indexed(Sequence[T]):
+    """A sequence whose items are read by position, some at a time."""
+
+    def __init__(self, positions: NDArray[np.uint32]) -> None:
+        self.positions = positions
+        """The items in the order of the sequence, 4 bytes each."""
+
+    @abstractmethod
+    def at(self, positions: NDArray[np.uint32]) -> list[T]:
+        """The items at these positions of the table."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        chosen = self.positions[index]
+        return self.at(chosen) if isinstance(index, slice) else self.at(np.array([chosen]))[0]
+
+    def __iter__(self) -> Iterator[T]:
+        for start in range(0, len(self), _AT_A_TIME):
+            yield from self[start : start + _AT_A_TIME]
+
+    def take(self, indices: Any) -> list[T]:
+        """The items at these places of the sequence."""
+        return self.at(self.positions[indices])
+
+
+class Records(Indexed[Record]):
+    """Records of one source in a `datasets.Dataset`, in memory or mapped from disk."""
+
+    def __init__(
+        self,
+        rows: Any,
+        task: Task,
+        source: str,
+        content: str | None = None,
+        positions: NDArray[np.uint32] | None = None,
+    ) -> None:
+        super().__init__(np.arange(len(rows), dtype=np.uint32) if positions is None else positions)
+        self.rows, self.task, self.source = rows, task, source
+        self.content = content or content_digest(self)
+        """A digest of the source's content."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the table is larger than memory might be."""
+        return self.content.startswith("file")
+
+    def select(self, mask: NDArray[np.bool_]) -> Records:
+        """The records where the mask is true."""
+        return Records(self.rows, self.task, self.source, self.content, self.positions[mask])
+
+    def at(self, positions: NDArray[np.uint32]) -> list[Record]:
+        """The records in these rows."""
+        start, size = int(positions[0]) if len(positions) else 0, len(positions)
+        in_one_piece = np.array_equal(positions, np.arange(start, start + size))
+        chosen = slice(start, start + size) if in_one_piece else positions.tolist()
+        return self.converted(self.rows[chosen])
+
+    def converted(self, columns: Mapping[str, list[Any]]) -> list[Record]:
+        """Rows as records."""
+        own = None if self.task.name in TASKS else self.task
+        values = (columns[name] for name in _COLUMNS)
+        return [
+            Record(asked, context, output, answer, self.task.name, self.source, index, own)
+            for asked, context, output, answer, index in zip(*values, strict=True)
+        ]
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each record's texts, from the table's offsets alone."""
+        table = self.rows.data
+        sizes = sum(pc.binary_length(table.column(name)).to_numpy() for name in _COLUMNS[:3])
+        found: NDArray[np.int64] = sizes[self.positions]
+        return found
+
+
+def content_digest(records: Iterable[Record]) -> str:
+    """A digest of what records say."""
+    content = hashlib.blake2b(digest_size=8)
+    for record in records:
+        texts = (record.instruction, record.input, record.output, record.answer or "")
+        content.update("\0".join(texts).encode() + b"\1")
+    return f"records {content.hexdigest()}"
 
 
 def load_records(
@@ -33,48 +142,118 @@ def load_records(
     purpose: Purpose = "train",
     tasks: Mapping[str, Task] = TASKS,
     seed: int = 0,
+    cache: Path | None = None,
 ) -> Sequence[Record]:
     """All records of a source, or `max_examples` of them, as `seed` chooses; in their order.
 
     To train, a record needs an output; to test, an answer or an output that states one, which the
-    task's format can express; to predict and to audit, only what is asked. Large training sources
-    are `Streamed`, and a record of another shape is found when it is read. Raises OSError for what
-    cannot be read or reached, ValueError for what has not the expected shape.
+    task's format can express; to predict and to audit, only what is asked. What is trained on is
+    `Records`; large sources are converted once into a table in `cache` (a temporary one without),
+    which stays on disk.
+
+    Raises OSError for what cannot be read or reached, ValueError for what has not the expected
+    shape.
     """
     source = as_source(source, tasks)
     task = tasks[source.benchmark]
     rows = read_rows(source, task, purpose)
-    convert = partial(_record, source=source, task=task, purpose=purpose)
-    records: Sequence[Record]
-    if isinstance(rows, Lines):
-        line = partial(_line_record, source=source, task=task, purpose=purpose)
-        records = Streamed(rows, line)
-    elif isinstance(rows, ArrowRows):
-        records = Streamed(rows, convert)
-    else:
-        records = [convert(row, number) for number, row in enumerate(rows, start=1)]
-    if not len(records):
-        raise ValueError(
-            f"{source.place} (task {task.name}) holds no records. Name a source that has some."
-        )
-    if source.max_examples is not None and source.max_examples < len(records):
-        drawn = np.random.default_rng(seed).permutation(len(records))[: source.max_examples]
-        mask = np.zeros(len(records), dtype=np.bool_)
-        mask[drawn] = True
-        records = select(records, mask)
-    return records
+    numbered = enumerate(rows.rows, start=1)
+    records = (_record(row, number, source, task, purpose) for number, row in numbered)
+    if rows.on_disk:
+        content = rows.content()
+        first = next(records, None)
+        if first is None:
+            raise _no_records(source, task)
+        table = _disk_table(chain([first], records), content, task, purpose, cache)
+        chosen = _chosen(len(table), source, task, seed)
+        return Records(table, task, source.label, f"file {content}", chosen)
+    found = list(records)
+    found = [found[place] for place in _chosen(len(found), source, task, seed)]
+    if purpose != "train":
+        return found
+    columns = {name: [getattr(record, name) for record in found] for name in _COLUMNS}
+    return Records(datasets.Dataset.from_dict(columns, _FEATURES), task, source.label)
 
 
-def _line_record(line: bytes, number: int, source: Source, task: Task, purpose: Purpose) -> Record:
-    """A record of a streamed file."""
-    where = f"{source.place}, record {number}"
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where} is not UTF-8 text (byte {error.start} of its line). Save it in UTF-8."
-        ) from error
-    return _record(json_line(where, text), number, source, task, purpose)
+def _no_records(source: Source, task: Task) -> ValueError:
+    return ValueError(
+        f"{source.place} (task {task.name}) holds no records. Name a source that has some."
+    )
+
+
+def _chosen(count: int, source: Source, task: Task, seed: int) -> NDArray[np.uint32]:
+    if not count:
+        raise _no_records(source, task)
+    if source.max_examples is None or source.max_examples >= count:
+        return np.arange(count, dtype=np.uint32)
+    drawn = np.random.default_rng(seed).permutation(count)[: source.max_examples]
+    return np.sort(drawn).astype(np.uint32)
+
+
+def _disk_table(
+    records: Iterator[Record], content: str, task: Task, purpose: Purpose, cache: Path | None
+) -> datasets.Dataset:
+    """The records in an Arrow file that is mapped into memory."""
+    if cache is None:
+        cache = Path(tempfile.mkdtemp(prefix="rosa-records-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    own = getattr(task.convert, "keywords", None)
+    about = [content, task.name, task.format, task.labels, task.response, own, purpose]
+    digest = hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
+
+    def write(path: Path) -> None:
+        schema = _FEATURES.arrow_schema
+        shown = datasets.utils.tqdm(records, desc="Reading", unit=" records")
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as out:
+            for some in batched(shown, _AT_A_TIME):
+                columns = [[getattr(one, name) for one in some] for name in _COLUMNS]
+                arrays = map(pyarrow.array, columns, schema.types)
+                out.write_batch(pyarrow.RecordBatch.from_arrays([*arrays], schema=schema))
+
+    return cached_table(cache / f"records-{digest}.arrow", _FEATURES, None, write)
+
+
+def cached_table(
+    path: Path, features: datasets.Features, rows: int | None, write: Callable[[Path], object]
+) -> datasets.Dataset:
+    """The table in a file, written first if there is none, or a damaged one.
+
+    Of several processes that want the same file one writes it, and the others wait.
+
+    Args:
+        path: The file.
+        features: The table's columns.
+        rows: How many it has, if that is known.
+        write: Writes it.
+    """
+    check_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if os.path.lexists(path):
+            try:
+                check_input(path)
+                found = datasets.Dataset.from_file(os.fspath(path))
+                if found.features == features and (rows is None or len(found) == rows):
+                    return found
+                reason = "it holds other records"
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
+            rank_zero_warn(f"{path} is damaged ({reason}), so it is written anew.")
+            path.unlink()
+        with part_beside(path, is_folder=True) as part:
+            write(part / path.name)
+            (part / path.name).replace(path)
+        return datasets.Dataset.from_file(os.fspath(path))
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of so many items that follow one another."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
+
+
+# --- rows to records ------------------------------------------------------------------------
 
 
 def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose) -> Record:
@@ -104,7 +283,13 @@ def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose)
     _check_use(record, of_hub or "output" in row, where, purpose)
     # To train, a given response may be right in other words; one made of the answer may not.
     if purpose == "test" or (purpose == "train" and of_hub):
-        _check_gold(record, where)
+        try:
+            check_gold(record)
+        except ValueError as error:
+            raise ValueError(
+                f"{where} (task {task.name}): {error}. Mend the record, or give the source "
+                "another task."
+            ) from error
     return record
 
 
@@ -113,7 +298,9 @@ def _converted(
 ) -> tuple[str, str, str | None]:
     """Instruction, output and answer of a row with the fields of the task's hub data set."""
     assert task.convert is not None
-    _check_values(row, task.fields, where)
+    for field in task.fields:
+        for value in _leaves(row.get(field)):
+            _check_value(value, field, where)
     try:
         for field in task.fields[:-1]:
             if row.get(field) is None and field not in _MAY_LACK:
@@ -154,18 +341,7 @@ def _check_use(record: Record, has_output: bool, where: str, purpose: Purpose) -
         )
 
 
-def _check_gold(record: Record, where: str) -> None:
-    try:
-        check_gold(record)
-    except ValueError as error:
-        raise ValueError(
-            f"{where} (task {record.task}): {error}. Mend the record, or give the source another "
-            "task."
-        ) from error
-
-
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
-    """The field's text; empty where the field is missing or null."""
     value = row.get(field)
     if value is None:
         return ""
@@ -173,14 +349,6 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
         raise ValueError(f"{where}: field {field!r} is {kind_of(value)}; expected text.")
     _check_value(value, field, where)
     return value
-
-
-def _check_values(row: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
-    """Check the fields that a task's own conversion puts into texts."""
-    for field in fields:
-        if field in row:
-            for value in _leaves(row[field]):
-                _check_value(value, field, where)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -193,7 +361,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _check_value(value: Any, field: str, where: str) -> None:
-    """Refuse what no text can say: half of a character, a number that is none, bytes."""
+    """Refuse what no text can say: half of a surrogate pair, NaN, bytes."""
     if isinstance(value, str):
         if half := half_character(value):
             raise ValueError(

@@ -1,12 +1,13 @@
-"""Which records train, and in which order: the held-out split and the mixture.
+"""Which records train, in which order and in which batches.
 
-Everything is a function of the records, the weights and a seed; no global generator is read.
+Everything is a function of the sources' sizes and weights, the records' lengths and a seed; no
+global generator is read. A step is one batch on each rank: R ranks, N records.
 """
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,84 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rosa_lightning.data.streamed import select
-from rosa_lightning.tasks.records import Record
-
+Batching = Literal["length", "random", "packed"]
 Stop = Literal["total", "first_exhausted", "oversample"]
 """Where an epoch ends: after as many records as there are in all, when the first source has given
 as many as it has, or when every source has."""
 
 _LONGEST_EPOCH = 2**31
+_WINDOW = 128
+"""Steps whose records are sorted together: more of them leave less padding, and mix less."""
+_SEGMENT = 8
+"""Steps of all lengths that follow one another, so that sources whose records are longer or
+shorter than others' keep their share at any time."""
 
-# --- held-out split -------------------------------------------------------------------------
-
-
-def normalised_prompt(record: Record) -> str:
-    """What is asked, in lower case, every run of other than letters and digits one space."""
-    asked = f"{record.instruction} {record.input}"
-    return re.sub(r"[\W_]+", " ", asked.casefold()).strip() or asked
-
-
-def hold_out(
-    records: Sequence[Sequence[Record]], fraction: float, seed: int
-) -> tuple[list[Sequence[Record]], list[Sequence[Record]]]:
-    """Splits each source's records into those to train on and those held out.
-
-    A prompt's hash with the seed decides, so the order in a file does not matter and equal
-    prompts, in one source or in several, stand on one side. Each source with two or more
-    different prompts gives `fraction` of its records, at least one, and keeps at least one.
-    All records are read once; of each its hash stays, in 8 bytes.
-    """
-    keys = [
-        np.fromiter((_split_key(record, seed) for record in source), np.uint64, len(source))
-        for source in records
-    ]
-    held: NDArray[np.uint64] = np.empty(0, np.uint64)
-    if fraction > 0:
-        held = np.unique(np.concatenate([held, *(_chosen(each, fraction) for each in keys)]))
-    for each in keys:
-        if len(each) and _among(each, held).all():  # nothing would be left to train on
-            held = held[held != each.max()]
-    masks = [_among(each, held) for each in keys]
-    pairs = list(zip(records, masks, strict=True))
-    return (
-        [select(source, ~mask) for source, mask in pairs],
-        [select(source, mask) for source, mask in pairs],
-    )
-
-
-def _split_key(record: Record, seed: int) -> int:
-    text = f"{seed}\0{normalised_prompt(record)}"
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big")
-
-
-def _chosen(keys: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
-    """Keys that hold out as nearly `fraction` of the records as whole groups allow."""
-    groups, sizes = np.unique(keys, return_counts=True)
-    if len(groups) < 2:
-        return groups[:0]
-    wanted = max(1, round(len(keys) * fraction))
-    chosen = []
-    for number in range(len(groups)):
-        if sizes[number] <= wanted:
-            chosen.append(number)
-            wanted -= int(sizes[number])
-        if not wanted:
-            break
-    return groups[chosen] if chosen else groups[[sizes.argmin()]]
-
-
-def _among(keys: NDArray[np.uint64], some: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which keys are among some that are sorted; in less memory than np.isin takes."""
-    if not len(some):
-        return np.zeros(len(keys), dtype=np.bool_)
-    places = np.searchsorted(some, keys)
-    found: NDArray[np.bool_] = some[np.minimum(places, len(some) - 1, out=places)] == keys
-    return found
-
-
-# --- order ----------------------------------------------------------------------------------
+# --- mixture --------------------------------------------------------------------------------
 
 
 def shares_by_size(sizes: Sequence[int], temperature: float) -> list[float]:
@@ -138,16 +74,16 @@ def epoch_length(
     if stop == "oversample":
         if max(ends) > _LONGEST_EPOCH:
             raise ValueError(
-                f"data.stop: oversample needs an epoch of {max(ends):.3g} records, for a source of "
-                f"share {min(weights) / sum(weights):.3g}. Raise its weight in data.sources, or "
-                "data.temperature."
+                f"data.loading.stop: oversample needs an epoch of {max(ends):.3g} records, for a "
+                f"source of share {min(weights) / sum(weights):.3g}. Raise its weight in "
+                "data.sources, or data.loading.temperature."
             )
         return math.ceil(max(ends) * (1 - rounding) / ranks) * ranks
     rounds = math.floor(min(ends) * (1 + rounding) / ranks)
     if not rounds:
         raise ValueError(
-            f"data.stop: first_exhausted leaves no record for some of {ranks} processes: the "
-            f"sources have {', '.join(map(str, sizes))} records. Set data.stop: total."
+            f"data.loading.stop: first_exhausted leaves no record for some of {ranks} processes: "
+            f"the sources have {', '.join(map(str, sizes))} records. Set data.loading.stop: total."
         )
     return rounds * ranks
 
@@ -195,3 +131,140 @@ def epoch_order(
         return positions[0]
     turns = torch.argsort(torch.cat(times), stable=True)
     return torch.cat(positions)[turns]
+
+
+# --- batches --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlanner:
+    """How an epoch's records are made into batches.
+
+    length: the mixed order is cut into windows of 128 steps; the records of a window are sorted
+    by length and cut into steps, and the steps are shuffled. Steps of all lengths stand in each
+    eighth of a window, so that sources keep their shares at any time. random: as the records
+    follow one another. packed: likewise, and the records of a step are dealt to the ranks so
+    that all have about as many tokens.
+
+    In each step all ranks have equally many records, and so equally many batches in an epoch.
+    """
+
+    batching: Batching
+    """What brings records together."""
+    batch_size: int
+    """Records a batch."""
+    tokens_per_batch: int | None = None
+    """In place of batch_size: the most tokens a batch may have on a rank, padding counted."""
+    lengths: NDArray[np.int32] | None = None
+    """Tokens of each record, by its position in the sources laid end to end; random batches of
+    so many records need none."""
+
+    def num_steps(self, num_records: int, ranks: int) -> int | None:
+        """Steps of so many records; None where it depends on their lengths."""
+        return None if self.tokens_per_batch else -(-num_records // (ranks * self.batch_size))
+
+    def digest(self) -> str | None:
+        """Tells lengths from others; None where there are none."""
+        if self.lengths is None:
+            return None
+        return hashlib.blake2b(self.lengths.tobytes(), digest_size=8).hexdigest()
+
+    def steps(
+        self, order_N: NDArray[np.int64], ranks: int, seed: int, epoch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The records step by step, and where each step ends, shape (steps,).
+
+        Rank r has every R-th record of a step, from r on. Each step has a multiple of R records,
+        as `order_N` must have.
+        """
+        if self.batching != "length":
+            sizes = self._cut(order_N, ranks)
+            if self.batching == "packed" and ranks > 1:
+                order_N = self._dealt(order_N, sizes, ranks)
+            return order_N, np.cumsum(sizes)
+        window = ranks * self._typical_rows() * _WINDOW
+        parts, sizes_of_parts = [], []
+        for number, start in enumerate(range(0, len(order_N), window)):
+            generator = generator_for(seed, "steps", epoch, number)
+            some = order_N[start : start + window]
+            some = some[np.argsort(self._of(some), kind="stable")]
+            sizes = self._cut(some, ranks)
+            if not self.tokens_per_batch:  # else the last, short step would have the longest
+                sizes = sizes[torch.randperm(len(sizes), generator=generator).numpy()]
+            ends = np.cumsum(sizes)
+            turns = _spread(len(sizes), generator)
+            parts += [some[ends[turn] - sizes[turn] : ends[turn]] for turn in turns]
+            sizes_of_parts.append(sizes[turns])
+        return np.concatenate(parts), np.cumsum(np.concatenate(sizes_of_parts))
+
+    def _of(self, records_N: NDArray[np.int64]) -> NDArray[np.int32]:
+        assert self.lengths is not None, "these batches are made by length"
+        return self.lengths[records_N]
+
+    def _typical_rows(self) -> int:
+        if not self.tokens_per_batch:
+            return self.batch_size
+        assert self.lengths is not None, "these batches are made by length"
+        return max(1, int(self.tokens_per_batch / self.lengths.mean()))
+
+    def _cut(self, records_N: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
+        """Sizes of the steps that follow one another in these records."""
+        if not self.tokens_per_batch:
+            size = ranks * self.batch_size
+            sizes = np.full(-(-len(records_N) // size), size)
+            sizes[-1] = len(records_N) - size * (len(sizes) - 1)
+            return sizes
+        lengths_UR = self._of(records_N).reshape(-1, ranks)
+        take = self._taken_packed if self.batching == "packed" else self._taken_padded
+        rounds, start = [], 0
+        while start < len(lengths_UR):
+            rounds.append(take(lengths_UR[start:]))
+            start += rounds[-1]
+        return np.array(rounds) * ranks
+
+    def _taken_padded(self, lengths_UR: NDArray[np.int32]) -> int:
+        """How many rounds, a record to each rank, fit into a padded batch."""
+        budget = self.tokens_per_batch or 0
+        most = max(1, budget // int(lengths_UR[0].max()))
+        longest_U = np.maximum.accumulate(lengths_UR[:most].max(1).astype(np.int64))
+        tokens_U = longest_U * np.arange(1, len(longest_U) + 1)
+        return max(1, int(np.searchsorted(tokens_U, budget, side="right")))
+
+    def _taken_packed(self, lengths_UR: NDArray[np.int32]) -> int:
+        """How many rounds fit into one row on each rank, dealt as `_dealt` does."""
+        budget, ranks = self.tokens_per_batch or 0, lengths_UR.shape[1]
+        tokens_U = lengths_UR[: budget + 1].sum(1, dtype=np.int64).cumsum()
+        taken = int(np.searchsorted(tokens_U, budget * ranks, side="right"))
+        while taken > 1:
+            lengths_N = lengths_UR[:taken].ravel()
+            if lengths_N[_deal(lengths_N, ranks)].reshape(-1, ranks).sum(0).max() <= budget:
+                break
+            taken -= 1
+        return max(1, taken)
+
+    def _dealt(
+        self, order_N: NDArray[np.int64], sizes: NDArray[np.int64], ranks: int
+    ) -> NDArray[np.int64]:
+        steps = np.split(order_N, np.cumsum(sizes)[:-1])
+        return np.concatenate([step[_deal(self._of(step), ranks)] for step in steps])
+
+
+def _deal(lengths_N: NDArray[np.int32], ranks: int) -> NDArray[np.int64]:
+    """An order in which every R-th record, from any on, makes about the same sum: there and back.
+
+    The longest goes to the first rank, the next to the second, and after the last rank, whose
+    turn comes twice, back.
+    """
+    turns_UR = np.argsort(-lengths_N, kind="stable").reshape(-1, ranks)
+    turns_UR[1::2] = turns_UR[1::2, ::-1]
+    return turns_UR.ravel()
+
+
+def _spread(num_steps: int, generator: torch.Generator) -> NDArray[np.int64]:
+    """Steps, given from short to long, in a random order whose every segment has all lengths."""
+    segments = -(-num_steps // _SEGMENT)
+    rounds = -(-num_steps // segments)
+    # Each of so many neighbours in length goes to another segment.
+    segment = torch.rand(rounds, segments, generator=generator).argsort(1).flatten()[:num_steps]
+    turns = (segment + torch.rand(num_steps, generator=generator)).argsort()
+    return turns.numpy()

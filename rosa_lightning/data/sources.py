@@ -201,7 +201,7 @@ def weighted_sources(sources: list[Source], temperature: float | None = None) ->
     weighted = [source.label for source in sources if source.weight is not None]
     if temperature is not None and weighted:
         raise ValueError(
-            f"data.temperature={temperature} sets the shares by size, but there are weights in "
+            f"loading.temperature={temperature} sets the shares by size, but there are weights in "
             f"data.sources ({', '.join(weighted)}). Take out one or the other."
         )
     without = [source.label for source in sources if source.weight is None]

@@ -26,7 +26,6 @@ class Tokens:
     """A text in token ids."""
 
     ids: list[int]
-    """Token ids."""
     starts: list[int] | None
     """Index of each token's first character in the text without marks, ascending; None where the
     tokenizer does not say."""
@@ -44,10 +43,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Encodes texts, without what a tokenizer puts around them by itself."""
+    """Encodes texts without the special tokens that a tokenizer adds by itself."""
 
     tokenizer: Any
-    """A tokenizer of `transformers`."""
     ends: tuple[str, ...] = ()
     """Further tokens that fields do not write, such as one that ends a turn and is not marked as
     special."""

@@ -1,38 +1,54 @@
-"""Records to token ids, ready to train on or to answer."""
+"""Records to token ids, cached on disk by `datasets`."""
+
+from __future__ import annotations
 
 import hashlib
-from array import array
+import json
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
 
+import datasets
 import numpy as np
+import tokenizers
+import transformers
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 
-from rosa_lightning.data.chat import ChatFormat
-from rosa_lightning.data.prompts import Template, marked_prompt, question, response_text
-from rosa_lightning.data.streamed import Streamed
-from rosa_lightning.data.text_tokens import TextTokenizer, Tokens, prompt_prefix
+from rosa_lightning.data.prompts import STYLES, PromptStyle, StyleName
+from rosa_lightning.data.records import Indexed, Records, cached_table
 from rosa_lightning.models.vocabulary import beyond, check_ids
 from rosa_lightning.tasks.records import Record, answer_start, task_of
 
 Overlong = Literal["cut", "drop"]
 
-_RECORDS_AT_A_TIME = 1000
+ENCODING = 3
+"""Raise it when `Encoder`, or what it calls, makes other tokens of the same record."""
+_BAR_FROM = 20_000
+"""Records from which on a bar shows how far tokenisation is."""
+_SAMPLE = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Example:
-    """A record in token ids. Arrays of C ints: small, and cheap to send to loader workers."""
+    """A record in token ids."""
 
     record: Record
-    """What it was made from."""
-    prompt: "array[int]"
-    """The tokenizer's own prefix (BOS), then the prompt. Never empty."""
-    response: "array[int]"
-    """The response, then the stop token unless it was cut. Empty where nothing is trained on."""
-    answer: int
+    prompt: list[int]
+    """BOS, if the tokenizer adds it, then the prompt. Never empty."""
+    response: list[int]
+    """The response and its stop token, unless it was cut; empty for prompts to answer."""
+    answer: int = 0
     """Index in `response` of the final answer's first token; 0 if the end states no answer."""
+    too_long: bool = False
+    """Whether prompt and response were longer than `data.max_length`."""
+    response_cut: bool = False
+    rewritten: bool = False
+    """Whether the chat template changes the response."""
 
     @property
     def num_tokens(self) -> int:
@@ -40,252 +56,287 @@ class Example:
         return len(self.prompt) + len(self.response)
 
 
-@dataclass(slots=True)
-class OverlongCount:
-    """How many records of a source were longer than `data.max_length`, or otherwise altered."""
-
-    total: int = 0
-    """Records looked at."""
-    too_long: int = 0
-    """Records that were cut or dropped."""
-    responses_cut: int = 0
-    """Of these, records whose response lost its end."""
-    sampled: bool = False
-    """Whether only a sample was looked at."""
-    first: int | None = None
-    """Number of the first record that was too long."""
-    rewritten: int = 0
-    """Records whose response the chat template rewrites."""
-    first_rewritten: int | None = None
-    """Number of the first of these."""
-
-    def add(self, other: "OverlongCount") -> None:
-        """Counts another part of the same source in."""
-        self.total += other.total
-        self.too_long += other.too_long
-        self.responses_cut += other.responses_cut
-        self.sampled |= other.sampled
-        self.first = other.first if self.first is None else self.first
-        self.rewritten += other.rewritten
-        if self.first_rewritten is None:
-            self.first_rewritten = other.first_rewritten
-
-    def prompts_message(self, source: str, max_length: int) -> str:
-        """The warning to give where prompts to answer were cut."""
-        return (
-            f"source {source}: {self.too_long} of {self.total} prompts, record {self.first} first, "
-            f"are longer than data.max_length={max_length} tokens and lost their beginning; raise "
-            "it."
-        )
-
-    def message(self, source: str, max_length: int, overlong: Overlong) -> str:
-        """The warning to give when there are any."""
-        done = "cut" if overlong == "cut" else "left out"
-        ends = f" ({self.responses_cut} of them lost the end of their response)"
-        way_out = "raise it or set data.overlong: drop" if overlong == "cut" else "raise it"
-        looked_at, are = (" looked at", "such are") if self.sampled else ("", "were")
-        return (
-            f"source {source}: {self.too_long} of {self.total} records{looked_at} are longer than "
-            f"data.max_length={max_length} tokens and {are} {done}"
-            f"{ends if self.responses_cut else ''}; {way_out}."
-        )
-
-    def rewritten_message(self, source: str) -> str:
-        """The warning to give where a chat template rewrites responses."""
-        looked_at = " looked at" if self.sampled else ""
-        return (
-            f"source {source}: the chat template rewrites {self.rewritten} of {self.total} "
-            f"responses{looked_at}, record {self.first_rewritten} first, as some leave out the "
-            "reasoning; what it writes is trained on. Set data.template: alpaca to train on "
-            "responses as they are."
-        )
-
-
-class _Encoded(NamedTuple):
-    """A record in token ids, before it is cut."""
-
-    record: Record
-    body: list[int]
-    """The prompt, without the encoder's prefix."""
-    reply: list[int]
-    """The response with its stop token."""
-    answer: int
-    """The answer's first token in it, 0 if unknown."""
-    rewritten: bool
-    """Whether the chat template has another text of the response."""
+_FLAGS = ("too_long", "response_cut", "rewritten")
+_COLUMNS = ("prompt", "response", "answer", *_FLAGS)
+_IDS = datasets.List(datasets.Value("int32"))
+_FEATURES = datasets.Features(
+    {"prompt": _IDS, "response": _IDS, "answer": datasets.Value("int32")}
+    | dict.fromkeys(_FLAGS, datasets.Value("bool"))
+    | {"length": datasets.Value("int32")}
+)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Records to examples.
+    """Tokenizes records.
 
-    Prompt and response of `alpaca` and `plain` are tokenized apart and joined as ids, so the border
-    between them is exact for tokenizers that would merge across it too; conversations as
-    `ChatFormat` has it. `cut` takes tokens from the beginning of the prompt (its prefix stays) and
-    from the end of a response that is too long alone; `drop`
-    leaves the record out. Without responses, prompts are always cut: an evaluation that left
-    records out would not be one.
+    A record beyond `max_length` loses the beginning of its prompt, but for BOS, and then the end of
+    its response; `drop` leaves such records out of training.
     """
 
     tokenizer: Any
     """A tokenizer of `transformers`."""
-    template: Template = "alpaca"
-    """Text around the instruction."""
+    style_name: StyleName = "alpaca"
     max_length: int = 512
-    """Longest record in tokens."""
     overlong: Overlong = "cut"
-    """What becomes of longer ones."""
     with_response: bool = True
-    """Whether responses are encoded too."""
     num_rows: int | None = None
-    """Rows of the base's embedding, which all ids must have; None where it is not known."""
+    """Rows of the base's embedding, which bound token ids; None if unknown."""
+
+    @cached_property
+    def style(self) -> PromptStyle:
+        """The text around the records."""
+        return STYLES[self.style_name](self.tokenizer)
 
     @cached_property
     def bound(self) -> int | None:
-        """The rows, where the tokenizer has ids beyond them."""
+        """The embedding's rows, where the tokenizer has ids beyond them."""
         return self.num_rows if beyond(self.tokenizer, self.num_rows) else None
 
-    @cached_property
-    def chat(self) -> ChatFormat | None:
-        """How conversations are written, under `chat`."""
-        return ChatFormat(self.tokenizer) if self.template == "chat" else None
-
-    @cached_property
-    def _texts(self) -> TextTokenizer:
-        return TextTokenizer(self.tokenizer)
-
-    @cached_property
-    def _prefix(self) -> list[int]:
-        return self.chat.prefix if self.chat else prompt_prefix(self.tokenizer)
-
-    def __call__(self, records: Sequence[Record]) -> tuple[list[Example], OverlongCount]:
-        """The examples, and how many records were too long.
+    def __call__(self, records: Sequence[Record]) -> list[Example]:
+        """The records in token ids.
 
         Raises ValueError for a record with a token that the base does not know.
         """
-        count = OverlongCount(total=len(records))
-        examples = []
-        for record, body, reply, answer, rewritten in self._encoded(records):
-            if self.bound is not None:
-                what = f"source {record.source}, record {record.index}"
-                check_ids([*self._prefix, *body, *reply], self.tokenizer, self.bound, what)
-            if rewritten:
-                count.rewritten += 1
-                count.first_rewritten = count.first_rewritten or record.index
-            if len(self._prefix) + len(body) + len(reply) > self.max_length:
-                count.too_long += 1
-                count.first = record.index if count.first is None else count.first
-                if self.overlong == "drop" and self.with_response:
-                    continue
-                whole = len(reply)
-                body, reply = _cut(body, reply, self.max_length, len(self._prefix))
-                count.responses_cut += len(reply) < whole
-                answer = answer if answer < len(reply) else 0
-            ids = array("i", self._prefix + body)
-            examples.append(Example(record, ids, array("i", reply), answer))
-        return examples, count
-
-    def one(self, record: Record) -> Example:
-        """The example of one record, which must not be dropped."""
-        (example,), _ = self([record])
-        return example
-
-    def response(self, text: str, *, end: bool = False) -> list[int]:
-        """Token ids of a response as they follow a prompt, with what ends it or without."""
-        if self.chat:
-            (turn,) = self.chat.turns(["Q"], [text], end=end)
-            return turn.reply.ids
-        (found,) = self._texts([self._texts.mark(text)])
-        return [*found.ids, self.tokenizer.eos_token_id] if end else found.ids
-
-    def _encoded(self, records: Sequence[Record]) -> Iterator[_Encoded]:
-        # Some at a time: a tokenizer's own results take over a hundred bytes a token.
-        for start in range(0, len(records), _RECORDS_AT_A_TIME):
-            some = records[start : start + _RECORDS_AT_A_TIME]
-            yield from self._conversations(self.chat, some) if self.chat else self._apart(some)
-
-    def _conversations(self, chat: ChatFormat, records: Sequence[Record]) -> Iterator[_Encoded]:
-        users, skipped = [question(record) for record in records], len(self._prefix)
         if not self.with_response:
-            for record, prompt in zip(records, chat.prompts(users), strict=True):
-                yield _Encoded(record, prompt[skipped:], [], 0, False)
-            return
-        turns = chat.turns(users, [response_text(record, "chat") for record in records])
-        for record, (prompt, text, reply, rewritten) in zip(records, turns, strict=True):
-            answer = _answer_token(record, text, reply)
-            yield _Encoded(record, prompt[skipped:], reply.ids, answer, rewritten)
+            prompts = zip(records, self.style.prompts(records), strict=True)
+            return [self._fitted(record, prompt, []) for record, prompt in prompts]
+        found = []
+        turns = zip(records, self.style.turns(records), strict=True)
+        for record, (prompt, text, reply, rewritten) in turns:
+            start = answer_start(task_of(record), text, record.answer)
+            answer = 0 if start is None else reply.covering(start) or 0
+            found.append(self._fitted(record, prompt, reply.ids, answer, rewritten))
+        return found
 
-    def _apart(self, records: Sequence[Record]) -> Iterator[_Encoded]:
-        texts = self._texts
-        prompts = texts(marked_prompt(record, self.template, texts) for record in records)
-        if not self.with_response:
-            for record, prompt in zip(records, prompts, strict=True):
-                yield _Encoded(record, prompt.ids, [], 0, False)
-            return
-        replies = texts(texts.mark(response_text(record, self.template)) for record in records)
-        stop = self.tokenizer.eos_token_id
-        for record, prompt, reply in zip(records, prompts, replies, strict=True):
-            answer = _answer_token(record, response_text(record, self.template), reply)
-            yield _Encoded(record, prompt.ids, [*reply.ids, stop], answer, False)
+    def _fitted(
+        self,
+        record: Record,
+        body: list[int],
+        reply: list[int],
+        answer: int = 0,
+        rewritten: bool = False,
+    ) -> Example:
+        prefix = self.style.prefix
+        if self.bound is not None:
+            what = f"source {record.source}, record {record.index}"
+            check_ids([*prefix, *body, *reply], self.tokenizer, self.bound, what)
+        too_long = len(prefix) + len(body) + len(reply) > self.max_length
+        whole = len(reply)
+        if too_long:
+            # At least one token stays before the response: nothing else could predict its first.
+            reply = reply[: self.max_length - max(len(prefix), 1)]
+            room = self.max_length - len(prefix) - len(reply)
+            body = body[max(0, len(body) - room) :]
+            answer = answer if answer < len(reply) else 0
+        cut = len(reply) < whole
+        return Example(record, prefix + body, reply, answer, too_long, cut, rewritten)
+
+    def fingerprint(self, record: Record) -> str | None:
+        """A digest of all that token ids depend on beside the records; None if it is unknown.
+
+        Of tokenizers not written in Rust it is. `record` shows what a chat template does.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        # Left by an earlier call, and undone by any that gives neither.
+        backend.no_truncation()
+        backend.no_padding()
+        style, task = self.style, task_of(record)
+        settings = [
+            *(task.name, task.format, task.labels),
+            *(ENCODING, tokenizers.__version__, transformers.__version__),
+            *(type(self.tokenizer).__name__, self.style_name, self.max_length, self.with_response),
+            *(style.prefix, style.stop_ids, self.bound),
+            getattr(self.tokenizer, "split_special_tokens", False),
+            style.apply(record.instruction, record.input),
+            self.tokenizer.chat_template if self.style_name == "chat" else None,
+            backend.to_str(),
+        ]
+        return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
-def encode(
-    records: Sequence[Record], tokenizer: Any, **options: Any
-) -> tuple[list[Example], OverlongCount]:
-    """Token ids of all records, and how many were too long; options are the `Encoder`'s."""
-    return Encoder(tokenizer, **options)(records)
+class Examples(Indexed[Example]):
+    """Records and their tokens: in an Arrow table, or tokenized when they are asked for."""
+
+    def __init__(
+        self,
+        records: Records,
+        encoder: Encoder,
+        tokens: Any = None,
+        positions: NDArray[np.uint32] | None = None,
+    ) -> None:
+        super().__init__(
+            np.arange(len(records), dtype=np.uint32) if positions is None else positions
+        )
+        self.records, self.encoder, self.tokens = records, encoder, tokens
+
+    def at(self, positions: NDArray[np.uint32]) -> list[Example]:
+        """The examples of records at these positions."""
+        records = self.records.at(self.records.positions[positions])
+        if self.tokens is None:
+            return self.encoder(records)
+        rows = self.tokens[positions.tolist()]
+        columns = (rows[name] for name in _COLUMNS)
+        return [Example(*one) for one in zip(records, *columns, strict=True)]
+
+    def select(self, mask: NDArray[np.bool_]) -> Examples:
+        """The examples where the mask is true."""
+        return Examples(self.records, self.encoder, self.tokens, self.positions[mask])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of the table."""
+        column: NDArray[Any] = self.tokens.data.column(name).to_numpy()
+        return column[self.positions]
+
+    def lengths(self, exact: bool = True) -> NDArray[np.int32]:
+        """Tokens of each example, prompt and response.
+
+        Those of examples that are tokenized when they are asked for are estimated, unless `exact`:
+        by a line through a sample, from the bytes of the texts.
+        """
+        if self.tokens is not None:
+            return self.column("length").astype(np.int32)
+        if exact:
+            return np.fromiter((one.num_tokens for one in self), np.int32, len(self))
+        sizes = self.records.sizes()[self.positions]
+        sample = np.linspace(0, len(self) - 1, min(len(self), _SAMPLE)).astype(np.int64)
+        known = np.array([one.num_tokens for one in self.take(sample)])
+        if np.ptp(sizes[sample]) == 0:
+            return np.full(len(self), round(known.mean()), np.int32)
+        slope, start = np.polyfit(sizes[sample], known, 1)
+        # No record is longer than data.max_length, which the longest of a sample comes near.
+        estimated: NDArray[np.int32] = np.clip(start + slope * sizes, 1, known.max()).astype(
+            np.int32
+        )
+        return estimated
 
 
-def encode_all(
-    records: Sequence[Record], encoder: Encoder
-) -> tuple[Sequence[Example], OverlongCount]:
-    """The examples of a source; those of streamed records are made when they are asked for.
+def tokenize(records: Records, encoder: Encoder, cache: Path | None) -> Examples:
+    """Token ids of a source's records, from the cache if they are there.
 
-    Which streamed records `drop` leaves out is found by encoding all of them once. What `cut`
-    cuts is counted in a sample.
+    Of several processes that want the same table one makes it, and the others wait. Records that
+    stay on disk are tokenized when they are asked for.
+
+    Args:
+        records: What to tokenize.
+        encoder: How.
+        cache: Folder for the tables; None keeps them in memory.
     """
-    if not isinstance(records, Streamed):
-        return encoder(records)
-    count = OverlongCount()
-    if encoder.overlong == "drop":
-        fits = np.zeros(len(records), dtype=np.bool_)
-        for start in range(0, len(records), _RECORDS_AT_A_TIME):
-            some = list(records[start : start + _RECORDS_AT_A_TIME])
-            kept, counted = encoder(some)
-            count.add(counted)
-            numbers = {example.record.index for example in kept}
-            fits[start : start + len(some)] = [record.index in numbers for record in some]
-        records = records.select(fits)
+    if records.on_disk:
+        return Examples(records, encoder)
+    about = encoder.fingerprint(records[0])
+    if cache is None or about is None:
+        return Examples(records, encoder, _table(records, encoder))
+    digest = hashlib.blake2b(f"{records.content} {about}".encode(), digest_size=16).hexdigest()
+    path = cache / f"tokens-{digest}.arrow"
+    try:
+        table = cached_table(path, _FEATURES, len(records), partial(_table, records, encoder))
+        return Examples(records, encoder, table)
+    except (OSError, ValueError) as error:
+        # `datasets` closes a file that it could not write in vain.
+        if isinstance(error, ValueError):
+            if not isinstance(error.__context__, OSError):
+                raise
+            error = error.__context__
+        rank_zero_warn(
+            f"tokenised data cannot be kept in {cache}: {error}. Set data.loading.cache_dir to a "
+            "folder that can be written to, or to null."
+        )
+        return Examples(records, encoder, _table(records, encoder))
+
+
+def _table(records: Records, encoder: Encoder, path: Path | None = None) -> datasets.Dataset:
+    """The table of tokens, one row a record."""
+
+    def columns(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        examples = encoder(records.converted(batch))
+        found = {name: [getattr(one, name) for one in examples] for name in _COLUMNS}
+        return {**found, "length": [one.num_tokens for one in examples]}
+
+    with _bars(len(records) >= _BAR_FROM):
+        return records.rows.map(
+            columns,
+            batched=True,
+            remove_columns=records.rows.column_names,
+            features=_FEATURES,
+            cache_file_name=path and os.fspath(path),
+            new_fingerprint="tokens",
+            desc="Tokenizing",
+        )
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Show progress bars of `datasets`, or none."""
+    if shown or datasets.utils.are_progress_bars_disabled():
+        yield
+        return
+    datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.utils.enable_progress_bars()
+
+
+def count_altered(name: str, examples: Examples) -> NDArray[np.bool_]:
+    """Warn of records of a source that are too long, or rewritten by a chat template.
+
+    Returns:
+        Which are too long, (N,); of examples that are tokenized when they are asked for, unless
+        such ones are dropped, only among a sample.
+    """
+    encoder, too_long = examples.encoder, np.zeros(len(examples), np.bool_)
+    places = np.arange(len(examples))
+    if examples.tokens is not None:
+        flags = np.stack([examples.column(flag) for flag in _FLAGS])
     else:
-        sample = np.linspace(0, len(records) - 1, min(len(records), _RECORDS_AT_A_TIME))
-        _, count = encoder(list(records.select(sample.astype(np.int64))))
-        count.sampled = True
-    return records.map(replace(encoder, overlong="cut").one), count
-
-
-def _answer_token(record: Record, text: str, response: Tokens) -> int:
-    """The token of the response that covers the answer's first character, 0 if unknown."""
-    start = answer_start(task_of(record), text, record.answer)
-    return 0 if start is None else response.covering(start) or 0
-
-
-def _cut(
-    body: list[int], reply: list[int], max_length: int, prefix: int
-) -> tuple[list[int], list[int]]:
-    # At least one token stays before the response: nothing else could predict its first.
-    reply = reply[: max_length - max(prefix, 1)]
-    room = max_length - prefix - len(reply)
-    return body[len(body) - room :] if room < len(body) else body, reply
+        if encoder.overlong == "cut" and len(places) > _SAMPLE:
+            places = np.linspace(0, len(examples) - 1, _SAMPLE).astype(np.int64)
+        chunks = (examples.take(some) for some in np.array_split(places, len(places) // 500 + 1))
+        rows = [[getattr(one, flag) for flag in _FLAGS] for some in chunks for one in some]
+        flags = np.array(rows, dtype=np.bool_).T
+    count = f"of {len(places)}"
+    looked_at, were = (" looked at", "such are") if len(places) < len(examples) else ("", "were")
+    too_long[places] = flags[0]
+    if flags[0].any():
+        drops = encoder.overlong == "drop"
+        done = "left out" if drops else "cut"
+        ends = f" ({flags[1].sum()} of them lost the end of their response)"
+        rank_zero_warn(
+            f"source {name}: {flags[0].sum()} {count} records{looked_at} are longer than "
+            f"data.max_length={encoder.max_length} tokens and {were} {done}"
+            f"{'' if drops or not flags[1].any() else ends}; raise it"
+            f"{'' if drops else ' or set data.loading.overlong: drop'}."
+        )
+    if flags[2].any():
+        first = examples[int(places[flags[2].argmax()])].record.index
+        rank_zero_warn(
+            f"source {name}: the chat template rewrites {flags[2].sum()} {count} "
+            f"responses{looked_at}, record {first} first, as some leave out the reasoning; what "
+            "it writes is trained on. Set data.prompt_style: alpaca to train on responses as they "
+            "are."
+        )
+    return too_long
 
 
 def tokens_digest(examples: Sequence[Example]) -> str:
-    """A digest of the token ids and answers of examples; of those on disk, of a sample of 64."""
-    step = max(1, len(examples) // 64) if isinstance(examples, Streamed) else 1
-    digest = hashlib.blake2b(digest_size=8)
-    for place in range(0, len(examples), step):
-        one = examples[place]
-        about = (len(one.prompt), len(one.response), one.answer, one.record.answer)
-        digest.update(repr(about).encode(errors="replace"))
-        digest.update(one.prompt.tobytes())
-        digest.update(one.response.tobytes())
-    return digest.hexdigest()
+    """A digest of token ids; of those that are made when they are asked for, of a sample of 64."""
+    is_lazy = isinstance(examples, Examples) and examples.tokens is None
+    step = max(1, len(examples) // 64) if is_lazy else 1
+    found = hashlib.blake2b(digest_size=8)
+    for one in examples[::step] if is_lazy else examples:
+        found.update(repr((one.prompt, one.response, one.answer, one.record.answer)).encode())
+    return found.hexdigest()
+
+
+def cache_folder(setting: str | None) -> Path | None:
+    """The folder of `data.loading.cache_dir`: None for none, `auto` for the user's cache."""
+    if setting is None:
+        return None
+    if setting != "auto":
+        return Path(os.path.expanduser(setting))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # A user without a home, in a container say, has no cache.
+    return None if caches.startswith("~") else Path(caches) / "rosa_lightning"

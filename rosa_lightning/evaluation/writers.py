@@ -257,10 +257,10 @@ def _in_order(items: Iterable[dict[str, Any]], protocols: Sequence[str], trainer
 def _leaked(trainer: Trainer) -> tuple[dict[str, int] | None, list[str] | None, list[str]]:
     """How many test records of each task were trained on, from where, or why that is not known."""
     datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "leaked_records"):
+    if not hasattr(datamodule, "contaminated_records"):
         return None, None, []
     try:
-        records, places = datamodule.leaked_records()
+        records, places = datamodule.contaminated_records()
     except (OSError, ValueError) as error:
         return None, None, [" ".join(str(error).split())]
     counts = Counter(record.task for record in records)

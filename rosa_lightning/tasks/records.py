@@ -8,15 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from rosa_lightning.tasks import answers
 from rosa_lightning.tasks.answers import NUMBER_TOLERANCE as NUMBER_TOLERANCE
 from rosa_lightning.tasks.answers import Rules as Rules
 from rosa_lightning.tasks.registry import TASKS as TASKS
 from rosa_lightning.tasks.registry import Task as Task
-
-Template = Literal["alpaca", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,41 +69,7 @@ def _task(task: str | Task) -> Task:
     return TASKS[task]
 
 
-# --- prompts and responses ------------------------------------------------------------------
-
-# The wording of LLM-Adapters' generate_prompt, itself Alpaca's, without its indentation.
-_ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-
-
-def prompt(record: Record, template: Template = "alpaca") -> str:
-    """The text that stands before the response, ending in a line break.
-
-    Raises ValueError for a template that does not exist.
-    """
-    if template == "plain":
-        context = f"\n{record.input}" if record.input else ""
-        return f"{record.instruction}{context}\n"
-    if template == "alpaca":
-        # str.format leaves braces inside the values alone.
-        wording = _ALPACA_WITH_INPUT if record.input else _ALPACA
-        return wording.format(instruction=record.instruction, input=record.input)
-    raise ValueError(
-        f"data.template is {template!r}; there are alpaca and plain. Set one of these."
-    )
-
-
-def response(record: Record) -> str:
-    """The text to train on, exactly as the source gives it (a leading line break stays)."""
-    return record.output
+# --- gold answers and candidates -------------------------------------------------------------
 
 
 def reference(record: Record) -> str | None:

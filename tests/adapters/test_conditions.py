@@ -51,10 +51,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"base": str(folder / "base"), "roae": {"rank": 2}},
         "data": {
             "sources": {"path": str(folder / "r.json"), "task": "gsm8k"},
-            "template": "chat",
+            "prompt_style": "chat",
             "max_length": 96,
             "batch_size": 4,
-            "cache_dir": None,
+            "loading": {"cache_dir": None},
         },
         "trainer": {
             **QUIET,
@@ -131,14 +131,14 @@ def test_what_was_trained_in_the_chat_style_is_tested_in_it(trained, kind):
 
 
 def test_what_contradicts_is_taken_and_warned_of_in_a_line_each(trained):
-    given = {"template": "plain", "max_length": 64}
+    given = {"prompt_style": "plain", "max_length": 64}
     with pytest.warns(UserWarning, match="was trained with") as caught:
         found, asked = results_of(trained, *of(trained, "checkpoint"), **given)
     assert found["template"] == "plain"
     assert not any("<user>" in text for text in asked)
     lines = [str(one.message) for one in caught if "was trained with" in str(one.message)]
     assert [line.split(":")[0] for line in lines] == [
-        "data.template is plain, and the adapter was trained with chat",
+        "data.prompt_style is plain, and the adapter was trained with chat",
         "data.max_length is 64, and the adapter was trained with 96",
     ]
 
@@ -161,7 +161,7 @@ def test_other_commands_take_it_too_and_training_goes_on_in_it(trained, capsys):
     with pytest.raises(SystemExit):
         main(["fit", *adapter, "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["data"]["template"] == "chat"
+    assert printed["data"]["prompt_style"] == "chat"
     assert printed["data"]["max_length"] == 96
     assert printed["trainer"]["precision"] == "bf16-mixed"
 
@@ -173,9 +173,9 @@ def test_from_python_a_loaded_module_warns_of_another_style(trained):
 
     module = RoSAModule.load_from_checkpoint(trained / "it.ckpt", max_new_tokens=1)
     Path("q.txt").write_text("Why?\n")
-    data = ReasoningDataModule(predict_sources="q.txt", max_length=96, template="plain")
+    data = ReasoningDataModule(predict_sources="q.txt", max_length=96, prompt_style="plain")
     trainer = Trainer(logger=False, enable_progress_bar=False, precision="bf16-mixed")
-    with pytest.warns(UserWarning, match="data.template is plain, and the adapter was trained"):
+    with pytest.warns(UserWarning, match="data.prompt_style is plain, and the adapter was trained"):
         trainer.predict(module, data)
 
 

@@ -35,7 +35,14 @@ def arguments(base_folder: Path, folder: Path, steps: int) -> list[str]:
     quiet = ("logger", "enable_progress_bar", "enable_model_summary")
     return [
         *("--model.base", str(base_folder), "--model.roae.rank", "2", "--data.batch_size", "4"),
-        *("--data.sources", str(source), "--data.cache_dir", "null", "--data.val_fraction", "0.2"),
+        *(
+            "--data.sources",
+            str(source),
+            "--data.loading.cache_dir",
+            "null",
+            "--data.val_fraction",
+            "0.2",
+        ),
         *("--trainer.accelerator", "cpu", "--trainer.max_steps", str(steps)),
         *(word for name in quiet for word in (f"--trainer.{name}", "false")),
         *("--trainer.default_root_dir", str(folder), "--trainer.log_every_n_steps", "1"),

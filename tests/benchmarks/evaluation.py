@@ -19,7 +19,7 @@ import torch
 
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source
-from rosa_lightning.data.tokenization import Example, encode
+from rosa_lightning.data.tokenization import Encoder, Example
 from rosa_lightning.evaluation.likelihood import in_full, log_likelihoods
 from rosa_lightning.models.loading import load_base, load_tokenizer
 from rosa_lightning.tasks.records import candidates
@@ -94,7 +94,7 @@ def main() -> None:
     model = load_base("tiny").float().eval().to(options.device)
     tokenizer = load_tokenizer("tiny")
     records = load_records(Source(path=options.file, task=options.task), "test")
-    examples, _ = encode(records, tokenizer, with_response=False)
+    examples = Encoder(tokenizer, with_response=False)(records)
     examples.sort(key=lambda example: -len(example.prompt))
     examples = spread(examples, options.batch_size, options.batches)
     tokens = sum(len(example.prompt) for example in examples) / len(examples)

@@ -45,7 +45,7 @@ model: {{base: {base}}}
 data:
   sources: [{{path: {records}}}]
   batch_size: {batch_size}
-  cache_dir: {folder}/cache
+  loading: {{cache_dir: {folder}/cache}}
 """
 
 
@@ -173,10 +173,14 @@ def main() -> None:
 def tokenise(records: Path, base: Path, cache: Path) -> None:
     """Print the seconds of `ReasoningDataModule.setup`, with an empty cache and a filled one."""
     from rosa_lightning import ReasoningDataModule
+    from rosa_lightning.data.settings import LoadingConfig
 
     for name in ("tokenised anew", "found in the cache"):
         data = ReasoningDataModule(
-            sources=[str(records)], tokenizer=str(base), cache_dir=str(cache), val_fraction=0
+            sources=[str(records)],
+            tokenizer=str(base),
+            val_fraction=0,
+            loading=LoadingConfig(cache_dir=str(cache)),
         )
         since = time.perf_counter()
         data.setup("fit")

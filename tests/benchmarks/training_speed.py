@@ -223,10 +223,10 @@ def encoded(paths: list[str], tokenizer: Any, max_length: int = 1024) -> list[di
     from rosa_lightning.data.collators import IGNORE_INDEX
     from rosa_lightning.data.records import load_records
     from rosa_lightning.data.sources import Source
-    from rosa_lightning.data.tokenization import encode
+    from rosa_lightning.data.tokenization import Encoder
 
     records = [r for path in paths for r in load_records(Source(path=path), "train")]
-    examples, _ = encode(records, tokenizer, max_length=max_length)
+    examples = Encoder(tokenizer, max_length=max_length)(records)
     return [
         {
             "input_ids": [*example.prompt, *example.response],

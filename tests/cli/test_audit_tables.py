@@ -45,17 +45,17 @@ def test_a_line_a_source_and_a_line_a_benchmark(width):
     assert "math_10k 3 1 1 2 0" in lines
     assert "arc_challenge 1 0 0" in lines
     assert "gsm8k 2 1 1 math_10k" in lines
-    assert "data.decontaminate: true leaves out (exact) 2 of 3 records of math_10k" in lines
+    assert "data.loading.decontaminate: true leaves out (exact) 2 of 3 records of math_10k" in lines
 
 
 def test_what_training_keeps_is_said():
     lines = printed(audit({"a": numbered("one")}, {"b": numbered("one")}, decontaminate=False))
-    assert "data.decontaminate: false trains on (exact) 1 of 1 records of a" in lines
+    assert "data.loading.decontaminate: false trains on (exact) 1 of 1 records of a" in lines
 
 
 def test_without_leaks_without_benchmarks_and_without_tokens_the_tables_say_so():
     lines = printed(audit({"a": numbered("one")}, {"b": numbered("two")}))
-    assert not any("data.decontaminate" in line for line in lines)
+    assert not any("data.loading.decontaminate" in line for line in lines)
     lines = printed(audit({"a": numbered("one")}))
     assert "No leakage was looked for: data.test_sources names no benchmark." in lines
     assert any("lengths are in words: set model.base" in line for line in lines)

@@ -610,8 +610,12 @@ def test_audit_needs_no_weights_and_writes_its_figures(leaky, base_folder, capsy
     assert printed.endswith("\ndeep/audit.json\n")
     figures = json.loads(Path("deep/audit.json").read_text())
     (source,), (benchmark,) = figures["sources"], figures["benchmarks"]
-    assert (source["records"], source["empty"], source["leaked"]) == (3, [3], [2])
-    assert (benchmark["questions"], benchmark["leaked_exact"], benchmark["leaked_near"]) == (
+    assert (source["records"], source["empty"], source["contaminated"]) == (3, [3], [2])
+    assert (
+        benchmark["questions"],
+        benchmark["contaminated_exact"],
+        benchmark["contaminated_near"],
+    ) == (
         1,
         1,
         0,
@@ -648,7 +652,7 @@ def test_an_audit_that_cannot_be_made_ends_in_one_line(leaky, capsys):
         ("--model.base", "no/such"): "base 'no/such'",
         ("--data.tokenizer", "no/such"): "data.tokenizer",
         ("--data.sources", "[{path: none.json}]"): "none.json",
-        ("--data.decontaminte", "false"): "Did you mean data.decontaminate?",
+        ("--data.loading.decontaminte", "false"): "Did you mean data.loading.decontaminate?",
     }
     for arguments, message in cases.items():
         status, _, errors = run(capsys, "audit", *leaky, *arguments)
@@ -659,7 +663,13 @@ def test_an_audit_that_cannot_be_made_ends_in_one_line(leaky, capsys):
 
 def test_audit_shows_the_settings_that_it_looks_at(capsys):
     _, printed, _ = run(capsys, "audit", "--help")
-    for key in ("model.base", "data.sources", "data.test_sources", "data.decontaminate", "output"):
+    for key in (
+        "model.base",
+        "data.sources",
+        "data.test_sources",
+        "data.loading.decontaminate",
+        "output",
+    ):
         assert f"--{key}" in printed
     assert "--model.roae" not in printed
     assert "--trainer" not in printed

@@ -124,7 +124,7 @@ def test_a_task_of_the_configuration_is_trained_and_tested_on(settings, tmp_path
     ]
     source = {"path": str(path), "task": "temper"}
     settings["data"].update(sources=[source], test_sources=[source], predict_sources=[source])
-    settings["data"]["decontaminate"] = False
+    settings["data"]["loading"] = {"decontaminate": False}
     settings["trainer"]["logger"] = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(tmp_path)},
@@ -359,7 +359,7 @@ def test_one_configuration_tests_the_base_and_a_lora_of_peft(
     """Against PEFT's own generation. The configuration's RoAE is another adapter's, and says so."""
     from peft import PeftModel
 
-    from rosa_lightning.tasks.records import Record, prompt
+    from rosa_lightning.data.prompts import AlpacaStyle
 
     source = write_records(tmp_path / "t.json", 5)
     settings["data"]["test_sources"] = [{"path": str(source), "task": "gsm8k"}]
@@ -374,7 +374,7 @@ def test_one_configuration_tests_the_base_and_a_lora_of_peft(
         model = PeftModel.from_pretrained(base, folder) if version else base
         written = []
         for number in range(5):
-            text = prompt(Record(f"Say {number}.", "", "", None, "gsm8k", "t", 1))
+            text = AlpacaStyle(None).apply(f"Say {number}.", "")
             ids = byte_tokenizer()(text, return_tensors="pt").input_ids
             out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=257)
             written.append(byte_tokenizer().decode(out[0, ids.shape[1] :], True))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rosa_lightning import ReasoningDataModule
-from rosa_lightning.data.grouping import token_lengths
+from rosa_lightning.data.settings import LoadingConfig
+from tests.conftest import data_module
 from tests.data.test_datamodule import data, on_disk
 from tests.data.test_datamodule import folder as folder  # a fixture
 
@@ -14,9 +14,13 @@ NAMES = ("boolq", "openbookqa", "arc_easy", "arc_challenge")
 def commonsense(real_data, **settings):
     """The commonsense records, in file's order of sources."""
     given = [{"path": str(real_data / "train" / f"{name}.json")} for name in NAMES]
-    module = ReasoningDataModule(sources=given, tokenizer="tiny", **settings)
+    module = data_module(sources=given, tokenizer="tiny", **settings)
     module.setup("fit")
     return module
+
+
+def lengths_of(module, exact):
+    return np.concatenate([examples.lengths(exact) for examples in module._train])
 
 
 def batches(module, ranks=1):
@@ -33,7 +37,7 @@ def padding(batches, lengths):
 @pytest.mark.filterwarnings("ignore:source .* are longer than")
 def test_batches_of_real_records_have_little_padding_and_keep_the_shares(real_data):
     module = commonsense(real_data)
-    lengths = token_lengths(module._train, exact=True)
+    lengths = lengths_of(module, True)
     by_length = batches(module)
     assert padding(by_length, lengths) < 0.015
     order = np.concatenate(by_length)
@@ -45,7 +49,7 @@ def test_batches_of_real_records_have_little_padding_and_keep_the_shares(real_da
     # Other ways of making batches, of the same records.
     module.batching = "random"
     assert padding(batches(module), lengths) > 0.3
-    module.batching, module.tokens_per_batch = "length", 4096
+    module.batching, module.loading = "length", LoadingConfig(tokens_per_batch=4096)
     by_tokens = batches(module)
     assert padding(by_tokens, lengths) < 0.05
     filled = [lengths[batch].max() * len(batch) for batch in by_tokens]
@@ -54,14 +58,14 @@ def test_batches_of_real_records_have_little_padding_and_keep_the_shares(real_da
 
 
 def test_lengths_of_records_on_disk_are_exact_where_batches_are_made_by_tokens(folder):
-    settings = {"template": "plain", "val_fraction": 0.1}
+    settings = {"prompt_style": "plain", "val_fraction": 0.1}
     memory = data(folder, **settings, tokenizer="tiny")
     disk = data(folder, **settings, tokenizer="tiny", sources=on_disk(folder))
     for module in (memory, disk):
         module.setup("fit")
     expected = [e.num_tokens for source in memory._train for e in source]
-    assert token_lengths(disk._train, exact=True).tolist() == expected
-    estimated = token_lengths(disk._train, exact=False)
+    assert lengths_of(disk, True).tolist() == expected
+    estimated = lengths_of(disk, False)
     assert np.abs(estimated - expected).max() <= 3
 
 
@@ -72,14 +76,14 @@ def test_estimated_lengths_of_real_records_on_disk_leave_little_padding(real_dat
     path = tmp_path / "boolq.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [{"path": str(path), "stream": True}]
-    module = ReasoningDataModule(sources=given, tokenizer="tiny")
+    module = data_module(sources=given, tokenizer="tiny")
     module.setup("fit")
-    lengths = token_lengths(module._train, exact=True)
+    lengths = lengths_of(module, True)
     assert padding(batches(module), lengths) < 0.06
 
 
 def test_record_that_may_fit_into_no_batch_is_refused():
     with pytest.raises(ValueError, match="tokens_per_batch=100 is below max_length=512") as caught:
-        ReasoningDataModule(tokens_per_batch=100)
+        data_module(tokens_per_batch=100)
     assert "\n" not in str(caught.value)
-    assert ReasoningDataModule(tokens_per_batch=2048).longest_rows == 4
+    assert data_module(tokens_per_batch=2048).longest_rows == 4

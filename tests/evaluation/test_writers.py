@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from rosa_lightning import EvaluationConfig, ReasoningDataModule, RoAEConfig, RoSAModule
 from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
 from tests import ranks
-from tests.conftest import save_base, write_records
+from tests.conftest import data_module, save_base, write_records
 from tests.hostile import KINDS, limited, put
 
 
@@ -119,7 +119,7 @@ def exercises(folder: Path, num_labels: int = 11, **options) -> ReasoningDataMod
     (folder / "train.json").write_text(json.dumps(training))
     numbers = write_records(folder / "gsm8k.json", 7)
     labels = write_records(folder / "boolq.json", num_labels, "the correct answer is true", "true")
-    return ReasoningDataModule(
+    return data_module(
         sources=[{"path": str(folder / "train.json"), "task": "boolq"}],
         test_sources=[{"path": str(labels)}, {"path": str(numbers)}],
         **{"batch_size": 4, "max_length": 300, **options},
@@ -202,7 +202,7 @@ def test_leaks_are_those_of_the_training_whatever_the_configuration_says_now(
     other = [{"instruction": "Of no benchmark.", "output": "no", "answer": "false"}]
     (tmp_path / "other.json").write_text(json.dumps(other))
     tests = [{"path": str(tmp_path / "boolq.json")}, {"path": str(tmp_path / "gsm8k.json")}]
-    now = ReasoningDataModule(
+    now = data_module(
         sources=[str(tmp_path / "other.json")], test_sources=tests, batch_size=4, max_length=300
     )
     tester = Trainer(

@@ -30,7 +30,12 @@ def settings(base_folder, sources) -> dict:
             "roae": {"rank": 4, "dropout": 0.1},
             "max_new_tokens": 8,
         },
-        "data": {"sources": sources, "batch_size": 4, "num_workers": 2, "val_fraction": 0.1},
+        "data": {
+            "sources": sources,
+            "batch_size": 4,
+            "loading": {"num_workers": 2},
+            "val_fraction": 0.1,
+        },
         "lr_scheduler": {
             "class_path": "rosa_lightning.training.schedule.WarmupCosine",
             "init_args": {"total_steps": STEPS},

@@ -16,12 +16,12 @@ import pytest
 from pyarrow import parquet
 
 from rosa_lightning.cli.main import main
-from rosa_lightning.data.datamodule import ReasoningDataModule, source_rows
+from rosa_lightning.data import rows as source_rows
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source
 from rosa_lightning.tasks.records import Record
 from rosa_lightning.utils.errors import explain
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, data_module
 from tests.hostile import KINDS, limited, put
 
 ROW = {"instruction": "What is 2 + 2?", "input": "", "output": "It is 4.", "answer": "4"}
@@ -239,7 +239,7 @@ def test_a_streamed_file_that_was_edited_at_equal_length_is_noticed(tmp_path, ho
 def test_a_worker_notices_it_too(tmp_path):
     path = lines(tmp_path / "a.jsonl", "red")
     os.utime(path, ns=(0, 0))
-    data = ReasoningDataModule(
+    data = data_module(
         sources=[{"path": str(path), "stream": True}],
         tokenizer=byte_tokenizer(),
         batch_size=2,
@@ -259,11 +259,11 @@ def test_a_worker_notices_it_too(tmp_path):
 def test_going_on_with_a_file_that_was_edited_at_equal_length_warns(tmp_path, suffix, stream):
     path = tmp_path / f"a{suffix}"
 
-    def module(words: str, stream: bool) -> ReasoningDataModule:
+    def module(words: str, stream: bool) -> Any:
         rows = [{**ROW, "output": f"{words} {number}"} for number in range(20)]
         write(path, rows)
         source = {"path": str(path), "stream": stream}
-        data = ReasoningDataModule(sources=[source], tokenizer=byte_tokenizer(), batch_size=2)
+        data = data_module(sources=[source], tokenizer=byte_tokenizer(), batch_size=2)
         data.setup("fit")
         return data
 
@@ -429,7 +429,7 @@ def try_one(folder: Path, number: int) -> str:
         return "not written"
     stream = purpose == "fit" and path.suffix != ".json" and draw.random() < 0.5
     key = {"fit": "sources"}.get(purpose, f"{purpose}_sources")
-    data = ReasoningDataModule(
+    data = data_module(
         **{key: [{"path": str(path), "stream": True} if stream else {"path": str(path)}]},
         tasks=TASKS,
         tokenizer=byte_tokenizer(),
@@ -437,7 +437,7 @@ def try_one(folder: Path, number: int) -> str:
         batch_size=2,
         max_length=draw.choice([16, 4096]),
         overlong=draw.choice(["cut", "drop"]),
-        template=draw.choice(["alpaca", "plain"]),
+        prompt_style=draw.choice(["alpaca", "plain"]),
         cache_dir=draw.choice([None, str(folder / "cache")]),
     )
     with limited(60), warnings.catch_warnings():

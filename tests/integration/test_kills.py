@@ -38,7 +38,15 @@ def options(name: str, folder: Path) -> list[str]:
         "--data.test_sources",
         yaml.safe_dump(tested),
     ]
-    return [*config, "--model.base", "tiny", *data, "--data.decontaminate", "false", *machine]
+    return [
+        *config,
+        "--model.base",
+        "tiny",
+        *data,
+        "--data.loading.decontaminate",
+        "false",
+        *machine,
+    ]
 
 
 def last(folder: Path) -> Path | None:

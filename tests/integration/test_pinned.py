@@ -32,7 +32,7 @@ def test_the_losses_of_the_demonstration_are_those_of_earlier_versions(steps, tm
         "trainer.enable_progress_bar": "false",
         "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
         "trainer.logger.save_dir": tmp_path,
-        "data.val_generate": 0,
+        "data.loading.val_generate": 0,
         "lr_scheduler": "rosa_lightning.training.schedule.WarmupCosine",
         "lr_scheduler.total_steps": 100,
     }

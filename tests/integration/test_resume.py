@@ -61,7 +61,7 @@ def shipped(name: str, sources: list[dict[str, Any]], **changes: Any) -> dict[st
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     config["model"]["base"] = "tiny"
     config["data"] |= {"sources": sources, "batch_size": 8, "val_fraction": 0.1, "max_length": 256}
-    config["data"] |= {"test_sources": None, "val_generate": 2}
+    config["data"] |= {"test_sources": None, "loading": {"val_generate": 2}}
     config["trainer"] |= {"accelerator": "cpu", "precision": "32-true", "logger": False}
     config["trainer"] |= {"max_epochs": 2, "val_check_interval": 5}
     config["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
@@ -199,7 +199,7 @@ def test_a_run_that_averages_weights_resumes_and_is_tested(average, sources):
 @pytest.mark.parametrize("interval", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_validation_that_was_due_when_a_run_was_saved_is_made_when_it_resumes(interval, sources):
     config = shipped("tiny", sources, trainer__val_check_interval=interval)
-    config["data"]["val_generate"] = 0
+    config["data"]["loading"]["val_generate"] = 0
     moments = ["batch-8", f"batch-{interval}"]
     assert_resumes(config, moments)
     for moment in moments:
@@ -211,7 +211,7 @@ def test_a_validation_that_was_due_when_a_run_was_saved_is_made_when_it_resumes(
 
 def test_a_validation_that_was_due_is_left_out_where_a_resumed_run_validates_otherwise(sources):
     config = shipped("tiny", sources, trainer__val_check_interval=4)
-    config["data"]["val_generate"] = 0
+    config["data"]["loading"]["val_generate"] = 0
     seen, _ = fit(config, ["batch-8"])
     config["trainer"]["limit_val_batches"] = 0
     rest, _ = fit(config, ckpt_path=Path("straight", "batch-8.ckpt"))

@@ -12,7 +12,7 @@ from lightning.pytorch.tuner import Tuner
 import rosa_lightning.module
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
 from rosa_lightning.training.speed import SpeedConfig
-from tests.conftest import write_records
+from tests.conftest import data_module, write_records
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -47,7 +47,7 @@ def trainer(tmp_path, **options):
 
 @pytest.fixture
 def data(sources):
-    return ReasoningDataModule(sources=sources, batch_size=4, max_length=128)
+    return data_module(sources=sources, batch_size=4, max_length=128)
 
 
 def first_batch(data, module=None):
@@ -106,7 +106,7 @@ CHANGES = {
     "tokens_per_batch": 300,
     "batching": "packed",
     "max_length": 64,
-    "template": "plain",
+    "prompt_style": "plain",
     "overlong": "drop",
     "val_fraction": 0.3,
     "seed": 5,
@@ -114,6 +114,13 @@ CHANGES = {
     "temperature": 2.0,
     "tokenizer": "tiny",
 }
+
+
+def put(data, name, value):
+    if hasattr(data, name):
+        setattr(data, name, value)
+    else:
+        data.loading = replace(data.loading, **{name: value})
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -126,11 +133,11 @@ def test_a_data_module_whose_setting_changed_is_one_made_with_it(
     source.append({"path": str(longer), "task": "svamp"})
     settings = {"sources": source, "batch_size": 8, "max_length": 256}
     settings |= {"tokenizer": str(base_folder), "cache_dir": None}
-    changed = ReasoningDataModule(**settings)
+    changed = data_module(**settings)
     if already_read:
         first_batch(changed)
-    setattr(changed, name, CHANGES[name])
-    made = ReasoningDataModule(**{**settings, name: CHANGES[name]})
+    put(changed, name, CHANGES[name])
+    made = data_module(**{**settings, name: CHANGES[name]})
     ours, theirs = first_batch(changed), first_batch(made)
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
@@ -150,7 +157,7 @@ def test_sources_that_change_are_read_anew(already_read, data, sources):
     assert set(first_batch(data)["source"].tolist()) == {0}
     assert data.examples_seen() == {"alone": 0}
     data.sources = sources[:1]
-    data.sources += ReasoningDataModule(sources=sources[1:]).sources
+    data.sources += data_module(sources=sources[1:]).sources
     data.setup("fit")
     assert len(data.state_dict()["order"]["sources"]) == 2
 
@@ -159,12 +166,12 @@ def test_settings_that_cannot_be_used_are_refused_when_they_are_set(data):
     for name, value, words in (
         ("batch_size", 0, "batch_size=0 is below 1"),
         ("tokens_per_batch", 5, "is below max_length=128"),
-        ("template", "chatml", "is none of"),
+        ("prompt_style", "chatml", "is none of"),
         ("sources", [], "names no source"),
         ("temperature", 2, "temperature=2 sets the shares"),
     ):
         with pytest.raises(ValueError, match=words):
-            setattr(data, name, value)
+            put(data, name, value)
     module = Model()
     for name in ("loss_chunk", "microbatch_tokens"):
         with pytest.raises(ValueError, match=name):

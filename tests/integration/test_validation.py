@@ -13,9 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from rosa_lightning import ReasoningDataModule, RoSAModule
+from rosa_lightning.data.prompts import AlpacaStyle
 from rosa_lightning.models import tiny
-from rosa_lightning.tasks.records import Record, prompt, reference
+from rosa_lightning.tasks.records import reference
 from tests import ranks
+from tests.conftest import data_module
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
@@ -31,7 +33,7 @@ def validated(folder: Path, data: ReasoningDataModule, **options: Any) -> dict[s
 
 
 def demo(**options: Any) -> ReasoningDataModule:
-    return ReasoningDataModule(**{"sources": "demo", "val_fraction": 0.05, **options})
+    return data_module(**{"sources": "demo", "val_fraction": 0.05, **options})
 
 
 def chosen(data: ReasoningDataModule) -> list[dict[str, Any]]:
@@ -61,7 +63,7 @@ def half_right(tmp_path_factory) -> Path:
     lines = (Path(tiny.__file__).parent / "demo_test.jsonl").read_text().splitlines()[:24]
     records = [json.loads(line) for line in lines]
     for number, record in enumerate(records):
-        text = prompt(Record(record["instruction"], "", "", None, "demo", "", 1))
+        text = AlpacaStyle(None).apply(record["instruction"], "")
         written = last_number(built, built.tokenizer(text)["input_ids"])
         record["answer"] = written if number % 2 else str(int(written or 0) + 1)
         record["output"] = record["answer"]

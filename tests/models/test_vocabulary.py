@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rosa_lightning import ReasoningDataModule, RoSAModule
-from tests.conftest import rosa_module, save_base, write_records
+from tests.conftest import data_module, rosa_module, save_base, write_records
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 ROWS = 257
@@ -56,7 +56,7 @@ def trainer(folder: Path) -> Trainer:
 def data(folder: Path, output: str = "It is {}.", **options) -> ReasoningDataModule:
     path = str(write_records(folder / "records.json", 24, output))
     settings = {"batching": "random", "batch_size": 6, "cache_dir": None, "val_fraction": 0.2}
-    return ReasoningDataModule(
+    return data_module(
         **{"sources": [path], "test_sources": [path], "decontaminate": False, **settings, **options}
     )
 

@@ -14,7 +14,6 @@ from rosa_lightning.tasks.records import (
     extract_answer,
     find_task,
     needs_end,
-    prompt,
     reference,
     same_answer,
 )
@@ -48,37 +47,6 @@ def test_table_holds_eight_commonsense_and_seven_arithmetic_benchmarks():
 )
 def test_names_of_tasks_are_found_however_they_are_spelt(given_name, name):
     assert find_task(given_name) == name
-
-
-def test_alpaca_prompt_without_input():
-    assert prompt(record()) == (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nWhat is 2 + 2?\n\n### Response:\n"
-    )
-
-
-def test_alpaca_prompt_with_input():
-    assert prompt(record(context="Add them.")) == (
-        "Below is an instruction that describes a task, paired with an input that provides "
-        "further context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nWhat is 2 + 2?\n\n### Input:\nAdd them.\n\n### Response:\n"
-    )
-
-
-def test_plain_prompt_is_the_instruction_and_the_input():
-    assert prompt(record(), "plain") == "What is 2 + 2?\n"
-    assert prompt(record(context="Add."), "plain") == "What is 2 + 2?\nAdd.\n"
-
-
-@pytest.mark.parametrize("template", ["alpaca", "plain"])
-def test_braces_in_an_instruction_stay_as_they_are(template):
-    text = "Complete {input} and {0} and {{x}}"
-    assert text in prompt(record(text, "{instruction}"), template)
-
-
-def test_unknown_template_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'chat'; there are alpaca and plain"):
-        prompt(record(), "chat")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("task", LABEL_TASKS)

@@ -151,7 +151,7 @@ def test_a_compiled_run_resumes_and_ends_like_one_that_is_not(
             callbacks=[saver, DynamicLayerSelection(num_active=2, interval=2)],
         )
         start = str(tmp_path / "straight" / f"step={path}.ckpt") if path else None
-        run.fit(built, data(sources, num_workers=0), ckpt_path=start)
+        run.fit(built, data(sources), ckpt_path=start)
         ends.append({n: p for n, p in built.named_parameters() if p.is_floating_point()})
     plain, straight, resumed = ends
     assert quick.frame_count > 0

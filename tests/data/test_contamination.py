@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -9,32 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosa_lightning.data.leakage import (
-    leaked,
-    leaked_benchmarks,
-    normalise,
+from rosa_lightning.data.contamination import (
+    Contamination,
+    compare,
+    contaminated,
     question_key,
     question_keys,
-    split_leaked,
 )
 from rosa_lightning.tasks.records import Record
 
 
+def leaked(train: Iterable[Record], test: Sequence[Record]) -> Contamination:
+    return compare(train, [test])[0]
+
+
 def ask(instruction: str, input: str = "", index: int = 1) -> Record:
     return Record(instruction, input, "The answer is 4.", "4", "gsm8k", "source", index)
-
-
-def by_hand(text: str) -> str:
-    """Character by character, without regular expressions."""
-    kept = "".join(c if c in "abcdefghijklmnopqrstuvwxyz0123456789" else " " for c in text.lower())
-    return " ".join(kept.split())
-
-
-@given(st.text() | st.text("aB3 .,\n-é"))
-def test_normalised_text_is_words_of_ascii_letters_and_digits_with_single_spaces(text):
-    assert normalise(text) == by_hand(text)
-    assert re.fullmatch(r"([a-z0-9]+( [a-z0-9]+)*)?", normalise(text))
-    assert normalise(normalise(text)) == normalise(text)
 
 
 def test_case_punctuation_and_white_space_do_not_tell_questions_apart_but_the_input_does():
@@ -52,7 +43,6 @@ def test_case_punctuation_and_white_space_do_not_tell_questions_apart_but_the_in
     ],
 )
 def test_questions_of_which_normalising_leaves_too_little_stay_apart(one, other):
-    assert normalise(one) == normalise(other)
     assert not leaked([ask(one)], [ask(other)]).exact
     assert leaked([ask(one)], [ask(f" {one.upper()}\n")]).exact == {0: (0,)}
 
@@ -129,7 +119,7 @@ def test_what_most_questions_of_a_benchmark_share_does_not_make_them_alike(count
 def test_the_frame_is_each_benchmarks_own():
     many = [ask(f"{FRAME}: is {'x' * n}a so?") for n in range(11)]
     few = [ask(f"{FRAME}: was y so?")]
-    first, second = leaked_benchmarks([ask(f"{FRAME}: was z so?")], [many, few])
+    first, second = compare([ask(f"{FRAME}: was z so?")], [many, few])
     assert not first.near
     assert second.near == {0: (0,)}
 
@@ -145,13 +135,10 @@ def test_training_data_may_be_a_stream_and_every_repetition_counts():
     assert found.exact == {0: (0, 2), 1: (0, 2)}
 
 
-def test_decontaminated_records_hold_no_test_question_and_keep_their_order():
-    records = [ask(text, index=n) for n, text in enumerate(("a b", "c", "A: B", "d e", "c"))]
-    kept, dropped = split_leaked(records, question_keys([ask("a b")]))
-    assert [record.index for record in kept] == [1, 3, 4]
-    assert [record.index for record in dropped] == [0, 2]
-    assert split_leaked(kept, question_keys([ask("a b")])) == (kept, [])
-    assert not leaked(kept, [ask("a b")]).exact
+def test_records_that_ask_a_test_question_are_found():
+    records = [ask(text) for text in ("a b", "c", "A: B", "d e", "c")]
+    found = contaminated(records, question_keys([ask("a b")]))
+    assert found.tolist() == [True, False, True, False, False]
 
 
 # The published data.
@@ -176,7 +163,7 @@ def read(path) -> list[Record]:
 def test_the_leaks_of_math_data_are_found(real_data):
     train = read(real_data / "train" / "math_data.json")
     tests = [read(real_data / "test" / f"{name}.json") for name in LEAKED]
-    found = leaked_benchmarks(train, tests)
+    found = compare(train, tests)
     sizes = [(len(leak.exact), len(test)) for leak, test in zip(found, tests, strict=True)]
     assert dict(zip(LEAKED, sizes, strict=True)) == LEAKED
     assert {name: len(leak.near) for name, leak in zip(LEAKED, found, strict=True)} == {
@@ -200,14 +187,6 @@ def test_the_leaks_of_a_benchmark_from_its_own_training_file_are_found(
     test = read(real_data / "test" / f"{name}.json")
     found = leaked(read(real_data / "train" / f"{name}.json"), test)
     assert (len(found.exact), len(found.near), len(test)) == (exact, near, size)
-
-
-def test_other_benchmarks_have_no_questions_in_common(real_data):
-    train = read(real_data / "train" / "arc_easy.json")
-    names = ("arc_challenge", "openbookqa", "boolq", "gsm8k")
-    for leak in leaked_benchmarks(train, [read(real_data / "test" / f"{n}.json") for n in names]):
-        assert not leak.exact
-        assert not leak.near
 
 
 def test_stories_of_multiarith_that_differ_in_their_numbers_are_not_near(real_data):

@@ -1,0 +1,104 @@
+"""Settings of `ReasoningDataModule`: the less common ones, and checks of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from rosa_lightning.data.prompts import STYLES
+from rosa_lightning.data.sampling import Batching, Stop
+from rosa_lightning.data.tokenization import Overlong
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingConfig:
+    """How records are chosen, mixed, cut and loaded."""
+
+    temperature: float | None = None
+    """Shares in proportion to size**(1 / temperature), in place of weights: 1 mixes by size, more
+    draws the shares together."""
+    stop: Stop = "total"
+    """Where an epoch ends: total, after as many records as there are; first_exhausted, when the
+    first source has given as many as it has; oversample, when every one has."""
+    decontaminate: bool = True
+    """Leave out training records whose question is one of test_sources, compared in lower case
+    without punctuation. How many is printed."""
+    overlong: Overlong = "cut"
+    """What becomes of records beyond max_length: cut the prompt's beginning, or drop the record."""
+    tokens_per_batch: int | None = None
+    """Most tokens of a training batch, padding counted, on each device, in place of batch_size;
+    batches of short records then have more of them, and each counts for less. Validation, test and
+    predict keep to batch_size."""
+    val_generate: int = 32
+    """Validation records whose answers each validation writes, for val/accuracy; 0 writes none.
+    They are spread evenly over the sources whose task has answers to compare."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the main process."""
+    cache_dir: str | None = "auto"
+    """Folder that keeps tokenised training data, and the records of large sources, for the next
+    run; auto is rosa_lightning in the user's cache folder (XDG_CACHE_HOME), null keeps nothing."""
+
+    def __post_init__(self) -> None:
+        _check_choice("loading.stop", self.stop, get_args(Stop))
+        _check_choice("loading.overlong", self.overlong, get_args(Overlong))
+        _check_least("loading.val_generate", self.val_generate, 0)
+        _check_least("loading.num_workers", self.num_workers, 0)
+        given = self.temperature
+        is_number = isinstance(given, int | float) and not isinstance(given, bool)
+        if given is not None and not (is_number and given > 0):
+            raise ValueError(
+                f"loading.temperature={given!r} is no number above 0. Set data.loading.temperature;"
+                " 1 mixes by size, 3 draws the shares together, null leaves them to the weights."
+            )
+
+
+CHECKED = (
+    "batch_size",
+    "max_length",
+    "prompt_style",
+    "batching",
+    "val_fraction",
+    "seed",
+    "loading",
+)
+"""The settings that `check_settings` takes."""
+
+
+def check_settings(
+    *,
+    batch_size: int,
+    max_length: int,
+    prompt_style: str,
+    batching: str,
+    val_fraction: float,
+    seed: int,
+    loading: LoadingConfig,
+) -> None:
+    """Raise ValueError for a setting that is out of bounds, or two that do not go together."""
+    _check_least("batch_size", batch_size, 1)
+    _check_least("max_length", max_length, 8)
+    _check_choice("prompt_style", prompt_style, tuple(STYLES))
+    _check_choice("batching", batching, get_args(Batching))
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} has more than 64 bits. Set another data.seed.")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(
+            f"val_fraction={val_fraction} is outside [0, 1). Set data.val_fraction; 0.02 "
+            "validates on 2 of 100 records, 0 on none."
+        )
+    tokens = loading.tokens_per_batch
+    if tokens is not None and tokens < max_length:
+        raise ValueError(
+            f"tokens_per_batch={tokens} is below max_length={max_length}, so some record may fit "
+            "into no batch. Raise data.loading.tokens_per_batch, or lower data.max_length."
+        )
+
+
+def _check_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}={value} is below {least}. Set data.{key} to at least {least}.")
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}={value!r} is none of {', '.join(choices)}. Set data.{key}.")
