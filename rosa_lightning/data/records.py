@@ -160,10 +160,10 @@ def load_records(
     numbered = enumerate(rows.rows, start=1)
     records = (_record(row, number, source, task, purpose) for number, row in numbered)
     if rows.on_disk:
-        content = rows.content()
         first = next(records, None)
         if first is None:
             raise _no_records(source, task)
+        content = rows.content()
         table = _disk_table(chain([first], records), content, task, purpose, cache)
         chosen = _chosen(len(table), source, task, seed)
         return Records(table, task, source.label, f"file {content}", chosen)

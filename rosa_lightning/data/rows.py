@@ -127,14 +127,15 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _decoded(where: str, content: bytes) -> str:
-    if b"\0" in content:
-        raise ValueError(f"{where} holds null bytes, as UTF-16 text does. Save it in UTF-8.")
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where} is not UTF-8 text (byte {error.start}). Save it in UTF-8."
         ) from error
+    if "\0" in text:
+        raise ValueError(f"{where} holds null bytes, as UTF-16 text does. Save it in UTF-8.")
+    return text
 
 
 def _json(path: Path) -> Iterator[Any]:

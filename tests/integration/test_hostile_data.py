@@ -221,39 +221,6 @@ def lines(path: Path, words: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["written over", "exchanged"])
-def test_a_streamed_file_that_was_edited_at_equal_length_is_noticed(tmp_path, how):
-    path = lines(tmp_path / "a.jsonl", "red")
-    os.utime(path, ns=(0, 0))  # a second edit within one tick of the clock has the same time
-    records = load_records(Source(path=str(path), stream=True))
-    assert records[3].output == "red 3"
-    if how == "exchanged":
-        lines(tmp_path / "b", "sea").rename(path)
-        os.utime(path, ns=(0, 0))
-    else:
-        lines(path, "sea")
-    with pytest.raises(ValueError, match=r"a\.jsonl has changed since it was first read"):
-        records[3]
-
-
-def test_a_worker_notices_it_too(tmp_path):
-    path = lines(tmp_path / "a.jsonl", "red")
-    os.utime(path, ns=(0, 0))
-    data = data_module(
-        sources=[{"path": str(path), "stream": True}],
-        tokenizer=byte_tokenizer(),
-        batch_size=2,
-        num_workers=1,
-    )
-    data.setup("fit")
-    lines(path, "sea")
-    with limited(60), pytest.raises(ValueError, match=r"a\.jsonl has changed since") as caught:
-        list(data.train_dataloader())
-    told = str(explain(caught.value))
-    assert told.startswith(str(path))
-    assert "\n" not in told
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_going_on_with_a_file_that_was_edited_at_equal_length_warns(tmp_path, suffix, stream):
