@@ -286,13 +286,7 @@ class RoSAModule(Answering):
         rank_zero_info(str(self.report))
 
     def _new_forward(self) -> LossComputer:
-        return LossComputer(
-            cast("PreTrainedModel", self.model),
-            share_prefix=self.speed.share_prefix,
-            loss_chunk=self.speed.loss_chunk,
-            recompute_activations=self.speed.recompute_activations,
-            microbatch_tokens=self.speed.microbatch_tokens,
-        )
+        return LossComputer(cast("PreTrainedModel", self.model), self.speed)
 
     def _adapted_base(
         self, device: torch.device

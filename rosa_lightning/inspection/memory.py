@@ -29,6 +29,7 @@ from rosa_lightning.models.quantization import Quantization
 from rosa_lightning.roae.inject import is_adapter_key, roae_report
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import accumulate_loss, rows_at_once
+from rosa_lightning.training.speed import SpeedConfig
 from rosa_lightning.utils.modules import in_mode
 
 _FOUR_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -276,7 +277,8 @@ class _Step:
     ) -> None:
         self.model = model
         self.computer = LossComputer(
-            model, loss_chunk=loss_chunk, recompute_activations=recompute_activations
+            model,
+            SpeedConfig(loss_chunk=loss_chunk, recompute_activations=recompute_activations),
         )
         self.adapters = [p for name, p in model.named_parameters() if is_adapter_key(name)]
         for adapter in self.adapters:

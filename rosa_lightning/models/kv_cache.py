@@ -91,10 +91,7 @@ def inputs_behind_prefix(
         model: A causal language model that takes position ids and a cache.
         batch: `input_ids`, `attention_mask` and `position_ids`, shape (B, T), padded on the left.
         num_shared: P, at least 1 and below the length of every row.
-        cache: Empty; its layers expand one row over all.
-
-    Returns:
-        What the model's forward takes for the columns from P on.
+        cache: Empty, of `SharedPrefixCacheLayer`.
     """
     ids_BT, positions_BT = batch["input_ids"], batch["position_ids"]
     positions_P = torch.arange(num_shared, device=ids_BT.device)

@@ -117,9 +117,7 @@ def load_skeleton(
 ) -> PreTrainedModel:
     """Build a base from its configuration alone, with its parameters on the meta device.
 
-    `inject_roae` can read its rotation, but it cannot be run: parameters are shapes and data types
-    without numbers. What `transformers` computes, such as rotary frequencies, is there. Arguments
-    as for `load_base`; a folder needs its ``config.json`` only.
+    Arguments as for `load_base`. `inject_roae` can read its rotation, but it cannot be run.
 
     Raises:
         ValueError: It cannot be built, or the configuration does not say its data type.
@@ -195,10 +193,9 @@ def load_tokenizer(
     setting: str = "model.base",
     for_training: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base; arguments and errors as for `load_base`.
+    """Load the tokenizer of a base, with a padding token if it is ``for_training``.
 
-    ``setting`` is the configuration key that an error names. ``for_training`` makes sure of a
-    padding token; else the tokenizer is as the base has it.
+    Arguments and errors as for `load_base`; ``setting`` is the key that an error names.
     """
     from transformers import AutoTokenizer
 

@@ -115,11 +115,9 @@ class _RandomProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _to_meta(values: Any, dtype: torch.dtype | None = None) -> Any:
     """Shapes alone; floating tensors in another dtype, if one is given."""
-
-    def to_meta(tensor: Tensor) -> Tensor:
-        return tensor.to("meta", dtype if tensor.is_floating_point() else None)
-
-    return tree_map_only(Tensor, to_meta, values)
+    return tree_map_only(
+        Tensor, lambda t: t.to("meta", dtype if t.is_floating_point() else None), values
+    )
 
 
 @contextmanager

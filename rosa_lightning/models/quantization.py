@@ -152,7 +152,7 @@ def dequantize_model(model: nn.Module) -> None:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's plain weights, and of all of them once it is dequantised."""
+    """The dtype of a model's plain weights."""
     configured: torch.dtype | None = getattr(getattr(model, "config", None), "dtype", None)
     plain = (weight.dtype for weight in model.parameters() if not is_packed(weight))
     return configured or next(plain)

@@ -53,34 +53,24 @@ def save_atomically(
         TorchCheckpointIO().save_checkpoint(checkpoint, path, storage_options)
         return
     # Not straight into the file: torch's writer hides what the file system says.
-    buffer = _saved(checkpoint)
-    if _unsafe_classes(buffer):
-        raise ValueError(_unsafe_entries(checkpoint))
+    buffer, unsafe = _saved(checkpoint)
+    if unsafe:
+        states = checkpoint.get("callbacks", {})
+        found = [f"state of callback {name}" for name in states if _saved(states[name])[1]]
+        raise ValueError(
+            "the checkpoint is not saved, since it could not be loaded again: "
+            f"{found[0] if found else 'it'} holds {', '.join(unsafe)}. Let it hold numbers, "
+            "strings, lists, dictionaries and tensors."
+        )
     atomic_write(local, buffer.getbuffer())
 
 
-def _saved(value: Any) -> io.BytesIO:
+def _saved(value: Any) -> tuple[io.BytesIO, list[str]]:
+    """A saved file, and the classes in it that loading with `weights_only` refuses."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
-    return buffer
-
-
-def _unsafe_classes(buffer: io.BytesIO) -> list[str]:
-    """The classes in a saved file that loading with `weights_only` refuses."""
-    return torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
-
-
-def _unsafe_entries(checkpoint: dict[str, Any]) -> str:
-    entries = {f"entry {name}": value for name, value in checkpoint.items() if name != "callbacks"}
-    states = checkpoint.get("callbacks", {})
-    entries |= {f"state of callback {name}": value for name, value in states.items()}
-    found = {name: _unsafe_classes(_saved(value)) for name, value in entries.items()}
-    holds = [f"{name} holds {', '.join(classes)}" for name, classes in found.items() if classes]
-    return (
-        "the checkpoint is not saved, since it could not be loaded again: the "
-        f"{'; the '.join(holds)}. Let it return numbers, strings, lists, dictionaries and tensors."
-    )
+    return buffer, torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
 
 
 def use_atomic_checkpoints(strategy: Strategy) -> None:
@@ -165,11 +155,8 @@ def _local(path: str | Path) -> Path | None:
 def check_outputs(trainer: Trainer) -> None:
     """Check that checkpoints and logs of a run can be written where they will be.
 
-    Before the trainer has set up its callbacks, folders that they have yet to choose are left out
-    where there are loggers, whose folders they would choose.
-
-    Raises:
-        OSError: Names the first folder that cannot be written.
+    Raises OSError, which names the first folder that cannot be written. Before the trainer has set
+    up its callbacks, folders that they have yet to choose inside those of loggers are left out.
     """
     with together("check of the output folders"):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]

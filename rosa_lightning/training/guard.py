@@ -48,10 +48,8 @@ class StepGuard:
     """Checks losses and gradients before each optimizer step, and clips the gradients.
 
     A gradient counts as not finite, too, where the sum of its squares is not in its data type:
-    clipping and Adam's moments need it.
-
-    Args:
-        max_skipped: Steps of a run that are left out; the next such step is an error.
+    clipping and Adam's moments need it. `max_skipped` steps of a run are left out; the next such
+    step is an error.
     """
 
     def __init__(self, max_skipped: int) -> None:
@@ -73,11 +71,11 @@ class StepGuard:
         self._batches.append({k: batch[k] for k in ("source", "index") if k in batch})
 
     def check(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Check the step's losses and gradients, which stand in the parameters; on all ranks.
+        """Check the step's losses and gradients, on all ranks; drop the gradients of a bad step.
 
         Raises:
-            ValueError: One is not finite, and no step may be left out any more. Says on every rank
-                which, and of which records.
+            ValueError: One is not finite, and no step may be left out any more. Says which, and of
+                which records.
         """
         problem, norm = self._look(module, optimizer)
         if problem:
@@ -87,11 +85,7 @@ class StepGuard:
         self._norm = None if problem else norm
 
     def check_begun(self, module: LightningModule) -> None:
-        """Check a step that has begun before its gradients are saved; on all ranks.
-
-        Raises:
-            ValueError: It will stop the run, as soon as all of its batches are there.
-        """
+        """As `check` for a step that has begun, before its gradients are saved."""
         for optimizer in module.trainer.optimizers if self.skipped >= self.max_skipped else ():
             if problem := self._look(module, optimizer)[0]:
                 self._skip(module.trainer, problem)
@@ -101,11 +95,8 @@ class StepGuard:
     ) -> bool:
         """Clip gradients by the norm that `check` has computed, or under FSDP1; False elsewhere.
 
-        Args:
-            model: As `shard_and_broadcast` returned it.
-            optimizer: As given to `check`.
-            value: Largest norm of all gradients, or largest size of each entry.
-            algorithm: ``norm`` (also None) or ``value``.
+        `value` is the largest norm of all gradients, or with ``value`` as algorithm the largest
+        size of each entry.
         """
         norm, self._norm = self._norm, None
         if value <= 0:

@@ -36,7 +36,7 @@ def logits_at(
     """Logits at some positions, shape (N, V), in the model's own dtype.
 
     Args:
-        model: A causal language model; `unsupported_reason` gives none.
+        model: A causal language model for which `unsupported_reason` is empty.
         inputs: What its forward takes.
         positions_N: Indices into the flattened (B, T) of the inputs, each once.
         block: What `last_block` found, to be run at these positions alone.
@@ -79,17 +79,10 @@ def states_at(
 
 @torch.no_grad()
 def unsupported_reason(model: PreTrainedModel, ids_BT: Tensor) -> str:
-    """Why a model's head cannot be given fewer positions; empty if it can.
-
-    Args:
-        model: The causal language model, in any mode.
-        ids_BT: Token ids to compare the narrowed head with the whole one on.
-    """
+    """Why a model's head cannot be given fewer positions; empty if it can, compared on some ids."""
     if decoder_of(model) is model:
         return f"{type(model).__name__} has no decoder apart from its head"
-    ids = ids_BT[:2, -_SAMPLE:]
-    inputs = {"input_ids": ids, "use_cache": False}
-    positions_N = torch.arange(1, ids.numel(), 2, device=ids.device)
+    inputs, positions_N = _sample(ids_BT)
     with in_mode(model, False):
         whole_NV = model(**inputs).logits.flatten(0, 1)[positions_N]
         try:
@@ -107,22 +100,16 @@ def unsupported_reason(model: PreTrainedModel, ids_BT: Tensor) -> str:
 
 @torch.no_grad()
 def last_block(model: PreTrainedModel, ids_BT: Tensor, *, compare: bool = True) -> nn.Module | None:
-    """The last layer's feed-forward block, if it may be run at the needed positions alone.
+    """The last layer's feed-forward block, if running it at some positions changes no logits there.
 
-    It may where that is seen to change no logits there.
-
-    Args:
-        model: As for `logits_at`.
-        ids_BT: Token ids to try it on.
-        compare: Whether to compare the logits; of fake tensors, only the shapes can be.
+    Without `compare`, for fake tensors, only the shapes are looked at.
     """
     block = _candidate(model)
     if block is None:
         return None
-    ids = ids_BT[:2, -_SAMPLE:]
+    inputs, positions_N = _sample(ids_BT)
     # With a mask, as batches have one: some mixtures of experts count by it.
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    positions_N = torch.arange(1, ids.numel(), 2, device=ids.device)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with in_mode(model, False):
         try:
             found_NV = logits_at(model, inputs, positions_N, block)
@@ -130,6 +117,12 @@ def last_block(model: PreTrainedModel, ids_BT: Tensor, *, compare: bool = True) 
             return None
         same = not compare or close(found_NV, logits_at(model, inputs, positions_N))
     return block if same else None
+
+
+def _sample(ids_BT: Tensor) -> tuple[dict[str, Any], Tensor]:
+    ids = ids_BT[:2, -_SAMPLE:]
+    positions_N = torch.arange(1, ids.numel(), 2, device=ids.device)
+    return {"input_ids": ids, "use_cache": False}, positions_N
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -37,7 +37,7 @@ from rosa_lightning.training.microbatches import (
 )
 from rosa_lightning.training.packing import check_can_pack
 from rosa_lightning.training.recompute import has_gradient_hooks, recomputable, recomputed
-from rosa_lightning.training.speed import MicrobatchTokens
+from rosa_lightning.training.speed import SpeedConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,30 +58,11 @@ class Scored:
 
 
 class LossComputer:
-    """Computes losses of batches for training, validation and the memory estimate.
+    """Computes losses of batches for training, validation and the memory estimate."""
 
-    Args:
-        model: An adapted causal language model.
-        share_prefix: Compute a prefix that all rows share once, where that changes nothing.
-        loss_chunk: Supervised positions whose logits are held at once; None for all.
-        recompute_activations: Recompute cheap activations in the backward pass.
-        microbatch_tokens: Most tokens run at once, padding included, where gradients are taken.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        share_prefix: bool = True,
-        loss_chunk: int | None = None,
-        recompute_activations: bool = True,
-        microbatch_tokens: MicrobatchTokens = "auto",
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, speed: SpeedConfig | None = None) -> None:
         self.model = model
-        self.share_prefix = share_prefix
-        self.loss_chunk = loss_chunk
-        self.recompute_activations = recompute_activations
-        self.microbatch_tokens = microbatch_tokens
+        self.speed = speed or SpeedConfig()
         self.sharded = any(
             isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()
         )
@@ -95,11 +76,11 @@ class LossComputer:
         self._block: nn.Module | None = None
         """What runs at supervised positions alone, beside the head."""
         self._cheap: list[nn.Module] | None = None
-        self._tokens_at_once = self.microbatch_tokens
+        self._tokens_at_once = self.speed.microbatch_tokens
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Within it, cheap activations are not held for the backward pass."""
-        if not (self.recompute_activations and torch.is_grad_enabled()):
+        if not (self.speed.recompute_activations and torch.is_grad_enabled()):
             return nullcontext()
         if self._cheap is None:
             self._cheap = recomputable(self.model)
@@ -108,11 +89,8 @@ class LossComputer:
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
 
-        Args:
-            batch: As `TrainCollator` or `PackedCollator` makes it, or with the fields of
-                `transformers`. Of one with more than `microbatch_tokens`, gradients of all parts
-                but the last are taken here, and the loss can be differentiated once, by leaves;
-                hooks see each part.
+        Of a batch with more than `microbatch_tokens`, gradients of all parts but the last are taken
+        here. The loss can then be differentiated once, by leaves, and hooks see each part.
 
         Raises:
             ValueError: No token of the batch carries loss, fields are missing or cannot be used, or
@@ -152,13 +130,9 @@ class LossComputer:
     def loss_at(
         self, batch: dict[str, Any], rows_N: Tensor, columns_N: Tensor, *, predict: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Summed loss at some positions, and the tokens predicted there (else the labels).
+        """Summed loss at some positions of a batch with all fields, and the tokens predicted there.
 
-        Args:
-            batch: With all fields.
-            rows_N: Rows of the positions.
-            columns_N: Their columns; the labels stand one further.
-            predict: Whether to take the most probable tokens.
+        The labels stand one column further. Without `predict` they are given back as predicted.
         """
         labels_N = batch["labels"][rows_N, columns_N + 1]
         narrow = self._can_narrow(batch)
@@ -166,7 +140,7 @@ class LossComputer:
         columns_N = columns_N - num_shared
         if narrow:
             positions_N = rows_N * inputs["input_ids"].shape[1] + columns_N
-            if self.loss_chunk is not None and len(labels_N) > self.loss_chunk:
+            if self.speed.loss_chunk is not None and len(labels_N) > self.speed.loss_chunk:
                 return self._in_chunks(inputs, positions_N, labels_N, predict)
             logits_NV = head.logits_at(self.model, inputs, positions_N, self._block)
         else:
@@ -185,7 +159,7 @@ class LossComputer:
             predicted = logits.argmax(-1) if predict else labels
             return cross_entropy_sum(logits, labels), predicted
 
-        size = self.loss_chunk or len(labels_N)
+        size = self.speed.loss_chunk or len(labels_N)
         chunks = zip(torch.split(states_ND, size), torch.split(labels_N, size), strict=True)
         parts = [
             checkpoint(one, states, labels, use_reentrant=False, preserve_rng_state=False)
@@ -225,7 +199,7 @@ class LossComputer:
         """Tokens of the shared prefix that are computed once."""
         num_shared: int = batch.get("num_shared", 0)
         worth = num_shared >= WORTH_SHARING and len(batch["labels"]) > 1
-        return num_shared if self.share_prefix and worth and self._can_share(batch) else 0
+        return num_shared if self.speed.share_prefix and worth and self._can_share(batch) else 0
 
     # What the model and the settings support.
 
@@ -237,7 +211,7 @@ class LossComputer:
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """The batch in as many parts as it takes to run few enough tokens at once."""
-        if self.microbatch_tokens is None or not torch.is_grad_enabled():
+        if self.speed.microbatch_tokens is None or not torch.is_grad_enabled():
             return [batch]
         device = batch["labels"].device.type
         if self._tokens_at_once == "auto":
@@ -272,7 +246,7 @@ class LossComputer:
                 self._block = head.last_block(self.model, ids_BT)
             torch.clear_autocast_cache()  # of weights cast without a graph
             instead = "logits are computed at the last columns of all rows"
-            if self.loss_chunk is not None:
+            if self.speed.loss_chunk is not None:
                 instead += ", all at once in spite of model.speed.loss_chunk"
             self._note("head", reason, instead)
         return not self._unsupported["head"]

@@ -56,15 +56,7 @@ def microbatches(
 
     There are as few parts as possible, and they are as small as so few can be. Padded rows of like
     length come together, and a part is as wide as its longest row. Parts without labels are left
-    out.
-
-    Args:
-        batch: As `TrainCollator` or `PackedCollator` makes it.
-        num_tokens: At least 1.
-        num_shared: P, tokens of a padded batch's rows that each part computes once.
-
-    Returns:
-        Batches with what a loss is computed from; the given one alone, if it is no larger.
+    out. `num_shared` tokens of a padded batch's rows are computed once in each part.
     """
     is_packed = is_packed_batch(batch)
     rows, width = (1, batch["labels"].numel()) if is_packed else batch["labels"].shape

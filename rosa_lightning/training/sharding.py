@@ -82,10 +82,6 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
     and theirs is float32 whatever the base's. So are the norms of a layer, or scoring would take
     room for gradients of the whole base under FSDP1.
 
-    Args:
-        model: As `load_on_rank_zero` gave it, adapted.
-        strategy: The trainer's, if there is one.
-
     Returns:
         The model, which FSDP1 wraps.
 
@@ -107,7 +103,8 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
     for path in [*_units(model), ""] if shard else [""]:
         own = [module for module in model.get_submodule(path).modules() if module not in taken]
         taken.update(own)
-        plan.append((path, [(m, name) for m in own for name, _ in _own_parameters(m)]))
+        named = [(m, m.named_parameters(recurse=False, remove_duplicate=False)) for m in own]
+        plan.append((path, [(m, name) for m, parameters in named for name, _ in parameters]))
     filled: dict[Tensor, nn.Parameter] = {}
     for path, parameters in plan:
         if several_ranks():
@@ -122,10 +119,6 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
                 # output, and an output that is a view would lose it if changed in place.
                 unit.register_forward_hook(lambda _module, _args, output: output.clone())
     return model
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(recurse=False, remove_duplicate=False)
 
 
 def leave_packed_out(module: nn.Module) -> None:

@@ -59,10 +59,8 @@ def attention_window(model: PreTrainedModel) -> int | None:
 def unsupported_reason(model: PreTrainedModel, ids_T: Tensor, *, training: bool) -> str:
     """Why a model cannot share a prefix; empty if it can.
 
-    Args:
-        model: The causal language model, in any mode.
-        ids_T: At least 17 tokens, to compare shared with single rows on.
-        training: Whether the mode is training, and gradients must be the same too.
+    Logits behind a shared prefix are compared with those of single rows, on at least 17 ids, and in
+    training gradients too.
     """
     kind = type(model).__name__
     if training:

@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq, default_data_collator
 
 from rosa_lightning import RoSAModule
 from rosa_lightning.training.loss import LossComputer
+from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import build, byte_tokenizer
 from tests.training.test_loss import adapted, gradients
 
@@ -48,7 +49,7 @@ def check(batch: Any, model=MODEL, **options: Any) -> None:
     """Loss and gradients are those of the model's own forward."""
     names = ("input_ids", "attention_mask", "labels", "position_ids")
     wanted = model(**{name: batch[name] for name in names if name in batch}, use_cache=False).loss
-    found = LossComputer(model, **options).loss(batch)
+    found = LossComputer(model, SpeedConfig(**options)).loss(batch)
     assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert_close(gradients(model, found), gradients(model, wanted), rtol=1e-4, atol=1e-6)
 
@@ -91,7 +92,7 @@ def test_loss_is_that_of_transformers_whatever_the_rows(lengths, shared, side, m
     tokenizer.padding_side = side
     batch = DataCollatorForSeq2Seq(tokenizer)(rows)
     wanted = MODEL(**batch, use_cache=False).loss
-    found = LossComputer(MODEL, microbatch_tokens=most).loss(batch)
+    found = LossComputer(MODEL, SpeedConfig(microbatch_tokens=most)).loss(batch)
     assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 

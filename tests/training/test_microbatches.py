@@ -17,9 +17,9 @@ from rosa_lightning.inspection.memory import MemoryTracker
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import (
-    accumulate_loss,
     microbatches,
 )
+from rosa_lightning.training.speed import SpeedConfig
 from tests import ranks
 from tests.conftest import FAMILIES, build, rosa_module
 from tests.model_zoo.small import build_small
@@ -111,7 +111,7 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_its_rows(kind, share
 def test_a_packed_batch_is_taken_in_parts_of_whole_rows():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     wanted = single_rows(model, batch)
-    run, widths = LossComputer(model, microbatch_tokens=70), Widths(model)
+    run, widths = LossComputer(model, SpeedConfig(microbatch_tokens=70)), Widths(model)
     run.loss(packed(batch))
     widths.decoder.clear()
     found = run.loss(packed(batch))
@@ -124,7 +124,8 @@ def test_a_packed_batch_is_taken_in_parts_of_whole_rows():
 @pytest.mark.parametrize("num_tokens", [1, 40, 70, 110, 300, None, "auto"])
 def test_no_more_tokens_are_run_at_once_than_wanted(num_tokens):
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)  # 6 x 34 tokens
-    run = LossComputer(model, share_prefix=False, microbatch_tokens=num_tokens)
+    speed = SpeedConfig(share_prefix=False, microbatch_tokens=num_tokens)
+    run = LossComputer(model, speed)
     run.loss(batch)  # tries things out
     widths = Widths(model)
     run.loss(batch).backward()
@@ -143,7 +144,8 @@ def test_the_graphs_of_parts_are_never_alive_together():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     peaks = {}
     for num_tokens in (None, 40):
-        run = LossComputer(model, share_prefix=False, microbatch_tokens=num_tokens)
+        speed = SpeedConfig(share_prefix=False, microbatch_tokens=num_tokens)
+        run = LossComputer(model, speed)
         run.loss(batch)
         with MemoryTracker(model.parameters()) as live:
             before = live.now
@@ -156,7 +158,9 @@ def test_the_graphs_of_parts_are_never_alive_together():
 def test_a_beginning_that_is_computed_once_counts_once(said):
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)  # 20 + 6 x 14 tokens
     for share_prefix, num_tokens, wanted in ((True, 104, 1), (True, 103, 2), (False, 104, 2)):
-        run = LossComputer(model, share_prefix=share_prefix, microbatch_tokens=num_tokens)
+        run = LossComputer(
+            model, SpeedConfig(share_prefix=share_prefix, microbatch_tokens=num_tokens)
+        )
         run.loss(batch)
         widths = Widths(model)
         run.loss(batch)
@@ -167,25 +171,11 @@ def test_a_beginning_that_is_computed_once_counts_once(said):
 def test_a_loss_in_parts_goes_on_into_any_graph_and_backward_twice():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     wanted = gradients(model, single_rows(model, batch))
-    loss = 3 * LossComputer(model, microbatch_tokens=40).loss(batch)
+    loss = 3 * LossComputer(model, SpeedConfig(microbatch_tokens=40)).loss(batch)
     loss.backward(retain_graph=True)
     loss.backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert_close(found, 6 * wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_a_part_whose_loss_depends_on_nothing_counts_all_the_same():
-    weight = torch.ones((), requires_grad=True)
-    parts = [{"factor": 2.0}, {"factor": None}, {"factor": 3.0}]
-
-    def loss(part: dict[str, Any]) -> Tensor:
-        return torch.tensor(5.0) if part["factor"] is None else weight * part["factor"]
-
-    for order in (parts, parts[::-1], [parts[0], parts[2], parts[1]]):
-        total = accumulate_loss(order, loss)
-        assert total == 10
-        assert torch.autograd.grad(total, weight)[0] == 5
-    assert not accumulate_loss([parts[1]] * 2, loss).requires_grad
 
 
 def test_rows_without_loss_are_no_part():
@@ -194,7 +184,7 @@ def test_rows_without_loss_are_no_part():
     check(model, batch, microbatch_tokens=40)
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match="6 rows has no token that carries loss"):
-        LossComputer(model, microbatch_tokens=40).loss(batch)
+        LossComputer(model, SpeedConfig(microbatch_tokens=40)).loss(batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -208,7 +198,7 @@ def test_under_autocast_the_gradients_are_those_of_the_parts_one_by_one(dtype):
 
     model.get_input_embeddings().register_forward_hook(in_float32)
     trained = [own, *(p for p in model.parameters() if p.requires_grad)]
-    run = LossComputer(model, microbatch_tokens=70, share_prefix=False)
+    run = LossComputer(model, SpeedConfig(microbatch_tokens=70, share_prefix=False))
     for _ in range(2):  # tries things out at first
         with torch.autocast("cpu", torch.bfloat16):
             loss = run.loss(batch)
@@ -252,7 +242,8 @@ def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, num_tokens, said, 
     monkeypatch.setattr(forward, "default_microbatch_tokens", lambda *_: 40)
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     widths = Widths(model)
-    run = LossComputer(model, share_prefix=False, microbatch_tokens=num_tokens)
+    speed = SpeedConfig(share_prefix=False, microbatch_tokens=num_tokens)
+    run = LossComputer(model, speed)
     OBSTACLES[why](run)
     for _ in range(2):
         with torch.autocast("cpu", torch.float16, enabled=why == "16-mixed"):

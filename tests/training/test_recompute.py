@@ -13,6 +13,7 @@ from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.recompute import recomputable, recomputed
+from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import FAMILIES, build
 from tests.model_zoo.small import build_small
 from tests.training.test_loss import adapted, batch_of, packed
@@ -30,7 +31,7 @@ UNGATED = ("neox", "parallel", "persimmon", "phi", "squared ReLU")
 def trained(model, batch, *, on: bool, autocast=None):
     """The loss, all gradients, and the bytes that wait for the backward pass."""
     model.zero_grad()
-    run = LossComputer(model, recompute_activations=on)
+    run = LossComputer(model, SpeedConfig(recompute_activations=on))
     run.loss(batch)  # finds out what can be left out
     with MemoryTracker(model.parameters()) as live:
         before = live.now

@@ -49,12 +49,9 @@ Row = tuple[list[int], list[float]]
 def train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
     """A byte-level BPE over the recipe's own text: every byte has a token, so has 10 to 99."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=False)
+    text = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, text])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -79,7 +76,7 @@ def train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, dialogues: list[list[problems.Turn]]) -> list[Row]:
-    """Token ids and loss weights; each prompt and each response is tokenised by itself."""
+    """Token ids and loss weights; each prompt and each response is tokenised on its own."""
     texts = [text for turns in dialogues for turn in turns for text in (turn.prompt, turn.response)]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     rows = []
@@ -114,9 +111,7 @@ def weighted_loss(model: LlamaForCausalLM, ids_BT: Tensor, weights_BT: Tensor) -
 
 @torch.no_grad()
 def accuracy(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    turns: list[problems.Turn],
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, turns: list[problems.Turn]
 ) -> float:
     """Share of problems whose whole response, end token included, greedy decoding would give."""
     num_right = 0
@@ -186,11 +181,9 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
     After 300 steps of an early trial Muon was at a loss of 1.26, AdamW alone at 1.53.
     """
-    inner: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, weight in model.named_parameters():
-        is_inner = weight.ndim == 2 and "layers" in name
-        (inner if is_inner else rest).append(weight)
+    named = dict(model.named_parameters())
+    inner = [weight for name, weight in named.items() if weight.ndim == 2 and "layers" in name]
+    rest = [weight for weight in named.values() if all(weight is not one for one in inner)]
     return [
         torch.optim.Muon(inner, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0),
@@ -217,12 +210,9 @@ def pretrain(
                 group["lr"] = learning_rate(step, num_steps)
             stepper.step()
         if (step + 1) % CHECK_EVERY == 0:
-            skill = accuracy(model, tokenizer, check)
-            seconds = time.monotonic() - started
-            print(
-                f"step {step + 1}: loss {loss.item():.3f}, skill {skill:.0%}, {seconds:.0f} s",
-                flush=True,
-            )
+            skill, seconds = accuracy(model, tokenizer, check), time.monotonic() - started
+            told = f"loss {loss.item():.3f}, skill {skill:.0%}, {seconds:.0f} s"
+            print(f"step {step + 1}: {told}", flush=True)
 
 
 def write(
