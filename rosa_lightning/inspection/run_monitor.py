@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.inspection.charts import CURVES, raster_figure
 from rosa_lightning.inspection.throughput import TokenThroughputMonitor
 from rosa_lightning.roae.inject import roae_report
@@ -26,18 +27,6 @@ from rosa_lightning.roae.targets import layer_of
 
 RASTER = "dls/raster"
 """Tag of the picture."""
-
-
-@runtime_checkable
-class Selection(Protocol):
-    """What is read of the callback that selects layers."""
-
-    active: tuple[int, ...]
-    scores: tuple[float, ...] | None
-    num_selections: int
-    selection_counts: tuple[int, ...]
-    positions: tuple[int, ...]
-    num_blocks: int
 
 
 class RunMonitor(Callback):
@@ -69,7 +58,7 @@ class RunMonitor(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self._selection: Selection | None = None
+        self._selection: DynamicLayerSelection | None = None
         self._layers: list[int] = []
         self._seen: tuple[int, tuple[int, ...]] | None = None
         self._steps: list[int] = []
@@ -85,18 +74,15 @@ class RunMonitor(Callback):
         if not trainer.is_global_zero or not trainer.loggers:
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._selection = next((c for c in callbacks if isinstance(c, Selection)), None)
+        self._selection = next((c for c in callbacks if isinstance(c, DynamicLayerSelection)), None)
         try:
             self._updates = find_updates(pl_module)
         except ValueError as error:
             rank_zero_info(f"RoAE update norms are not shown: {error}.")
-        for logger in _tensorboards(trainer):
-            layout = dashboard(
-                self._selection is not None,
-                {update.target for update in self._updates},
-                logger._prefix,
-                measures=any(isinstance(c, TokenThroughputMonitor) for c in callbacks),
-            )
+        selects, targets = self._selection is not None, {u.target for u in self._updates}
+        measures = any(isinstance(c, TokenThroughputMonitor) for c in callbacks)
+        for logger, prefix in _tensorboards(trainer):
+            layout = dashboard(selects, targets, prefix, measures=measures)
             logger.experiment.add_custom_scalars(layout)
 
     def on_train_batch_start(
@@ -115,15 +101,24 @@ class RunMonitor(Callback):
         """Show what this batch changed about the selection, and the adapters at times."""
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        if self._selection is not None and (choice := _choice(self._selection)) != self._seen:
-            self._seen = choice
-            self._log(trainer, self._note_selection(self._selection))
+        selection = self._selection
+        if selection is not None and _choice(selection) != self._seen:
+            self._seen = _choice(selection)
+            self._steps.append(self._step)
+            self._active.append([layer in selection.active for layer in self._layers])
+            self._scores.append(list(selection.scores or [0.0] * len(self._layers)))
+            counts = zip(self._layers, selection.selection_counts, strict=True)
+            metrics: dict[str, float] = {
+                f"dls/selection_count/{_number(n, self._layers)}": count for n, count in counts
+            }
+            metrics["dls/backward_saved"] = min(selection.active) / selection.num_blocks
+            self._log(trainer, metrics)
             if self.raster_interval and len(self._steps) % self.raster_interval == 0:
                 self._draw(trainer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Steps, not batches: under accumulation most batches end no step.
         if every and trainer.global_step // every != self._step // every:
-            self._log(trainer, self._measure())
+            self._log(trainer, update_metrics(self._updates))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the whole fit."""
@@ -139,42 +134,19 @@ class RunMonitor(Callback):
         """Let go of the model."""
         self._reset()
 
-    def _note_selection(self, selection: Selection) -> dict[str, float]:
-        active = selection.active
-        self._steps.append(self._step)
-        self._active.append([layer in active for layer in self._layers])
-        self._scores.append(list(selection.scores or [0.0] * len(self._layers)))
-        counts = zip(self._layers, selection.selection_counts, strict=True)
-        return {
-            "dls/backward_saved": min(active) / selection.num_blocks,
-            **{f"dls/selection_count/{_number(n, self._layers)}": count for n, count in counts},
-        }
-
-    def _measure(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        layers = [update.layer for update in self._updates]
-        for update, norm in zip(self._updates, update_norms(self._updates), strict=True):
-            place = f"{_number(update.layer, layers)}/{update.target}"
-            metrics[f"roae/update_norm/{place}"] = norm
-            if update.base_norm:
-                metrics[f"roae/relative_update/{place}"] = norm / update.base_norm
-        return metrics
-
-    def _log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         # Through the loggers: self.log would keep only every log_every_n_steps-th step.
         for logger in trainer.loggers:
-            logger.log_metrics(dict(metrics), step=self._step)
+            logger.log_metrics(metrics, step=self._step)
 
     def _draw(self, trainer: Trainer) -> None:
-        loggers = _tensorboards(trainer)
-        if len(self._steps) == self._drawn or not loggers:
+        if len(self._steps) == self._drawn:
             return
         self._drawn = len(self._steps)
         active_SL, scores_SL = np.array(self._active), np.array(self._scores)
-        for logger in loggers:
+        for logger, prefix in _tensorboards(trainer):
             figure = raster_figure(self._steps, self._layers, active_SL, scores_SL)
-            tag = f"{logger._prefix}-{RASTER}" if logger._prefix else RASTER
-            logger.experiment.add_figure(tag, figure, self._steps[-1], close=False)
+            logger.experiment.add_figure(f"{prefix}{RASTER}", figure, self._steps[-1], close=False)
 
 
 def dashboard(
@@ -188,7 +160,6 @@ def dashboard(
         prefix: What the logger puts before every tag.
         measures: Whether `TokenThroughputMonitor` runs beside.
     """
-    start = re.escape(f"{prefix}-") if prefix else ""
     charts = [(chart.section, chart.title, chart.unit, chart.tags) for chart in CURVES]
     charts.append(("Layers", "Selections of each layer so far", "", r"dls/selection_count/\d+"))
     shown = {"Training": bool(targets), "Layers": selects, "Cost": measures}
@@ -196,17 +167,20 @@ def dashboard(
     for section, title, unit, tags in charts:
         if shown.get(section, tags.rpartition("/")[2] in targets):
             name = f"{title}, {unit}" if unit else title
-            layout.setdefault(section, {})[name] = ["Multiline", [f"{start}{tags}$"]]
+            pattern = f"{re.escape(prefix)}{tags}$"
+            layout.setdefault(section, {})[name] = ["Multiline", [pattern]]
     return layout
 
 
-def _choice(selection: Selection) -> tuple[int, tuple[int, ...]]:
+def _choice(selection: DynamicLayerSelection) -> tuple[int, tuple[int, ...]]:
     """Changes with every selection, and when all layers begin to train without one."""
     return selection.num_selections, selection.active
 
 
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+def _tensorboards(trainer: Trainer) -> list[tuple[TensorBoardLogger, str]]:
+    """The loggers that draw, and what each puts before every tag."""
+    boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [(board, f"{board._prefix}-" if board._prefix else "") for board in boards]
 
 
 def _number(layer: int, layers: Sequence[int]) -> str:
@@ -252,10 +226,18 @@ def find_updates(root: nn.Module) -> list[Update]:
     ]
 
 
-def update_norms(updates: Sequence[Update]) -> list[float]:
-    """Frobenius norm of what each update adds to the weight, in one transfer from the device."""
+def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """Norms of what the updates add to the weights, by tag; in one transfer from the device."""
+    metrics: dict[str, float] = {}
+    layers = [update.layer for update in updates]
     squares = [torch.stack([update_norm(t) ** 2 for t in update.terms]) for update in updates]
-    return torch.stack([square.sum().sqrt() for square in squares]).tolist() if updates else []
+    norms = torch.stack([square.sum().sqrt() for square in squares]).tolist() if updates else []
+    for update, norm in zip(updates, norms, strict=True):
+        place = f"{_number(update.layer, layers)}/{update.target}"
+        metrics[f"roae/update_norm/{place}"] = norm
+        if update.base_norm:
+            metrics[f"roae/relative_update/{place}"] = norm / update.base_norm
+    return metrics
 
 
 @torch.no_grad()

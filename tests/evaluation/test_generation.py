@@ -54,15 +54,6 @@ def test_the_bases_own_generation_settings_do_not_change_the_answer(base):
     assert generate(model, tokenizer, batch, max_new_tokens=6) == plain
 
 
-def test_writing_stops_at_any_of_the_tokens_it_is_given(base):
-    model, tokenizer = base
-    batch = prompts_of(tokenizer, ["Say 1."])
-    first = model(batch["input_ids"]).logits[0, -1].argmax().item()
-    (whole,) = generate(model, tokenizer, batch, 6)
-    (stopped,) = generate(model, tokenizer, batch, 6, stop_ids=[tokenizer.eos_token_id, first])
-    assert stopped == tokenizer.decode([first], skip_special_tokens=True) != whole
-
-
 def test_beams_find_no_less_likely_text_than_greedy_search(base):
     model, tokenizer = base
     prompts = ["Say 1.", "What is the number after 41?", "Why"]

@@ -4,14 +4,11 @@ import json
 import logging
 import os
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
@@ -53,11 +50,6 @@ def test_every_record_is_a_line_in_order(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_the_file_goes_where_it_is_told(tmp_path):
-    predict(tmp_path, PredictionWriter(str(tmp_path / "deep" / "out.jsonl")))
-    assert (tmp_path / "deep" / "out.jsonl").exists()
-
-
 def test_a_run_that_fails_leaves_the_older_file_and_nothing_half_written(tmp_path):
     (tmp_path / "predictions.jsonl").write_text("older\n")
     with pytest.raises(RuntimeError, match="broken"):
@@ -87,13 +79,6 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_pipe_in_the_place_of_the_hidden_file_gives_way(tmp_path):
-    os.mkfifo(tmp_path / ".predictions.jsonl.part")
-    with limited():
-        predict(tmp_path, PredictionWriter())
-    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 5
 
 
 BOTH = EvaluationConfig(protocols=("generate", "likelihood"))
@@ -354,42 +339,3 @@ def test_two_processes_find_what_one_does_in_a_set_that_does_not_divide(tmp_path
         assert item.pop("scores", []) == pytest.approx(other.pop("scores", []), abs=1e-3)
         assert item == other
     assert results["results"] == read(tmp_path)[1]["results"]
-
-
-@pytest.mark.slow
-def test_a_killed_command_that_is_run_again_answers_what_is_missing(base_folder, tmp_path):
-    exercises(tmp_path)
-    settings = {
-        "model": {
-            "base": str(base_folder),
-            "max_new_tokens": 40,
-            "roae": {"rank": 2},
-            "evaluation": {"protocols": ["generate", "likelihood"]},
-        },
-        "data": {
-            "test_sources": [
-                {"path": str(tmp_path / f"{name}.json")} for name in ("boolq", "gsm8k")
-            ],
-            "batch_size": 1,
-        },
-        "trainer": {"accelerator": "cpu", "devices": 1},
-    }
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "rosa_lightning", "test", "--config", str(tmp_path / "c.yaml")]
-    for name in ("killed", "straight"):
-        (tmp_path / name).mkdir()
-    process = subprocess.Popen(
-        command, cwd=tmp_path / "killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while sum(len(p.read_bytes()) for p in (tmp_path / "killed").rglob("predictions.jsonl")) < 2000:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    for name in ("killed", "straight"):
-        subprocess.run(command, cwd=tmp_path / name, check=True, capture_output=True)
-    killed = max((tmp_path / "killed").rglob("results.json"))  # version_1
-    (straight,) = (tmp_path / "straight").rglob("results.json")
-    assert read(killed.parent)[1]["resumed_answers"] > 0
-    assert read(killed.parent)[0] == read(straight.parent)[0]
-    assert plain(read(killed.parent)[1]) == plain(read(straight.parent)[1])

@@ -72,15 +72,6 @@ def test_layers_are_drawn_whatever_their_number(num_layers, num_selections):
     ]
 
 
-def test_a_selection_that_was_written_in_part_is_left_out_of_the_raster():
-    whole = selections(num_layers=2, num_selections=3)
-    part = {**whole, "dls/score/01": line(*whole["dls/score/01"].values[:2])}
-    short = {tag: line(*series.values[:2]) for tag, series in whole.items()}
-    raster = "Layers that train"
-    assert drawn(part)[raster] == drawn(short)[raster] != drawn(whole)[raster]
-    assert raster not in drawn({**part, "dls/score/01": Series((7,), (1.0,))})
-
-
 def test_counts_are_those_of_the_whole_run_where_it_logged_them():
     """A resumed run's folder holds only the rest of its selections."""
     title = "How often each layer was selected"
@@ -102,11 +93,6 @@ def test_a_tag_is_text_and_no_formula_and_no_markup():
     tag = r"val/accuracy/$\frac{1}$<b>&"
     run = {"val/accuracy": line(0, 1), tag: line(0, 0.5)}
     assert tag in texts(drawn(run)["Accuracy of validation answers"])
-
-
-def test_numbers_that_are_none_leave_a_gap():
-    gap = drawn({"train/loss": line(2.0, float("nan"), float("inf"), 1.0)})
-    assert gap["Loss"] != drawn({"train/loss": line(2.0, 1.5, 1.2, 1.0)})["Loss"]
 
 
 def test_equal_runs_give_equal_files_and_the_users_settings_stay():

@@ -132,11 +132,6 @@ def test_memory_of_the_kinds_of_steps_is_compared():
         assert re.search(rf"^ {line} +(\S+ KiB +){{2}}\S+ KiB|^ {line} .*MiB", text, re.M)
 
 
-def test_num_active_says_how_many_layers_train_at_a_time():
-    estimates = compare_memory(adapted("llama", num_hidden_layers=4), num_active=1, **STEP)
-    assert list(estimates)[1] == "layer 3"
-
-
 def test_what_cannot_be_estimated_is_told_and_the_rest_shown():
     estimate = MemoryEstimate(
         base={"bfloat16": 10, "float32": 2048},

@@ -4,7 +4,6 @@ import base64
 import math
 import os
 import re
-import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -107,29 +106,6 @@ def test_what_users_wrote_is_shown_as_text(runs, tmp_path):
     assert "Run <i>run" in page.text
 
 
-def test_reports_go_into_the_run_by_default_and_replace_earlier_ones(runs):
-    run = runs["csv"]
-    assert write_report(str(run)) == run / "report.html"
-    (run / "report.html").write_text("old")
-    write_report(str(run))
-    assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
-    assert not list(run.rglob(".*"))
-
-
-def test_a_report_that_cannot_be_written_leaves_the_earlier_one(runs, monkeypatch):
-    page = write_report(str(runs["board"]))
-    before = page.read_bytes()
-
-    def full(path, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_report(str(runs["board"]))
-    assert page.read_bytes() == before
-    assert not list(page.parent.glob(".*"))
-
-
 def test_numbers_at_the_top_are_those_logged(runs):
     page = Reader(write_report(str(runs["csv"])).read_text())
     rows = page.text.split("All ")[0]
@@ -143,13 +119,6 @@ def test_numbers_at_the_top_are_those_logged(runs):
 def test_a_folder_is_no_output(runs, tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         write_report(str(runs["csv"]), output=str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_no_run_is_refused_and_nothing_is_written(tmp_path):
-    for run, match in ((tmp_path / "none", "is no folder"), (tmp_path, "holds no logged number")):
-        with pytest.raises(ValueError, match=match):
-            write_report(str(run))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,11 +166,6 @@ def test_an_event_file_that_breaks_off_is_read_as_far_as_it_goes(tmp_path):
     (file,) = tmp_path.iterdir()
     os.truncate(file, file.stat().st_size - 200)
     assert 50 < len(read_run(tmp_path)["loss"].steps) < 100
-
-
-def test_lightnings_placeholder_is_no_number_of_the_run(tmp_path):
-    log(tmp_path, {"hp_metric": {0: -1.0}, "loss": {0: 1.0}})
-    assert list(read_run(tmp_path)) == ["loss"]
 
 
 @pytest.mark.parametrize("logger", [TensorBoardLogger, CSVLogger])
@@ -278,19 +242,3 @@ def test_a_table_that_is_none_is_one_line(tmp_path, content, words):
 def test_cells_beyond_the_header_and_null_characters_do_no_harm(tmp_path):
     (tmp_path / "metrics.csv").write_bytes(b"\xef\xbb\xbfstep,loss\n1,2,3,4\n2,\x00\n3,0.5\n")
     assert read_run(tmp_path) == {"loss": Series((1, 3), (2.0, 0.5))}
-
-
-def test_an_event_that_says_it_has_petabytes_is_one_line(tmp_path):
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-
-    log(tmp_path, {"loss": {0: 1.0, 1: 2.0}})
-    (file,) = tmp_path.iterdir()
-    for size in (2**50, 2**63 - 1, 2**64 - 1):
-        head = struct.pack("<Q", size)
-        forged = tmp_path / f"events.out.tfevents.9999999999.{size}"
-        forged.write_bytes(
-            file.read_bytes() + head + struct.pack("<I", masked_crc32c(head)) + b"rest"
-        )
-        with limited(), pytest.raises(ValueError, match=r"event files of .* cannot be read"):
-            read_run(tmp_path)
-        forged.unlink()
