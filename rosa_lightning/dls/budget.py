@@ -12,15 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROUNDING = 1e-9
-"""What sums of costs may be off by, in full backwards."""
+_ROUNDING = 1e-9  # of sums of costs, in full backwards
 
 
 def layer_costs(num_above: Sequence[int], always_active: Sequence[int] = ()) -> tuple[float, ...]:
-    """What a step costs, as a share of a full backward, whose lowest selected layer is this one.
-
-    (L - l) / L for layer l of L, if all can be selected. It counts the layers that the backward
-    runs through and leaves out what lies above them all, such as the head.
+    """What a step costs whose lowest selected layer is this one: (L - l) / L for layer l of L.
 
     Args:
         num_above: How many layers lie above each one, descending.
@@ -58,25 +54,16 @@ def steps_share(
         between = selected - math.ceil(selected / interval)
         full = total_steps - between
     cheapest = min(costs)
-    # What full steps may make up of a run in which the others cost the least.
-    full_share = (budget - cheapest) / (1 - cheapest) if cheapest < 1 else 0.0
     least = (full + between * cheapest) / (full + between) if full + between else 1.0
-    gain = interval * full_share - 1  # of a whole interval, in full steps
-    if budget <= least and not math.isinf(total_steps) and gain > _ROUNDING:
-        selections = math.floor(full_steps * (1 - full_share) / gain + _ROUNDING) + 1
-        needed = math.floor((full_steps + selections) / full_share + _ROUNDING) + 1
-        raise ValueError(
-            f"backward_budget={budget} cannot be kept in a run of {total_steps} optimizer steps, "
-            f"{full:.0f} of which score or train all layers; it needs at least {needed}. Train for "
-            "longer, set less warmup_steps and final_steps_all or, for a trial such as "
-            "fast_dev_run, backward_budget to 1."
-        )
     if budget <= least:
+        run = "any run"
+        if not math.isinf(total_steps):
+            run = f"a run of {total_steps} optimizer steps, {full:.0f} of them with all layers"
         raise ValueError(
-            f"backward_budget={budget} leaves nothing to share: scoring, steps that train all "
-            f"layers, and always_active or the top layer alone cost {least:.3g} of a full "
-            "backward. Set it above that, or interval higher, or fewer layers always_active, or "
-            "less warmup_steps and final_steps_all."
+            f"backward_budget={budget} leaves nothing to share in {run}: these and the top layer "
+            f"or always_active alone cost {least:.3g} of a full backward. Set it above that, "
+            "interval higher, fewer layers always_active or less warmup_steps and final_steps_all, "
+            "or train for longer; for a trial such as fast_dev_run set backward_budget to 1."
         )
     return (budget * (full + between) - full) / between
 
@@ -88,8 +75,7 @@ class BackwardBudget:
     trained, and what it carries over from before. Policies choose by the claims. What is not spent
     is saved up:
 
-    - If the layer with the highest claim can be afforded, all layers that can be afforded may be
-      selected, and low layers whose claims have grown train together.
+    - If the layer with the highest claim can be afforded, all that can be may be selected.
     - If not, the interval saves for it: only layers may be selected that cost no more than half
       way from the cheapest to the mean.
 

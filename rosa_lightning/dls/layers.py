@@ -87,39 +87,24 @@ def _stacks(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequentia
 
 
 def _only_stack(root: nn.Module) -> str:
+    """The only outermost ModuleList of at least two trainable layers of one class."""
     found: dict[str, int] = {}
-    flaws: list[str] = []
     for name, stack in _stacks(root):
-        if any(name.startswith(f"{outer}.") for outer in found):
-            continue
-        if flaw := _flaw(stack):
-            flaws.append(f"{name} ({flaw})")
-        else:
+        repeated = (
+            isinstance(stack, nn.ModuleList) and len({type(_unwrapped(b)) for b in stack}) == 1
+        )
+        trains = any(parameter.requires_grad for parameter in stack.parameters())
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if repeated and trains and len(stack) > 1 and not inside:
             found[name] = len(stack)
-    if len(found) == 1:
-        return next(iter(found))
-    told = [f"{name} ({length} layers)" for name, length in found.items()]
-    passed_over = _listed(sorted(flaws, key=lambda flaw: flaw.count(".")))
-    raise ValueError(
-        f"Expected one ModuleList of at least two repeated, trainable layers in "
-        f"{type(root).__name__}, found {len(found)}{': ' * bool(found)}{_listed(told)}"
-        f"{f'; passed over: {passed_over}' if flaws and not found else ''}. "
-        "Name the one to select from with layers=."
-    )
-
-
-def _flaw(stack: nn.ModuleList | nn.Sequential) -> str | None:
-    """Why a list is not taken for that of the layers without being named; None if it is."""
-    classes = {type(_unwrapped(block)): None for block in stack}
-    if not isinstance(stack, nn.ModuleList):
-        return "a Sequential"
-    if len(stack) < 2:
-        return "one block alone"
-    if len(classes) > 1:
-        return f"of different classes: {_listed([kind.__name__ for kind in classes])}"
-    if not any(parameter.requires_grad for parameter in stack.parameters()):
-        return "nothing in it trains"
-    return None
+    if len(found) != 1:
+        told = _listed([f"{name} ({length} layers)" for name, length in found.items()])
+        raise ValueError(
+            "Expected one ModuleList of at least two layers of one class in which something "
+            f"trains in {type(root).__name__}, found {len(found)}{': ' * bool(found)}{told}. Name "
+            "the one to select from with layers=."
+        )
+    return next(iter(found))
 
 
 def _stack_path(root: nn.Module, wanted: str) -> str:

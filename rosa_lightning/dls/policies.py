@@ -49,15 +49,10 @@ def normalize_scores(
 ) -> Tensor:
     """Scores made comparable between layers.
 
-    Args:
-        scores: A layer's score each, smoothed or as it is.
-        normalization: ``none`` leaves them; ``sqrt_size`` divides by the square root of the number
-            of a layer's norm weights; ``running_mean`` by the mean of all its scores so far, so
-            that a layer whose gradients have always been large counts only when they are larger
-            than it is used to.
-        num_weights: How many norm weights each layer has.
-        means: The mean of each layer's scores so far; None at the first selection, where
-            ``running_mean`` is ``none``.
+    ``sqrt_size`` divides by the square root of the number of a layer's norm weights;
+    ``running_mean`` by the mean of all its scores so far, so that a layer whose gradients have
+    always been large counts only when they are larger than usual. Without means, at the first
+    selection, it is ``none``.
     """
     units: Sequence[float] = [1.0] * len(scores)
     if normalization == "sqrt_size":
@@ -186,12 +181,9 @@ def resolve_num_active(num_active: int | float, num_layers: int | None = None) -
 
 
 def resolve_indices(name: str, given: Sequence[int], positions: Sequence[int]) -> tuple[int, ...]:
-    """Where in ``positions`` the given layers stand, sorted; negative ones count from the last.
+    """Where the given layers stand among the positions that can be selected, ascending.
 
-    Args:
-        name: What an error calls the indices.
-        given: Positions of layers in the list of layers.
-        positions: Positions of the layers that can be selected, ascending.
+    Negative ones count from the last; ``name`` is what an error calls them.
     """
     wanted = {index + positions[-1] + 1 if index < 0 else index for index in given}
     if not wanted <= set(positions):

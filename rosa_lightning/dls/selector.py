@@ -4,7 +4,7 @@ Pure torch, no trainer: ties scores, a policy and a budget together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -21,6 +21,37 @@ from .policies import (
     resolve_num_active,
     select_layers,
 )
+
+_RANGES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "interval": (Integral, lambda n: n >= 1, "a whole number of steps, at least 1"),
+    "warmup_steps": (Integral, lambda n: n >= 0, "a whole number of steps, 0 for none"),
+    "final_steps_all": (Integral, lambda n: n >= 0, "a whole number of steps, 0 for none"),
+    "seed": (Integral, lambda n: True, "a whole number"),
+    "backward_budget": (Real, lambda x: 0 < x <= 1, "a share in (0, 1], 1 for no budget"),
+    "temperature": (Real, lambda x: 0 < x < math.inf, "a number above 0, 1 for shares by score"),
+    "score_share": (Real, lambda x: 0 < x <= 1, "a share of the total score, in (0, 1]"),
+    "score_smoothing": (Real, lambda x: 0 <= x < 1, "a weight in [0, 1), 0 for no memory"),
+    "always_active": (list | tuple, lambda given: _whole(given), "a list of whole numbers"),
+    "fixed_layers": (list | tuple, lambda given: _whole(given), "a list of whole numbers"),
+}
+"""The type and range of each setting, and what to set."""
+
+
+def _whole(given: Sequence[object]) -> bool:
+    return all(isinstance(index, Integral) and not isinstance(index, bool) for index in given)
+
+
+def _check(config: object, *names: str) -> None:
+    for name in names:
+        (kind, holds, advice), given = _RANGES[name], getattr(config, name)
+        if isinstance(given, bool) or not isinstance(given, kind) or not holds(given):
+            raise ValueError(f"{name}={given!r} is out of range. Set {advice}.")
+
+
+def check_choice(name: str, given: object, known: Sequence[str]) -> None:
+    """Refuse a name that is none of those known."""
+    if given not in known:
+        raise ValueError(f"{name}={given!r} is unknown. Set one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,29 +76,9 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        for name in ("temperature", "score_share", "score_smoothing"):
-            _check_type(self, name, Real, "a number")
+        _check(self, "temperature", "score_share", "score_smoothing")
+        _check(self, "always_active", "fixed_layers")
         check_choice("score_normalization", self.score_normalization, get_args(Normalization))
-        _require(
-            self.temperature > 0 and math.isfinite(self.temperature),
-            *(self, "temperature", "is not above 0. Set 1 for shares by score"),
-        )
-        _require(
-            0 < self.score_share <= 1,
-            *(
-                self,
-                "score_share",
-                "is outside (0, 1]. Set the share of the score that is to train",
-            ),
-        )
-        _require(
-            0 <= self.score_smoothing < 1,
-            *(self, "score_smoothing", "is outside [0, 1). Set 0 for no memory of earlier scores"),
-        )
-        for name in ("always_active", "fixed_layers"):
-            _check_type(self, name, list | tuple, "a list of layers")
-            whole = [isinstance(index, Integral) for index in getattr(self, name)]
-            _require(all(whole), self, name, "are no layers. Set whole numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,26 +97,19 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
         resolve_num_active(self.num_active)
-        for name in ("interval", "warmup_steps", "final_steps_all", "seed"):
-            _check_type(self, name, Integral, "a whole number")
-        _check_type(self, "backward_budget", Real, "a number")
+        _check(self, "interval", "warmup_steps", "final_steps_all", "backward_budget", "seed")
         check_choice("policy", self.policy, get_args(Policy))
-        _require(self.interval >= 1, self, "interval", "is below 1. Set the steps to wait")
-        for name in ("warmup_steps", "final_steps_all"):
-            _require(getattr(self, name) >= 0, self, name, "is below 0. Set 0 for none")
-        _require(
-            0 < self.backward_budget <= 1,
-            *(self, "backward_budget", "is outside (0, 1]. Set a mean share of a full backward"),
-        )
-        if (self.policy == "fixed") != bool(self.options.fixed_layers):
+        fixed = self.options.fixed_layers
+        if (self.policy == "fixed") != bool(fixed):
             raise ValueError(
-                f"policy={self.policy!r} with fixed_layers={self.options.fixed_layers}: policy "
-                "'fixed' needs fixed_layers, and only it reads them. Set both or neither."
+                f"policy={self.policy!r} with fixed_layers={fixed}: policy 'fixed' needs "
+                "fixed_layers, and only it reads them. Set both or neither."
             )
-        _require(
-            self.policy != "fixed" or self.backward_budget == 1,
-            *(self, "backward_budget", "has nothing to share under policy 'fixed'. Set it to 1"),
-        )
+        if fixed and self.backward_budget < 1:
+            raise ValueError(
+                f"backward_budget={self.backward_budget} has nothing to share under policy "
+                "'fixed'. Set another policy, or fixed_layers that cost no more."
+            )
 
     @property
     def needs_length(self) -> bool:
@@ -331,21 +335,3 @@ class _DecayingMean:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.weight = state_dict["weight"]
         self.sums = list(state_dict["sums"])
-
-
-def check_choice(name: str, given: object, known: Sequence[str]) -> None:
-    """Refuse a name that is none of those known."""
-    if given not in known:
-        raise ValueError(f"{name}={given!r} is unknown. Set one of {', '.join(known)}.")
-
-
-def _check_type(config: object, name: str, wanted: Any, what: str) -> None:
-    """Refuse a setting of another type, which may have come from a file."""
-    given = getattr(config, name)
-    if isinstance(given, bool) or not isinstance(given, wanted):
-        raise ValueError(f"{name}={given!r} is a {type(given).__name__}. Set {what}.")
-
-
-def _require(holds: bool, config: object, name: str, problem: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={getattr(config, name)} {problem}.")

@@ -15,7 +15,6 @@ from rosa_lightning.roae.rope import PairTable
 from rosa_lightning.roae.tracing import Leaf, Trace, is_inside
 
 _NO_PAIRS = PairTable(0, (), ())
-Measured = tuple[tuple[AttentionGeometry, ...], Trace]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,6 @@ class AdaptedProjection:
 def select_projections(
     model: nn.Module,
     config: RoAEConfig,
-    measured: Measured | None = None,
     *,
     strict: bool = True,
 ) -> tuple[list[AdaptedProjection], list[str]]:
@@ -88,7 +86,6 @@ def select_projections(
     Args:
         model: A causal language model.
         config: What is asked for.
-        measured: From `read_geometry`, if the model has been measured already.
         strict: Refuse what cannot be added; otherwise targets that no layer has are left out.
 
     Returns:
@@ -99,7 +96,7 @@ def select_projections(
         ValueError: The model cannot be measured, or, if ``strict``, a target can be adapted in no
             layer, or a term cannot be added where ``config.placement`` asks for it.
     """
-    layers, trace = measured or read_geometry(model)
+    layers, trace = read_geometry(model)
     found: list[AdaptedProjection] = []
     notes: list[str] = []
     for layer in layers:

@@ -16,7 +16,6 @@ from rosa_lightning.adapters.files import load_adapter
 from rosa_lightning.adapters.lora import write_lora
 from rosa_lightning.adapters.peft_format import read_header
 from rosa_lightning.models.loading import load_base
-from rosa_lightning.roae.geometry import read_geometry
 from rosa_lightning.roae.inject import inject_roae, is_adapter_key, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.roae.targets import select_projections
@@ -258,7 +257,7 @@ def test_every_model_that_is_adapted_goes_to_peft_and_back(name, targets, tmp_pa
     except Exception as error:
         pytest.skip(str(error))
     wanted = RoAEConfig(targets=targets)
-    terms, _ = select_projections(base, wanted, read_geometry(base), strict=False)
+    terms, _ = select_projections(base, wanted, strict=False)
     held = tuple(target for target in targets if any(term.target == target for term in terms))
     model = adapted(name, RoAEConfig(rank=2, alpha=4.0, low_freq_ratio=0.5, targets=held))
     try:

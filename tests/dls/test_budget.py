@@ -1,11 +1,10 @@
 import math
-import re
 from itertools import pairwise
 from random import Random
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosa_lightning.dls.budget import BackwardBudget, layer_costs, steps_share
@@ -93,17 +92,12 @@ def test_what_is_left_for_the_steps_between_selections_adds_up(
     between = max(0, steps - full - selecting)
     least = (steps - between + between * costs[-1]) / steps
     if budget <= least:
-        with pytest.raises(ValueError, match=r"backward_budget=.*(leaves nothing|cannot be kept)"):
+        with pytest.raises(ValueError, match=r"backward_budget=.*leaves nothing"):
             steps_share(budget, interval, costs, steps, full)
     else:
         share = steps_share(budget, interval, costs, steps, full)
         assert costs[-1] < share < 1
         assert (steps - between + between * share) / steps == pytest.approx(budget)
-
-
-def test_in_an_endless_run_each_interval_pays_for_its_selection():
-    assert steps_share(0.55, 10, costs_of(4)) == pytest.approx(0.5)
-    assert steps_share(0.55, 10, costs_of(4), 10**7, 100) == pytest.approx(0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -114,28 +108,6 @@ def test_a_budget_that_leaves_nothing_is_refused_with_the_least(budget, interval
     with pytest.raises(ValueError, match=f"alone cost {least} of a full") as error:
         steps_share(budget, interval, costs_of(4, always))
     assert "\n" not in str(error.value)
-
-
-# --- the mean cost --------------------------------------------------------------------------
-
-
-@given(set_ups(), st.integers(0, 20))
-def test_a_run_too_short_for_the_budget_is_told_how_long_it_must_be(set_up, full_steps):
-    num_layers, budget, interval, _ = set_up
-    budget = min(budget + 1e-6, 0.999)  # off what rounding decides
-
-    def affordable(steps):
-        try:
-            steps_share(budget, interval, costs_of(num_layers), steps, full_steps)
-        except ValueError as error:
-            return re.search(r"needs at least (\d+)\.", str(error))[1]
-        return None
-
-    if (needed := affordable(full_steps + 1)) is not None:
-        steps = int(needed)
-        assume(steps < 2000)
-        assert affordable(steps) is None
-        assert all(affordable(less) == needed for less in range(full_steps, steps))
 
 
 @given(set_ups(always=True), st.data())
@@ -230,13 +202,6 @@ def test_layers_that_the_budget_holds_back_share_in_proportion_among_themselves(
     assert min(shares[6:]) > 0.6
 
 
-def test_intervals_that_train_low_layers_alternate_with_intervals_that_save_for_them():
-    run = Run(8, 0.505, 100).top_k([100.0, *[1.0] * 7], 3, 12)
-    # Steps between selections may cost a half; layer 6 costs a quarter, so two intervals save for
-    # the third.
-    assert [min(active) for active in run.active] == [6, 6, 0] * 4
-
-
 def test_a_claim_that_was_long_too_large_to_be_met_does_not_outlast_its_score():
     # Layer 0 asks for nine tenths of the time and gets a third of it.
     run = Run(8, 0.505, 100).top_k([9.0, *[0.1] * 7], 3, 1000)
@@ -265,27 +230,3 @@ def test_layers_that_are_always_active_claim_nothing(set_up, data):
             ),
         )
     assert all(always[0] in active for active in run.active)
-
-
-def test_scores_that_are_all_zero_share_evenly():
-    run = Run(4, 0.999, 100).top_k([0.0] * 4, 2, 40)
-    assert run.shares() == pytest.approx([0.5] * 4, abs=0.05)
-
-
-# --- state ----------------------------------------------------------------------------------
-
-
-def test_a_restored_budget_goes_on_exactly(tmp_path):
-    scores = torch.rand(30, 6, generator=torch.Generator().manual_seed(1)).tolist()
-    straight, first, second = (Run(6, 0.5, 10) for _ in range(3))
-    for row in scores:
-        straight.top_k(row, 2, 1)
-    for row in scores[:11]:
-        first.top_k(row, 2, 1)
-    torch.save(first.budget.state_dict(), tmp_path / "state.pt")
-    second.budget.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    first.top_k(scores[0], 2, 1)
-    for row in scores[11:]:
-        second.top_k(row, 2, 1)
-    assert second.active == straight.active[11:]
-    assert second.budget.state_dict() == straight.budget.state_dict()

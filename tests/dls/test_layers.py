@@ -78,23 +78,6 @@ def test_a_model_without_layers_is_told_so():
         find_layers(nn.Linear(2, 2))
 
 
-def test_lists_that_are_passed_over_are_named_with_the_reason():
-    root = nn.ModuleDict({"frozen": Model(2).requires_grad_(False), "one": Model(1)})
-    root["mixed"] = nn.ModuleList([Block(), nn.Linear(4, 4)])
-    root["chain"] = nn.Sequential(nn.Linear(4, 4))
-    for layer in (*root["one"].layers, root["mixed"][0]):
-        layer.attention.adapters = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="found 0") as error:
-        find_layers(root)
-    for told in (
-        "frozen.layers (nothing in it trains)",
-        "one.layers (one block alone)",
-        "mixed (of different classes: Block, Linear)",
-        "chain (a Sequential)",
-    ):
-        assert told in str(error.value)
-
-
 def test_a_pattern_names_the_one_list_whose_path_it_matches():
     root = nn.ModuleDict({"encoder": Model(3), "decoder": Model(5)})
     assert len(find_layers(root, "dec*.layers")) == 5
@@ -126,15 +109,6 @@ def test_a_layer_whose_norms_have_no_weight_is_named():
     root.layers[1].post_attention_layernorm = WeightlessNorm()
     with pytest.raises(ValueError, match=r"Layer 'layers.1' has no norm weight.*attention.q_norm"):
         find_layers(root)
-
-
-def test_a_layer_without_candidates_is_left_out():
-    root = Model()
-    root.layers[0].requires_grad_(False)
-    found = find_layers(root)
-    assert [layer.index for layer in found] == list(range(1, len(root.layers)))
-    with pytest.raises(ValueError, match=r"nothing to train in 'layers'.*\*lora\*"):
-        find_layers(root, trainable="*lora*")
 
 
 def test_layers_that_share_a_parameter_are_refused():

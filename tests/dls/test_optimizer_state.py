@@ -78,24 +78,6 @@ def test_a_reset_keeps_every_entry_where_it_is():
     assert after == before
 
 
-def held_bytes(optimizer):
-    values = [v for state in optimizer.state.values() for v in state.values()]
-    return sum(v.untyped_storage().nbytes() for v in values if isinstance(v, torch.Tensor))
-
-
-def test_freed_moments_hold_no_memory():
-    parameters = weights()
-    optimizer = OPTIMIZERS["adamw"](parameters)
-    step(optimizer, parameters, 0)
-    before = held_bytes(optimizer)
-    free_state([optimizer], parameters[:1])
-    assert held_bytes(optimizer) == before / 2
-    # The next checkpoint holds no more either, and loads.
-    saved = optimizer.state_dict()
-    assert list(saved["state"]) == [1]
-    OPTIMIZERS["adamw"](weights()).load_state_dict(saved)
-
-
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamWFp8"])
 @torch.compiler.set_stance("force_eager")
 def test_moments_of_eight_bits_are_reset_in_place(name):
@@ -117,14 +99,6 @@ def test_moments_of_eight_bits_are_reset_in_place(name):
         optimizer.step()
         fresh.step()
         torch.testing.assert_close(weight, new, rtol=0, atol=0)
-
-
-def test_parameters_without_state_are_passed_over_and_get_none():
-    parameters = weights()
-    optimizer = OPTIMIZERS["adamw"](parameters)
-    reset_state([optimizer], parameters)
-    free_state([optimizer], parameters)
-    assert len(optimizer.state) == 0
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -150,14 +124,6 @@ def test_filled_state_changes_nothing_of_what_training_does(make):
     for plain, same in zip(*trained, strict=True):
         assert torch.equal(plain, same)
     assert steps in ([6.0, 3.0], [0.0, 0.0])
-
-
-def test_every_weight_has_state_once_filled():
-    pair = weights()
-    optimizer = optim.AdamW(pair)
-    fill_state(optimizer)
-    assert all(set(optimizer.state[w]) == {"step", "exp_avg", "exp_avg_sq"} for w in pair)
-    assert not any(value.any() for w in pair for value in optimizer.state[w].values())
 
 
 @pytest.mark.parametrize("mode", ["reset", "free"])

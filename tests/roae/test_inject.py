@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import math
 import sys
 import weakref
@@ -37,9 +36,10 @@ def randomise(model: nn.Module) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_adapter_leaves_logits_bit_for_bit_unchanged(family, dtype, ids_BT):
     model = build(family, dtype)
-    before = model(ids_BT).logits
-    inject_roae(model, RoAEConfig(rank=4))
-    assert torch.equal(model(ids_BT).logits, before)
+    before, kernel = model(ids_BT).logits, model.config._attn_implementation
+    inject_roae(model.train(), RoAEConfig(rank=4))
+    assert (model.config._attn_implementation, model.training) == (kernel, True)
+    assert torch.equal(model.eval()(ids_BT).logits, before)
 
 
 def _rotated_queries(model, layer_index: int, row: torch.Tensor, positions: list[int]):
@@ -111,23 +111,6 @@ def test_only_low_frequency_outputs_of_each_projection_change(family):
         high = [d for d in range(delta.shape[-1]) if d not in low]
         assert (delta[..., low] != 0).all()
         assert (delta[..., high] == 0).all()
-
-
-def test_it_equals_a_peft_lora_whose_b_is_zero_off_the_low_frequencies(ids_BT):
-    ours, theirs = build("llama"), build("llama")
-    theirs.load_state_dict(ours.state_dict())
-    inject_roae(ours, RoAEConfig(rank=4, alpha=8.0))
-    randomise(ours)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj"])
-    theirs = peft.get_peft_model(theirs, config)
-    for name, layer in roae_layers(ours):
-        lora = theirs.get_submodule(f"base_model.model.{name}")
-        lora.lora_A["default"].weight.data = layer.roae_A.data
-        wide = torch.zeros_like(lora.lora_B["default"].weight)
-        heads = wide.shape[0] // 16
-        wide[[16 * head + dim for head in range(heads) for dim in (6, 7, 14, 15)]] = layer.roae_B
-        lora.lora_B["default"].weight.data = wide
-    assert_close(ours(ids_BT).logits, theirs.eval()(ids_BT).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -259,28 +242,6 @@ def test_placement_state_refuses_to_merge_in_one_line_and_changes_nothing(ids_BT
     assert torch.equal(model(ids_BT).logits, before)
 
 
-def test_placement_state_keeps_a_copy_of_the_model_apart(ids_BT):
-    model = build("qwen3")
-    inject_roae(model, RoAEConfig(rank=4, placement="state"))
-    randomise(model)
-    twin = copy.deepcopy(model)
-    for _, layer in roae_layers(model):
-        nn.init.zeros_(layer.roae_B)
-    assert not torch.equal(twin(ids_BT).logits, model(ids_BT).logits)
-    keys = {key for key in model.state_dict() if is_adapter_key(key)}
-    assert "model.layers.0.self_attn.q_proj.roae_A" in keys
-    assert len(keys) == 8
-
-
-def test_placement_state_without_a_norm_is_the_projection_and_merges(ids_BT):
-    model = build("llama")
-    report = inject_roae(model, RoAEConfig(rank=4, placement="state"))
-    randomise(model)
-    before = model(ids_BT).logits
-    assert {p.norm for p in report.projections} == {""}
-    assert_close(merge_roae(model)(ids_BT).logits, before, atol=1e-3, rtol=1e-3)
-
-
 def test_placement_state_is_refused_where_the_norm_comes_after_the_rotation():
     config = transformers.NanoChatConfig(**{**SMALL, "num_key_value_heads": 2})
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -352,31 +313,9 @@ def test_the_report_says_what_stands_where():
     assert "4 of 16 dimensions a head" in str(report)
 
 
-def test_targets_may_be_q_or_k_alone():
-    report = inject_roae(build("llama"), RoAEConfig(rank=4, targets=("k",)))
-    assert {p.target for p in report.projections} == {"k"}
-
-
 def test_layers_without_rotation_get_no_adapter():
     report = inject_roae(build("smollm3"), RoAEConfig(rank=4))
     assert {p.name.split(".")[2] for p in report.projections} == {"0"}
-
-
-def test_the_model_keeps_its_attention_kernel_and_its_mode():
-    model = build("llama")
-    kernel = model.config._attn_implementation
-    inject_roae(model.train(), RoAEConfig(rank=4))
-    assert model.config._attn_implementation == kernel
-    assert model.training
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_dropout_follows_the_mode_of_the_model(training, ids_BT):
-    model = build("llama").train(training)
-    inject_roae(model, RoAEConfig(rank=4, dropout=0.5))
-    assert {module.training for module in model.modules()} == {training}
-    randomise(model)
-    assert torch.equal(model(ids_BT).logits, model(ids_BT).logits) != training
 
 
 def test_the_slowest_pairs_of_a_half_precision_model_are_told_apart():
@@ -436,16 +375,6 @@ def test_adapter_keys_that_do_not_fit_are_named():
         check_adapter_keys(model, {**good, "lm_head.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=f"{key} has shape"):
         check_adapter_keys(model, {**good, key: torch.zeros(1)})
-
-
-def test_generation_with_a_cache_equals_generation_without(ids_BT):
-    model = build("llama")
-    inject_roae(model, RoAEConfig(rank=4))
-    randomise(model)
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    cached = model.generate(ids_BT, use_cache=True, **options)
-    assert torch.equal(cached, model.generate(ids_BT, use_cache=False, **options))
-    assert cached.shape[1] == ids_BT.shape[1] + 5
 
 
 def test_routed_experts_take_no_term_and_the_report_says_so():
@@ -567,17 +496,3 @@ def test_nothing_below_the_lowest_active_layer_is_kept_or_run_again(ids_BT, chec
     assert graph_leaves(loss) == adapters_of(layers[2:])
     loss.backward()
     assert runs == ([1, 1, 2, 2] if checkpointing else [1, 1, 1, 1])
-
-
-def test_a_frozen_term_keeps_nothing_and_one_that_trains_its_input_once(ids_BT):
-    rank, tokens, width = 4, ids_BT.numel(), 64
-    model = build("llama", num_hidden_layers=3).requires_grad_(False)
-    floor, _ = kept_by_layer(
-        model, inputs_embeds=model.model.embed_tokens(ids_BT).requires_grad_(True)
-    )
-    inject_roae(model, RoAEConfig(rank=rank))
-    model.model.layers[1].requires_grad_(False)
-    kept, _ = kept_by_layer(model, input_ids=ids_BT)
-    assert kept[1] == floor[1]
-    # Q and K keep the same tensor, and a thin product each.
-    assert kept[2] == floor[2] + 4 * tokens * (width + 2 * rank)
