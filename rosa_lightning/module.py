@@ -1,54 +1,37 @@
-"""`RoSAModule`: a frozen RoPE language model with RoAE, as a LightningModule."""
+"""`RoSAModule`: training and evaluation of a frozen RoPE language model with RoAE."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from rosa_lightning.adapted import AdaptedModel
 from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
-from rosa_lightning.adapters.files import load_adapter, read_metadata
-from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, fingerprint
+from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, tokenizer_digest
 from rosa_lightning.adapters.resume_checks import check_entries, check_states_fit
-from rosa_lightning.answering import Answering
 from rosa_lightning.data.collators import num_rows
 from rosa_lightning.dls.optimizer_state import held_gradients, hold_gradients
-from rosa_lightning.evaluation.evaluator import EvaluationConfig
+from rosa_lightning.evaluation.checks import check_lengths, check_test_prompts
+from rosa_lightning.evaluation.evaluator import Evaluation, EvaluationConfig, predictions
+from rosa_lightning.evaluation.generation import generate
 from rosa_lightning.models.finite import check_states, check_weights
-from rosa_lightning.models.loading import (
-    Dtype,
-    enable_checkpointing,
-    load_base,
-    load_tokenizer,
-    vocabulary_size,
-    whole_name,
-)
-from rosa_lightning.models.quantization import Quantization, check_trainable, is_packed
-from rosa_lightning.models.vocabulary import num_embeddings
-from rosa_lightning.roae.inject import (
-    RoAEReport,
-    check_adapter_keys,
-    expect_adapters_alone,
-    inject_roae,
-    is_adapter_key,
-)
-from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.models.loading import context_length, whole_name
+from rosa_lightning.models.quantization import check_trainable
+from rosa_lightning.roae.inject import check_adapter_keys
+from rosa_lightning.tasks.records import TASKS
 from rosa_lightning.training.checkpoint_io import check_outputs, use_atomic_checkpoints
-from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.guard import StepGuard, check_clipping, check_max_nonfinite_steps
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.resume import (
@@ -58,33 +41,13 @@ from rosa_lightning.training.resume import (
     untrained_reason,
 )
 from rosa_lightning.training.schedule import WarmupCosine, lightning_scheduler
-from rosa_lightning.training.sharding import (
-    leave_packed_out,
-    load_on_rank_zero,
-    shard_and_broadcast,
-)
-from rosa_lightning.training.speed import SpeedConfig
+from rosa_lightning.training.sharding import is_sharded
 from rosa_lightning.utils.agreement import together
 from rosa_lightning.utils.rng import set_rng_state
 from rosa_lightning.utils.stopping import Stopping
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-_DEFAULT_ROAE = RoAEConfig()
-"""This very object stands for settings that were not given; equal ones were."""
-_DEFAULT_EVALUATION = EvaluationConfig()
-_DEFAULT_SPEED = SpeedConfig()
-
-
-_BUILD_SETTINGS = frozenset(
-    {
-        *("base", "revision", "trust_remote_code", "roae", "adapter", "dtype_of_base"),
-        *("quantization", "attn_implementation", "gradient_checkpointing"),
-    }
-)
-"""Settings that the model is built with; they cannot change afterwards."""
+    from transformers import PreTrainedTokenizerBase
 
 
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -97,33 +60,11 @@ def default_lr_scheduler(optimizer: Optimizer) -> LRScheduler:
     return WarmupCosine(optimizer)
 
 
-class RoSAModule(Answering):
+class RoSAModule(AdaptedModel):
     """Fine-tunes a frozen RoPE language model through RoAE alone.
 
     Only the RoAE weights are trained, in float32 under every precision but 64-true. Checkpoints
-    hold them and not the base.
-
-    Args:
-        base: The causal language model to adapt: hub id, local folder, or ``tiny`` for the
-            embedded demonstration model. On the command line a checkpoint or adapter names it too.
-        roae: What RoAE adds. With ``adapter``, leave it out or give what the adapter was trained
-            with; another dropout will do.
-        adapter: Folder of an adapter to go on from, or to evaluate, that ``export`` has written
-            with format rosa or peft.
-        revision: Branch, tag or commit of the base on the hub.
-        dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
-            the base says of itself.
-        quantization: Quantise the base's linear layers while loading: int8 (torchao, weights
-            alone), llm_int8, nf4 or fp4 (bitsandbytes, eight and four bits); by default they stay
-            as the base has them. Needs ``pip install 'rosa-lightning[quantization]'``.
-        attn_implementation: Attention kernel: eager, sdpa, flash_attention_2, flex_attention; by
-            default what `transformers` chooses.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping
-            them: less memory, more time.
-        speed: What makes a training step faster or smaller; `SpeedConfig`.
-        max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
-        trust_remote_code: Run Python code that comes with the base. Off unless asked for.
-        evaluation: How ``test`` finds and reads answers.
+    hold them and not the base. The arguments are those of `AdaptedModel`.
 
     Attributes:
         make_optimizer: Makes the optimizer from the trainable parameters; AdamW at 1e-3 by default.
@@ -133,228 +74,54 @@ class RoSAModule(Answering):
             or gradients are not finite; the next one stops the run. 0 by default.
     """
 
-    def __init__(
-        self,
-        base: str,
-        roae: RoAEConfig = _DEFAULT_ROAE,
-        *,
-        speed: SpeedConfig = _DEFAULT_SPEED,
-        adapter: str | None = None,
-        revision: str | None = None,
-        dtype: Dtype = "auto",
-        quantization: Quantization | None = None,
-        attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        max_new_tokens: int = 256,
-        trust_remote_code: bool = False,
-        evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
-    ) -> None:
-        super().__init__()
-        # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
-        self.save_hyperparameters(ignore=["roae", "speed", "adapter", "evaluation"])
-        # Known from any working folder.
-        self.save_hyperparameters({"base": whole_name(base)})
-        self.base = base
-        self.roae: RoAEConfig = roae
-        self.speed: SpeedConfig = speed
-        self.adapter = adapter
-        self.revision = revision
-        self.dtype_of_base = dtype
-        self.quantization = quantization
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.max_new_tokens = max_new_tokens
-        self.trust_remote_code = trust_remote_code
-        self.evaluation = evaluation
+    def _prepare(self) -> None:
         self.make_optimizer: OptimizerCallable = default_optimizer
         self.make_lr_scheduler: LRSchedulerCallable = default_lr_scheduler
         self.max_nonfinite_steps = 0
-        self.model: PreTrainedModel | None = None
-        self.identity: BaseFingerprint | None = None
-        self.report: RoAEReport | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._num_embeddings: int | None = None
-        self._forward: LossComputer | None = None
+        self.evaluated: Evaluation | None = None
+        """The last test, with its scores."""
+        self._written: Evaluation | None = None
+        """Answers written in the validation at hand."""
         self._guard = StepGuard(0)
         self._to_restore: RankState | None = None
         self._to_fit: Mapping[str, Any] | None = None
         """A checkpoint to compare with the optimizers, once there are some."""
         self._has_trained = False
-        self._said_float64 = False
-        # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
-        self.strict_loading = False
-        self.register_load_state_dict_post_hook(expect_adapters_alone)  # type: ignore[no-untyped-call]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. A setting is checked, and what follows from it follows.
-
-        Raises:
-            ValueError: A setting that cannot be used.
-            AttributeError: It says how the model is built, and the model is built.
-        """
-        if name == "max_new_tokens" and value < 1:
-            raise ValueError(
-                f"max_new_tokens={value} is below 1. Set model.max_new_tokens; 256 is the default."
-            )
+        """Set an attribute; as `AdaptedModel` does, and a number of steps is checked too."""
         if name == "max_nonfinite_steps":
             check_max_nonfinite_steps(value)
-        if name in ("roae", "speed") and isinstance(value, Mapping):  # as a checkpoint has it
-            value = (RoAEConfig if name == "roae" else SpeedConfig)(**value)
-        if name in _BUILD_SETTINGS and name in vars(self) and value != getattr(self, name):
-            self._check_unbuilt(name, value)
-        if name == "speed" and name in vars(self) and value.compile != self.speed.compile:
-            self._check_unbuilt(name, value)
         super().__setattr__(name, value)
-        if name == "speed" and vars(self).get("_forward") is not None:
-            self._forward = self._new_forward()
-        if name in ("roae", "speed"):  # as plain values, which load safely
-            plain = asdict(value)
-            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
-            self.save_hyperparameters({name: plain})
-        remembered = "dtype" if name == "dtype_of_base" else name
-        if name not in ("roae", "speed") and remembered in self.hparams:
-            self.hparams[remembered] = whole_name(value) if name == "base" else value
-
-    def _check_unbuilt(self, name: str, value: Any) -> None:
-        if self._modules.get("model") is not None or vars(self).get("model") is not None:
-            raise AttributeError(
-                f"{name} cannot be changed to {value!r}: the model is built with {name}="
-                f"{getattr(self, name)!r}. Make a new RoSAModule."
-            )
-        if name in ("base", "revision", "trust_remote_code"):
-            self._tokenizer = self._num_embeddings = None
-
-    # The model.
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer, loaded at first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(
-                self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-        return self._tokenizer
-
-    @property
-    def num_embeddings(self) -> int | None:
-        """Rows of the base's embedding, all that a token id can name; None where not known."""
-        if self.model is not None:
-            return num_embeddings(self.model)
-        if self._num_embeddings is None:
-            self._num_embeddings = vocabulary_size(
-                self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-        return self._num_embeddings
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """How to load the base; the options that `load_base` and `load_skeleton` share."""
-        return {
-            "revision": self.revision,
-            "dtype": self.dtype_of_base,
-            "attn_implementation": self.attn_implementation,
-            "trust_remote_code": self.trust_remote_code,
-        }
-
-    def configure_model(self) -> None:
-        """Load the base, freeze it and add RoAE; once."""
-        if self.model is None:
-            # Lightning calls this with the strategy's device as the default one, and moves the
-            # module there afterwards.
-            device = torch.get_default_device()
-            with torch.device("cpu"):
-                self._configure(device)
-
-    def _configure(self, device: torch.device) -> None:
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy):
-            raise ValueError(
-                "RoSAModule does not run under DeepSpeedStrategy, which gathers weights for as "
-                "many passes on every rank, where batches may take more or fewer. Set "
-                "trainer.strategy to ddp, fsdp or ModelParallelStrategy."
-            )
-        model, self.identity, self.report = load_on_rank_zero(
-            partial(self._adapted_base, device), strategy
-        )
-        self.roae = self.report.config  # an adapter brings its own
-        if self.speed.compile:
-            compile_layers(model, strategy)
-        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
-        self.model = cast("PreTrainedModel", shard_and_broadcast(model.train(), strategy))
-        self._forward = self._new_forward()
-        leave_packed_out(self)
-        rank_zero_info(str(self.report))
-
-    def _new_forward(self) -> LossComputer:
-        return LossComputer(cast("PreTrainedModel", self.model), self.speed)
-
-    def _adapted_base(
-        self, device: torch.device
-    ) -> tuple[PreTrainedModel, BaseFingerprint, RoAEReport]:
-        # Weights in few bits are packed by the device's own kernels.
-        model = load_base(self.base, quantization=self.quantization, device=device, **self.loading)
-        identity = fingerprint(model, self.base)
-        report = self.adapt(model)
-        if self.gradient_checkpointing:
-            enable_checkpointing(model)
-        return model, identity, report
-
-    def adapt(self, model: PreTrainedModel) -> RoAEReport:
-        """Add RoAE to a base as this module is told to: anew, or an adapter's."""
-        if self.adapter is None:
-            return inject_roae(model, self.roae)
-        given = None if self.roae is _DEFAULT_ROAE else self.roae
-        self.trained_under = read_metadata(Path(self.adapter)).conditions
-        return load_adapter(model, self.adapter, given)
-
-    def to(self, *args: Any, **kwargs: Any) -> RoSAModule:
-        """Move to a device; a dtype is left out unless it is float64.
-
-        Lightning's bf16-true and 16-true cast the whole module, adapters included. The base's
-        dtype is ``dtype``'s to say, and adapters are trained in float32.
-        """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype == torch.float64:
-            return self.double()
-        if device is not None:
-            super().to(device=device, non_blocking=non_blocking)
-        return self
-
-    def double(self) -> RoSAModule:
-        """Cast base and adapters to float64, and say so once.
-
-        Raises:
-            ValueError: The base is quantised.
-        """
-        if any(is_packed(weight) for weight in self.parameters()):
-            raise ValueError(
-                "precision 64-true cannot be had on a quantised base, whose values have a few "
-                "bits. Set trainer.precision to 32-true, or take model.quantization out."
-            )
-        if not self._said_float64:
-            self._said_float64 = True
-            rank_zero_info("64-true: base and adapters are cast to float64.")
-        return super().double()
-
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """The adapted model's own forward."""
-        return self._built()(input_ids=input_ids, **kwargs)
-
-    def _built(self) -> PreTrainedModel:
-        if self.model is None:
-            self.configure_model()
-        return cast("PreTrainedModel", self.model)
 
     # Training.
 
     def setup(self, stage: str) -> None:
-        """See to how checkpoints are written, and refuse what cannot be before loading."""
-        super().setup(stage)
+        """Check settings before the model is loaded, and let checkpoints be written whole."""
+        context = context_length(
+            self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
+            # Ranks finish at different lengths, and would wait for each other's shards forever.
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} cannot write answers, whose lengths "
+                "differ from rank to rank. Set trainer.strategy to auto or ddp, and --ckpt_path to "
+                "a full checkpoint."
+            )
+        if stage == "test":
+            prompts = self._told("test_examples", [])
+            check_test_prompts(prompts, self.evaluation, self.max_new_tokens, context)
+        elif stage in ("fit", "validate"):
+            check_lengths(self._told("max_length"), context)
         self._to_fit = None
         use_atomic_checkpoints(self.trainer.strategy)
         if stage == "fit":
             check_outputs(self.trainer)
             check_clipping(self.trainer.gradient_clip_val)
+
+    def _told(self, name: str, default: Any = None) -> Any:
+        """What the data module says of its texts; one of a user's own may say nothing."""
+        return getattr(getattr(self.trainer, "datamodule", None), name, default)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the response, averaged over the batch's response tokens, in nats.
@@ -411,7 +178,7 @@ class RoSAModule(Answering):
         if self.trainer.ckpt_path is None:
             self._to_restore = None
             self._guard.skipped = 0
-        self.warn_of_other_conditions()
+        self._warn_of_conditions()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore generators and gradients late: starting up draws from them and clears these."""
@@ -469,7 +236,7 @@ class RoSAModule(Answering):
 
     def on_validation_start(self) -> None:
         """Make the metrics for the tasks at hand."""
-        self.warn_of_other_conditions()
+        self._warn_of_conditions()
         self._answer_tokens = MeanMetric().to(self.device)
         # Lightning's own mean rounds the ranks' mean number of tokens down to a whole one.
         self._val_loss = MeanMetric().to(self.device)
@@ -508,15 +275,100 @@ class RoSAModule(Answering):
             # Of all ranks already; said again, or Lightning warns.
             self.log(f"val/{name}", value, prog_bar=name in ("loss", "accuracy"), sync_dist=True)
 
-    # Checkpoints.
+    def _write_answers(self, prompts: dict[str, Any] | None) -> None:
+        """Write and score the answers to some validation prompts; a model in shards cannot."""
+        if is_sharded(self.trainer.strategy):
+            return
+        if self._written is None:  # on every rank at its first batch, with prompts or without
+            self._written = self._new_evaluation(replace(self.evaluation, protocols=("generate",)))
+        self._written.step({"task": []} if prompts is None else prompts)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapters alone, whole or as this rank's shards."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        for key in [key for key in state if key.startswith(prefix) and not is_adapter_key(key)]:
-            del state[key]
-        return state
+    def _new_evaluation(self, config: EvaluationConfig) -> Evaluation:
+        return Evaluation(
+            self._built(),
+            self._text_tokenizer(),
+            config,
+            self.max_new_tokens,
+            tasks=self._told("task_names") or ["all", *TASKS],
+            known_tasks=self._told("tasks", TASKS),
+            template=self._told("prompt_style"),
+            stop_ids=self._told("stop_ids", ()),
+            encode_response=self._told("response_ids"),
+        )
+
+    def _text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the prompts were encoded with."""
+        return self._told("text_tokenizer") or self.tokenizer
+
+    def on_test_start(self) -> None:
+        """Get ready to answer and to score, under each protocol."""
+        self._warn_of_conditions()
+        self.evaluated = self._new_evaluation(self.evaluation)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Answer each prompt under each protocol: ``items`` is what `Evaluation.step` gives."""
+        return {"items": cast(Evaluation, self.evaluated).step(batch)}
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/accuracy``, ``test/accuracy/<task>`` and what else `Evaluation` counts."""
+        for name, value in cast(Evaluation, self.evaluated).compute().items():
+            # Of all ranks already; said again, or Lightning warns.
+            self.log(f"test/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
+
+    def on_predict_start(self) -> None:
+        """Say what differs from the training."""
+        self._warn_of_conditions()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Write an answer to each prompt, greedily; records as `predictions` gives them."""
+        texts = generate(
+            self._built(),
+            self._text_tokenizer(),
+            batch,
+            self.max_new_tokens,
+            stop_ids=self._told("stop_ids", ()),
+        )
+        return predictions(batch, texts, self._told("tasks", TASKS))
+
+    def about_evaluation(self) -> dict[str, Any]:
+        """What was evaluated and how, as plain values, for ``results.json``."""
+        state, here = self.state_dict(), self.conditions()
+        # Where every B is zero, the outputs are the base's own.
+        added = any(bool(state[name].any()) for name in state if name.endswith("roae_B"))
+        origin = self.trainer.ckpt_path or self.adapter or "an adapter trained in this process"
+        return {
+            "model": f"{self.base} + {origin}" if added else f"{self.base}, without an adapter",
+            "base": self.base,
+            "revision": cast(BaseFingerprint, self.identity).revision,
+            "roae": self.hparams["roae"] if added else None,
+            **asdict(self.evaluation),
+            "max_new_tokens": self.max_new_tokens,
+            "cut_prompts": self._told("cut_prompts"),
+            **here.to_dict(),
+        }
+
+    # What an adapter was trained with, beside weights and RoAE.
+
+    def conditions(self) -> Conditions:
+        """What this run reads and writes with."""
+        name, tokenizer = self._told("tokenizer"), self._told("text_tokenizer")
+        return Conditions(
+            template=self._told("prompt_style"),
+            max_length=self._told("max_length"),
+            tokenizer=whole_name(name) if isinstance(name, str) else None,
+            tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
+            precision=str(self.trainer.precision),
+            dtype=self.dtype_of_base,
+            quantization=self.quantization,
+        )
+
+    def _warn_of_conditions(self) -> None:
+        """Say, once, what this run does otherwise than the training of what was loaded."""
+        trained, self.trained_under = self.trained_under, None
+        for line in [] if trained is None else trained.conflicts(self.conditions()):
+            rank_zero_warn(line)
+
+    # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, and remember the base and what every rank goes on with.
@@ -570,15 +422,3 @@ class RoSAModule(Answering):
         self._guard.skipped = checkpoint[CHECKPOINT_KEY].get("nonfinite_steps", 0)
         known = checkpoint[CHECKPOINT_KEY].get("conditions")  # not in those of earlier versions
         self.trained_under = None if known is None else Conditions.from_dict(known)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> _IncompatibleKeys:
-        """Load adapters: exactly the base's weights are missing, and nothing else.
-
-        Raises:
-            ValueError: Names what is missing, unknown, or of another shape.
-        """
-        check_adapter_keys(self, state_dict)
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])

@@ -142,6 +142,23 @@ class Conditions:
                 raise ValueError(f"{name} of the training is {value!r}, and no {kind.__name__}.")
         return cls(**known)
 
+    def conflicts(self, here: Conditions) -> list[str]:
+        """A line for each thing that a run does otherwise than the training of an adapter."""
+        known, given = self.settings(), here.settings()
+        if self.dtype is not None:  # then no quantization is known, too
+            known["model.quantization"] = self.quantization
+            given["model.quantization"] = here.quantization
+        lines = contradictions(known, given, "the adapter")
+        digests = (self.tokenizer_digest, here.tokenizer_digest)
+        if None not in digests and digests[0] != digests[1]:
+            was = self.tokenizer or "the base's own"
+            lines.append(
+                f"data.tokenizer is {here.tokenizer or 'the tokenizer of the base'}, and the "
+                f"adapter was trained with another one ({was}, or that as it was then): it reads "
+                "other tokens or another chat template. Set data.tokenizer to that one."
+            )
+        return lines
+
     def settings(self) -> dict[str, Any]:
         """The values that are known, by configuration key."""
         named = {

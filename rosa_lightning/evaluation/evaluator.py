@@ -5,7 +5,7 @@ Axes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -19,15 +19,11 @@ from rosa_lightning.evaluation.results import Score, averages, scores_of
 from rosa_lightning.models.vocabulary import num_embeddings, padding_id
 from rosa_lightning.tasks.records import (
     TASKS,
-    Record,
     Rules,
     Task,
-    candidates,
     extract_answer,
     needs_end,
-    reference,
     same_answer,
-    task_of,
 )
 
 if TYPE_CHECKING:
@@ -250,54 +246,27 @@ def _cell(batch: Mapping[str, Any], name: str, row: int) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def check_test_records(
-    records: Iterable[tuple[Record, int]], config: EvaluationConfig, context: int | None
-) -> list[str]:
-    """Check before a base is loaded that each test record can be answered.
+def predictions(
+    batch: Mapping[str, Any], texts: Sequence[str], tasks: Mapping[str, Task]
+) -> list[dict[str, Any]]:
+    """A record for each answer that was written to a batch of prompts.
 
     Args:
-        records: Each record, with the number of its prompt's tokens.
-        config: How they will be answered.
-        context: Most tokens that the base reads, if it says so.
+        batch: Of `PromptCollator`.
+        texts: What was written, in the batch's order.
+        tasks: By name.
 
     Returns:
-        Tasks that ``likelihood`` leaves out, since they have no candidates.
-
-    Raises:
-        ValueError: Names task, record and source of the first that cannot, and the remedy.
+        source, index, task, prompt and input (what is asked), response (the text written) and
+        answer (what the task's format finds in it, or None).
     """
-    without: dict[str, bool] = {}
-    for record, length in records:
-        where = f"task {record.task}: record {record.index} of source {record.source}"
-        if context is not None and length >= context:
-            raise ValueError(
-                f"{where} has a prompt of {length} tokens, and model.base reads {context} at most, "
-                f"answers included. Set data.max_length below {context} to cut the prompt's "
-                "beginning, or take the record out."
-            )
-        if "likelihood" in config.protocols:
-            try:
-                texts = candidates(record)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}. Mend the record, or take it out.") from error
-            without[record.task] = without.get(record.task, True) and not texts
-            _check_candidates(record, texts, where)
-    left_out = [task for task, empty in without.items() if empty]
-    if left_out and len(left_out) == len(without) and config.protocols == ("likelihood",):
-        raise ValueError(
-            f"no task of data.test_sources ({', '.join(left_out)}) has candidates to choose from. "
-            "Set model.evaluation.protocols to [generate]."
-        )
-    return left_out
-
-
-def _check_candidates(record: Record, texts: Sequence[str], where: str) -> None:
-    if len(set(texts)) < len(texts):
-        twice = next(text for text in texts if texts.count(text) > 1)
-        raise ValueError(f"{where} has the candidate {twice!r} twice. Give each once.")
-    task, gold = task_of(record), reference(record)
-    if texts and not any(same_answer(task, extract_answer(task, text), gold) for text in texts):
-        raise ValueError(
-            f"{where} has the answer {gold!r}, and none of its candidates states it: "
-            f"{', '.join(map(repr, texts))}. Mend the record, or take it out."
-        )
+    names = ("source", "index", "task", "prompt", "input")
+    rows = [{name: _cell(batch, name, row) for name in names} for row in range(len(texts))]
+    return [
+        {
+            **row,
+            "response": text,
+            "answer": extract_answer(tasks.get(row["task"], row["task"]), text),
+        }
+        for row, text in zip(rows, texts, strict=True)
+    ]

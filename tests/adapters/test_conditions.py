@@ -94,7 +94,7 @@ def of(folder: Path, kind: str) -> list[str]:
 
 def results_of(folder: Path, *arguments: str, **data) -> tuple[dict, list[str]]:
     """``results.json`` of a test with little said, and the texts that the model was given."""
-    from rosa_lightning import answering
+    from rosa_lightning import module as home
     from rosa_lightning.evaluation import evaluator
 
     asked: list[str] = []
@@ -106,7 +106,7 @@ def results_of(folder: Path, *arguments: str, **data) -> tuple[dict, list[str]]:
         return own(model, tokenizer, batch, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (answering, evaluator):
+        for module in (home, evaluator):
             patch.setattr(module, "generate", write)
         status = command(
             "test",

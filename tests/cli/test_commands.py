@@ -228,7 +228,7 @@ def test_a_checkpoint_cannot_switch_remote_code_on(trained, base_folder, capsys,
         trusted.append(trust_remote_code)
         raise OSError
 
-    monkeypatch.setattr("rosa_lightning.module.load_base", load_base)
+    monkeypatch.setattr("rosa_lightning.adapted.load_base", load_base)
     run(capsys, "export", "--ckpt_path", "evil.ckpt", "--output", "o")
     assert trusted == [False]
 

@@ -135,7 +135,7 @@ def test_a_task_of_the_configuration_is_trained_and_tested_on(settings, tmp_path
     def write(model, tokenizer, batch, max_new_tokens, **_):
         return [mood("NOT GOOD.")] * len(batch["task"])
 
-    for module in ("evaluation.evaluator", "answering"):
+    for module in ("evaluation.evaluator", "module"):
         monkeypatch.setattr(f"rosa_lightning.{module}.generate", write)
     assert run("test", settings, "--ckpt_path", checkpoint) == 0
     logged = "".join(file.read_text() for file in sorted(tmp_path.rglob("metrics.csv")))
@@ -158,7 +158,7 @@ def test_a_task_of_the_configuration_is_trained_and_tested_on(settings, tmp_path
 def test_test_sets_that_cannot_be_judged_are_refused_before_the_base_is_loaded(
     settings, capsys, tmp_path, monkeypatch, rows, words
 ):
-    monkeypatch.setattr("rosa_lightning.module.load_base", None)
+    monkeypatch.setattr("rosa_lightning.adapted.load_base", None)
     path = tmp_path / "t.json"
     path.write_text(json.dumps([{"instruction": "How many?", **row} for row in rows]))
     settings["data"]["test_sources"] = [{"path": str(path), "task": "gsm8k"}]
@@ -399,7 +399,7 @@ def test_exercises_that_cannot_be_answered_are_named_before_the_base_is_loaded(
     def no_base(*_, **__):
         raise AssertionError("the base is loaded")
 
-    monkeypatch.setattr("rosa_lightning.module.load_base", no_base)
+    monkeypatch.setattr("rosa_lightning.adapted.load_base", no_base)
     records = [{"instruction": "Is it?", "answer": "true"}] * 2
     records.append({"instruction": "Is it " + "so " * 200 + "?", "answer": "true"})
     Path("boolq.json").write_text(json.dumps(records))

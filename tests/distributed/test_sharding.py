@@ -114,10 +114,10 @@ def no_loading(*args, **kwargs):
 
 
 def on_every_strategy(folder: Path) -> dict:
-    import rosa_lightning.module
+    import rosa_lightning.adapted
 
     if ranks.rank():
-        rosa_lightning.module.load_base = no_loading
+        rosa_lightning.adapted.load_base = no_loading
     seen = {}
     for name in STRATEGIES:
         place = folder / name.replace(" ", "_")

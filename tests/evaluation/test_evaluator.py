@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rosa_lightning.evaluation.checks import check_test_records
 from rosa_lightning.evaluation.evaluator import (
     Evaluation,
     EvaluationConfig,
-    check_test_records,
     item_id,
 )
 from rosa_lightning.models.loading import load_base, load_tokenizer
@@ -54,9 +54,7 @@ def test_candidates_that_cannot_be_chosen_from_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"record 7 of source file has the answer 'answer3', and"):
         check_test_records([(wrong, 9)], BOTH, 100)
     assert check_test_records([(wrong, 9)], EvaluationConfig(), 100) == []
-    monkeypatch.setattr(
-        "rosa_lightning.evaluation.evaluator.candidates", lambda _: ("true", "true")
-    )
+    monkeypatch.setattr("rosa_lightning.evaluation.checks.candidates", lambda _: ("true", "true"))
     with pytest.raises(ValueError, match=r"record 7 of source file has the candidate 'true' twice"):
         check_test_records([(record(), 9)], BOTH, 100)
 

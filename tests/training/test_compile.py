@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-import rosa_lightning.module
+import rosa_lightning.adapted
 from rosa_lightning import DynamicLayerSelection, RoAEConfig, RoSAModule, inject_roae, merge_roae
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training.compile import compile_layers
@@ -127,7 +127,7 @@ def quick(monkeypatch):
     """Compile with a backend that takes no time, and count the graphs."""
     counter = CompileCounterWithBackend("eager")
     stand_in = partial(compile_layers, backend=counter)
-    monkeypatch.setattr(rosa_lightning.module, "compile_layers", stand_in)
+    monkeypatch.setattr(rosa_lightning.adapted, "compile_layers", stand_in)
     return counter
 
 

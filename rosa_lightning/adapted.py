@@ -1,0 +1,324 @@
+"""`AdaptedModel`: a frozen base with RoAE as a LightningModule that does not train yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from rosa_lightning.adapters.files import load_adapter, read_metadata
+from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, fingerprint
+from rosa_lightning.evaluation.evaluator import EvaluationConfig
+from rosa_lightning.models.loading import (
+    Dtype,
+    enable_checkpointing,
+    load_base,
+    load_tokenizer,
+    vocabulary_size,
+    whole_name,
+)
+from rosa_lightning.models.quantization import Quantization, is_packed
+from rosa_lightning.models.vocabulary import num_embeddings
+from rosa_lightning.roae.inject import (
+    RoAEReport,
+    check_adapter_keys,
+    expect_adapters_alone,
+    inject_roae,
+    is_adapter_key,
+)
+from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.training.compile import compile_layers
+from rosa_lightning.training.loss import LossComputer
+from rosa_lightning.training.sharding import (
+    leave_packed_out,
+    load_on_rank_zero,
+    shard_and_broadcast,
+)
+from rosa_lightning.training.speed import SpeedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_DEFAULT_ROAE = RoAEConfig()
+"""This very object stands for settings that were not given; equal ones were."""
+_DEFAULT_EVALUATION = EvaluationConfig()
+_DEFAULT_SPEED = SpeedConfig()
+
+
+_BUILD_SETTINGS = frozenset(
+    {
+        *("base", "revision", "trust_remote_code", "roae", "adapter", "dtype_of_base"),
+        *("quantization", "attn_implementation", "gradient_checkpointing"),
+    }
+)
+"""Settings that the model is built with; they cannot change afterwards."""
+
+
+class AdaptedModel(LightningModule):
+    """A frozen RoPE language model with RoAE: built once, cast with care, saved without its base.
+
+    Only the RoAE weights are trained, in float32 under every precision but 64-true. Checkpoints
+    hold them and not the base.
+
+    Args:
+        base: The causal language model to adapt: hub id, local folder, or ``tiny`` for the
+            embedded demonstration model. On the command line a checkpoint or adapter names it too.
+        roae: What RoAE adds. With ``adapter``, leave it out or give what the adapter was trained
+            with; another dropout will do.
+        adapter: Folder of an adapter to go on from, or to evaluate, that ``export`` has written
+            with format rosa or peft.
+        revision: Branch, tag or commit of the base on the hub.
+        dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
+            the base says of itself.
+        quantization: Quantise the base's linear layers while loading: int8 (torchao, weights
+            alone), llm_int8, nf4 or fp4 (bitsandbytes, eight and four bits); by default they stay
+            as the base has them. Needs ``pip install 'rosa-lightning[quantization]'``.
+        attn_implementation: Attention kernel: eager, sdpa, flash_attention_2, flex_attention; by
+            default what `transformers` chooses.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping
+            them: less memory, more time.
+        speed: What makes a training step faster or smaller; `SpeedConfig`.
+        max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
+        trust_remote_code: Run Python code that comes with the base. Off unless asked for.
+        evaluation: How ``test`` finds and reads answers.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        roae: RoAEConfig = _DEFAULT_ROAE,
+        *,
+        speed: SpeedConfig = _DEFAULT_SPEED,
+        adapter: str | None = None,
+        revision: str | None = None,
+        dtype: Dtype = "auto",
+        quantization: Quantization | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 256,
+        trust_remote_code: bool = False,
+        evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
+    ) -> None:
+        super().__init__()
+        # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
+        self.save_hyperparameters(ignore=["roae", "speed", "adapter", "evaluation"])
+        # Known from any working folder.
+        self.save_hyperparameters({"base": whole_name(base)})
+        self.base = base
+        self.roae: RoAEConfig = roae
+        self.speed: SpeedConfig = speed
+        self.adapter = adapter
+        self.revision = revision
+        self.dtype_of_base = dtype
+        self.quantization = quantization
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_new_tokens = max_new_tokens
+        self.trust_remote_code = trust_remote_code
+        self.evaluation = evaluation
+        self.model: PreTrainedModel | None = None
+        self.identity: BaseFingerprint | None = None
+        self.report: RoAEReport | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._num_embeddings: int | None = None
+        self._forward: LossComputer | None = None
+        self._said_float64 = False
+        self.trained_under: Conditions | None = None
+        """Of the checkpoint or adapter that was loaded, if it says so."""
+        # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
+        self.strict_loading = False
+        self.register_load_state_dict_post_hook(expect_adapters_alone)  # type: ignore[no-untyped-call]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Set what a subclass keeps beside the model; the constructor calls it last."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A setting is checked, and what follows from it follows.
+
+        Raises:
+            ValueError: A setting that cannot be used.
+            AttributeError: It says how the model is built, and the model is built.
+        """
+        if name == "max_new_tokens" and value < 1:
+            raise ValueError(
+                f"max_new_tokens={value} is below 1. Set model.max_new_tokens; 256 is the default."
+            )
+        if name in ("roae", "speed") and isinstance(value, Mapping):  # as a checkpoint has it
+            value = (RoAEConfig if name == "roae" else SpeedConfig)(**value)
+        if name in _BUILD_SETTINGS and name in vars(self) and value != getattr(self, name):
+            self._check_unbuilt(name, value)
+        if name == "speed" and name in vars(self) and value.compile != self.speed.compile:
+            self._check_unbuilt(name, value)
+        super().__setattr__(name, value)
+        if name == "speed" and vars(self).get("_forward") is not None:
+            self._forward = self._new_forward()
+        if name in ("roae", "speed"):  # as plain values, which load safely
+            plain = asdict(value)
+            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+            self.save_hyperparameters({name: plain})
+        remembered = "dtype" if name == "dtype_of_base" else name
+        if name not in ("roae", "speed") and remembered in self.hparams:
+            self.hparams[remembered] = whole_name(value) if name == "base" else value
+
+    def _check_unbuilt(self, name: str, value: Any) -> None:
+        if self._modules.get("model") is not None or vars(self).get("model") is not None:
+            raise AttributeError(
+                f"{name} cannot be changed to {value!r}: the model is built with {name}="
+                f"{getattr(self, name)!r}. Make a new RoSAModule."
+            )
+        if name in ("base", "revision", "trust_remote_code"):
+            self._tokenizer = self._num_embeddings = None
+
+    # The model.
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, loaded at first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        return self._tokenizer
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """Rows of the base's embedding, all that a token id can name; None where not known."""
+        if self.model is not None:
+            return num_embeddings(self.model)
+        if self._num_embeddings is None:
+            self._num_embeddings = vocabulary_size(
+                self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        return self._num_embeddings
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How to load the base; the options that `load_base` and `load_skeleton` share."""
+        return {
+            "revision": self.revision,
+            "dtype": self.dtype_of_base,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def configure_model(self) -> None:
+        """Load the base, freeze it and add RoAE; once."""
+        if self.model is None:
+            # Lightning calls this with the strategy's device as the default one, and moves the
+            # module there afterwards.
+            device = torch.get_default_device()
+            with torch.device("cpu"):
+                self._configure(device)
+
+    def _configure(self, device: torch.device) -> None:
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "RoSAModule does not run under DeepSpeedStrategy, which gathers weights for as "
+                "many passes on every rank, where batches may take more or fewer. Set "
+                "trainer.strategy to ddp, fsdp or ModelParallelStrategy."
+            )
+        model, self.identity, self.report = load_on_rank_zero(
+            partial(self._adapted_base, device), strategy
+        )
+        self.roae = self.report.config  # an adapter brings its own
+        if self.speed.compile:
+            compile_layers(model, strategy)
+        # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
+        self.model = cast("PreTrainedModel", shard_and_broadcast(model.train(), strategy))
+        self._forward = self._new_forward()
+        leave_packed_out(self)
+        rank_zero_info(str(self.report))
+
+    def _new_forward(self) -> LossComputer:
+        return LossComputer(cast("PreTrainedModel", self.model), self.speed)
+
+    def _adapted_base(
+        self, device: torch.device
+    ) -> tuple[PreTrainedModel, BaseFingerprint, RoAEReport]:
+        # Weights in few bits are packed by the device's own kernels.
+        model = load_base(self.base, quantization=self.quantization, device=device, **self.loading)
+        identity = fingerprint(model, self.base)
+        report = self.adapt(model)
+        if self.gradient_checkpointing:
+            enable_checkpointing(model)
+        return model, identity, report
+
+    def adapt(self, model: PreTrainedModel) -> RoAEReport:
+        """Add RoAE to a base as this module is told to: anew, or an adapter's."""
+        if self.adapter is None:
+            return inject_roae(model, self.roae)
+        given = None if self.roae is _DEFAULT_ROAE else self.roae
+        self.trained_under = read_metadata(Path(self.adapter)).conditions
+        return load_adapter(model, self.adapter, given)
+
+    def to(self, *args: Any, **kwargs: Any) -> AdaptedModel:
+        """Move to a device; a dtype is left out unless it is float64.
+
+        Lightning's bf16-true and 16-true cast the whole module, adapters included. The base's
+        dtype is ``dtype``'s to say, and adapters are trained in float32.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype == torch.float64:
+            return self.double()
+        if device is not None:
+            super().to(device=device, non_blocking=non_blocking)
+        return self
+
+    def double(self) -> AdaptedModel:
+        """Cast base and adapters to float64, and say so once.
+
+        Raises:
+            ValueError: The base is quantised.
+        """
+        if any(is_packed(weight) for weight in self.parameters()):
+            raise ValueError(
+                "precision 64-true cannot be had on a quantised base, whose values have a few "
+                "bits. Set trainer.precision to 32-true, or take model.quantization out."
+            )
+        if not self._said_float64:
+            self._said_float64 = True
+            rank_zero_info("64-true: base and adapters are cast to float64.")
+        return super().double()
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The adapted model's own forward."""
+        return self._built()(input_ids=input_ids, **kwargs)
+
+    def _built(self) -> PreTrainedModel:
+        if self.model is None:
+            self.configure_model()
+        return cast("PreTrainedModel", self.model)
+
+    # Weights.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters alone, whole or as this rank's shards."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if key.startswith(prefix) and not is_adapter_key(key)]:
+            del state[key]
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load adapters: exactly the base's weights are missing, and nothing else.
+
+        Raises:
+            ValueError: Names what is missing, unknown, or of another shape.
+        """
+        check_adapter_keys(self, state_dict)
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])

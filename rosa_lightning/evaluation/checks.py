@@ -1,0 +1,106 @@
+"""What is checked of test prompts before a base is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from rosa_lightning.evaluation.evaluator import EvaluationConfig
+from rosa_lightning.tasks.records import (
+    Record,
+    candidates,
+    extract_answer,
+    reference,
+    same_answer,
+    task_of,
+)
+
+if TYPE_CHECKING:
+    from rosa_lightning.data.tokenization import Example
+
+
+def check_lengths(max_length: int | None, context: int | None) -> None:
+    """Warn of records that may be longer than what the base reads, both in tokens."""
+    if max_length is not None and context is not None and max_length > context:
+        rank_zero_warn(
+            f"data.max_length={max_length} is beyond the {context} tokens that model.base reads: "
+            "longer records would stand at positions that it does not know. Set data.max_length "
+            f"to {context} or less."
+        )
+
+
+def check_test_prompts(
+    examples: Sequence[Example], config: EvaluationConfig, max_new_tokens: int, context: int | None
+) -> None:
+    """Check that each test prompt can be answered, and say what is left out or cut short.
+
+    Raises:
+        ValueError: Of `check_test_records`.
+    """
+    records = ((example.record, len(example.prompt)) for example in examples)
+    for task in check_test_records(records, config, context):
+        rank_zero_info(f"likelihood leaves out {task}: it has no candidates to choose from.")
+    longest = (context or math.inf) - max_new_tokens
+    short = sum(len(example.prompt) > longest for example in examples)
+    if short and "generate" in config.protocols:
+        rank_zero_warn(
+            f"{short} of {len(examples)} test prompts leave fewer than max_new_tokens="
+            f"{max_new_tokens} of the {context} tokens that model.base reads. Lower "
+            "model.max_new_tokens, or data.max_length to cut them."
+        )
+
+
+def check_test_records(
+    records: Iterable[tuple[Record, int]], config: EvaluationConfig, context: int | None
+) -> list[str]:
+    """Check before a base is loaded that each test record can be answered.
+
+    Args:
+        records: Each record, with the number of its prompt's tokens.
+        config: How they will be answered.
+        context: Most tokens that the base reads, if it says so.
+
+    Returns:
+        Tasks that ``likelihood`` leaves out, since they have no candidates.
+
+    Raises:
+        ValueError: Names task, record and source of the first that cannot, and the remedy.
+    """
+    without: dict[str, bool] = {}
+    for record, length in records:
+        where = f"task {record.task}: record {record.index} of source {record.source}"
+        if context is not None and length >= context:
+            raise ValueError(
+                f"{where} has a prompt of {length} tokens, and model.base reads {context} at most, "
+                f"answers included. Set data.max_length below {context} to cut the prompt's "
+                "beginning, or take the record out."
+            )
+        if "likelihood" in config.protocols:
+            try:
+                texts = candidates(record)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}. Mend the record, or take it out.") from error
+            without[record.task] = without.get(record.task, True) and not texts
+            _check_candidates(record, texts, where)
+    left_out = [task for task, empty in without.items() if empty]
+    if left_out and len(left_out) == len(without) and config.protocols == ("likelihood",):
+        raise ValueError(
+            f"no task of data.test_sources ({', '.join(left_out)}) has candidates to choose from. "
+            "Set model.evaluation.protocols to [generate]."
+        )
+    return left_out
+
+
+def _check_candidates(record: Record, texts: Sequence[str], where: str) -> None:
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise ValueError(f"{where} has the candidate {twice!r} twice. Give each once.")
+    task, gold = task_of(record), reference(record)
+    if texts and not any(same_answer(task, extract_answer(task, text), gold) for text in texts):
+        raise ValueError(
+            f"{where} has the answer {gold!r}, and none of its candidates states it: "
+            f"{', '.join(map(repr, texts))}. Mend the record, or take it out."
+        )
