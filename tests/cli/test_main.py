@@ -353,44 +353,12 @@ def model_of(version: int) -> str:
     return json.loads(Path(f"lightning_logs/version_{version}/results.json").read_text())["model"]
 
 
-def test_one_configuration_tests_the_base_and_a_lora_of_peft(
+def test_a_lora_of_peft_is_refused_in_one_line_that_says_how_to_evaluate_it(
     settings, base_folder, tmp_path, capsys
 ):
-    """Against PEFT's own generation. The configuration's RoAE is another adapter's, and says so."""
-    from peft import PeftModel
-
-    from rosa_lightning.data.prompts import AlpacaStyle
-
-    source = write_records(tmp_path / "t.json", 5)
-    settings["data"]["test_sources"] = [{"path": str(source), "task": "gsm8k"}]
-    settings["model"] |= {"max_new_tokens": 6, "roae": {"rank": 4, "low_freq_ratio": 0.25}}
-    folder = lora(base_folder, tmp_path / "lora")
-    assert run("test", settings) == 0
-    assert run("test", settings, "--model.adapter", str(folder)) == 0
-    assert model_of(0) == f"{base_folder}, without an adapter"
-    assert model_of(1) == f"{base_folder} + {folder}"
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder).eval()
-    for version in (0, 1):
-        model = PeftModel.from_pretrained(base, folder) if version else base
-        written = []
-        for number in range(5):
-            text = AlpacaStyle(None).apply(f"Say {number}.", "")
-            ids = byte_tokenizer()(text, return_tensors="pt").input_ids
-            out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=257)
-            written.append(byte_tokenizer().decode(out[0, ids.shape[1] :], True))
-        assert answers_of(version) == written
-    assert answers_of(0) != answers_of(1)
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_a_lora_that_roae_cannot_hold_is_one_line(settings, base_folder, tmp_path, capsys):
     settings["data"]["test_sources"] = "demo"
-    folder = str(lora(base_folder, tmp_path / "head", target_modules=["lm_head"]))
-    line = refused(capsys, "test", settings, "--model.adapter", folder)
-    assert "RoAE holds plain LoRA on projections alone" in line
-    folder = str(lora(base_folder, tmp_path / "dora", use_dora=True))
-    line = refused(capsys, "test", settings, "--model.adapter", folder)
-    assert "is no plain LoRA: adapter_config.json sets use_dora" in line
+    line = refused(capsys, "test", settings, "--model.adapter", str(lora(base_folder, tmp_path)))
+    assert "merge" in line
 
 
 def test_exercises_that_cannot_be_answered_are_named_before_the_base_is_loaded(

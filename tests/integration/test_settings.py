@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.tuner import Tuner
 
-import rosa_lightning.module
+import rosa_lightning.adapted
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
 from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import data_module, write_records
@@ -84,7 +84,7 @@ def test_what_is_known_of_a_base_follows_it(base_folder):
 def test_a_command_reads_its_data_and_its_tokenizer_once(data, tmp_path, monkeypatch):
     """Also where it validates first."""
     calls = []
-    places = {"_read_training": ReasoningDataModule, "load_tokenizer": rosa_lightning.module}
+    places = {"_read_training": ReasoningDataModule, "load_tokenizer": rosa_lightning.adapted}
     for name, place in places.items():
         monkeypatch.setattr(place, name, counted(getattr(place, name), calls))
     module, run = RoSAModule("tiny", RoAEConfig(rank=2), max_new_tokens=2), trainer(tmp_path)
@@ -191,7 +191,7 @@ def test_a_model_runs_with_the_settings_of_the_moment(data, tmp_path):
         ("microbatch_tokens", 64),
     ):
         module.speed = replace(module.speed, **{name: value})
-        assert getattr(module._forward, name) == value
+        assert getattr(module._forward.speed, name) == value
         assert module.hparams["speed"][name] == value
     heads = []
     module.model.lm_head.register_forward_hook(lambda *call: heads.append(call[1][0].shape))
