@@ -191,9 +191,7 @@ def inspect(
         quantization=module.quantization,
         optimizer=module.make_optimizer,
         autocast=_AUTOCAST.get(precision),
-        loss_chunk=module.speed.loss_chunk,
-        recompute_activations=module.speed.recompute_activations and not module.speed.compile,
-        microbatch_tokens=num_tokens,
+        speed=replace(module.speed, microbatch_tokens=num_tokens),
     )
     console.print(memory_table(estimates))
     if drawn is not None:

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from rosa_lightning.models.kv_cache import forward_arguments
-from rosa_lightning.roae.inject import roae_layers, roae_report
-from rosa_lightning.roae.layer import RoAEConfig, contiguous_runs
-from rosa_lightning.roae.targets import select_projections
+from rosa_lightning.roae.inject import roae_report
+from rosa_lightning.roae.layer import contiguous_runs
 from rosa_lightning.roae.tracing import MatmulTracer, trace, watch_attention
 from rosa_lightning.utils.files import atomic_directory, atomic_write
 from rosa_lightning.utils.modules import in_mode
@@ -54,8 +53,7 @@ def rotated_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     the rotation and any norm, without padding. Where a layer runs several times, all runs count.
 
     Args:
-        model: A `transformers` language model with its weights, with RoAE or without. It attends
-            by its own kernel.
+        model: A `transformers` language model with its weights, with RoAE or without.
         batches: Token ids (B, T) as ``input_ids``, and ``attention_mask`` (B, T) and
             ``position_ids`` (B, T) where rows are padded. Other entries are ignored.
 
@@ -74,52 +72,46 @@ def rotated_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     calls = trace(model).attentions
     if not calls:
         raise ValueError(f"{kind} has no attention whose queries and keys can be seen.")
-    seen = _Sums(model, {call.path: call.module for call in calls})
-    with in_mode(model, training=False):
+    seen = _Sums()
+    names = ["input_ids", "attention_mask", "position_ids"]
+    last = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
+    device = next(model.parameters()).device
+    with in_mode(model, training=False), ExitStack() as stack:
+        for path, module in {call.path: call.module for call in calls}.items():
+            hook = module.register_forward_pre_hook(lambda *_, p=path: seen.running.append(p))
+            stack.callback(hook.remove)
+            hook = module.register_forward_hook(lambda *_: seen.running.clear())
+            stack.callback(hook.remove)
         for batch in batches:
-            seen.add(batch, by_hand=not calls[0].by_interface)
+            inputs = {name: batch[name].to(device) for name in names if name in batch}
+            ids_BT = inputs["input_ids"]
+            seen.mask_BT = inputs.get("attention_mask", torch.ones_like(ids_BT)).float()
+            with ExitStack() as watching:
+                watching.enter_context(watch_attention(seen.add))
+                if not calls[0].by_interface:
+                    tracer = MatmulTracer(seen.add, lambda _: None, ids_BT.shape[1])
+                    watching.enter_context(tracer)
+                model(**inputs, **last, use_cache=False)
     if not seen.sums:
         raise ValueError("there is no text to run the model on. Give at least one batch of tokens.")
     return [
         StateNorms(path, *(total.cpu() / seen.counts[path] for total in seen.sums[path]))
-        for path in seen.modules
+        for path in dict.fromkeys(call.path for call in calls)
         if path in seen.sums
     ]
 
 
 class _Sums:
-    """Adds up the norms of states while a model runs."""
+    """Sums of the norms of states, by attention module."""
 
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        self.model, self.modules = model, modules
-        self.device = next(model.parameters()).device
+    def __init__(self) -> None:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.counts: dict[str, int] = {}
         self.mask_BT = torch.empty(0)
         self.running: list[str] = []
         """Attention modules that are running and have not shown their states."""
 
-    def add(self, batch: Mapping[str, Any], *, by_hand: bool) -> None:
-        """Run one batch."""
-        names = ("input_ids", "attention_mask", "position_ids")
-        inputs = {name: batch[name].to(self.device) for name in names if name in batch}
-        ids_BT = inputs["input_ids"]
-        self.mask_BT = inputs.get("attention_mask", torch.ones_like(ids_BT)).float()
-        if "logits_to_keep" in forward_arguments(self.model):
-            inputs["logits_to_keep"] = 1
-        tracer = MatmulTracer(self.see, lambda _: None, ids_BT.shape[1])
-        with ExitStack() as stack:
-            for path, module in self.modules.items():
-                before = module.register_forward_pre_hook(lambda *_, p=path: self.running.append(p))
-                after = module.register_forward_hook(lambda *_: self.running.clear())
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            stack.enter_context(watch_attention(self.see))
-            if by_hand:
-                stack.enter_context(tracer)
-            self.model(**inputs, use_cache=False)
-
-    def see(self, query: Tensor, key: Tensor) -> None:
+    def add(self, query: Tensor, key: Tensor) -> None:
         """Add the norms of one call; a second product in the same call is none of queries."""
         if not self.running:
             return
@@ -136,20 +128,9 @@ class _Sums:
         self.counts[path] = self.counts.get(path, 0) + batch_size
 
 
-def adapted_dims(model: nn.Module, config: RoAEConfig | None = None) -> dict[str, tuple[int, ...]]:
-    """The head dimensions that RoAE adapts in each layer, by the attention module's dotted path.
-
-    Args:
-        model: A language model.
-        config: What RoAE would add, if the model does not carry it.
-
-    Raises:
-        ValueError: The model's rotation cannot be read, if it does not carry RoAE.
-    """
-    if any(True for _ in roae_layers(model)):
-        return {p.layer: p.dims for p in roae_report(model).projections if p.dims}
-    terms, _ = select_projections(model, config or RoAEConfig())
-    return {term.layer: term.dims for term in terms if term.dims}
+def adapted_dims(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The head dimensions that RoAE adapts in each layer, by the attention module's dotted path."""
+    return {term.layer: term.dims for term in roae_report(model).projections if term.dims}
 
 
 def activation_figure(
@@ -169,26 +150,23 @@ def activation_figure(
     axes = figure.subplots(1, 2, sharey=True)
     kinds = {"queries Q": [n.query for n in norms], "keys K": [n.key for n in norms]}
     for ax, (name, states) in zip(axes, kinds.items(), strict=True):
-        _heat_map(figure, ax, [state_HD.mean(0) for state_HD in states])
-        ax.set_title(f"rotated {name}", fontsize=11)
+        # Heads of another size in some layers leave their rest white.
+        rows = [state_HD.mean(0) for state_HD in states]
+        image = torch.full((len(rows), max(map(len, rows))), float("nan"))
+        for number, row in enumerate(rows):
+            image[number, : len(row)] = row
+        shown = ax.imshow(image.numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
+        ax.set(title=f"rotated {name}", xlabel="head dimension")
+        # As wide in high figures as in low ones.
+        figure.colorbar(shown, ax=ax, label="mean L2 norm", pad=0.02, aspect=7 * height)
         _frame(ax, [tuple((low_dims or {}).get(n.layer, ())) for n in norms])
-    _label_layers(axes[0], [n.layer for n in norms])
+    numbers = [next((p for p in n.layer.split(".") if p.isdigit()), n.layer) for n in norms]
+    step = -(-len(norms) // 20)
+    axes[0].set_yticks(range(0, len(norms), step), numbers[::step])
+    axes[0].set_ylabel("layer")
     framed = "\nframed: the low-frequency dimensions that RoAE adapts" if low_dims else ""
     figure.suptitle(f"{title or 'Mean L2 norm per layer and head dimension'}{framed}", fontsize=12)
     return figure
-
-
-def _heat_map(figure: Figure, ax: Axes, rows: Sequence[Tensor]) -> None:
-    """One row a layer; heads of another size in some layers leave their rest white."""
-    width = max(len(row) for row in rows)
-    image = torch.full((len(rows), width), float("nan"))
-    for number, row in enumerate(rows):
-        image[number, : len(row)] = row
-    shown = ax.imshow(image.numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
-    ax.set_xlabel("head dimension")
-    # As wide in high figures as in low ones.
-    aspect = 7 * figure.get_figheight()
-    figure.colorbar(shown, ax=ax, label="mean L2 norm", pad=0.02, aspect=aspect)
 
 
 def _frame(ax: Axes, dims: Sequence[tuple[int, ...]]) -> None:
@@ -205,27 +183,14 @@ def _frame(ax: Axes, dims: Sequence[tuple[int, ...]]) -> None:
         first = row
 
 
-def _label_layers(ax: Axes, layers: Sequence[str]) -> None:
-    """The numbers of layers, at most 20 of them."""
-    numbers = [next((p for p in path.split(".") if p.isdigit()), path) for path in layers]
-    step = -(-len(layers) // 20)
-    ax.set_yticks(range(0, len(layers), step), numbers[::step])
-    ax.set_ylabel("layer")
-
-
 def save_figure(figure: Figure, png: Path) -> Path:
     """Write a figure as PNG, and as an image that TensorBoard shows under ``TAG``.
 
-    Args:
-        figure: From `activation_figure`.
-        png: The file to write. The folder beside it of the same name, without the suffix, must not
-            exist.
-
     Returns:
-        That folder, which TensorBoard is to read.
+        The folder for TensorBoard, beside the PNG and of its name without the suffix.
 
     Raises:
-        OSError: It cannot be written.
+        ValueError, OSError: The folder exists already, or a file cannot be written.
     """
     content = io.BytesIO()
     figure.savefig(content, format="png")

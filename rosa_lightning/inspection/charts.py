@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import matplotlib as mpl
@@ -22,25 +23,7 @@ from numpy.typing import NDArray
 
 from rosa_lightning.roae.layer import Target
 
-STYLE: Any = {
-    "text.parse_math": False,  # tags may hold dollar signs
-    "font.size": 9,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "lines.linewidth": 1.4,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "savefig.facecolor": "white",
-    "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "rosa",  # equal runs give equal files
-}
+STYLE = Path(__file__).with_name("charts.mplstyle")
 MAX_LINES = 8
 """Layers up to which each has a line; more are drawn as a map over step and layer."""
 PALEST = 0.85
@@ -111,7 +94,7 @@ CURVES = (
 def draw_charts(run: Run) -> dict[str, dict[str, bytes]]:
     """SVGs of all charts that the run has numbers for, by section and title."""
     drawn: dict[str, dict[str, bytes]] = {name: {} for name in ("Training", "Layers", "RoAE")}
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(fname=STYLE):
         for title, figure in _selections(run):
             drawn["Layers"][title] = _svg(figure)
         for chart in CURVES:
@@ -137,7 +120,7 @@ def raster_figure(
         active_SL: Whether a layer was selected.
         scores_SL: The scores, at least zero.
     """
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(fname=STYLE):
         height = float(np.clip(1.5 + 0.16 * len(layers), 3.1, 7))
         figure = Figure(figsize=(6.2, height), layout="constrained")
         plot = figure.add_subplot()

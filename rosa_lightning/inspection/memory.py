@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,15 +83,12 @@ def estimate_memory(
     autocast: torch.dtype | None = None,
     active_layers: Collection[int] | None = None,
     scoring: bool = False,
-    loss_chunk: int | None = None,
-    recompute_activations: bool = True,
-    microbatch_tokens: int | None = None,
+    speed: SpeedConfig | None = None,
 ) -> MemoryEstimate:
     """The memory of one training step of `RoSAModule`, once the optimizer has its state.
 
-    Rows are taken to share no prefix; a step whose rows do takes less. The figures are of tensors:
-    an allocator takes more, and so does a device, for its libraries. The attention kernel is the
-    one that a CPU would run.
+    Rows are taken to share no prefix. The figures are of tensors: an allocator takes more, and so
+    does a device, for its libraries. The attention kernel is the one that a CPU would run.
 
     Args:
         model: A `transformers` language model with RoAE, with its weights or on the meta device,
@@ -104,12 +101,10 @@ def estimate_memory(
         optimizer: Makes the optimizer from the adapters.
         autocast: The lower dtype of a ``-mixed`` precision.
         active_layers: Positions of the layers that train, as `DynamicLayerSelection` counts them;
-            all if not given. The optimizer keeps the state of the others, too.
+            all by default. The optimizer keeps the state of the others, too.
         scoring: A step in which `DynamicLayerSelection` selects: all layers take gradients, and
             so do the norm weights that score them.
-        loss_chunk: As `RoSAModule` takes it.
-        recompute_activations: As `RoSAModule` takes it.
-        microbatch_tokens: As `RoSAModule` takes it, but for ``auto``, which depends on the device.
+        speed: As `RoSAModule` takes it; ``auto`` is for whole batches here, and so is none.
 
     Raises:
         ValueError: The model carries no RoAE, there are no such layers, the batch makes no sense,
@@ -118,6 +113,8 @@ def estimate_memory(
     roae_report(model)
     check_batch(batch_size, length, response_length)
     check_not_quantized(model, quantization)
+    speed = speed or SpeedConfig()
+    num_tokens = None if speed.microbatch_tokens == "auto" else speed.microbatch_tokens
     trains = _what_trains(model, active_layers, scoring)
 
     def fake(tensor: Tensor) -> Tensor:
@@ -126,8 +123,8 @@ def estimate_memory(
 
     try:
         with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
-            step = _Step(model, optimizer, loss_chunk, recompute_activations)
-            rows = rows_at_once(batch_size, length, microbatch_tokens)
+            step = _Step(model, optimizer, speed)
+            rows = rows_at_once(batch_size, length, num_tokens)
             step.run(_batch(batch_size, length, response_length), rows, autocast)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -159,17 +156,12 @@ def check_batch(batch_size: int, length: int, response_length: int) -> None:
 
 def check_not_quantized(model: nn.Module, quantization: Quantization | None) -> None:
     """Raise ValueError for a base that is quantised already."""
-    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
-        return
-    if quantization is not None:
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        remedy = "" if quantization is None else " Take model.quantization out."
         raise ValueError(
-            f"the base is quantised already, so model.quantization={quantization} cannot be had. "
-            "Take model.quantization out."
+            f"the memory of {type(model).__name__} cannot be estimated: it is quantised already, "
+            f"and a step without numbers cannot run such weights.{remedy}"
         )
-    raise ValueError(
-        f"the memory of {type(model).__name__} cannot be estimated, since its weights are "
-        "quantized, which a step without numbers cannot run."
-    )
 
 
 def _base_bytes(model: Any, quantization: Quantization | None) -> tuple[dict[str, int], int]:
@@ -272,14 +264,11 @@ class _Step:
         self,
         model: Any,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        loss_chunk: int | None,
-        recompute_activations: bool,
+        speed: SpeedConfig,
     ) -> None:
         self.model = model
-        self.computer = LossComputer(
-            model,
-            SpeedConfig(loss_chunk=loss_chunk, recompute_activations=recompute_activations),
-        )
+        recomputes = speed.recompute_activations and not speed.compile
+        self.computer = LossComputer(model, replace(speed, recompute_activations=recomputes))
         self.adapters = [p for name, p in model.named_parameters() if is_adapter_key(name)]
         for adapter in self.adapters:
             adapter.grad = torch.zeros_like(adapter)
@@ -291,30 +280,19 @@ class _Step:
         states = self.optimizer.state.values()
         state = [v for one in states for v in one.values() if isinstance(v, Tensor)]
         self.state = _num_bytes(state)
-        self.activations = 0
-        self.gradients = 0
-        self.memory = MemoryTracker(
-            (*state, *model.parameters(), *model.buffers(), *(_gradients(self.adapters)))
-        )
+        held = (*state, *model.parameters(), *model.buffers(), *_gradients(self.adapters))
+        self.memory = MemoryTracker(held)
 
     def run(self, batch: dict[str, Any], num_rows: int, autocast: torch.dtype | None) -> None:
         """Forward and backward of a batch, so many rows at once, and a step of the optimizer."""
-        head: nn.Module = self.model.get_output_embeddings()
         self.memory.add(*batch.values())
         # From the third part on, parts take the same.
         num_parts = min(3, -(-len(batch["labels"]) // num_rows))
         batch = {k: v[:num_rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
         before = self.memory.now
         self.computer.assume_supported(batch["input_ids"])
-
-        def enter_head(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.memory.at_head = True
-            args[0].register_hook(leave_head)  # type: ignore[no-untyped-call]
-
-        def leave_head(gradient: Tensor) -> None:
-            self.memory.at_head = False
-
-        handle = head.register_forward_pre_hook(enter_head)
+        head: nn.Module = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(self._enter_head)
         try:
             with self.memory:
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -331,12 +309,19 @@ class _Step:
         finally:
             handle.remove()
 
+    def _enter_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.memory.at_head = True
+        args[0].register_hook(self._leave_head)  # type: ignore[no-untyped-call]
+
+    def _leave_head(self, gradient: Tensor) -> None:
+        self.memory.at_head = False
+
     def _part(self, batch: dict[str, Any]) -> Tensor:
         """Every row with a response of the given length."""
         rows, width = batch["labels"].shape
         keep = batch["num_label_positions"]
-        positions_BK = torch.arange(rows * width).view(rows, width)[:, -keep - 1 : -1]
-        rows_N, columns_N = positions_BK.flatten() // width, positions_BK.flatten() % width
+        rows_N = torch.arange(rows).repeat_interleave(keep)
+        columns_N = torch.arange(width - keep - 1, width - 1).repeat(rows)
         with self.computer.recomputing():
             return self.computer.loss_at(batch, rows_N, columns_N)[0] / len(rows_N)
 

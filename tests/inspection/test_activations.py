@@ -161,7 +161,7 @@ def test_the_figure_shows_the_mean_over_heads_and_frames_low_frequencies():
 def test_the_figure_is_written_as_png_and_for_tensorboard(tmp_path):
     model = build("llama")
     norms = rotated_norms(model, [padded_batch(9)])
-    figure = activation_figure(norms, adapted_dims(model, RoAEConfig()))
+    figure = activation_figure(norms)
     log_dir = save_figure(figure, tmp_path / "new" / "norms.png")
     assert (tmp_path / "new" / "norms.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(log_dir)).Reload()

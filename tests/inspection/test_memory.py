@@ -19,6 +19,7 @@ from rosa_lightning.roae.inject import inject_roae
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.head import last_block, logits_at
 from rosa_lightning.training.loss import LossComputer
+from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import build
 from tests.model_zoo.small import build_small
 
@@ -261,7 +262,7 @@ def test_chunks_of_logits_are_in_the_figures():
     module, estimate = both("float32", 8, 128, 60)
     whole = estimate()
     module._forward.loss_chunk = 48
-    chunked = estimate(loss_chunk=48)
+    chunked = estimate(speed=SpeedConfig(loss_chunk=48))
     measured = measure(module, 8, 128, 60)
     assert chunked.peak == pytest.approx(measured["peak"], rel=0.1)
     assert chunked.logits < 0.3 * whole.logits
@@ -274,7 +275,7 @@ def test_parts_of_a_batch_are_in_the_figures(scoring):
     whole = estimate(scoring=scoring)
     module._forward.microbatch_tokens = 400  # 3, 3 and 2 rows
     module._forward.reset()
-    parts = estimate(scoring=scoring, microbatch_tokens=400)
+    parts = estimate(scoring=scoring, speed=SpeedConfig(microbatch_tokens=400))
     measured = measure(module, 8, 128, 16, scoring=scoring)
     assert parts.peak == pytest.approx(measured["peak"], rel=0.05)
     assert parts.gradients == measured["gradients"]
@@ -329,7 +330,7 @@ def test_quantized_weights_are_refused():
     model = build("llama")
     inject_roae(model, RoAEConfig(rank=4))
     model.config.quantization_config = {"quant_method": "awq", "bits": 4}
-    with pytest.raises(ValueError, match="quantized"):
+    with pytest.raises(ValueError, match="quantised already"):
         estimate_memory(model, batch_size=2, length=20, response_length=4)
 
 
