@@ -27,12 +27,9 @@ WORTH_SHARING = 16
 
 def common_start(rows: Sequence[Ids]) -> Ids:
     """The tokens that all rows begin with."""
-    ordered = sorted(map(list, rows))  # what the first and the last share, all share
-    first, last = ordered[0], ordered[-1]
-    same = 0
-    while same < min(len(first), len(last)) and first[same] == last[same]:
-        same += 1
-    return first[:same]
+    first, last = min(map(list, rows)), max(map(list, rows))  # what these two share, all share
+    pairs = enumerate(zip(first, last, strict=False))
+    return first[: next((i for i, (one, other) in pairs if one != other), len(first))]
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache | None:
