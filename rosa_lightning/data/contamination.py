@@ -16,6 +16,7 @@ MultiArith's 360 questions would be near another one of them, and 2 are.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,6 @@ from numpy.typing import NDArray
 
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source, as_source, demo_source
-from rosa_lightning.data.splitting import normalized_question
 from rosa_lightning.tasks.records import Record, Task
 
 NEAR = 0.7
@@ -46,6 +46,15 @@ class Contamination:
     """Each test record whose question is trained on, with the training records that hold it."""
     near: dict[int, tuple[int, ...]]
     """The same for near matches, of test records that have no exact one."""
+
+
+def normalized_question(record: Record) -> str:
+    """Instruction and input in lower case, every run of other than letters and digits one space.
+
+    A question without any is taken as it is.
+    """
+    asked = f"{record.instruction} {record.input}"
+    return re.sub(r"[\W_]+", " ", asked.casefold()).strip() or asked
 
 
 def question_key(record: Record) -> str:

@@ -1,73 +1,52 @@
 """`ReasoningDataModule`: several sources, one training stream."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from numpy.typing import NDArray
-from torch import Tensor
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 
-from rosa_lightning.data.collators import (
-    PackedCollator,
-    PromptCollator,
-    TrainCollator,
-    ValidationCollator,
-)
-from rosa_lightning.data.contamination import (
-    contaminated,
-    question_digest,
-    questions_of,
-    trained_questions,
-    training_of,
-)
+from rosa_lightning.data import collators
+from rosa_lightning.data.contamination import questions_of, trained_questions, training_of
 from rosa_lightning.data.loading import (
     LengthSortedSampler,
     Mixture,
     MixtureSampler,
     ResumableLoader,
+    answered_first,
 )
-from rosa_lightning.data.prompts import STYLES, StyleName
-from rosa_lightning.data.records import Records, content_digest, load_records
-from rosa_lightning.data.sampling import Batching, BatchPlanner, epoch_length, shares_by_size
+from rosa_lightning.data.progress import SampleCounter, order_changes
+from rosa_lightning.data.prompts import StyleName
+from rosa_lightning.data.ranks import agree_on_data, agree_on_settings, check_prompts, ranks_of
+from rosa_lightning.data.records import load_records
+from rosa_lightning.data.sampling import Batching, BatchPlanner
 from rosa_lightning.data.settings import CHECKED, LoadingConfig, check_settings
-from rosa_lightning.data.sources import Purpose, Source, source_list, weighted_sources
-from rosa_lightning.data.splitting import validation_split
+from rosa_lightning.data.sources import (
+    Purpose,
+    Source,
+    SourceLike,
+    TaskLike,
+    TokenizerLike,
+    source_list,
+    weighted_sources,
+)
 from rosa_lightning.data.tokenization import (
     Encoder,
     Example,
-    Examples,
     cache_folder,
-    count_altered,
-    tokenize,
-    tokens_digest,
+    checked_tokenizer,
+    count_cut_prompts,
 )
-from rosa_lightning.models.loading import load_tokenizer
-from rosa_lightning.models.vocabulary import check_vocabulary, padding_id
+from rosa_lightning.data.training_set import TrainingSet, read_training_set
+from rosa_lightning.models.vocabulary import padding_id
 from rosa_lightning.tasks.custom import with_own_tasks
-from rosa_lightning.tasks.records import Record, reference
-from rosa_lightning.utils.agreement import RanksError, agree, configuration, several_ranks, together
-from rosa_lightning.utils.stopping import Stopping
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    SourceLike = dict[str, Any] | Source | str
-    """A source, its fields, or its path; or demo."""
-    TaskLike = dict[str, Any]
-    TokenizerLike = str | PreTrainedTokenizerBase
-else:
-    # What a configuration can say. With a class among these types jsonargparse would read a file
-    # that is named as a configuration, fill fields with those of an earlier one, and call what a
-    # class_path names; and with Any it would make a number of '5', and import what is named.
-    SourceLike, TaskLike, TokenizerLike = dict | str, dict, str
+from rosa_lightning.tasks.records import Record
+from rosa_lightning.utils.agreement import together
 
 _DEFAULT_LOADING = LoadingConfig()
 _SOURCES: dict[str, Literal["train", "test"]] = {
@@ -78,62 +57,30 @@ _SOURCES: dict[str, Literal["train", "test"]] = {
 """The settings that name sources, and which part of the demonstration set each means by demo."""
 
 
-class SampleCounter:
-    """Counts the examples of each source that a run has trained on, resumed parts included."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
-        self.start()
-
-    def start(self, before: Mapping[str, int] | None = None) -> None:
-        """Begin anew, or from the counts of a checkpoint."""
-        self._here = torch.zeros(len(self.names), dtype=torch.long)  # on this rank
-        self._before = torch.tensor([(before or {}).get(name, 0) for name in self.names])
-
-    def add(self, source_B: Tensor) -> None:
-        """Count a batch, by the sources of its examples, shape (B,)."""
-        self._here += torch.bincount(source_B.cpu(), minlength=len(self.names))
-
-    def counts(self, trainer: Trainer | None) -> dict[str, int]:
-        """Examples of each source so far, on all ranks; every rank must call this."""
-        here = self._here
-        if trainer is not None and trainer.world_size > 1:
-            strategy = trainer.strategy
-            here = strategy.reduce(here.clone().to(strategy.root_device), reduce_op="sum").cpu()
-        return dict(zip(self.names, (here + self._before).tolist(), strict=True))
-
-
 class ReasoningDataModule(LightningDataModule):
     """Mixes data sources by weight into one training stream; evaluates on others.
 
-    Each prefix of the stream is mixed as the whole is. All records of a source come before one
-    comes again. The order is a function of seed and epoch alone, and a run that is resumed in
-    the middle of an epoch goes on with the very record that would have followed.
+    The order is a function of seed and epoch alone, and a run that is resumed in the middle of an
+    epoch goes on with the very record that would have followed.
 
     Args:
         sources: What to train on: a source or a list of them, each its fields, a path, or demo.
-            Weights are relative; either all sources have one or none has. Files from 256 MiB on
-            stay on disk.
+            Weights are relative; all have one or none has. Files from 256 MiB on stay on disk.
         test_sources: What `test` answers: a source or a list of them.
         predict_sources: What `predict` answers: a source without outputs or a list of them; a .txt
             file holds one prompt a line.
-        tasks: Tasks of your own, each a mapping: name; format (label, letter, number or text);
-            labels, the answers that there are, for the first two; aliases, other names; response,
-            the wording of a response, with {answer} in it; prompt, what is asked, with the rows'
-            fields in braces, and answer, the field of the answer or of its label's number from 0.
-            Sources name them with task.
-        tokenizer: Hub id or folder of the tokenizer, or tiny. By default the model's own. From
-            Python also a tokenizer object.
+        tasks: Tasks of your own, which sources name, each a mapping: name; format (label, letter,
+            number or text); labels, the answers, for the first two; aliases; response, its wording
+            with {answer}; prompt, with the rows' fields in braces; answer, the answer's field.
+        tokenizer: Hub id or folder of the tokenizer, or tiny, or from Python an object; by default
+            the model's own.
         batch_size: Records a batch, on each device.
-        batching: Records of a training batch: length puts those of like length together, so that
-            little is padded; random takes them as they follow one another; packed lays them end
-            to end, without padding, where the model allows it.
+        batching: Records of a training batch: length puts those of like length together, random
+            takes them as they follow one another, packed lays them end to end, without padding.
         max_length: Longest record, in tokens, prompt and response together.
         prompt_style: Text around the instruction: alpaca, as LLM-Adapters has it; chat, the
-            tokenizer's own chat template, whose prompt is what a whole conversation has before the
-            reply; or plain. Special tokens that records spell are encoded as text.
-        val_fraction: Part of each source to validate on, at least one record; 0 for none. Equal
-            prompts stay on one side. Trainer(limit_val_batches) uses fewer.
+            tokenizer's own chat template; or plain.
+        val_fraction: Part of each source to validate on, at least one record; 0 for none.
         seed: Decides the order, the validation split and what max_examples leaves out.
         loading: How records are chosen, mixed, cut and loaded.
     """
@@ -154,10 +101,7 @@ class ReasoningDataModule(LightningDataModule):
         seed: int = 0,
         loading: LoadingConfig = _DEFAULT_LOADING,
     ) -> None:
-        """Checks the settings; files are read in `setup`.
-
-        Raises ValueError or TypeError for a setting that cannot be used.
-        """
+        """Checks the settings; files are read in `setup`."""
         super().__init__()
         self.batch_size, self.batching, self.max_length = batch_size, batching, max_length
         self.prompt_style, self.val_fraction, self.seed = prompt_style, val_fraction, seed
@@ -169,15 +113,10 @@ class ReasoningDataModule(LightningDataModule):
         self.predict_sources: Any = predict_sources
         self.tokenizer = tokenizer
         self._counter = SampleCounter(self.source_names)
-        self._logged_step = 0
         self._trained_on: list[dict[str, Any]] = []  # a training each, resumed ones too
-        self._left_out: list[str] = []
-        self._content: dict[str, str] = {}  # digests by source
         self.cut_prompts: dict[str, int] = {}
         """Prompts of each test and predict source that lost their beginning."""
-        self._train: list[Examples] | None = None
-        self._lengths: dict[bool, NDArray[np.int32]] = {}  # of its examples; exact or estimated
-        self._val: list[Examples] = []
+        self._set = TrainingSet()
         self._prompts: dict[str, list[Example]] = {}
         self._read_as: dict[str, dict[str, Any]] = {}  # each stage's settings when it was read
         self._tokenizer: Any = None
@@ -186,10 +125,7 @@ class ReasoningDataModule(LightningDataModule):
         self._tokenizer_given: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. A setting is checked, and what follows from it will follow.
-
-        Raises ValueError or TypeError for a setting that cannot be used.
-        """
+        """Set an attribute. A setting is checked, and what follows from it will follow."""
         if name in CHECKED and "_tokenizer_given" in vars(self):  # else __init__ checks
             check_settings(**{**{key: getattr(self, key) for key in CHECKED}, name: value})
         if name == "tasks" and not isinstance(value, Mapping):
@@ -207,8 +143,7 @@ class ReasoningDataModule(LightningDataModule):
     @property
     def longest_rows(self) -> int:
         """Records of max_length tokens that a training batch may have."""
-        tokens = self.loading.tokens_per_batch
-        return tokens // self.max_length if tokens else self.batch_size
+        return (self.loading.tokens_per_batch or 0) // self.max_length or self.batch_size
 
     @property
     def source_names(self) -> list[str]:
@@ -218,27 +153,26 @@ class ReasoningDataModule(LightningDataModule):
     @property
     def task_names(self) -> list[str]:
         """All tasks that validation and test may meet, sorted; complete after `setup`."""
-        held = zip(self.sources, self._val, strict=False)  # none before setup
+        held = zip(self.sources, self._set.val, strict=False)  # none before setup
         validated = {source.benchmark for source, examples in held if len(examples)}
         return sorted(validated | {source.benchmark for source in self.test_sources})
 
     @property
     def test_examples(self) -> list[Example]:
-        """The prompts of the test sources in their order; there after `setup("test")`."""
+        """The prompts of the test sources in their order, after `setup("test")`."""
         return self._prompts.get("test", [])
 
     def contaminated_records(self) -> tuple[list[Record], list[str]]:
         """The test records whose question was trained on, and the sources compared with.
 
-        These are the sources of the training, as the checkpoint names them, without questions that
-        were left out of it; without a checkpoint those of `sources`. Raises OSError or ValueError
-        for sources that cannot be read.
+        These are the sources that the checkpoint names, without questions that were left out;
+        without a checkpoint those of `sources`.
         """
         trainings = self._trained_on or [self._training()]
         return trained_questions(trainings, [e.record for e in self.test_examples], self.tasks)
 
     def _training(self) -> dict[str, Any]:
-        return training_of(self.sources, self.seed, self._left_out)
+        return training_of(self.sources, self.seed, self._set.left_out)
 
     # --- reading ---
 
@@ -246,23 +180,17 @@ class ReasoningDataModule(LightningDataModule):
         """Fetches hub data sets once a node, so that the ranks find them in the cache."""
         stage = getattr(getattr(self.trainer, "state", None), "fn", None)
         sources, purpose = self._of_stage(str(stage.value) if stage else "fit")
-        for source in sources:
-            if source.hub:
-                load_records(source, purpose, self.tasks)
+        for source in filter(lambda one: one.hub, sources):
+            load_records(source, purpose, self.tasks)
         if purpose == "train" and self.loading.decontaminate:
-            for source in self.test_sources:
-                if source.hub:
-                    with suppress(OSError):  # `setup` warns
-                        load_records(source, "audit", self.tasks)
+            for source in filter(lambda one: one.hub, self.test_sources):
+                with suppress(OSError):  # `setup` warns
+                    load_records(source, "audit", self.tasks)
 
     def setup(self, stage: str) -> None:
-        """Reads and tokenizes what the stage needs; once, until a setting of that changes.
-
-        Raises OSError or ValueError for sources that cannot be read, ValueError for a stage
-        whose sources are not named.
-        """
+        """Reads and tokenizes what the stage needs; once, until a setting of that changes."""
         stage = str(getattr(stage, "value", stage))  # Lightning gives an enumeration
-        self._agree_on_settings()
+        agree_on_settings(self.trainer)
         what = stage if stage in {"test", "predict"} else "train"
         with together("loading of the tokenizer"):
             settings = self._settings_of(what)
@@ -274,65 +202,34 @@ class ReasoningDataModule(LightningDataModule):
                     self._prompts[what] = self._read_prompts(what)
             self._read_as[what] = settings
         if what != "train":
-            self._agree_on_data({f"data.{what}_sources": self._prompts[what]})
-            self._check_prompts(what)
+            key, found = f"data.{what}_sources", self._prompts[what]
+            agree_on_data({key: found}, self._planner().digest())
+            check_prompts(key, len(found), self.trainer)
             return
-        parts = {"training": self._train or [], "validation": self._val}
-        self._agree_on_data(
-            {
-                f"{name} ({part})": examples
-                for part, found in parts.items()
-                for name, examples in zip(self.source_names, found, strict=False)
-            }
-        )
+        examples = {
+            f"{name} ({part})": some
+            for part, every in (("training", self._set.train), ("validation", self._set.val))
+            for name, some in zip(self.source_names, every, strict=True)
+        }
+        agree_on_data(examples, self._planner().digest())
         if stage == "fit" and self._batches_trained_on() == 0:
             # Another training. One that is resumed loads its state after this.
             self._counter.start()
-            self._logged_step = 0
-        if stage == "validate" and not any(map(len, self._val)):
+        if stage == "validate" and not any(map(len, self._set.val)):
             raise ValueError(
                 f"There is nothing to validate on: data.val_fraction={self.val_fraction} selects "
                 "no record. Set data.val_fraction, or name more data in data.sources."
             )
 
-    def _agree_on_settings(self) -> None:
-        """Compare the ranks before any does what the others might not, a broadcast say."""
-        if self.trainer is None or not several_ranks():
-            return
-        if (stopping := Stopping.of(self.trainer)) is not None:
-            stopping.agree(self.trainer)
-        else:
-            agree("settings", configuration(self.trainer))
-
-    def _agree_on_data(self, examples: Mapping[str, Sequence[Example]]) -> None:
-        if several_ranks():
-            with together("comparison of the data"):
-                found = {k: f"{len(v)} records, {tokens_digest(v)}" for k, v in examples.items()}
-            agree("data", found | {"lengths of the records": self._planner().digest()})
-
-    def _check_prompts(self, stage: str) -> None:
-        """Refuse fewer prompts than ranks: one without any would not take part in what all do."""
-        world = 1 if self.trainer is None else self.trainer.world_size
-        number = len(self._prompts[stage])
-        if number < world:
-            raise RanksError(
-                f"data.{stage}_sources hold {number} prompts for {world} processes, and each needs "
-                f"one. Set trainer.devices and trainer.num_nodes to {number} processes or fewer."
-            )
-
     def agreed_settings(self) -> dict[str, Any]:
         """What all ranks must have in common, by configuration key; data are seen by content."""
-        own = {name: getattr(self, name) for name in CHECKED if name != "loading"}
-        loading = asdict(self.loading)
-        for name in ("num_workers", "cache_dir"):  # each rank's own
-            del loading[name]
-        own |= {f"loading.{name}": value for name, value in loading.items()}
+        own = {f"data.{name}": getattr(self, name) for name in CHECKED if name != "loading"}
         for name in _SOURCES:
-            own[name] = [
+            own[f"data.{name}"] = [
                 asdict(replace(source, path=source.path and Path(source.path).name))
                 for source in getattr(self, name)
             ]
-        return {f"data.{key}": value for key, value in own.items()}
+        return own | self.loading.agreed()
 
     def _settings_of(self, what: str) -> dict[str, Any]:
         """The settings that decide what is read for train, test or predict, as they are now."""
@@ -342,12 +239,10 @@ class ReasoningDataModule(LightningDataModule):
             names += ["test_sources"] if self.loading.decontaminate else []
         else:
             names.append(f"{what}_sources")
-        read = ("overlong", "cache_dir", "decontaminate")
         # Lists and mappings may be changed in place.
-        return {name: copy(getattr(self, name)) for name in names} | {
-            "tokenizer": self._current_tokenizer(),
-            "loading": [getattr(self.loading, name) for name in read],
-        }
+        found = {name: copy(getattr(self, name)) for name in names}
+        read = (self.loading.overlong, self.loading.cache_dir, self.loading.decontaminate)
+        return found | {"tokenizer": self._current_tokenizer(), "loading": read}
 
     def _of_stage(self, stage: str) -> tuple[list[Source], Purpose]:
         if stage == "test":
@@ -365,14 +260,7 @@ class ReasoningDataModule(LightningDataModule):
         found: list[Example] = []
         for source in sources:
             examples = encoder(load_records(source, purpose, self.tasks, self.seed))
-            too_long = [one.record.index for one in examples if one.too_long]
-            self.cut_prompts[source.label] = len(too_long)
-            if too_long:
-                rank_zero_warn(
-                    f"source {source.label}: {len(too_long)} of {len(examples)} prompts, record "
-                    f"{too_long[0]} first, are longer than data.max_length={self.max_length} "
-                    "tokens and lost their beginning; raise it."
-                )
+            self.cut_prompts[source.label] = count_cut_prompts(source.label, examples, encoder)
             found += examples
         return found
 
@@ -380,106 +268,26 @@ class ReasoningDataModule(LightningDataModule):
         cache = cache_folder(self.loading.cache_dir)
         compared = self.loading.decontaminate and bool(self.test_sources)
         with together("reading of data.sources"):
-            records = [
-                load_records(source, "train", self.tasks, self.seed, cache)
+            records: Any = {
+                source.label: load_records(source, "train", self.tasks, self.seed, cache)
                 for source in self.sources
-            ]
+            }
             tested = questions_of(self.test_sources, self.tasks) if compared else frozenset()
         if compared and self.trainer is not None and self.trainer.world_size > 1:
             # A rank that did not reach the hub would train on other records than the rest.
             tested = self.trainer.strategy.broadcast(tested)
-        kept, self._left_out = [np.ones(len(some), np.bool_) for some in records], []
-        if compared:
-            kept = self._decontaminated(records, tested)
         with together("tokenization of data.sources"):
-            self._encode(records, kept, cache)
-        self._lengths = {}
+            self._set = read_training_set(
+                records, tested, self._encoder(), cache, self.val_fraction, self.seed
+            )
         if self._counter.names != self.source_names:
             self._counter = SampleCounter(self.source_names)
         self._trained_on = [self._training()]
-        self._report_mixture()
-
-    def _decontaminated(
-        self, records: Sequence[Any], tested: frozenset[str]
-    ) -> list[NDArray[np.bool_]]:
-        """Which records of each source are not test questions."""
-        kept, left_out = [], set[str]()
-        for name, some in zip(self.source_names, records, strict=True):
-            leaked = contaminated(some, tested)
-            left_out |= {question_digest(record) for record in some.select(leaked)}
-            if leaked.all():
-                raise ValueError(
-                    f"source {name}: the questions of all {len(some)} records stand in "
-                    "data.test_sources, so data.loading.decontaminate leaves none. Take the "
-                    "source out of data.sources, or set data.loading.decontaminate: false to train "
-                    "on test questions."
-                )
-            if leaked.any():
-                rank_zero_info(
-                    f"{name}: {leaked.sum()} of {len(some)} records left out, as their questions "
-                    "stand in data.test_sources"
-                )
-            kept.append(~leaked)
-        self._left_out = sorted(left_out)
-        return kept
-
-    def _encode(
-        self, records: Sequence[Any], kept: Sequence[NDArray[np.bool_]], cache: Path | None
-    ) -> None:
-        """Tokenize each source's records and split them into those of training and validation."""
-        encoder, train, val = self._encoder(), list[Examples](), list[Examples]()
-        self._content = {}
-        left: list[Records] = [
-            some if mask.all() else some.select(mask)
-            for some, mask in zip(records, kept, strict=True)
-        ]
-        held = validation_split(left, self.val_fraction, self.seed)
-        for name, some, mask, rest, validated in zip(
-            self.source_names, records, kept, left, held, strict=True
-        ):
-            in_memory = rest is not some and not some.on_disk
-            self._content[name] = content_digest(rest) if in_memory else some.content
-            examples = tokenize(some, encoder, cache).select(mask)
-            too_long = count_altered(name, examples)
-            used = ~too_long if encoder.overlong == "drop" else np.ones(len(examples), np.bool_)
-            train.append(examples.select(used & ~validated))
-            val.append(examples.select(used & validated))
-            if not len(train[-1]):
-                raise ValueError(
-                    f"source {name}: all {len(examples)} records are longer than data.max_length="
-                    f"{self.max_length} tokens. Raise it, or set data.loading.overlong: cut."
-                )
-        self._train, self._val = train, val
-
-    def _report_mixture(self) -> None:
-        """Say how much each source has and gives, and warn of one that gives nothing."""
-        assert self._train is not None
-        shares = self._weights()
-        total = epoch_length(self._sizes(), shares, self.loading.stop)
-        for name, share, examples in zip(self.source_names, shares, self._train, strict=True):
-            if round(total * share) == 0:
-                rank_zero_warn(
-                    f"source {name}: weight {share:.2g} of an epoch's {total} records is not one "
-                    "record, so it is never trained on; raise its weight in data.sources, or "
-                    "data.loading.temperature."
-                )
-            where = " on disk" if examples.records.on_disk else ""
-            rank_zero_info(
-                f"{name}: {len(examples)} records{where}, weight {share:.3g}, seen "
-                f"{total * share / len(examples):.2g} times an epoch"
-            )
-        if held := sum(map(len, self._val)):
-            rank_zero_info(f"validation split: {held} records")
+        self._set.report(self.sources, self.loading)
 
     def _encoder(self, with_response: bool = True) -> Encoder:
-        return Encoder(
-            self.text_tokenizer,
-            self.prompt_style,
-            self.max_length,
-            self.loading.overlong,
-            with_response,
-            self._num_rows,
-        )
+        text = (self.text_tokenizer, self.prompt_style, self.max_length)
+        return Encoder(*text, self.loading.overlong, with_response, self._num_rows)
 
     @property
     def _num_rows(self) -> int | None:
@@ -489,28 +297,11 @@ class ReasoningDataModule(LightningDataModule):
 
     @property
     def text_tokenizer(self) -> Any:
-        """The tokenizer that texts are encoded with, loaded at first use.
-
-        Raises ValueError where there is none, or one without an end-of-sequence token or the prompt
-        style, or one of another model.
-        """
+        """The tokenizer that texts are encoded with, loaded at first use; else ValueError."""
         given = self._current_tokenizer()
-        if given is None:
-            raise ValueError(
-                "There is no tokenizer: data.tokenizer is not set and the model has none. "
-                "Set data.tokenizer to a hub id, a folder, or tiny."
-            )
         if self._tokenizer is None or given is not self._tokenizer_given:
-            by_name = isinstance(given, str)
-            known = load_tokenizer(given, setting="data.tokenizer") if by_name else given
-            if known.eos_token_id is None:
-                raise ValueError(
-                    "The tokenizer has no end-of-sequence token, which ends each response. Set "
-                    "data.tokenizer to one that has."
-                )
-            check_vocabulary(known, self._num_rows)
-            _ = STYLES[self.prompt_style](known).stop_ids  # else refused
-            self._tokenizer, self._tokenizer_given = known, given
+            self._tokenizer = checked_tokenizer(given, self.prompt_style, self._num_rows)
+            self._tokenizer_given = given
         return self._tokenizer
 
     def _current_tokenizer(self) -> Any:
@@ -535,43 +326,27 @@ class ReasoningDataModule(LightningDataModule):
     # --- loaders ---
 
     def train_dataloader(self) -> ResumableLoader | DataLoader[Example]:
-        """The mixture, this rank's part, from where the trainer stands.
-
-        Trainer(overfit_batches=...) gets the first records, batch_size at a time.
-        """
-        assert self._train is not None, "setup('fit') comes first"
-        mixture = Mixture(self._train)
+        """The mixture from where the trainer stands; with `overfit_batches` the first records."""
+        assert self._set.train, "setup('fit') comes first"
+        mixture = Mixture(self._set.train)
         if getattr(self.trainer, "overfit_batches", 0):
-            return self._in_order(mixture, self._collator())
-        sampler = MixtureSampler(
-            self._sizes(),
-            self._weights(),
-            self.source_names,
-            self.seed,
-            self._planner(),
-            stop=self.loading.stop,
-            **self._ranks(),
-        )
+            return self._loader(mixture, self._collator())
+        mixed = (self._set.sizes, self._weights(), self.source_names, self.seed, self._planner())
+        sampler = MixtureSampler(*mixed, stop=self.loading.stop, **ranks_of(self.trainer))
         return ResumableLoader(
             mixture,
             sampler,
             # A loader is often made before the trainer has restored where it stands.
             None if self.trainer is None else self._batches_trained_on,
             collate_fn=self._collator(),
-            **self._loader_options(),
+            **self.loading.options(self.seed),
         )
-
-    def _ranks(self) -> dict[str, int]:
-        return getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
 
     def _planner(self) -> BatchPlanner:
         """How records are made into batches now; lengths once there are records."""
-        lengths, tokens = None, self.loading.tokens_per_batch
-        if self._train is not None and (self.batching != "random" or tokens):
-            exact = tokens is not None
-            if exact not in self._lengths:
-                self._lengths[exact] = np.concatenate([one.lengths(exact) for one in self._train])
-            lengths = self._lengths[exact]
+        tokens = self.loading.tokens_per_batch
+        by_length = self._set.train and (self.batching != "random" or tokens)
+        lengths = self._set.lengths(exact=tokens is not None) if by_length else None
         return BatchPlanner(self.batching, self.batch_size, tokens, lengths)
 
     def _batches_trained_on(self) -> int:
@@ -587,85 +362,44 @@ class ReasoningDataModule(LightningDataModule):
 
         Those whose answers are written stand first, so that few batches hold them all.
         """
-        if not any(map(len, self._val)):
+        if not any(map(len, self._set.val)):
             return []
-        examples = Mixture(self._val)
-        first = self._answered(examples)
+        examples = Mixture(self._set.val)
+        tasks = [source.benchmark for source in self.sources]
+        first = answered_first(self._set.val, tasks, self.loading.val_generate)
         order = [*first, *sorted(set(range(len(examples))) - set(first))]
-        collator = ValidationCollator(
+        collator = collators.ValidationCollator(
             self._collator(),
-            PromptCollator(self._pad_id()),
+            collators.PromptCollator(self._pad_id()),
             frozenset((one.record.source, one.record.index) for one in examples[first]),
         )
-        return self._in_order(Subset(examples, order), collator)
-
-    def _answered(self, examples: Mixture) -> list[int]:
-        """Places of the validation records whose answers are written, the longest prompt first."""
-        ends = np.cumsum([0, *map(len, self._val)])
-        spans = zip(self.sources, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-        # Any wording of a free text may be right, so there is nothing to compare.
-        places = [p for s, start, end in spans if s.benchmark != "text" for p in range(start, end)]
-        count = min(self.loading.val_generate, len(places))
-        chosen = [places[round(i)] for i in np.linspace(0, len(places) - 1, count)]
-        known = dict(zip(chosen, examples[chosen], strict=True))
-        kept = [place for place in chosen if reference(known[place].record) is not None]
-        return sorted(kept, key=lambda place: -len(known[place].prompt))
+        return self._loader(Subset(examples, order), collator)
 
     def test_dataloader(self) -> DataLoader[Example]:
         """The prompts of the test sources, each once however many ranks, the longest first."""
         examples = self.test_examples
         lengths = [len(example.prompt) for example in examples]
-        sampler = LengthSortedSampler(lengths, **self._ranks())
-        return self._in_order(examples, PromptCollator(self._pad_id()), sampler=sampler)
+        sampler = LengthSortedSampler(lengths, **ranks_of(self.trainer))
+        return self._loader(examples, collators.PromptCollator(self._pad_id()), sampler)
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """The prompts of the predict sources."""
-        return self._in_order(self._prompts["predict"], PromptCollator(self._pad_id()))
+        return self._loader(self._prompts["predict"], collators.PromptCollator(self._pad_id()))
 
-    def _in_order(
-        self, examples: Any, collator: Any, sampler: LengthSortedSampler | None = None
-    ) -> DataLoader[Example]:
-        return DataLoader(
-            examples,
-            shuffle=False,
-            sampler=sampler,
-            batch_size=self.batch_size,
-            collate_fn=collator,
-            **self._loader_options(),
-        )
+    def _loader(self, examples: Any, collator: Any, sampler: Any = None) -> DataLoader[Example]:
+        options = self.loading.options(self.seed) | {"batch_size": self.batch_size}
+        return DataLoader(examples, sampler=sampler, collate_fn=collator, **options)
 
-    def _collator(self) -> TrainCollator | PackedCollator:
+    def _collator(self) -> collators.TrainCollator | collators.PackedCollator:
         names = tuple(self.source_names)
         if self.batching == "packed":
-            return PackedCollator(names)
-        return TrainCollator(names, self._pad_id())
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.loading.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-            # Without its own generator a loader draws from the global one at each pass, and a
-            # resumed run would draw other dropout masks than the run that never stopped.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+            return collators.PackedCollator(names)
+        return collators.TrainCollator(names, self._pad_id())
 
     # --- shares and state ---
 
-    def _sizes(self) -> list[int]:
-        """Training records of each source."""
-        assert self._train is not None, "setup('fit') comes first"
-        return [len(examples) for examples in self._train]
-
     def _weights(self) -> list[float]:
-        """Each source's part of the training stream; they sum to 1."""
-        sizes, temperature = self._sizes(), self.loading.temperature
-        if temperature is not None:
-            return shares_by_size(sizes, temperature)
-        weights = [
-            float(size) if source.weight is None else source.weight
-            for source, size in zip(self.sources, sizes, strict=True)
-        ]
-        return [weight / sum(weights) for weight in weights]
+        return self._set.shares(self.sources, self.loading.temperature)
 
     def examples_seen(self) -> dict[str, int]:
         """Examples of each source trained on so far, on all ranks; every rank must call this."""
@@ -673,46 +407,26 @@ class ReasoningDataModule(LightningDataModule):
 
     def shares(self) -> dict[str, float]:
         """Each source's part of the examples trained on so far; every rank must call this."""
-        seen = self.examples_seen()
-        return {name: count / max(1, sum(seen.values())) for name, count in seen.items()}
+        return self._counter.shares(self.trainer)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Counts what is trained on."""
         trainer = self.trainer
         if trainer is not None and trainer.training:
-            self._log_shares()
+            self._counter.log(trainer)
             self._counter.add(batch["source"])
         return batch
 
-    def _log_shares(self) -> None:
-        assert self.trainer is not None
-        step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if len(self.sources) < 2:
-            return  # the share of an only source tells nothing
-        if interval and step % interval == 0 and step > self._logged_step:
-            self._logged_step = step
-            shares = {f"data/share/{name}": share for name, share in self.shares().items()}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(shares, step=step)
-
     def teardown(self, stage: str) -> None:
         """After training, says what was trained on."""
-        if stage != "fit" or self._train is None:
+        if stage != "fit" or not self._set.train:
             return
-        seen, shares = self.examples_seen(), self.shares()
-        for name, weight in zip(self.source_names, self._weights(), strict=True):
-            rank_zero_info(
-                f"trained on {name}: {seen[name]} examples, share {shares[name]:.3f}, "
-                f"weight {weight:.3f}"
-            )
+        self._counter.report(self.trainer, self._weights())
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained on, and the settings that the order depends on."""
-        return {
-            "seen": self.examples_seen(),
-            "order": self._order_settings(),
-            "trained_on": self._trained_on,
-        }
+        seen, order = self.examples_seen(), self._order_settings()
+        return {"seen": seen, "order": order, "trained_on": self._trained_on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting; warns if the order is not the one that the checkpoint was in."""
@@ -723,41 +437,22 @@ class ReasoningDataModule(LightningDataModule):
             return
         self._trained_on = [*before, *(one for one in self._trained_on if one not in before)]
         self._counter.start(state_dict["seen"])
-        # Checkpoints of earlier versions do not know every key.
-        now, then = self._order_settings(), {"batching": "random", **state_dict["order"]}
-        content, earlier = now.pop("content"), then.pop("content", {})
-        # A digest of a file, which its first word tells, says nothing of one of records.
-        others = [
-            name
-            for name, digest in content.items()
-            if digest.split()[:1] == earlier.get(name, "").split()[:1] and digest != earlier[name]
-        ]
-        changed = [key for key in now if now[key] != then.get(key, now[key])]
+        changed = order_changes(self._order_settings(), state_dict["order"])
         # A trainer goes back to a state before the first batch after a search for a batch size.
         follows = self.trainer is None or any(state_dict["seen"].values())
-        if follows and (changed or others):
-            was = ", ".join(
-                [
-                    *(f"{key} was {then.get(key)} and is {now[key]}" for key in changed),
-                    *(f"source {name} holds other records" for name in others),
-                ]
-            )
+        if follows and changed:
             rank_zero_warn(
-                f"The data differ from the checkpoint's: {was}. Training goes on, but not with "
-                "the records that would have followed."
+                f"The data differ from the checkpoint's: {', '.join(changed)}. Training goes on, "
+                "but not with the records that would have followed."
             )
 
     def _order_settings(self) -> dict[str, Any]:
-        sizes = self._sizes() if self._train else []
+        loading = ("temperature", "stop", "tokens_per_batch")
         return {
-            "sources": dict(zip(self.source_names, sizes, strict=False)),
+            "sources": dict(zip(self.source_names, self._set.sizes, strict=False)),
             "weights": [source.weight for source in self.sources],
-            "temperature": self.loading.temperature,
-            "stop": self.loading.stop,
-            "batch_size": self.batch_size,
-            "tokens_per_batch": self.loading.tokens_per_batch,
-            "batching": self.batching,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in ("batch_size", "batching", "seed")},
+            **{name: getattr(self.loading, name) for name in loading},
             "lengths": self._planner().digest(),
-            "content": self._content,
+            "content": self._set.content,
         }

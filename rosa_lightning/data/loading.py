@@ -15,6 +15,7 @@ from rosa_lightning.data.sampling import (
     epoch_order,
 )
 from rosa_lightning.data.tokenization import Example, Examples
+from rosa_lightning.tasks.records import reference
 
 
 class LengthSortedSampler(DistributedSampler[int]):
@@ -198,3 +199,20 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from a saved place."""
         self._epoch, self._batch = state_dict["epoch"], state_dict["batch"]
+
+
+def answered_first(sources: Sequence[Examples], tasks: Sequence[str], most: int) -> list[int]:
+    """Places of the records whose answers a validation writes, the longest prompt first.
+
+    They are spread evenly over the sources, laid end to end, but for those of free text: any
+    wording may be right there.
+    """
+    examples = Mixture(sources)
+    ends = np.cumsum([0, *map(len, sources)]).tolist()
+    spans = zip(tasks, ends, ends[1:], strict=False)
+    places = [place for task, *span in spans if task != "text" for place in range(*span)]
+    numbers = np.linspace(0, len(places) - 1, min(most, len(places)))
+    chosen = [places[round(number)] for number in numbers]
+    known = dict(zip(chosen, examples[chosen], strict=True))
+    kept = [place for place in chosen if reference(known[place].record) is not None]
+    return sorted(kept, key=lambda place: -len(known[place].prompt))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
+
+import torch
 
 from rosa_lightning.data.prompts import STYLES
 from rosa_lightning.data.sampling import Batching, Stop
@@ -50,6 +52,19 @@ class LoadingConfig:
                 f"loading.temperature={given!r} is no number above 0. Set data.loading.temperature;"
                 " 1 mixes by size, 3 draws the shares together, null leaves them to the weights."
             )
+
+    def options(self, seed: int) -> dict[str, Any]:
+        """Options of every `DataLoader`."""
+        # Without its own generator a loader draws from the global one at each pass, and a resumed
+        # run would draw other dropout masks than the run that never stopped.
+        generator = torch.Generator().manual_seed(seed)
+        pins = torch.cuda.is_available()
+        return {"num_workers": self.num_workers, "pin_memory": pins, "generator": generator}
+
+    def agreed(self) -> dict[str, Any]:
+        """What all ranks must have in common, by configuration key."""
+        own = {"num_workers", "cache_dir"}
+        return {f"data.loading.{k}": v for k, v in asdict(self).items() if k not in own}
 
 
 CHECKED = (

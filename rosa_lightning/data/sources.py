@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rosa_lightning.tasks.custom import nearest
 from rosa_lightning.tasks.records import TASKS, Task, find_task
@@ -62,6 +62,20 @@ class Source:
     def place(self) -> str:
         """Where the records are, for messages."""
         return self.path or f"hub data set {self.hub}"
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    SourceLike = dict[str, Any] | Source | str
+    """A source, its fields, or its path; or demo."""
+    TaskLike = dict[str, Any]
+    TokenizerLike = str | PreTrainedTokenizerBase
+else:
+    # What a configuration can say. With a class among these types jsonargparse would read a file
+    # that is named as a configuration, fill fields with those of an earlier one, and call what a
+    # class_path names; and with Any it would make a number of '5', and import what is named.
+    SourceLike, TaskLike, TokenizerLike = dict | str, dict, str
 
 
 def as_source(

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from rosa_lightning.data.prompts import STYLES, PromptStyle, StyleName
 from rosa_lightning.data.records import Indexed, Records, cached_table
-from rosa_lightning.models.vocabulary import beyond, check_ids
+from rosa_lightning.models.loading import load_tokenizer
+from rosa_lightning.models.vocabulary import beyond, check_ids, check_vocabulary
 from rosa_lightning.tasks.records import Record, answer_start, task_of
 
 Overlong = Literal["cut", "drop"]
@@ -319,6 +320,40 @@ def count_altered(name: str, examples: Examples) -> NDArray[np.bool_]:
             "are."
         )
     return too_long
+
+
+def count_cut_prompts(name: str, examples: Sequence[Example], encoder: Encoder) -> int:
+    """How many prompts of a test or predict source lost their beginning; warns of them."""
+    too_long = [one.record.index for one in examples if one.too_long]
+    if too_long:
+        rank_zero_warn(
+            f"source {name}: {len(too_long)} of {len(examples)} prompts, record {too_long[0]} "
+            f"first, are longer than data.max_length={encoder.max_length} tokens and lost their "
+            "beginning; raise it."
+        )
+    return len(too_long)
+
+
+def checked_tokenizer(given: Any, style: StyleName, num_rows: int | None) -> Any:
+    """The tokenizer that a name or an object means, loaded and checked.
+
+    Raises ValueError where there is none, or one without an end-of-sequence token or the prompt
+    style, or one of another model.
+    """
+    if given is None:
+        raise ValueError(
+            "There is no tokenizer: data.tokenizer is not set and the model has none. "
+            "Set data.tokenizer to a hub id, a folder, or tiny."
+        )
+    known = load_tokenizer(given, setting="data.tokenizer") if isinstance(given, str) else given
+    if known.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, which ends each response. Set "
+            "data.tokenizer to one that has."
+        )
+    check_vocabulary(known, num_rows)
+    _ = STYLES[style](known).stop_ids  # else refused
+    return known
 
 
 def tokens_digest(examples: Sequence[Example]) -> str:

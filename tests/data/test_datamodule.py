@@ -222,10 +222,10 @@ def test_test_questions_are_neither_trained_on_nor_validated_on(folder, stage, c
     module = leaky(folder, val_fraction=0.3)
     with caplog.at_level("INFO"):
         module.setup(stage)
-    records = [example.record for source in module._train for example in source]
+    records = [example.record for source in module._set.train for example in source]
     asked = {
         record.instruction
-        for record in [*records, *(ex.record for source in module._val for ex in source)]
+        for record in [*records, *(ex.record for source in module._set.val for ex in source)]
     }
     everything = {f"{name} {n}?" for name, size in SIZES.items() for n in range(size)}
     assert asked == everything - {"a 3?", "a 4?", "a 5?", "b 7?"}
@@ -284,7 +284,7 @@ def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(fol
     module.prepare_data()
     with pytest.warns(UserWarning, match=r"not compared with test source b, .* No network\."):
         module.setup("fit")
-    assert len(module._train[0]) + len(module._val[0]) == 34
+    assert len(module._set.train[0]) + len(module._set.val[0]) == 34
     module = data(folder, tokenizer=TOKENIZER, test_sources=[{"path": "none.json"}])
     with pytest.raises(OSError, match=r"none\.json"):
         module.setup("fit")

@@ -20,7 +20,7 @@ def commonsense(real_data, **settings):
 
 
 def lengths_of(module, exact):
-    return np.concatenate([examples.lengths(exact) for examples in module._train])
+    return np.concatenate([examples.lengths(exact) for examples in module._set.train])
 
 
 def batches(module, ranks=1):
@@ -42,7 +42,7 @@ def test_batches_of_real_records_have_little_padding_and_keep_the_shares(real_da
     assert padding(by_length, lengths) < 0.015
     order = np.concatenate(by_length)
     assert sorted(order) == list(range(len(lengths)))
-    source = np.repeat(range(4), [len(examples) for examples in module._train])[order]
+    source = np.repeat(range(4), [len(examples) for examples in module._set.train])[order]
     shares = np.bincount(source) / len(source)
     for quarter in np.array_split(source, 4):
         np.testing.assert_allclose(np.bincount(quarter) / len(quarter), shares, atol=0.01)
@@ -63,7 +63,7 @@ def test_lengths_of_records_on_disk_are_exact_where_batches_are_made_by_tokens(f
     disk = data(folder, **settings, tokenizer="tiny", sources=on_disk(folder))
     for module in (memory, disk):
         module.setup("fit")
-    expected = [e.num_tokens for source in memory._train for e in source]
+    expected = [e.num_tokens for source in memory._set.train for e in source]
     assert lengths_of(disk, True).tolist() == expected
     estimated = lengths_of(disk, False)
     assert np.abs(estimated - expected).max() <= 3

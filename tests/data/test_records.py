@@ -37,7 +37,7 @@ def read(path, stream):
         assert 0 < len(next(batches)["index"]) <= 16
     assert len(next(iter(data.val_dataloader()))["index"]) == 16
     print(f"{{time.perf_counter() - since:.1f}} s", file=sys.stderr)
-    return sum(map(len, data._train + data._val))
+    return sum(map(len, data._set.train + data._set.val))
 
 read({small!r}, {stream})
 peak = before = anonymous()

@@ -80,7 +80,7 @@ def half(path: Path, **options: Any) -> ReasoningDataModule:
 def test_accuracy_is_that_of_answers_written_to_the_prompts_alone(tmp_path, half_right):
     data = half(half_right)
     metrics = validated(tmp_path, data)
-    held = [example.record.index for source in data._val for example in source]
+    held = [example.record.index for source in data._set.val for example in source]
     share = sum(index % 2 == 0 for index in held) / len(held)
     assert len(held) > 20
     assert metrics["val/accuracy"] == pytest.approx(share)
@@ -120,7 +120,7 @@ def test_prompts_to_answer_are_spread_over_the_sources_with_answers(tmp_path, ba
     assert len(prompts) == 1
     assert {prompts[0]["source"].count(name) for name in "ab"} == {4, 5}
     assert "c" not in prompts[0]["source"]
-    held = {(e.record.source, e.record.index): e for source in data._val for e in source}
+    held = {(e.record.source, e.record.index): e for source in data._set.val for e in source}
     assert len(held) == 60
     for row, key in enumerate(zip(prompts[0]["source"], prompts[0]["index"].tolist(), strict=True)):
         mask = prompts[0]["attention_mask"][row].bool()
@@ -155,7 +155,7 @@ class Foreign(LightningModule):
 def test_a_foreign_module_validates_on_the_same_records(tmp_path):
     data = demo(tokenizer="tiny", cache_dir=None)
     (metrics,) = trainer(tmp_path).validate(Foreign(), data, verbose=False)
-    assert metrics["rows"] == sum(map(len, data._val))
+    assert metrics["rows"] == sum(map(len, data._set.val))
 
 
 def test_loaders_made_by_hand_give_the_same_accuracy(tmp_path):

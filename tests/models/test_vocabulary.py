@@ -91,7 +91,7 @@ def test_padding_that_records_spell_is_text(base, tmp_path):
     run, records = trainer(tmp_path), data(tmp_path, "[PAD] {}")
     run.fit(RoSAModule(str(base)), records)
     assert run.global_step
-    example = records._train[0][0]
+    example = records._set.train[0][0]
     assert max(example.response) < ROWS  # five characters and no padding token
     assert len(example.response) > len("[PAD]")
 

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosa_lightning.data.splitting import normalized_question, validation_split
+from rosa_lightning.data.contamination import normalized_question
+from rosa_lightning.data.training_set import validation_split
 from rosa_lightning.tasks.records import Record
 
 

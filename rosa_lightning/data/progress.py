@@ -1,0 +1,73 @@
+"""How far a run has come in its data: what was trained on, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+
+class SampleCounter:
+    """Counts the examples of each source that a run has trained on, resumed parts included."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.start()
+
+    def start(self, before: Mapping[str, int] | None = None) -> None:
+        """Begin anew, or from the counts of a checkpoint."""
+        self._logged = 0
+        self._here = torch.zeros(len(self.names), dtype=torch.long)  # on this rank
+        self._before = torch.tensor([(before or {}).get(name, 0) for name in self.names])
+
+    def add(self, source_B: Tensor) -> None:
+        """Count a batch, by the sources of its examples, shape (B,)."""
+        self._here += torch.bincount(source_B.cpu(), minlength=len(self.names))
+
+    def counts(self, trainer: Trainer | None) -> dict[str, int]:
+        """Examples of each source so far, on all ranks; every rank must call this."""
+        here = self._here
+        if trainer is not None and trainer.world_size > 1:
+            strategy = trainer.strategy
+            here = strategy.reduce(here.clone().to(strategy.root_device), reduce_op="sum").cpu()
+        return dict(zip(self.names, (here + self._before).tolist(), strict=True))
+
+    def shares(self, trainer: Trainer | None) -> dict[str, float]:
+        """Each source's part of the examples so far; every rank must call this."""
+        seen = self.counts(trainer)
+        return {name: count / max(1, sum(seen.values())) for name, count in seen.items()}
+
+    def log(self, trainer: Trainer) -> None:
+        """Log the shares at the trainer's interval; that of an only source tells nothing."""
+        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if len(self.names) > 1 and interval and step % interval == 0 and step > self._logged:
+            self._logged = step
+            shares = {f"data/share/{name}": share for name, share in self.shares(trainer).items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(shares, step=step)
+
+    def report(self, trainer: Trainer | None, weights: Sequence[float]) -> None:
+        """Say what was trained on, beside the weights that were asked for."""
+        seen, shares = self.counts(trainer), self.shares(trainer)
+        for name, weight in zip(self.names, weights, strict=True):
+            rank_zero_info(
+                f"trained on {name}: {seen[name]} examples, share {shares[name]:.3f}, "
+                f"weight {weight:.3f}"
+            )
+
+
+def order_changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """What of the settings that decide the order of records is not as a checkpoint says."""
+    then = {"batching": "random", "content": {}, **then}  # earlier versions do not know every key
+    changed = [key for key in now if key != "content" and now[key] != then.get(key, now[key])]
+    told = [f"{key} was {then[key]} and is {now[key]}" for key in changed]
+    for name, digest in now["content"].items():
+        earlier = then["content"].get(name, "")
+        # A digest of a file, which its first word tells, says nothing of one of records.
+        if digest != earlier and digest.split()[:1] == earlier.split()[:1]:
+            told.append(f"source {name} holds other records")
+    return told
