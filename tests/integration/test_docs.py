@@ -1,0 +1,141 @@
+"""Every block of README.md and docs/ runs, or says what it needs and is then parsed.
+
+A block that cannot run here follows a comment, `<!-- needs: gpu -->` or `<!-- needs: hub -->`, in
+which a reason may stand. Models and data of the hub are replaced by the embedded ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rosa_lightning.cli.main import main
+from rosa_lightning.models import tiny
+from tests.options_table import PAGE, generated
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:^<!-- needs: (gpu|hub)\b[^>]*-->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
+BASES = ("path/to/model", "Qwen/Qwen3-0.6B")
+ONE_BATCH = "--trainer.max_steps=2 --trainer.val_check_interval=2 --trainer.limit_val_batches=1"
+SMALL = {
+    "fit": f"{ONE_BATCH} --trainer.accelerator=cpu --data.val_generate=2 --validate_first=false",
+    "validate": "--trainer.limit_val_batches=1 --trainer.accelerator=cpu --data.val_generate=2",
+    "test": "--trainer.limit_test_batches=1 --trainer.accelerator=cpu --model.max_new_tokens=4",
+    "predict": "--trainer.limit_predict_batches=1 --trainer.accelerator=cpu",
+    "bench": "--steps=1 --rounds=1",
+}
+"""What keeps a command short."""
+CHECKERS = ("pytest", "ruff", "mypy", "tensorboard")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a short training's logs, data of a user, and the files of the repository."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("configs", "tests", "docs", "rosa_lightning", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    lines = (tiny.folder() / "demo_train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:60]))
+    (folder / "test.jsonl").write_text("".join(lines[60:64]))
+    (folder / "questions.txt").write_text("Ada has 12 apples. How many has Ada now?\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["rosa"])
+        command(["fit", "--config", "configs/tiny.yaml", "--data.sources=train.jsonl"], needs="")
+    return folder
+
+
+def command(words: list[str], needs: str) -> None:
+    """Run a command of the package, a short form of it, or parse it only."""
+    if needs or {"--help", "--print_config"} & set(words):
+        with pytest.raises(SystemExit) as ending:
+            main([*words, "--print_config"])
+        assert ending.value.code == 0
+        return
+    if words[0] == "fit" and "--ckpt_path" not in words:
+        shutil.rmtree("lightning_logs", ignore_errors=True)
+    if "--output" in words:
+        shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
+    assert main([*words, *SMALL.get(words[0], "").split()]) == 0
+
+
+def run_shell(text: str, needs: str) -> None:
+    """Run the commands of the package; check the files and options that other commands name."""
+    for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
+        match words:
+            case []:
+                pass
+            case ["python", "-m", "rosa_lightning", *rest]:
+                command(rest, needs)
+            case ["python", script, *rest] if script.startswith("tests/"):
+                source = Path(script).read_text()
+                assert all(word in source for word in rest if word.startswith("--")), line
+            case ["python", "-m", module, *_]:
+                assert Path(*module.split(".")).with_suffix(".py").exists(), line
+            case ["pip", "install", "-e", target]:
+                extras = re.findall(r"[a-z]+", target)
+                known = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+                assert set(extras) <= known["optional-dependencies"].keys(), line
+            case ["cp", "-r", source, target]:
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            case [tool, *rest] if tool in CHECKERS:
+                assert all(Path(word).exists() for word in rest if word.startswith("tests/")), line
+            case _:
+                raise AssertionError(f"nothing runs {line!r}")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_block_runs(page, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, object] = {"__name__": page.stem}
+    for needs, language, text in BLOCK.findall(page.read_text()):
+        if not needs:
+            text = re.sub("|".join(BASES), str(tiny.folder()), text)
+        if language == "python":
+            code = compile(text, str(page), "exec")
+            if not needs:
+                exec(code, names)
+        elif language == "yaml":
+            assert isinstance(yaml.safe_load(text), dict | list)
+            if named := re.match(r"# (\w+\.yaml)\n", text):
+                Path(named[1]).write_text(text)
+        elif language == "json":
+            [json.loads(line) for line in text.splitlines()]
+        elif language == "bash":
+            run_shell(text, needs)
+        else:
+            assert language in ("text", "bibtex", "mermaid"), language
+
+
+def test_the_option_tables_are_those_of_the_code():
+    assert PAGE.read_text() == generated(PAGE.read_text()), "run: python -m tests.options_table"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_link_file_and_key_exists(page, trained, monkeypatch, capsys):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text):
+        assert not link or (page.parent / link).exists(), link
+    for name in re.findall(r"`((?:rosa_lightning|tests|configs|docs)/[\w/.]+)`", text):
+        assert (ROOT / name).exists(), name
+    keys = set(re.findall(r"`((?:model|data|dls)\.(?!py\b)\w+(?:\.\w+)*)", text))
+    options = PAGE.read_text()
+    assert not {key for key in keys if not re.search(rf"`{key}[`.]", options)}
