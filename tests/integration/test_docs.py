@@ -27,12 +27,15 @@ BLOCK = re.compile(
     r"(?:^<!-- needs: (gpu|hub)\b[^>]*-->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
 BASES = ("path/to/model", "Qwen/Qwen3-0.6B")
-ONE_BATCH = "--trainer.max_steps=2 --trainer.val_check_interval=2 --trainer.limit_val_batches=1"
+CPU = "--trainer.accelerator=cpu --trainer.enable_progress_bar=false"
+ONE_BATCH = "--trainer.limit_val_batches=1 --data.loading.val_generate=2"
 SMALL = {
-    "fit": f"{ONE_BATCH} --trainer.accelerator=cpu --data.val_generate=2 --validate_first=false",
-    "validate": "--trainer.limit_val_batches=1 --trainer.accelerator=cpu --data.val_generate=2",
-    "test": "--trainer.limit_test_batches=1 --trainer.accelerator=cpu --model.max_new_tokens=4",
-    "predict": "--trainer.limit_predict_batches=1 --trainer.accelerator=cpu",
+    "fit": f"{CPU} {ONE_BATCH} --trainer.max_steps=2 --trainer.val_check_interval=2 "
+    "--validate_first=false --data.loading.num_workers=0 --trainer.enable_model_summary=false",
+    "validate": f"{CPU} {ONE_BATCH}",
+    "test": f"{CPU} --trainer.limit_test_batches=1 --model.max_new_tokens=4",
+    "predict": f"{CPU} --trainer.limit_predict_batches=1 --model.max_new_tokens=4",
+    "inspect": "--data.batch_size=2 --data.max_length=64",
     "bench": "--steps=1 --rounds=1",
 }
 """What keeps a command short."""
@@ -130,7 +133,7 @@ def test_the_option_tables_are_those_of_the_code():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_every_link_file_and_key_exists(page, trained, monkeypatch, capsys):
+def test_every_link_file_and_key_exists(page):
     text = page.read_text()
     for link in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text):
         assert not link or (page.parent / link).exists(), link
