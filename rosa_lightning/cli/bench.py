@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 
@@ -28,6 +31,7 @@ from lightning.pytorch.callbacks import (
     ModelSummary,
     ProgressBar,
 )
+from rich.console import Group
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
@@ -41,6 +45,7 @@ from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import remove_roae
 from rosa_lightning.roae.layer import RoAEConfig, Target
 from rosa_lightning.roae.targets import select_projections
+from rosa_lightning.utils.tables import text_table
 
 Row = tuple[Tensor, Tensor]
 """Token ids and labels of a record, both (T,)."""
@@ -61,7 +66,7 @@ _LEFT_OUT = (Checkpoint, EarlyStopping, LearningRateMonitor, ModelSummary, Progr
 
 
 @dataclass
-class Way:
+class Contender:
     """One way to train, and what it took."""
 
     seconds: list[float] = field(default_factory=list)
@@ -76,18 +81,18 @@ class Bench:
 
     rounds: list[dict[str, int]] = field(default_factory=list)
     """Examples, tokens and the like of each round, the same for all ways."""
-    ways: dict[str, Way] = field(default_factory=dict)
+    contenders: dict[str, Contender] = field(default_factory=dict)
     lowest: list[int] = field(default_factory=list)
     """The lowest layer that trained, of each step as configured."""
 
     def per_second(self, way: str, what: str) -> float:
         """Median over the rounds of the examples or tokens a second."""
-        pairs = zip(self.rounds, self.ways[way].seconds, strict=True)
+        pairs = zip(self.rounds, self.contenders[way].seconds, strict=True)
         return statistics.median(counts[what] / seconds for counts, seconds in pairs)
 
     def times(self, way: str, other: str) -> tuple[float, float, float]:
         """How many times as long another way takes: median of the rounds, lowest, highest."""
-        pairs = zip(self.ways[way].seconds, self.ways[other].seconds, strict=True)
+        pairs = zip(self.contenders[way].seconds, self.contenders[other].seconds, strict=True)
         ratios = [others / own for own, others in pairs]
         return statistics.median(ratios), min(ratios), max(ratios)
 
@@ -209,7 +214,7 @@ class Turns(Callback):
 
     def __init__(self, lora: nn.Module, floor: RoSAModule, steps: int, rounds: int) -> None:
         super().__init__()
-        self.bench = Bench(ways={name: Way() for name in (OURS, LORA, FLOOR)})
+        self.bench = Bench(contenders={name: Contender() for name in (OURS, LORA, FLOOR)})
         self.lora, self.floor = lora, floor
         self.steps, self.rounds = steps, rounds
         self._batches: list[Batch] = []
@@ -292,13 +297,13 @@ class Turns(Callback):
             torch.cuda.synchronize(device)
         if not self._warm:
             return
-        way = self.bench.ways[name]
-        way.seconds.append(time.perf_counter() - self._since)
+        contender = self.bench.contenders[name]
+        contender.seconds.append(time.perf_counter() - self._since)
         if device.type == "cuda":
             # All three are there: what this one took, and its weights.
             taken = torch.cuda.max_memory_allocated(device) - self._held
             own = sum(p.numel() * p.element_size() for p in model.parameters())
-            way.peak_mib = max(way.peak_mib or 0.0, (taken + own) / 2**20)
+            contender.peak_mib = max(contender.peak_mib or 0.0, (taken + own) / 2**20)
 
 
 def rows_of(batch: Batch) -> Iterator[Row]:
@@ -329,3 +334,45 @@ def total_counts(batches: Sequence[Batch]) -> dict[str, int]:
     """What several batches hold, as `batch_counts` names it."""
     counts = [batch_counts(batch) for batch in batches]
     return {name: sum(int(count[name]) for count in counts) for name in counts[0]}
+
+
+def bench_tables(bench: Bench) -> Group:
+    """What was measured, for `rich` to print, and the machine it was measured on."""
+    has_memory = bench.contenders[OURS].peak_mib is not None
+    names = ["examples/s", "tokens/s", "speed, LoRA = 1", "time, frozen = 1"]
+    table = text_table(None, "Training", *names, *(["peak MiB"] if has_memory else []))
+    spread = "{:.2f} ({:.2f}-{:.2f})"
+    for name, contender in bench.contenders.items():
+        cells = [
+            f"{bench.per_second(name, 'examples'):,.1f}",
+            f"{bench.per_second(name, 'tokens'):,.0f}",
+            "1" if name == LORA else spread.format(*bench.times(name, LORA)),
+            "1" if name == FLOOR else spread.format(*bench.times(FLOOR, name)),
+        ]
+        cells += [] if contender.peak_mib is None else [f"{contender.peak_mib:,.0f}"]
+        table.add_row(name, *cells)
+    lowest = f"{statistics.mean(bench.lowest):.3g}" if bench.lowest else "none"
+    return Group(
+        table,
+        f"{len(bench.rounds)} rounds of some {bench.rounds[0]['examples']} examples, in turn; "
+        "median and (lowest-highest) of the rounds.",
+        f"LoRA: rank {LORA_RANK} on {', '.join(LORA_TARGETS)} where there are such, the same "
+        "records in random order, padded to the longest. Frozen base: forward and backward, no "
+        "optimizer.",
+        f"Lowest layer that trained, as configured: {lowest} on average.",
+        machine(),
+    )
+
+
+def machine() -> str:
+    """The processors, and the versions that speed depends on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = named[0].partition(":")[2].strip() if named else cpu
+    devices = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    packages = ("torch", "transformers", "peft", "lightning", "rosa-lightning")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    threads = f"{cpu}, {torch.get_num_threads()} threads"
+    return f"{'; '.join([threads, *devices])}; Python {platform.python_version()}, {versions}"

@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
 from rosa_lightning.adapters.checkpoint import read_checkpoint
 from rosa_lightning.adapters.export import Format, check_options, export_adapter
-from rosa_lightning.cli.audit_tables import audit_tables
-from rosa_lightning.cli.bench import run_bench
-from rosa_lightning.cli.bench_tables import bench_tables
-from rosa_lightning.data.audit import audit_records, token_lengths
+from rosa_lightning.cli.bench import bench_tables, run_bench
+from rosa_lightning.data.audit import Audit, audit_records, token_lengths
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.tokenization import Encoder
@@ -46,16 +45,13 @@ from rosa_lightning.models.loading import (
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.microbatches import default_microbatch_tokens, rows_at_once
 from rosa_lightning.utils.files import atomic_write
+from rosa_lightning.utils.tables import note, text_table
 
 _AUTOCAST = {
     **dict.fromkeys(["bf16", "bf16-mixed"], torch.bfloat16),
     **dict.fromkeys(["16", "16-mixed"], torch.float16),
 }
 """What a trainer's precision computes in; the others cast nothing on the way."""
-_SHARDING = ("fsdp", "modelparallel")
-"""In the names of strategies that shard a model."""
-_DOUBLE = ("64", "64-true")
-"""Precisions that cast the model to float64."""
 NO_BASE = (
     "no base is given. Set model.base to a hub id, a folder or tiny, or name what knows its base: "
     "ckpt_path or model.adapter."
@@ -63,7 +59,7 @@ NO_BASE = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class CommandContext:
     """What a configuration describes; nothing of it is loaded yet."""
 
     module: RoSAModule
@@ -73,7 +69,7 @@ class Setting:
 
 
 def export(
-    setting: Setting,
+    context: CommandContext,
     *,
     output: str,
     ckpt_path: str | None = None,
@@ -84,7 +80,7 @@ def export(
     """Write a trained adapter into a new folder, for PEFT and servers, merged, or as it is.
 
     Args:
-        setting: The model to build.
+        context: The model to build.
         output: Folder to write; must not exist.
         ckpt_path: Checkpoint that holds the adapter; its settings are the defaults of ``model``.
             Not needed with ``model.adapter``.
@@ -93,18 +89,15 @@ def export(
         max_shard_size: Largest weights file of a merged model; 5GB by default.
         dequantize: Merge into a quantised base by making a plain model of it.
     """
-    module = setting.module
+    module = context.module
     check_options(format, max_shard_size=max_shard_size, dequantize=dequantize)
     _check_base(module)
     if ckpt_path is None and module.adapter is None:
         raise ValueError("no adapter is given. Set ckpt_path to a checkpoint, or model.adapter.")
     if Path(output).exists():  # before the base is loaded, which may take minutes
         raise ValueError(f"output={output} exists already. Give a new folder, or remove it first.")
-    module.configure_model()
-    if ckpt_path is not None:
-        load_checkpoint(module, ckpt_path)
-    tokenizer, note = _own_tokenizer(setting) if format == "merged" else (None, ())
-    model = cast(Any, module.model).eval()
+    model = _loaded(module, ckpt_path).eval()
+    tokenizer = _own_tokenizer(context) if format == "merged" else None
     report = export_adapter(
         model,
         output,
@@ -114,33 +107,44 @@ def export(
         dequantize=dequantize,
         trained=module.trained_under,
     )
-    sys.stdout.write(f"{replace(report, notes=(*report.notes, *note))}\n")
+    if format == "merged" and tokenizer is None:
+        report = replace(report, notes=(*report.notes, "without a tokenizer, as the base has none"))
+    sys.stdout.write(f"{report}\n")
 
 
-def _own_tokenizer(setting: Setting) -> tuple[Any, tuple[str, ...]]:
-    """The tokenizer to save beside a merged model, as its owner made it, or why there is none."""
-    module, given = setting.module, setting.data.tokenizer
-    if isinstance(given, str):
-        return load_tokenizer(given, setting="data.tokenizer", for_training=False), ()
-    if given is not None:
-        return given, ()
+def _loaded(module: RoSAModule, ckpt_path: str | None) -> Any:
+    """The adapted model, with the weights of a checkpoint."""
+    module.configure_model()
+    if ckpt_path is not None:
+        checkpoint = read_checkpoint(ckpt_path)
+        if "state_dict" not in checkpoint:
+            raise ValueError(
+                f"ckpt_path={ckpt_path} is a folder of shards. Make one file of it with "
+                "python -m lightning.pytorch.utilities.consolidate_checkpoint, and give that."
+            )
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+    return module.model
+
+
+def _own_tokenizer(context: CommandContext) -> Any:
+    """The tokenizer to save beside a merged model, as its owner made it; None if there is none."""
+    module, given = context.module, context.data.tokenizer
+    if given is not None and not isinstance(given, str):
+        return given
+    options: dict[str, Any] = {"setting": "data.tokenizer", "for_training": False}
+    if given is None:
+        options |= {"revision": module.revision, "trust_remote_code": module.trust_remote_code}
     try:
-        own = load_tokenizer(
-            module.base,
-            revision=module.revision,
-            trust_remote_code=module.trust_remote_code,
-            setting="data.tokenizer",
-            for_training=False,
-        )
+        return load_tokenizer(given or module.base, **options)
     except ValueError:
-        if has_tokenizer(module.base, module.revision):
+        if given or has_tokenizer(module.base, module.revision):
             raise
-        return None, ("without a tokenizer, as the base has none",)
-    return own, ()
+        return None
 
 
 def inspect(
-    setting: Setting,
+    context: CommandContext,
     *,
     ckpt_path: str | None = None,
     response_length: int | None = None,
@@ -150,7 +154,7 @@ def inspect(
     """Show what RoAE adapts in each layer, and the memory that training takes, loading no weights.
 
     Args:
-        setting: The model, the batch size and length, the optimizer, the trainer's precision and
+        context: The model, the batch size and length, the optimizer, the trainer's precision and
             the share of layers that DynamicLayerSelection trains.
         ckpt_path: Checkpoint whose settings are the defaults of ``model``.
         response_length: Tokens of the longest response, for the memory of the logits; by default
@@ -161,27 +165,29 @@ def inspect(
         num_batches: Batches of training texts that the drawing is the mean of.
     """
     console = Console()
-    module, data = setting.module, setting.data
+    module, data = context.module, context.data
     _check_base(module)
     length = data.max_length - 1 if response_length is None else response_length
     rows = data.longest_rows
     check_batch(rows, data.max_length, length)
     if activations is not None:
         _check_picture(Path(activations), num_batches)
-    precision = str(setting.trainer.get("precision"))
-    model = _skeleton(module, double=precision in _DOUBLE)
+    precision = str(context.trainer.get("precision"))
+    model = _skeleton(module, double=precision in ("64", "64-true"))
     tables = parameter_tables(model)
-    num_tokens = _tokens_at_once(module, setting.trainer, model)
+    num_tokens = _tokens_at_once(module, context.trainer, model)
     if module.quantization is not None:
         check_not_quantized(model, module.quantization)
     drawn = None
     if activations is not None:
-        drawn = _draw_activations(setting, ckpt_path, Path(activations), num_batches)
+        drawn = _draw_activations(context, ckpt_path, Path(activations), num_batches)
     console.print(tables)
     at_once = rows_at_once(rows, data.max_length, num_tokens)
     parts = "" if at_once == rows else f", in parts of {at_once} row{'s' * (at_once > 1)}"
     console.print(f"Batch of {rows} x {data.max_length} tokens, {length} of them responses{parts}")
-    selection = [c for c in _callbacks(setting) if isinstance(c, DynamicLayerSelection)]
+    callbacks = context.trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    selection = [c for c in callbacks if isinstance(c, DynamicLayerSelection)]
     estimates = compare_memory(
         model,
         num_active=selection[0].num_active if selection else 0.5,
@@ -198,19 +204,21 @@ def inspect(
         sys.stdout.write(f"{drawn}\n")
 
 
-def audit(setting: Setting, *, ckpt_path: str | None = None, output: str | None = None) -> None:
+def audit(
+    context: CommandContext, *, ckpt_path: str | None = None, output: str | None = None
+) -> None:
     """Look at the training data: lengths, duplicates, contradictions, contamination.
 
     Args:
-        setting: The sources to train on and to test on, and the tokenizer, its own or the base's.
+        context: The sources to train on and to test on, and the tokenizer, its own or the base's.
         ckpt_path: Checkpoint whose settings are the defaults of ``model``.
         output: JSON file for the figures, with the numbers of the records concerned.
     """
     if output is not None and (Path(output).suffix != ".json" or Path(output).is_dir()):
         raise ValueError(f"output={output} is not the name of a JSON file, such as audit.json.")
-    data = setting.data
-    if data.tokenizer is None and setting.module.base:
-        data.tokenizer = setting.module.tokenizer
+    data = context.data
+    if data.tokenizer is None and context.module.base:
+        data.tokenizer = context.module.tokenizer
     lengths = None
     if data.tokenizer is not None:
         encoder = Encoder(data.text_tokenizer, data.prompt_style)
@@ -228,27 +236,73 @@ def audit(setting: Setting, *, ckpt_path: str | None = None, output: str | None 
         sys.stdout.write(f"\n{output}\n")
 
 
+def audit_tables(audit: Audit) -> Group:
+    """The audit for `rich` to print: lengths, contents, contamination."""
+    limit = [f"over {audit.max_length:,}"] if audit.unit == "tokens" else []
+    names = ("Records", "median", "90 %", "99 %", "longest", *limit)
+    lengths = text_table(f"Lengths in {audit.unit}", "Source", *names)
+    names = ("Records", "duplicates", "in others", "conflicting", "empty")
+    contents = text_table("Contents", "Source", *names)
+    for source in audit.sources:
+        numbers = [source.num_records, *source.quantiles()[1:]]
+        numbers += [] if source.too_long is None else [source.too_long]
+        lengths.add_row(source.name, *(f"{number:,}" for number in numbers))
+        groups = (source.duplicates, source.elsewhere, source.conflicting, source.empty)
+        numbers = [source.num_records, *map(len, groups)]
+        contents.add_row(source.name, *(f"{number:,}" for number in numbers))
+    parts: list[RenderableType] = [lengths]
+    if audit.unit == "words":
+        text = "There is no tokenizer, so lengths are in words: set model.base or data.tokenizer."
+        parts.append(note(text))
+    parts.append(contents)
+    if not audit.benchmarks:
+        text = "No leakage was looked for: data.test_sources names no benchmark."
+        return Group(*parts, note(text))
+    title = "Test questions in the training data"
+    leaks = text_table(title, "Benchmark", "Questions", "leaked (exact)", "leaked (near)")
+    leaks.add_column("in", style="dim", overflow="fold")
+    for benchmark in audit.benchmarks:
+        exact, near = benchmark.num_exact, benchmark.num_near
+        leaks.add_row(
+            benchmark.name,
+            f"{benchmark.questions:,}",
+            Text(f"{exact:,}", style="bold red" if exact else ""),
+            Text(f"{near:,}", style="yellow" if near else ""),
+            ", ".join(benchmark.sources()),
+        )
+    parts += [leaks, note("near: not exact, but much the same words, and the same numbers")]
+    held = [
+        f"{len(source.leaked):,} of {source.num_records:,} records of {source.name}"
+        for source in audit.sources
+        if source.leaked
+    ]
+    if held:
+        does = "true leaves out" if audit.decontaminate else "false trains on"
+        parts.append(note(f"data.decontaminate: {does} (exact) {', '.join(held)}"))
+    return Group(*parts)
+
+
 def bench(
-    setting: Setting, *, ckpt_path: str | None = None, steps: int = 8, rounds: int = 5
+    context: CommandContext, *, ckpt_path: str | None = None, steps: int = 8, rounds: int = 5
 ) -> None:
     """Measure a training as configured, beside PEFT LoRA in the plain way and the frozen base.
 
     Args:
-        setting: All that a training needs; it runs on one device, and keeps nothing.
+        context: All that a training needs; it runs on one device, and keeps nothing.
         ckpt_path: Checkpoint whose settings are the defaults of ``model``.
         steps: Batches of each turn.
         rounds: Turns of each of the three.
     """
-    _check_base(setting.module)
-    found = run_bench(setting.module, setting.data, setting.trainer, steps=steps, rounds=rounds)
+    _check_base(context.module)
+    found = run_bench(context.module, context.data, context.trainer, steps=steps, rounds=rounds)
     Console().print(bench_tables(found))
 
 
-def report(setting: Setting, run: str, *, output: str | None = None) -> None:
+def report(context: CommandContext, run: str, *, output: str | None = None) -> None:
     """Write what a run has logged as one HTML page that needs nothing else.
 
     Args:
-        setting: Not looked at: what was logged stands in the run's folder.
+        context: Not looked at: what was logged stands in the run's folder.
         run: Folder of the run, such as lightning_logs/version_0.
         output: File to write; report.html in the run's folder by default.
     """
@@ -261,25 +315,23 @@ def _check_base(module: RoSAModule) -> None:
 
 
 def _check_picture(png: Path, num_batches: int) -> None:
-    """Refuse early what would fail after minutes of loading, or write over something."""
-    if png.suffix != ".png":
-        raise ValueError(f"activations={png} is not the name of a PNG file, such as norms.png.")
-    for path in (png, png.with_suffix("")):
-        if path.exists():
-            raise ValueError(f"activations={png}: {path} exists already. Give another name.")
+    """Refuse early what would fail after minutes of loading, or overwrite something."""
+    problem = None
     folder = next(path for path in png.absolute().parents if path.exists())
-    if not folder.is_dir():
-        raise ValueError(f"activations={png}: {folder} is no folder. Give another name.")
+    if png.suffix != ".png":
+        problem = "is not the name of a PNG file, such as norms.png."
+    elif there := [path for path in (png, png.with_suffix("")) if path.exists()]:
+        problem = f"{there[0]} exists already. Give another name."
+    elif not folder.is_dir():
+        problem = f"{folder} is no folder. Give another name."
+    if problem is not None:
+        raise ValueError(f"activations={png}: {problem}")
     if num_batches < 1:
         raise ValueError(f"num_batches={num_batches} is below 1. Set num_batches; 4 is usual.")
 
 
 def _skeleton(module: RoSAModule, *, double: bool) -> Any:
-    """The adapted model without its weights.
-
-    Raises:
-        ValueError: It cannot be made, or should be cast to float64 and quantised.
-    """
+    """The adapted model without its weights."""
     if double and module.quantization is not None:
         raise ValueError(
             f"trainer.precision 64-true cannot be had with model.quantization="
@@ -297,61 +349,30 @@ def _tokens_at_once(
 ) -> int | None:
     """Most tokens that a training runs forward and backward at once; None for whole batches."""
     given = module.speed.microbatch_tokens
-    strategy = str(trainer.get("strategy")).lower()
     accelerator = str(trainer.get("accelerator") or "auto").lower()
     if accelerator == "auto":
         accelerator = "gpu" if torch.accelerator.is_available() else "cpu"
     device = "cpu" if "cpu" in accelerator else accelerator
     # Lightning takes bfloat16 on a CPU.
     scaled = device != "cpu" and _AUTOCAST.get(str(trainer.get("precision"))) == torch.float16
-    if given is None or scaled or any(word in strategy for word in _SHARDING):
+    strategy = str(trainer.get("strategy")).lower()
+    if given is None or scaled or "fsdp" in strategy or "modelparallel" in strategy:
         return None
     return default_microbatch_tokens(model, device) if given == "auto" else given
 
 
-def _loaded(module: RoSAModule, ckpt_path: str | None) -> Any:
-    module.configure_model()
-    if ckpt_path is not None:
-        load_checkpoint(module, ckpt_path)
-    return module.model
-
-
-def _callbacks(setting: Setting) -> list[Any]:
-    callbacks = setting.trainer.get("callbacks") or []
-    return callbacks if isinstance(callbacks, list) else [callbacks]
-
-
-def _draw_activations(setting: Setting, ckpt_path: str | None, png: Path, num_batches: int) -> str:
-    """Draw the rotated states of some training texts; a PNG, and beside it a TensorBoard folder.
-
-    Returns:
-        What to tell the user.
-    """
-    model = _loaded(setting.module, ckpt_path)
-    data = setting.data
+def _draw_activations(
+    context: CommandContext, ckpt_path: str | None, png: Path, num_batches: int
+) -> str:
+    """Draw the rotated states of some training texts; says where the pictures are."""
+    model, data = _loaded(context.module, ckpt_path), context.data
     if data.tokenizer is None:
-        data.tokenizer = setting.module.tokenizer
-    data.num_embeddings = setting.module.num_embeddings
+        data.tokenizer = context.module.tokenizer
+    data.num_embeddings = context.module.num_embeddings
     if data.batching == "packed":  # the figure is of padded rows
         data.batching = "length"
     data.setup("fit")
     norms = rotated_norms(model, islice(data.train_dataloader(), num_batches))
-    title = f"{setting.module.base}: mean L2 norm per layer and head dimension"
+    title = f"{context.module.base}: mean L2 norm per layer and head dimension"
     log_dir = save_figure(activation_figure(norms, adapted_dims(model), title), png)
     return f"{png}; as an image of TensorBoard: tensorboard --logdir {log_dir}"
-
-
-def load_checkpoint(module: RoSAModule, ckpt_path: str) -> None:
-    """Load a checkpoint of `RoSAModule` into a built one.
-
-    Raises:
-        ValueError: It cannot be read, or is of another base or other settings.
-    """
-    checkpoint = read_checkpoint(ckpt_path)
-    if "state_dict" not in checkpoint:
-        raise ValueError(
-            f"ckpt_path={ckpt_path} is a folder of shards. Make one file of it with "
-            "python -m lightning.pytorch.utilities.consolidate_checkpoint, and give that."
-        )
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])

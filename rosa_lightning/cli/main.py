@@ -35,7 +35,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rosa_lightning.adapters.checkpoint import checkpoint_defaults
 from rosa_lightning.adapters.metadata import contradictions
-from rosa_lightning.cli.commands import NO_BASE, Setting, audit, bench, export, inspect, report
+from rosa_lightning.cli.commands import (
+    NO_BASE,
+    CommandContext,
+    audit,
+    bench,
+    export,
+    inspect,
+    report,
+)
 from rosa_lightning.cli.configuration import check_classes, check_trainer_settings
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.cli.strict_yaml import check_yaml, read_configuration
@@ -64,7 +72,7 @@ COMMANDS = {
     "report": "Write what a run has logged as one HTML page, or as pictures.",
 }
 """What each command does, for ``--help``."""
-TOOLS: dict[str, Callable[..., None]] = {
+TOOL_COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "inspect": inspect,
     "audit": audit,
@@ -79,7 +87,7 @@ _OF_A_STEP = (
     "data.batch_size",
     "data.loading.tokens_per_batch",
 )
-SHOWN: dict[str, tuple[str, ...]] = {
+VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
     "export": tuple(f"model.{name}" for name in _OF_A_BASE),
     "inspect": (
         *(f"model.{name}" for name in _OF_A_BASE),
@@ -183,10 +191,10 @@ class RoSACLI(LightningCLI):
             config = parser.parse_args(quiet)
         command = config.subcommand
         ckpt_path = config[command].get("ckpt_path")
-        if command not in TOOLS and ckpt_path is not None and found_by_trainer(ckpt_path):
+        if command not in TOOL_COMMANDS and ckpt_path is not None and found_by_trainer(ckpt_path):
             ckpt_path = None
         known: dict[str, Any] = {}
-        if SHOWN.get(command) != ():
+        if VISIBLE_KEYS.get(command) != ():
             known = checkpoint_defaults(ckpt_path, config[command].model)
             self._subcommand_parsers[command].set_defaults(known)
         learnt = bool(known) or quiet != self.given
@@ -194,11 +202,13 @@ class RoSACLI(LightningCLI):
         if ckpt_path is not None and self.config[command].model.adapter is not None:
             self.config[command].model.adapter = None
             rank_zero_info("model.adapter is left out, as ckpt_path holds an adapter.")
-        if command in TOOLS:
-            shown = {k: self.config[command].get(k) for k in known if k.startswith(SHOWN[command])}
+        if command in TOOL_COMMANDS:
+            shown = {
+                k: self.config[command].get(k) for k in known if k.startswith(VISIBLE_KEYS[command])
+            }
             for line in contradictions(known, shown, "the adapter"):
                 rank_zero_warn(line)
-        if command not in TOOLS and not self.config[command].model.base:
+        if command not in TOOL_COMMANDS and not self.config[command].model.base:
             parser.error(NO_BASE)
 
     def before_fit(self) -> None:
@@ -225,7 +235,7 @@ class RoSACLI(LightningCLI):
         own = {name: {**kwargs.get(name, {}), "description": COMMANDS[name]} for name in COMMANDS}
         super()._add_subcommands(parser, **own)
         listed: Any = parser._subcommands_action
-        for name in TOOLS:
+        for name in TOOL_COMMANDS:
             self._subcommand_parsers[name] = self._prepare_tool_parser(name, **own[name])
             listed.add_subcommand(name, self._subcommand_parsers[name], help=COMMANDS[name])
         for action in listed._choices_actions:
@@ -257,13 +267,13 @@ class RoSACLI(LightningCLI):
         self._add_arguments(parser)
         parser.add_argument("--weights_only", type=bool | None, default=None)
         for group in parser._action_groups[1:]:
-            about_model = group.title and "RoSAModule" in group.title and SHOWN[name]
+            about_model = group.title and "RoSAModule" in group.title and VISIBLE_KEYS[name]
             group.title, group.description = "model" if about_model else None, None
         for action in parser._actions:
-            if not action.dest.startswith(("help", "config", *SHOWN[name])):
+            if not action.dest.startswith(("help", "config", *VISIBLE_KEYS[name])):
                 action.help = SUPPRESS
         own = parser.add_function_arguments(
-            TOOLS[name], skip={"setting"}, as_positional=name == "report"
+            TOOL_COMMANDS[name], skip={"context"}, as_positional=name == "report"
         )
         parser._action_groups[-1].title = name
         self._subcommand_method_arguments[name] = own
@@ -272,7 +282,7 @@ class RoSACLI(LightningCLI):
     def _set_seed(self) -> None:
         """Seed; in silence where nothing is trained."""
         with refused("seed_everything cannot be used", "Set another number."):
-            if self.subcommand in TOOLS:
+            if self.subcommand in TOOL_COMMANDS:
                 seed_everything(self._get(self.config, "seed_everything"), verbose=False)
             else:
                 super()._set_seed()
@@ -284,7 +294,7 @@ class RoSACLI(LightningCLI):
             check_classes(config)
             if "trainer" in config:  # not for a command that takes no configuration
                 check_trainer_settings(config.trainer)
-            if self.subcommand in TOOLS:
+            if self.subcommand in TOOL_COMMANDS:
                 self.config_init = self.parser.instantiate_classes(self.config)
             else:
                 super().instantiate_classes()
@@ -297,7 +307,7 @@ class RoSACLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a command of the trainer, or another."""
         config = self.config_init[subcommand]
-        if subcommand not in TOOLS:
+        if subcommand not in TOOL_COMMANDS:
             with termination():
                 check_found(self.trainer, subcommand, config.get("ckpt_path"))
                 super()._run_subcommand(subcommand)
@@ -307,9 +317,9 @@ class RoSACLI(LightningCLI):
         callbacks = trainer.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         trainer["callbacks"] = [config["dls"], *callbacks]
-        setting = Setting(config["model"], config["data"], trainer)
+        context = CommandContext(config["model"], config["data"], trainer)
         with termination():
-            TOOLS[subcommand](setting, **options)
+            TOOL_COMMANDS[subcommand](context, **options)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it.

@@ -119,16 +119,9 @@ def agree(name: str, told: Mapping[str, Any]) -> None:
     """
     if not several_ranks():
         return
-    check_equal(exchange(name, flattened(told)))
-
-
-def flattened(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as plain values by dotted keys; objects by their class alone."""
-    return dict(_leaves("", json.loads(json.dumps(told, default=_plain, skipkeys=True))))
-
-
-def check_equal(ranks: Sequence[Mapping[str, Any]]) -> None:
-    """Raise RanksError, naming what differs, unless all ranks give the same values."""
+    # Objects are compared by their class alone.
+    plain = json.loads(json.dumps(told, default=_plain, skipkeys=True))
+    ranks = exchange(name, dict(_leaves("", plain)))
     found = []
     for key in dict.fromkeys(key for one in ranks for key in one):
         where: dict[str, list[int]] = {}
@@ -144,25 +137,6 @@ def check_equal(ranks: Sequence[Mapping[str, Any]]) -> None:
             f"the ranks disagree on {', '.join(found[:_SHOWN])}{more}. Start all of them with the "
             "same configuration, data and releases."
         )
-
-
-def tell(name: str, told: Mapping[str, Any]) -> None:
-    """Tell the other ranks, without waiting for any; `compare_told` reads it behind a barrier."""
-    store, rank = shared_store(), dist.get_rank()
-    store.delete_key(f"{name}/{rank}/read")
-    store.set(f"{name}/{rank}", json.dumps(flattened(told)))
-
-
-def compare_told(name: str, absent: Mapping[str, Any]) -> None:
-    """Check that every rank has told the same; those that have told nothing need not call this."""
-    store, world = shared_store(), dist.get_world_size()
-    there = [rank for rank in range(world) if store.check([f"{name}/{rank}"])]
-    told = {rank: json.loads(store.get(f"{name}/{rank}")) for rank in there}
-    store.set(f"{name}/{dist.get_rank()}/read", "1")
-    with suppress(RuntimeError):  # the store went with rank 0, which had seen that all have read
-        _wait_until(lambda: all(store.check([f"{name}/{rank}/read"]) for rank in there), 10.0)
-        store.delete_key(f"{name}/{dist.get_rank()}")
-    check_equal([told.get(rank, absent) for rank in range(world)])
 
 
 def _plain(value: Any) -> Any:
@@ -290,7 +264,7 @@ def settings_of(made: object) -> dict[str, Any]:
     """What an object was made with, as far as it keeps that under the names of its arguments."""
     found = {}
     for name in inspect.signature(type(made).__init__).parameters.keys() - _OF_A_NODE:
-        for holder in (made, getattr(made, "config", None) or getattr(made, "rules", None)):
+        for holder in (made, getattr(made, "config", None)):
             for attribute in (name, f"_{name}"):
                 if hasattr(holder, attribute) and name not in found:
                     found[name] = getattr(holder, attribute)
