@@ -134,13 +134,15 @@ def _put_adapter(model: nn.Module, folder: Path, metadata: AdapterMetadata) -> R
         metadata.check_rotation(report)
         own = {name: value for name, value in model.named_parameters() if is_adapter_key(name)}
         if _is_lora(folder):  # it leaves out what training did not change, which begins anew
-            weights = {**own, **lora_weights(folder, report)}
+            weights = lora_weights(folder, report)
+            fresh = {name: torch.zeros(value.shape) for name, value in own.items()}
+            check_adapter_keys(model, {**fresh, **weights})
         else:
             weights = read_tensors(folder / WEIGHTS_FILE)
-        check_adapter_keys(model, weights)
+            check_adapter_keys(model, weights)
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
+            for name, value in weights.items():
+                own[name].copy_(value)
     except BaseException:
         remove_roae(model)
         for parameter, required_grad in trained:

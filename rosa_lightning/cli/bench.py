@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import platform
+import re
 import statistics
 import time
 import warnings
@@ -107,17 +108,8 @@ def run_bench(
 ) -> Bench:
     """Train as configured on one device, and in between the two other ways.
 
-    Args:
-        module: The model, not built yet.
-        data: The records.
-        settings: The trainer's arguments, callbacks instantiated; of these the ones that a step
-            depends on are taken.
-        steps: Batches of each turn.
-        rounds: Turns of each way.
-
-    Raises:
-        ValueError: steps or rounds is below 1.
-        ImportError: PEFT is not installed.
+    Of ``settings``, the trainer's arguments with callbacks instantiated, the ones that a step
+    depends on are taken. ``steps`` is the batches of each turn, ``rounds`` the turns of each way.
     """
     for name, value in (("steps", steps), ("rounds", rounds)):
         if value < 1:
@@ -179,11 +171,7 @@ def frozen_floor(module: RoSAModule) -> RoSAModule:
 
 
 def plain_lora(module: RoSAModule) -> nn.Module:
-    """The module's base with a LoRA of PEFT on q, k, v, up and down, as far as it has them.
-
-    Raises:
-        ImportError: PEFT is not installed.
-    """
+    """The module's base with a LoRA of PEFT on q, k, v, up and down, as far as it has them."""
     try:
         import peft
     except ImportError as error:
@@ -248,8 +236,12 @@ class Turns(Callback):
         self._order.shuffle(rows)
         size = -(-len(rows) // len(self._batches))
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        self._turn(LORA, self.lora, device, lambda: self._train_lora(parts, context))
-        self._turn(FLOOR, self.floor, device, lambda: self._pass_floor(context))
+        self._begin(device)
+        self._train_lora(parts, context)
+        self._end(LORA, self.lora, device)
+        self._begin(device)
+        self._pass_floor(context)
+        self._end(FLOOR, self.floor, device)
         if self._warm:
             self.bench.rounds.append(total_counts(self._batches))
         self._warm = True
@@ -277,13 +269,6 @@ class Turns(Callback):
             with context():
                 loss = self.floor.loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]
-
-    def _turn(
-        self, name: str, model: nn.Module, device: torch.device, train: Callable[[], None]
-    ) -> None:
-        self._begin(device)
-        train()
-        self._end(name, model, device)
 
     def _begin(self, device: torch.device) -> None:
         if device.type == "cuda":
@@ -366,11 +351,9 @@ def bench_tables(bench: Bench) -> Group:
 
 def machine() -> str:
     """The processors, and the versions that speed depends on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = named[0].partition(":")[2].strip() if named else cpu
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (named := re.search(r"model name\s*: (.*)", info.read_text())):
+        cpu = named[1]
     devices = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     packages = ("torch", "transformers", "peft", "lightning", "rosa-lightning")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)

@@ -256,10 +256,10 @@ def audit_tables(audit: Audit) -> Group:
         parts.append(note(text))
     parts.append(contents)
     if not audit.benchmarks:
-        text = "No leakage was looked for: data.test_sources names no benchmark."
+        text = "No contamination was looked for: data.test_sources names no benchmark."
         return Group(*parts, note(text))
     title = "Test questions in the training data"
-    leaks = text_table(title, "Benchmark", "Questions", "leaked (exact)", "leaked (near)")
+    leaks = text_table(title, "Benchmark", "Questions", "exact", "near")
     leaks.add_column("in", style="dim", overflow="fold")
     for benchmark in audit.benchmarks:
         exact, near = benchmark.num_exact, benchmark.num_near
@@ -272,13 +272,13 @@ def audit_tables(audit: Audit) -> Group:
         )
     parts += [leaks, note("near: not exact, but much the same words, and the same numbers")]
     held = [
-        f"{len(source.leaked):,} of {source.num_records:,} records of {source.name}"
+        f"{len(source.contaminated):,} of {source.num_records:,} records of {source.name}"
         for source in audit.sources
-        if source.leaked
+        if source.contaminated
     ]
     if held:
         does = "true leaves out" if audit.decontaminate else "false trains on"
-        parts.append(note(f"data.decontaminate: {does} (exact) {', '.join(held)}"))
+        parts.append(note(f"data.loading.decontaminate: {does} (exact) {', '.join(held)}"))
     return Group(*parts)
 
 

@@ -13,8 +13,8 @@ from rosa_lightning.cli.bench import (
     LORA,
     OURS,
     Bench,
+    Contender,
     Turns,
-    Way,
     frozen_floor,
     padded,
     plain_lora,
@@ -78,8 +78,8 @@ def test_all_ways_train_on_the_same_records_in_every_round(base_folder, data, se
     module = RoSAModule(str(base_folder), RoAEConfig(rank=4))
     bench = run_bench(module, data, settings, steps=3, rounds=2)
     assert len(bench.rounds) == 2
-    assert all(len(way.seconds) == 2 and min(way.seconds) > 0 for way in bench.ways.values())
-    assert list(bench.ways) == [OURS, LORA, FLOOR]
+    assert all(len(way.seconds) == 2 and min(way.seconds) > 0 for way in bench.contenders.values())
+    assert list(bench.contenders) == [OURS, LORA, FLOOR]
     assert bench.lowest == [2] * 6
     assert len(seen["steps"]) == 2 + 6  # a warm-up before
     for parts, batches in zip(seen["rows"], seen["floor"], strict=True):
@@ -146,7 +146,7 @@ def test_rows_come_back_from_padded_and_from_packed_batches():
 def test_ratios_are_taken_round_by_round():
     bench = Bench(
         rounds=[{"examples": 10, "tokens": 100}] * 3,
-        ways={OURS: Way([1.0, 2.0, 1.0]), LORA: Way([4.0, 4.0, 3.0])},
+        contenders={OURS: Contender([1.0, 2.0, 1.0]), LORA: Contender([4.0, 4.0, 3.0])},
     )
     assert bench.times(OURS, LORA) == (3.0, 2.0, 4.0)
     assert bench.per_second(OURS, "examples") == 10.0

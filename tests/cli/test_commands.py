@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 import transformers
 import yaml
 from lightning.pytorch.accelerators import CPUAccelerator
+from rich.console import Console
 from torch import nn
 
 from rosa_lightning.adapters.export import export_adapter
@@ -25,6 +27,7 @@ from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.files import atomic_directory
 from tests.conftest import SMALL, rosa_module, save_base
+from tests.data.test_audit import STORY, audit, numbered
 
 
 @pytest.fixture(autouse=True)
@@ -105,23 +108,23 @@ def test_a_merged_model_has_its_base_s_own_tokenizer(base_folder, tmp_path, caps
     assert run(capsys, "export", *merge, "--output", "out")[0] == 0
     files = [path.name for path in Path("base").glob("*token*")]
     assert len(files) >= 2
-    for name in files:
-        assert Path("out", name).read_bytes() == Path("base", name).read_bytes()
+    assert all(Path("out", name).read_bytes() == Path("base", name).read_bytes() for name in files)
 
     # One that training was told to take instead.
-    Path("config.yaml").write_text(f"data: {{tokenizer: {base_folder}}}")
-    given = ["--config", "config.yaml", "--output", "given"]
+    given = ["--data.tokenizer", str(base_folder), "--output", "given"]
     assert run(capsys, "export", *merge, *given)[0] == 0
     assert transformers.AutoTokenizer.from_pretrained("given").pad_token == "<pad>"
 
+    Path("base/tokenizer.json").write_text("{")
+    status, _, errors = run(capsys, "export", *merge, "--output", "broken")
+    assert (status, len(errors)) == (1, 1)
+    assert "the tokenizer of base" in errors[0]
     for name in files:
         Path("base", name).unlink()
     status, printed, _ = run(capsys, "export", *merge, "--output", "bare")
     assert status == 0
     assert "; without a tokenizer, as the base has none" in printed
-    assert len(printed.splitlines()) == 1
     assert not list(Path("bare").glob("*token*"))
-    transformers.AutoModelForCausalLM.from_pretrained("bare")
 
 
 @pytest.mark.parametrize("format", ["rosa", "peft"])
@@ -133,10 +136,13 @@ def test_an_exported_adapter_goes_on_in_every_command(
     checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
     run(capsys, "export", *config, *checkpoint, "--format", format, "--output", "out")
     base = transformers.AutoModelForCausalLM.from_pretrained(base_folder).eval()
-    report = load_adapter(base, "out")
+    load_adapter(base, "out")
     ids_BT, logits = expected
     assert torch.equal(base(ids_BT).logits, logits)
-    assert report.config.low_freq_ratio == 0.5
+    _, by_checkpoint, _ = run(capsys, "inspect", *checkpoint)
+    _, by_adapter, _ = run(capsys, "inspect", "--model.adapter", "out")
+    assert by_adapter == by_checkpoint
+    assert "4 of 8 pairs" in by_adapter
 
     again = ["--model.adapter", "out", "--format", "merged", "--output", "merged"]
     assert run(capsys, "export", *again)[0] == 0
@@ -147,23 +153,6 @@ def test_an_exported_adapter_goes_on_in_every_command(
     assert run(capsys, "fit", *config, *more)[0] == 0
 
 
-def test_a_module_with_an_adapter_trains_on_from_it_and_forgets_the_folder(
-    trained, base_folder, expected, tmp_path
-):
-    module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
-    export_adapter(module.model, tmp_path / "adapter", "rosa")
-    other = RoSAModule(str(base_folder), adapter=str(tmp_path / "adapter"))
-    ids_BT, logits = expected
-    assert torch.equal(other.eval()(ids_BT).logits, logits)
-    assert other.roae == RoAEConfig(rank=4, low_freq_ratio=0.5)
-    assert other.hparams["roae"]["rank"] == 4
-    assert "adapter" not in other.hparams
-    with pytest.raises(ValueError, match=r"model\.roae\.rank=4, and 8 is given"):
-        RoSAModule(
-            str(base_folder), RoAEConfig(rank=8), adapter=str(tmp_path / "adapter")
-        ).configure_model()
-
-
 def test_another_base_is_refused_and_nothing_is_written(trained, tmp_path, capsys):
     other = save_base(tmp_path / "other", seed=1)
     checkpoint = ["--ckpt_path", str(trained / "last.ckpt"), "--model.base", str(other)]
@@ -172,14 +161,6 @@ def test_another_base_is_refused_and_nothing_is_written(trained, tmp_path, capsy
     assert len(errors) == 1
     assert "is another one: model.embed_tokens.weight differs" in errors[0]
     assert not Path("out").exists()
-
-
-def test_a_missing_base_is_refused(trained, capsys):
-    checkpoint = ["--ckpt_path", str(trained / "last.ckpt"), "--model.base", "no/such"]
-    status, _, errors = run(capsys, "export", *checkpoint, "--output", "out")
-    assert status == 1
-    assert len(errors) == 1
-    assert "base 'no/such' could not be loaded" in errors[0]
 
 
 def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
@@ -199,15 +180,11 @@ def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
         ("--output", "o"): "no base is given. Set model.base",
         ("--output", "o", "--model.base", "tiny"): "no adapter is given. Set ckpt_path",
         ("--output", "o", "--model.adapter", "there", "--model.base", "tiny"): "holds no adapter",
-        (
-            "--output",
-            "o",
-            "--max_shard_size",
-            "5GB",
-        ): "max_shard_size is an option of format merged",
+        ("--output", "o", "--max_shard_size", "5GB"): "is an option of format merged",
         ("--output", "o", "--dequantize", "true"): "dequantize is an option of format merged",
         ("--output", "o", "--format", "merged", "--max_shard_size", "5XB"): "is no size of a file",
         ("--output", "o", "--model.adapter", "gone"): "there is no such folder. Give a folder",
+        ("--ckpt_path", checkpoint, "--output", "o", "--model.base", "no/such"): "base 'no/such'",
         ("--output", "o", "--model.bse", "tiny"): "Did you mean model.base?",
     }
     for arguments, message in cases.items():
@@ -231,15 +208,6 @@ def test_a_checkpoint_cannot_switch_remote_code_on(trained, base_folder, capsys,
     monkeypatch.setattr("rosa_lightning.adapted.load_base", load_base)
     run(capsys, "export", "--ckpt_path", "evil.ckpt", "--output", "o")
     assert trusted == [False]
-
-
-def test_commands_of_our_own_stand_in_the_same_help(capsys):
-    _, printed, _ = run(capsys, "--help")
-    assert all(command in printed for command in ("fit", "predict", "export", "audit"))
-    _, printed, _ = run(capsys, "export", "--help")
-    assert all(key in printed for key in ("--config", "--model.base", "--ckpt_path", "--output"))
-    assert "--trainer" not in printed
-    assert "--data" not in printed
 
 
 @pytest.fixture(scope="module")
@@ -277,16 +245,6 @@ def test_an_adapter_brings_its_base_and_settings_to_every_command(name, trained,
     assert run(capsys, "fit", *config, *adapter, *ONE_STEP)[0] == 0
 
 
-def test_settings_that_an_adapter_was_not_trained_with_are_refused_defaults_too(
-    trained, adapters, capsys
-):
-    default = str(RoAEConfig().low_freq_ratio)
-    adapter = ["--model.adapter", str(adapters / "rosa"), "--model.roae.low_freq_ratio", default]
-    status, _, errors = run(capsys, "fit", *data_alone(trained), *adapter, *ONE_STEP)
-    assert status == 1
-    assert f"low_freq_ratio=0.5, and {default} is given" in errors[0]
-
-
 def test_a_run_begun_from_an_adapter_goes_on_without_its_folder(
     trained, adapters, capsys, tmp_path
 ):
@@ -301,13 +259,6 @@ def test_a_run_begun_from_an_adapter_goes_on_without_its_folder(
     assert run(capsys, "fit", *again, *more)[0] == 0
     exported = ["--format", "rosa", "--output", "out"]
     assert run(capsys, "export", *again, *exported)[0] == 0
-
-
-def test_a_checkpoint_named_in_a_file_brings_its_base(trained, capsys):
-    config = data_alone(trained, ckpt_path=str(trained / "last.ckpt"))
-    assert run(capsys, "validate", *config, "--trainer.logger", "false")[0] == 0
-    Path("export.yaml").write_text(yaml.safe_dump({"ckpt_path": str(trained / "last.ckpt")}))
-    assert run(capsys, "export", "--config", "export.yaml", "--output", "out")[0] == 0
 
 
 def test_no_base_and_no_such_checkpoint_are_one_line_before_anything_is_loaded(trained, capsys):
@@ -373,57 +324,6 @@ def trained_base(trained: Path) -> str:
     return str(yaml.safe_load((trained / "config.yaml").read_text())["model"]["base"])
 
 
-def test_damaged_checkpoints_are_one_line_and_one_without_settings_is_not(trained, capsys):
-    content = torch.load(trained / "last.ckpt", weights_only=True)
-    rosa = content["rosa"]
-    cases = {
-        "partial": {**content, "rosa": {"base": "tiny"}},
-        "none": {**content, "rosa": {**rosa, "roae": None}},
-        "unknown": {**content, "rosa": {**rosa, "roae": {"rank": 4, "colour": 1}}},
-    }
-    for name, damaged in cases.items():
-        torch.save(damaged, name)
-        status, _, errors = run(capsys, "export", "--ckpt_path", name, "--output", "o")
-        assert (status, len(errors)) == (1, 1)
-        assert f"{name} is damaged" in errors[0]
-    torch.save({k: v for k, v in content.items() if k != "hyper_parameters"}, "bare")
-    assert run(capsys, "export", "--ckpt_path", "bare", "--output", "out")[0] == 0
-
-
-def test_an_adapter_that_is_not_finite_is_not_exported(trained, capsys):
-    content = torch.load(trained / "last.ckpt", weights_only=True)
-    for value in content["state_dict"].values():
-        value.fill_(torch.nan)
-    torch.save(content, "nan.ckpt")
-    for format in ("rosa", "peft", "merged"):
-        status, _, errors = run(
-            capsys, "export", "--ckpt_path", "nan.ckpt", "--format", format, "--output", "o"
-        )
-        assert (status, len(errors)) == (1, 1)
-        assert "holds values that are not finite in float32" in errors[0]
-    assert not Path("o").exists()
-
-
-def test_merging_a_base_whose_tokenizer_is_damaged_is_refused(trained, capsys):
-    shutil.copytree(trained_base(trained), "base")
-    Path("base/tokenizer.json").write_text("{")
-    merge = ["--model.base", "base", "--format", "merged", "--output", "o"]
-    status, _, errors = run(capsys, "export", "--ckpt_path", str(trained / "last.ckpt"), *merge)
-    assert (status, len(errors)) == (1, 1)
-    assert "the tokenizer of base 'base' could not be loaded" in errors[0]
-    assert not Path("o").exists()
-
-
-def test_the_base_of_an_adapter_is_known_by_its_folder(trained, base_folder, capsys):
-    checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
-    run(capsys, "export", *checkpoint, "--format", "rosa", "--output", "adapter")
-    status, printed, _ = run(
-        capsys, "export", "--model.adapter=adapter", "--format=merged", "--output=merged"
-    )
-    assert status == 0
-    assert printed.startswith("merged: ")
-
-
 def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
     (tmp_path / "shell").mkdir()
     (tmp_path / "shell" / "config.json").write_text((base_folder / "config.json").read_text())
@@ -461,15 +361,6 @@ def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
 def test_inspect_knows_how_many_tokens_a_training_runs_at_once(given, settings, wanted):
     module = rosa_module("tiny", microbatch_tokens=given)
     assert commands._tokens_at_once(module, settings, nn.Linear(2, 2)) == wanted
-
-
-def test_inspect_of_a_checkpoint_and_of_an_adapter_show_what_was_trained(trained, capsys):
-    checkpoint = ["--ckpt_path", str(trained / "last.ckpt")]
-    _, by_checkpoint, _ = run(capsys, "inspect", *checkpoint)
-    assert "4 of 8 pairs" in by_checkpoint
-    run(capsys, "export", *checkpoint, "--format", "peft", "--output", "adapter")
-    _, by_adapter, _ = run(capsys, "inspect", "--model.adapter", "adapter")
-    assert by_adapter == by_checkpoint
 
 
 def test_inspect_draws_the_rotated_states(trained, sources, capsys):
@@ -624,18 +515,6 @@ def test_audit_needs_no_weights_and_writes_its_figures(leaky, base_folder, capsy
     assert [path.name for path in Path("deep").iterdir()] == ["audit.json"]
 
 
-def test_audit_prints_a_line_a_benchmark_of_the_published_data(real_data, capsys):
-    train = [{"path": str(real_data / "train" / "math_data.json")}]
-    names = ("aqua", "gsm8k", "mawps", "piqa")
-    tests = [{"path": str(real_data / "test" / f"{name}.json")} for name in names]
-    given = ["--data.sources", json.dumps(train), "--data.test_sources", json.dumps(tests)]
-    _, printed, _ = run(capsys, "audit", *given)
-    lines = words(printed)
-    assert "math_data 3,260 80 0 0 3" in lines
-    assert {"aqua 152 152 0 math_data", "gsm8k 791 791 0 math_data"} <= set(lines)
-    assert {"mawps 142 75 2 math_data", "piqa 1,102 0 0"} <= set(lines)
-
-
 def test_audit_takes_the_tokenizer_of_a_checkpoint_or_of_the_data_or_none(leaky, trained, capsys):
     for more in (["--ckpt_path", str(trained / "last.ckpt")], ["--data.tokenizer", "tiny"]):
         status, printed, _ = run(capsys, "audit", *leaky, *more)
@@ -661,34 +540,34 @@ def test_an_audit_that_cannot_be_made_ends_in_one_line(leaky, capsys):
         assert message in errors[0]
 
 
-def test_audit_shows_the_settings_that_it_looks_at(capsys):
-    _, printed, _ = run(capsys, "audit", "--help")
-    for key in (
-        "model.base",
-        "data.sources",
-        "data.test_sources",
-        "data.loading.decontaminate",
-        "output",
-    ):
-        assert f"--{key}" in printed
-    assert "--model.roae" not in printed
-    assert "--trainer" not in printed
+def printed_audit(found, width: int = 80) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(commands.audit_tables(found))
+    assert all(len(line) <= width for line in stream.getvalue().splitlines())
+    return words(stream.getvalue())
 
 
-def test_training_and_validating_leave_out_the_questions_of_the_test(trained, capsys):
-    tested = ["--data.test_sources", "[{path: gsm8k.json}]"]
-    given = [*data_alone(trained), "--model.base", "tiny", *ONE_STEP, *tested]
-
-    def both(number_of_questions: int) -> list[tuple[int, str]]:
-        rows = [{"instruction": f"say {n}", "answer": "1"} for n in range(number_of_questions)]
-        Path("gsm8k.json").write_text(json.dumps(rows))
-        found = [run(capsys, command, *given) for command in ("fit", "validate")]
-        return [(status, " ".join(errors)) for status, _, errors in found]
-
-    assert both(5) == [(0, ""), (0, "")]
-    for status, error in both(50):
-        assert status == 1
-        assert "source numbers: the questions of all 40 records stand in" in error
+def test_an_audit_has_a_line_a_source_and_a_line_a_benchmark():
+    sources = {
+        "commonsense_170k": numbered(*(f"question {n} {'word ' * n}" for n in range(200))),
+        "math_10k": numbered(STORY, (STORY, "5"), "question 1 word"),
+    }
+    tests = {"arc_challenge": numbered("other"), "gsm8k": numbered(STORY, f"{STORY} please")}
+    lengths = {"lengths": lambda records: [1000 + n for n, _ in enumerate(records)]}
+    lines = printed_audit(audit(sources, tests, **lengths, max_length=1100))
+    assert "Source Records median 90 % 99 % longest over 1,100" in lines
+    assert "commonsense_170k 200 1,099 1,179 1,197 1,199 99" in lines
+    assert "math_10k 3 1,001 1,002 1,002 1,002 0" in lines
+    assert "math_10k 3 1 1 2 0" in lines
+    assert "arc_challenge 1 0 0" in lines
+    assert "gsm8k 2 1 1 math_10k" in lines
+    assert "data.loading.decontaminate: true leaves out (exact) 2 of 3 records of math_10k" in lines
+    one = numbered("one")
+    lines = printed_audit(audit({"a": one}, {"b": one}, decontaminate=False))
+    assert "data.loading.decontaminate: false trains on (exact) 1 of 1 records of a" in lines
+    lines = printed_audit(audit({"a": one}))
+    assert "No contamination was looked for: data.test_sources names no benchmark." in lines
+    assert any("lengths are in words: set model.base" in line for line in lines)
 
 
 def test_report_writes_a_page_of_a_run_and_needs_no_base(trained, capsys):
