@@ -7,7 +7,7 @@ of a LightningModule.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, get_args
 
 import torch
@@ -51,20 +51,16 @@ class DynamicLayerSelection(Callback):
     Adaptation in Large Language Models", AAAI-26, https://doi.org/10.1609/aaai.v40i18.38589
 
     Every `interval` optimizer steps one step runs with the gradients of all layers. From those of
-    the norm weights, accumulated over the micro-batches of that step, each layer gets a score; a
-    policy selects the active layers; the gradients of all others are dropped before the optimizer
-    sees them. Until the next selection the others neither move nor take gradients, and autograd
-    stops below the lowest active layer. When the fit ends, however it ends, every parameter
-    requires a gradient or not as it did before.
+    the norm weights, accumulated over its micro-batches, each layer gets a score; a policy selects
+    the active layers. Until the next selection the others neither move nor take gradients, and
+    autograd stops below the lowest active layer. After the fit every parameter requires a gradient
+    or not as before.
 
     It works on one device, under DDP with find_unused_parameters=True, and under FSDP in both forms
     (`FSDPStrategy`, `ModelParallelStrategy`): scores are of the global batch, before clipping and
-    free of the loss scale, and all ranks take the choice of the first.
-
-    The optimizer must hold the parameters of all layers from the start. What requires a gradient
-    then is selected among; what another callback unfreezes later trains at every step. Compile
-    layers one by one (`layer.compile()`): a model compiled as a whole is compiled again for every
-    new selection, and runs uncompiled once torch's recompile limit (8) is reached.
+    free of the loss scale. The optimizer must hold the parameters of all layers from the start.
+    Compile layers one by one (`layer.compile()`): a model compiled as a whole is compiled again for
+    every new selection, and runs uncompiled once torch's recompile limit (8) is reached.
     """
 
     # Of one fit; empty outside it.
@@ -142,16 +138,8 @@ class DynamicLayerSelection(Callback):
     @property
     def config(self) -> SelectionConfig:
         """How layers are selected in the next fit."""
-        return SelectionConfig(
-            num_active=self.num_active,
-            interval=self.interval,
-            policy=self.policy,
-            options=self.policy_options,
-            backward_budget=self.backward_budget,
-            warmup_steps=self.warmup_steps,
-            final_steps_all=self.final_steps_all,
-            seed=self.seed,
-        )
+        names = [field.name for field in fields(SelectionConfig)]
+        return SelectionConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def state_key(self) -> str:
@@ -210,8 +198,8 @@ class DynamicLayerSelection(Callback):
         """Refuse what is not supported, before anything is built."""
         if stage == "fit":
             # Behind the barrier that follows, each rank that has this callback has told its own.
-            options = {"optimizer_state": self.optimizer_state, "layers": self.layers}
-            options |= {"norms": self.norms, "trainable": self.trainable}
+            names = ("optimizer_state", "layers", "norms", "trainable")
+            options = {name: getattr(self, name) for name in names}
             publish_settings(self.state_key, asdict(self.config) | options)
             if self._selects:
                 check_strategy(trainer.strategy, frees_state=self.optimizer_state == "free")
@@ -321,7 +309,7 @@ class DynamicLayerSelection(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave the model as found, in the middle of a scoring step too."""
+        """Leave the model as found."""
         self._restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -408,8 +396,7 @@ class DynamicLayerSelection(Callback):
 def total_optimizer_steps(trainer: Trainer) -> float:
     """The optimizer step at which the trainer will stop; infinite where it cannot know.
 
-    Lightning's own estimate takes the accumulation of the moment for that of all epochs, and tells
-    the end of a run of so many epochs without a length as -1.
+    Lightning's own estimate takes the accumulation of the moment for that of all epochs.
     """
     total: float = trainer.estimated_stepping_batches
     if total < 0:

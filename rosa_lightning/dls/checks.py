@@ -29,12 +29,7 @@ from .layers import Layer
 
 
 def check_strategy(strategy: object, frees_state: bool = False) -> None:
-    """Refuse strategies whose gradients cannot be read and dropped.
-
-    Args:
-        strategy: Of the trainer.
-        frees_state: Whether optimizer state of frozen layers will be missing.
-    """
+    """Refuse strategies whose gradients cannot be read and dropped."""
     known = isinstance(
         strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | ModelParallelStrategy
     )
@@ -117,12 +112,7 @@ def _has_input_hook(module: nn.Module) -> bool:
 def check_optimizers(
     optimizers: Sequence[torch.optim.Optimizer], candidates: Mapping[str, nn.Parameter]
 ) -> None:
-    """Check that frozen parameters stay where they are and any layer can be made to train.
-
-    Args:
-        optimizers: All that train.
-        candidates: The parameters of all layers that can be selected, by their names.
-    """
+    """Check that frozen parameters stay where they are and any layer can be made to train."""
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise ValueError(
             "LBFGS moves parameters that have no gradient, so layers cannot be frozen under "

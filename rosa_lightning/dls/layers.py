@@ -4,7 +4,7 @@ Pure torch, no trainer. Parameters and modules are named as they are without the
 torch.compile, FSDP1 and checkpoint_wrapper (read in torch 2.13), so that checkpoints agree.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -80,6 +80,18 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(_trained(module)).__name__
 
 
+def outermost_lists(
+    root: nn.Module, wanted: Callable[[nn.ModuleList], bool]
+) -> dict[str, nn.ModuleList]:
+    """The ModuleLists that are wanted, without those inside another, by dotted path."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, stack in _stacks(root):
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(stack, nn.ModuleList) and not inside and wanted(stack):
+            found[name] = stack
+    return found
+
+
 def _stacks(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
     for name, module in root.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0:
@@ -87,24 +99,20 @@ def _stacks(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequentia
 
 
 def _only_stack(root: nn.Module) -> str:
-    """The only outermost ModuleList of at least two trainable layers of one class."""
-    found: dict[str, int] = {}
-    for name, stack in _stacks(root):
-        repeated = (
-            isinstance(stack, nn.ModuleList) and len({type(_unwrapped(b)) for b in stack}) == 1
-        )
-        trains = any(parameter.requires_grad for parameter in stack.parameters())
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if repeated and trains and len(stack) > 1 and not inside:
-            found[name] = len(stack)
+    found = outermost_lists(root, _repeats_and_trains)
     if len(found) != 1:
-        told = _listed([f"{name} ({length} layers)" for name, length in found.items()])
+        told = _listed([f"{name} ({len(stack)} layers)" for name, stack in found.items()])
         raise ValueError(
             "Expected one ModuleList of at least two layers of one class in which something "
             f"trains in {type(root).__name__}, found {len(found)}{': ' * bool(found)}{told}. Name "
             "the one to select from with layers=."
         )
     return next(iter(found))
+
+
+def _repeats_and_trains(stack: nn.ModuleList) -> bool:
+    alike = len({type(_unwrapped(block)) for block in stack}) == 1
+    return len(stack) > 1 and alike and any(p.requires_grad for p in stack.parameters())
 
 
 def _stack_path(root: nn.Module, wanted: str) -> str:

@@ -88,7 +88,7 @@ class SelectionConfig:
     num_active: int | float = 0.5
     interval: int = 100
     policy: Policy = "top_k"
-    options: PolicyOptions = field(default_factory=PolicyOptions)
+    policy_options: PolicyOptions = field(default_factory=PolicyOptions)
     backward_budget: float = 1.0
     warmup_steps: int = 0
     final_steps_all: int = 0
@@ -99,7 +99,7 @@ class SelectionConfig:
         resolve_num_active(self.num_active)
         _check(self, "interval", "warmup_steps", "final_steps_all", "backward_budget", "seed")
         check_choice("policy", self.policy, get_args(Policy))
-        fixed = self.options.fixed_layers
+        fixed = self.policy_options.fixed_layers
         if (self.policy == "fixed") != bool(fixed):
             raise ValueError(
                 f"policy={self.policy!r} with fixed_layers={fixed}: policy 'fixed' needs "
@@ -118,21 +118,19 @@ class SelectionConfig:
 
     def resolve(self, layers: Sequence[Layer]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """What the settings mean for these layers: num_active, always_active and fixed_layers."""
-        positions = [layer.index for layer in layers]
+        positions, options = [layer.index for layer in layers], self.policy_options
         count = resolve_num_active(self.num_active, len(layers))
-        always = resolve_indices("always_active", self.options.always_active, positions)
+        always = resolve_indices("always_active", options.always_active, positions)
         if len(always) > count and self.policy in ("top_k", "sample", "random"):
             raise ValueError(
-                f"always_active={self.options.always_active} holds more layers than num_active="
+                f"always_active={options.always_active} holds more layers than num_active="
                 f"{self.num_active} lets train ({count}). Raise num_active or shorten it."
             )
-        return count, always, resolve_indices("fixed_layers", self.options.fixed_layers, positions)
+        return count, always, resolve_indices("fixed_layers", options.fixed_layers, positions)
 
 
 class LayerSelector:
-    """Selects layers again and again, and remembers.
-
-    Layers are counted from 0 among those that can be selected.
+    """The selections of a run; layers are counted from 0 among those that can be selected.
 
     Args:
         config: The settings.
@@ -143,12 +141,9 @@ class LayerSelector:
 
     Attributes:
         active: Sorted indices of the layers that train; all before the first selection.
-        scores: Each layer's score at the last selection, as it was measured; None before the first.
+        scores: Each layer's score at the last selection, as measured; None before the first.
         num_selections: Selections so far.
         counts: How often each layer was selected.
-
-    Raises:
-        ValueError: A setting that this model or this run cannot have.
     """
 
     def __init__(
@@ -185,7 +180,7 @@ class LayerSelector:
         self.scores: tuple[float, ...] | None = None
         self.num_selections = 0
         self.counts = [0] * len(layers)
-        self._recent = _DecayingMean(config.options.score_smoothing, len(layers))
+        self._recent = _DecayingMean(config.policy_options.score_smoothing, len(layers))
         self._ever = _DecayingMean(1.0, len(layers))
         self._spent = 0.0
         self._first_step = self._counted_steps = first_step
@@ -211,7 +206,7 @@ class LayerSelector:
         smoothed, means = self._recent.update(values), self._ever.update(values)
         comparable = normalize_scores(
             smoothed,
-            self.config.options.score_normalization,
+            self.config.policy_options.score_normalization,
             self._num_weights,
             means if self._ever.weight > 1 else None,
         )
@@ -241,11 +236,7 @@ class LayerSelector:
         return True
 
     def backward_share(self, step: int) -> float:
-        """Mean share of a full backward that the steps before this one have cost.
-
-        Args:
-            step: No earlier than the one after the last that scored.
-        """
+        """Mean share of a full backward that the steps before this one have cost."""
         since = (step - self._counted_steps) * self._costs[min(self.active)]
         return (self._spent + since) / max(1, step - self._first_step)
 
@@ -269,8 +260,8 @@ class LayerSelector:
             scores,
             self._num_active,
             generator=self._generator,
-            temperature=self.config.options.temperature,
-            score_share=self.config.options.score_share,
+            temperature=self.config.policy_options.temperature,
+            score_share=self.config.policy_options.score_share,
             always_active=self._always,
             fixed_layers=self._fixed,
             floor=floor,

@@ -154,9 +154,7 @@ def _row_codes(num_rows: int) -> Tensor:
 def _decode(states_NHTD: Tensor, num_codes: int, *, strict: bool = True) -> Tensor:
     """The row of the R that each dimension of each head is at position 0; (H, D).
 
-    Raises:
-        ValueError: A dimension that changes with its position is no multiple of one row. Where it
-            does not change with its position, it is marked as no row.
+    If ``strict``, a dimension that rotates must be a multiple of one row.
     """
     states = states_NHTD.double().cpu()
     if states.shape[0] != num_codes:
@@ -242,11 +240,9 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def _find_norm(
     rows_HD: Tensor, norm_inputs: dict[str, list[Tensor]], codes_NTR: Tensor
 ) -> tuple[str, str, str]:
-    """The norm that these rows go through before they are rotated, if there is one.
+    """The path of the norm before the rotation and the axes of its input, empty without one.
 
-    Returns:
-        Its dotted path and the axes of its input, both empty if there is none; and the reason why
-        a term cannot be added after a norm that there is.
+    Also the reason why a term cannot be added after a norm that there is.
     """
     heads = list(dict.fromkeys(tuple(rows) for rows in rows_HD.tolist()))
     wanted_NTHD = codes_NTR[..., torch.tensor(heads)]

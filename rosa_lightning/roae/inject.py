@@ -74,14 +74,9 @@ def inject_roae(
         config: What to add.
         weights: What will be loaded into it, if that is known: checked before anything is made.
 
-    Returns:
-        The adapted projections with their pairs, dimensions and parameter counts, and what layers
-        do without.
-
     Raises:
-        ValueError: The model is adapted already, does not rotate its queries and keys, rotates
-            them in a way that cannot be read, or has no room for what the configuration asks; or
-            the weights do not fit. The model is left as it was.
+        ValueError: The model is adapted already, has no rotation that can be read or no room for
+            what the configuration asks, or the weights do not fit. The model is left as it was.
     """
     if any(True for _ in roae_layers(model)):
         raise ValueError(
@@ -133,11 +128,7 @@ def roae_layers(model: nn.Module) -> Iterator[tuple[str, RoAELinear]]:
 
 
 def roae_report(model: nn.Module) -> RoAEReport:
-    """What `inject_roae` did to a model.
-
-    Raises:
-        ValueError: The model carries no RoAE.
-    """
+    """What `inject_roae` did to a model; ValueError if it carries no RoAE."""
     report: RoAEReport | None = getattr(model, _REPORT, None)
     if report is None:
         raise ValueError(f"{type(model).__name__} carries no RoAE. Call inject_roae first.")
@@ -152,8 +143,7 @@ def merge_roae(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
         dequantize: Of a quantised base make a plain model, in the dtype of its configuration.
 
     Raises:
-        ValueError: The model carries no RoAE, carries terms after a norm, which no weight can
-            hold, or adapts quantised weights without ``dequantize``. The model is left as it was.
+        ValueError: The model carries no RoAE, or weights cannot take it. It is left as it was.
     """
     roae_report(model)
     for _, layer in roae_layers(model):
@@ -184,13 +174,7 @@ def _merge_terms(wrapper: nn.Module, dtype: torch.dtype) -> None:
 
 
 def remove_roae(model: nn.Module) -> nn.Module:
-    """Unwrap every projection and norm and drop the terms; in place.
-
-    The base is as it was before `inject_roae`, and stays frozen.
-
-    Raises:
-        ValueError: The model carries no RoAE.
-    """
+    """Unwrap every projection and norm and drop the terms, in place; the base stays frozen."""
     roae_report(model)
     for path, wrapper in outermost_wrappers(model):
         model.set_submodule(path, innermost(wrapper))
@@ -200,13 +184,7 @@ def remove_roae(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[nn.Module]:
-    """The model as `merge_roae` would leave it, for the length of a ``with`` block.
-
-    Afterwards it is adapted again, and its weights are bit for bit as they were.
-
-    Raises:
-        ValueError: As `merge_roae`.
-    """
+    """The model merged for a ``with`` block; afterwards it is bit for bit as it was."""
     report, wrappers = roae_report(model), outermost_wrappers(model)
     layers = [layer for _, layer in roae_layers(model)]
     bases = [(layer, layer.base) for layer in layers]
@@ -263,23 +241,19 @@ def is_adapter_key(key: str) -> bool:
 
 
 def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Check that a state dict holds the RoAE weights of a model and no other, fit to be used.
-
-    Raises:
-        ValueError: Names the weights that are missing, unknown, of another shape, or no finite
-            floating-point numbers.
-    """
+    """Check that a state dict holds the RoAE weights of a model and no other, all finite."""
     expected = {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
     _check_fit({key: tuple(value.shape) for key, value in expected.items()}, given)
 
 
 def _check_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in given.items()}
     problems = [f"{key} is missing" for key in expected if key not in given]
     problems += [f"{key} is unknown" for key in given if key not in expected]
     problems += [
-        f"{key} has shape {tuple(given[key].shape)}, not {shape}"
+        f"{key} has shape {shapes[key]}, not {shape}"
         for key, shape in expected.items()
-        if hasattr(given.get(key), "shape") and tuple(given[key].shape) != shape
+        if shapes.get(key, shape) != shape
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -291,14 +265,9 @@ def _check_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tens
 
 
 def expect_adapters_alone(model: nn.Module, keys: Any) -> None:
-    """Not miss the base's weights when a state dict of adapters is loaded.
+    """A hook for `register_load_state_dict_post_hook`: the base's weights are not missing.
 
-    A hook for `register_load_state_dict_post_hook`. It serves models that hold the adapted one,
-    as that of weight averaging does, and load it as a part of their own.
-
-    Args:
-        model: The adapted model.
-        keys: Has a list `missing_keys`, which may begin with the model's own name.
+    The keys may begin with names of models around this one, as weight averaging has them.
     """
     named: tuple[tuple[str, Tensor], ...] = (
         *model.named_parameters(remove_duplicate=False),  # second names are missing, too

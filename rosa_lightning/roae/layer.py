@@ -129,8 +129,7 @@ def _is_number(value: Any) -> bool:
 class RowBlocks:
     """Some output rows of a projection, as the same runs in each of several blocks of equal height.
 
-    The low-frequency dimensions of all heads stand at the same places of equal blocks, fused with
-    other rows or not. So a view and a few slices reach them, without an index or a dense scatter.
+    So a view and a few slices reach them, without an index or a dense scatter.
     """
 
     start: int
@@ -288,7 +287,6 @@ class RoAELinear(nn.Module):
         x_BTD = self.dropout(x_BTD)
         if not torch.is_autocast_enabled(x_BTD.device.type):
             x_BTD = x_BTD.to(self.roae_A.dtype)
-        # Scaling the thin inner product costs R numbers a token instead of L.
         return F.linear(F.linear(x_BTD, self.roae_A) * self.scale, self.roae_B)
 
     @property
@@ -298,11 +296,7 @@ class RoAELinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Fold the term into the projection's weight, in float32, and return the projection.
-
-        Raises:
-            ValueError: `check_mergeable` says why.
-        """
+        """Fold the term into the projection's weight, in float32, and return the projection."""
         self.check_mergeable()
         weight, rows = self.weight, self.rows.to(self.weight.device)
         delta = self.scale * (self.roae_B.float() @ self.roae_A.float())
@@ -311,11 +305,7 @@ class RoAELinear(nn.Module):
         return self.base
 
     def check_mergeable(self, *, dequantize: bool = False) -> None:
-        """Check that the weight can take the term, dequantised first if ``dequantize``.
-
-        Raises:
-            ValueError: The term is added after a norm, or the weight is quantised.
-        """
+        """Refuse a term added after a norm, or on a weight that stays quantised."""
         if self.defer:
             raise ValueError(
                 "placement=state adds the term after a norm on Q and K, which no weight can hold. "

@@ -1,9 +1,6 @@
-"""The pair table of a rotary position embedding, measured from the rotation itself.
+"""The pair table of a rotary position embedding, measured by rotating unit vectors.
 
-Layouts differ between model families (half-split, interleaved, partial), and so do frequencies
-(llama3, yarn, longrope, one base per layer type). Rotating every unit vector by one position shows
-which dimensions turn together, and by what angle, whatever the layout.
-
+This reads any layout (half-split, interleaved, partial) and any scaling of frequencies.
 Axes: N unit vectors, T positions, D head dimension.
 """
 
@@ -15,9 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Rotation = Callable[[Tensor], Tensor]
-"""Rotates states x_NTD, token t of each row standing at position t, and returns the same shape."""
 
 _TOLERANCE = 1e-2
 """Share of a unit vector that may be lost to rounding before a rotation is called unreadable; some
@@ -67,13 +61,12 @@ class PairTable:
         )
 
 
-def read_pair_table(rotate: Rotation, head_dim: int) -> PairTable:
+def read_pair_table(rotate: Callable[[Tensor], Tensor], head_dim: int) -> PairTable:
     """Measure the pair table of a rotation; empty where nothing is rotated.
 
     Args:
-        rotate: The rotation of one layer. It is given float32 states of shape (D, 2, D), row n
-            holding unit vector n at the positions 0 and 1. A common factor on all dimensions
-            (YaRN's attention factor) is allowed.
+        rotate: The rotation of one layer, of float32 states (D, 2, D): unit vector n at positions
+            0 and 1. A common factor on all dimensions (YaRN's attention factor) is allowed.
         head_dim: D.
 
     Raises:

@@ -83,18 +83,10 @@ def select_projections(
 ) -> tuple[list[AdaptedProjection], list[str]]:
     """Choose the rows of every term.
 
-    Args:
-        model: A causal language model.
-        config: What is asked for.
-        strict: Refuse what cannot be added; otherwise targets that no layer has are left out.
-
     Returns:
         The terms, layer by layer in the order of ``config.targets``, and one line for each target
-        that a layer does without.
-
-    Raises:
-        ValueError: The model cannot be measured, or, if ``strict``, a target can be adapted in no
-            layer, or a term cannot be added where ``config.placement`` asks for it.
+        that a layer does without. If not ``strict``, targets that no layer has are left out
+        instead of refused, and so are other reasons why terms cannot be added.
     """
     layers, trace = read_geometry(model)
     found: list[AdaptedProjection] = []

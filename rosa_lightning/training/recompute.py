@@ -37,7 +37,7 @@ def recomputable(model: nn.Module) -> list[nn.Module]:
     if is_compiled(model) or any(getattr(m, "gradient_checkpointing", False) for m in modules):
         return []
     flat = any(isinstance(module, FullyShardedDataParallel) for module in modules)
-    return [m for m in modules if _is_activation(m) or (_is_norm(m) and not flat)]
+    return [m for m in modules if _is_activation(m) or (_is_row_wise(m) and not flat)]
 
 
 def has_gradient_hooks(model: nn.Module) -> bool:
@@ -52,7 +52,7 @@ def _is_activation(module: nn.Module) -> bool:
     return known and not getattr(module, "inplace", False) and not held
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _is_row_wise(module: nn.Module) -> bool:
     """Whether a module holds nothing but 1-D weights, and so works row by row."""
     weights = [*module.parameters()]
     others = (*module.children(), *module.buffers())

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rosa_lightning.dls.layers import is_norm, outermost_lists
 from rosa_lightning.models.quantization import is_packed
 from rosa_lightning.roae.layer import RoAELinear
 from rosa_lightning.utils.agreement import several_ranks, together
@@ -164,23 +165,20 @@ def _units(model: nn.Module) -> Iterator[str]:
         yield from (f"{name}.base" for name, m in adapters if not isinstance(m.base, RoAELinear))
         # Of adapters around one another, the inner one first.
         yield from (name for name, _ in reversed(adapters))
-        yield from (f"{path}.{name}" for name, m in block.named_children() if _is_norm(m))
+        for name, child in block.named_children():
+            if is_norm(child) and any(True for _ in child.parameters()):
+                yield f"{path}.{name}"
         yield path
 
 
 def decoder_layers(model: nn.Module) -> Iterator[str]:
     """Paths of the decoder layers: the members of each outermost list that holds an adapter."""
-    lists: list[str] = []
-    for name, module in model.named_modules():
-        outer = any(name.startswith(f"{path}.") for path in lists)
-        adapted = any(isinstance(inner, RoAELinear) for inner in module.modules())
-        if isinstance(module, nn.ModuleList) and adapted and not outer:
-            lists.append(name)
-            yield from (f"{name}.{index}" for index in range(len(module)))
 
+    def adapted(stack: nn.ModuleList) -> bool:
+        return any(isinstance(module, RoAELinear) for module in stack.modules())
 
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and any(True for _ in module.parameters())
+    for name, stack in outermost_lists(model, adapted).items():
+        yield from (f"{name}.{index}" for index in range(len(stack)))
 
 
 def _shard_function(strategy: Strategy) -> Callable[[nn.Module], nn.Module] | None:

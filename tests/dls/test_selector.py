@@ -15,7 +15,9 @@ def tensor(values):
 def selector(interval=5, positions=range(4), depth=4, sizes=None, steps=math.inf, **settings):
     names = PolicyOptions.__dataclass_fields__.keys() & settings.keys()
     options = PolicyOptions(**{name: settings.pop(name) for name in names})
-    config = SelectionConfig(**{"num_active": 2, "interval": interval, **settings}, options=options)
+    config = SelectionConfig(
+        **{"num_active": 2, "interval": interval, **settings}, policy_options=options
+    )
     norm = nn.Parameter(torch.ones(3))
     layers = [
         Layer(name=f"{i}", index=i, num_above=depth - 1 - i, norms=(norm,), candidates={})
