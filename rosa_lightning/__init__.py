@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rosa_lightning.module import RoSAModule
     from rosa_lightning.roae.inject import RoAEReport, inject_roae, merge_roae
     from rosa_lightning.roae.layer import RoAEConfig, RoAELinear
+    from rosa_lightning.training.schedule import WarmupCosine
 
 __all__ = [
     "DynamicLayerSelection",
@@ -31,6 +32,7 @@ __all__ = [
     "RoSAModule",
     "RunMonitor",
     "TokenThroughputMonitor",
+    "WarmupCosine",
     "export_adapter",
     "inject_roae",
     "load_adapter",
@@ -50,15 +52,24 @@ _HOMES = {
     "RoSAModule": "module",
     "RunMonitor": "inspection.run_monitor",
     "TokenThroughputMonitor": "inspection.throughput",
+    "WarmupCosine": "training.schedule",
     "export_adapter": "adapters.export",
     "inject_roae": "roae.inject",
     "load_adapter": "adapters.files",
     "merge_roae": "roae.inject",
 }
 
+_RENAMED = {
+    "ThroughputMonitor": "rosa_lightning.TokenThroughputMonitor",
+    "schedule": "rosa_lightning.WarmupCosine for rosa_lightning.schedule.WarmupCosine",
+}
+"""Names of earlier versions, and what to write now."""
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home."""
+    if name in _RENAMED:
+        raise AttributeError(f"{__name__}.{name} is renamed: write {_RENAMED[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,33 +1,35 @@
-"""The command line: LightningCLI for the trainer's commands, and beside them our own."""
+"""The command line: LightningCLI for the trainer's commands, and beside them our own.
+
+Private members used, as of Lightning 2.6 and jsonargparse 4.53: `LightningCLI._add_subcommands`,
+`_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`, `_parse_ckpt_path`, `_get`,
+`_subcommand_parsers`, `_subcommand_method_arguments`; the parser's `_actions`, `_action_groups` and
+`_subcommands_action`; `DDPStrategy._ddp_kwargs`; `ModelParallelStrategy._data_parallel_size` and
+`_tensor_parallel_size`; `Trainer._checkpoint_connector._parse_ckpt_path`.
+"""
 
 from __future__ import annotations
 
 import io
-import logging
 import os
 import signal
 import sys
-import threading
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
     LRSchedulerCallable,
     OptimizerCallable,
-    SaveConfigCallback,
 )
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -46,14 +48,21 @@ from rosa_lightning.cli.commands import (
 )
 from rosa_lightning.cli.configuration import check_classes, check_trainer_settings
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
-from rosa_lightning.cli.strict_yaml import check_yaml, read_configuration
+from rosa_lightning.cli.process import (
+    SaveRunConfig,
+    quiet_log_writers,
+    quiet_quantizers,
+    read_pipes,
+    refused,
+    termination,
+)
+from rosa_lightning.cli.strict_yaml import check_yaml
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.checkpoint_io import check_outputs
-from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration, one_line
-from rosa_lightning.utils.files import writing
+from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration
 from rosa_lightning.utils.stopping import requeued
 
 DESCRIPTION = (
@@ -105,34 +114,6 @@ VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
 _load_yaml = get_loader("yaml")
 
 
-class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration beside a run's logs, and nowhere else.
-
-    Lightning would write config.yaml into the working folder where a run has no logger, and refuse
-    to run a second time.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it when training starts.
-
-        Raises:
-            FileExistsError: Another run has logged there, and this one does not go on from it.
-        """
-        if stage != "fit" or trainer.logger is None or self.already_saved:
-            return
-        path = Path(trainer.log_dir or ".") / self.config_filename
-        # Rank 0 says so for all: it may have written the file when the others look.
-        taken = trainer.strategy.broadcast(path.exists())
-        if taken and self.config.get("ckpt_path") is None and not requeued(trainer):
-            raise FileExistsError(
-                f"{path.parent} holds the logs of another run. Leave trainer.logger.version out "
-                "for a new folder, or go on with that run by --ckpt_path."
-            )
-        self.overwrite = True
-        with writing(path):
-            super().setup(trainer, pl_module, stage)
-
-
 class RoSACLI(LightningCLI):
     """LightningCLI over `RoSAModule` and `ReasoningDataModule`.
 
@@ -168,7 +149,7 @@ class RoSACLI(LightningCLI):
         parser.add_argument(
             "--lr_scheduler",
             type=LRSchedulerCallable,
-            default={"class_path": "rosa_lightning.training.schedule.WarmupCosine"},
+            default={"class_path": "rosa_lightning.WarmupCosine"},
             help="Any torch learning rate schedule, stepped once an optimizer step.",
         )
         parser.add_argument(
@@ -370,39 +351,6 @@ def complete_strategy(trainer: Trainer) -> None:
             rank_zero_info(f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1.")
 
 
-@contextmanager
-def refused(what: str, mend: str = "") -> Iterator[None]:
-    """Take errors of parsing and of making objects for what they speak of: the configuration.
-
-    Raises:
-        ConfigurationError: In place of any error but those of files and of memory.
-    """
-    try:
-        yield
-    except (ConfigurationError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        told = explain(error)
-        if told is None or mend:
-            reason = one_line(told or f"{type(error).__name__}: {error}").rstrip(".;")
-            told = f"{what}: {reason}. {mend}"
-        raise ConfigurationError(one_line(told)) from error
-
-
-@contextmanager
-def termination() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that nothing half-written stays behind."""
-
-    def leave(number: int, _: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
@@ -461,70 +409,16 @@ def _run(args: Sequence[str] | None) -> int:
     return 0
 
 
-@contextmanager
-def quiet_log_writers() -> Iterator[None]:
-    """Show no traceback of TensorBoard's thread, whose error the next value logged raises."""
-    before = threading.excepthook
-
-    def unless_told_later(args: threading.ExceptHookArgs) -> None:
-        is_writer = type(args.thread).__module__.startswith("tensorboard.")
-        if not (is_writer and issubclass(args.exc_type, OSError)):
-            before(args)
-
-    threading.excepthook = unless_told_later
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
 def load_yaml(text: str) -> Any:
     """Values of YAML that passes `check_yaml`."""
     check_yaml(text)
     return _load_yaml(text)
 
 
-def quiet_quantizers() -> None:
-    """Leave out what quantization libraries log whoever imports them, and repeat nothing.
-
-    `transformers` imports torchao wherever it is installed. It says which kernels of other devices
-    it cannot load, and torch speaks to its authors. bitsandbytes names a cast at every product.
-    """
-    beside = ("Failed to load", "Skipping import of cpp extensions", "<enum '")
-    said: set[str] = set()
-
-    def first(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        is_new = message not in said
-        said.add(message)
-        return is_new and not message.startswith(beside)
-
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions"):
-        logging.getLogger(name).addFilter(first)
-
-
 def wanted_commands(args: Sequence[str]) -> Collection[str]:
     """The commands that stand on a command line; all, if it may leave them to a file."""
     named = [command for command in COMMANDS if command in args]
     return named if named or {"-h", "--help"} & set(args) else tuple(COMMANDS)
-
-
-def read_pipes(args: Sequence[str]) -> list[str]:
-    """A command line with the content of a configuration that is a pipe in place of its name."""
-    read = list(args)
-    for index, arg in enumerate(args):
-        option, equals, name = arg.partition("=")
-        if option != "--config" or (not equals and index + 1 == len(args)):
-            continue
-        name = name if equals else args[index + 1]  # or the configuration itself
-        try:
-            is_pipe = os.path.exists(name) and not (os.path.isfile(name) or os.path.isdir(name))
-        except ValueError:  # a NUL
-            is_pipe = False
-        if is_pipe:
-            text = read_configuration(name)
-            read[index + (not equals)] = f"--config={text}" if equals else text
-    return read
 
 
 def found_by_trainer(ckpt_path: str) -> bool:

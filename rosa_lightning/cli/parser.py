@@ -20,9 +20,21 @@ TRACEBACK_VARIABLE = "ROSA_TRACEBACK"
 """Environment variable that, set to 1, shows the traceback of a user's error."""
 
 SUGGESTION = " Did you mean"
+_LOADING = (
+    *("cache_dir", "decontaminate", "num_workers", "overlong", "stop", "temperature"),
+    *("tokens_per_batch", "val_generate"),
+)
+_POLICY = (
+    *("always_active", "fixed_layers", "score_normalization", "score_share"),
+    *("score_smoothing", "temperature"),
+)
 _SPEED = ("share_prefix", "loss_chunk", "microbatch_tokens", "recompute_activations", "compile")
 RENAMED = {
     **{f"model.{name}": f"model.speed.{name}" for name in _SPEED},
+    **{f"data.{name}": f"data.loading.{name}" for name in _LOADING},
+    **{f"dls.{name}": f"dls.policy_options.{name}" for name in _POLICY},
+    "data.template": "data.prompt_style",
+    "dls.moments": "dls.optimizer_state",
     "model.max_nonfinite_steps": "max_nonfinite_steps",
 }
 """Keys of earlier versions, and what they are called now."""
@@ -68,7 +80,7 @@ class RoSAParser(LightningArgumentParser):
         unknown = unknown_key(message)
         if unknown is not None and SUGGESTION not in message:
             known = [action.dest for action in parser._actions]
-            near = [RENAMED[unknown]] if unknown in RENAMED else []
+            near = [key for key in (RENAMED.get(unknown),) if key in known]
             near = near or difflib.get_close_matches(unknown, known, n=1)
             message = f"{message.rstrip('.')}.{SUGGESTION} {near[0]}?" if near else message
         if not self.exit_on_error:

@@ -63,6 +63,6 @@ def test_a_configuration_calls_classes_of_the_right_kind_alone():
     for key, path in [
         ("optimizer", "torch.optim.SGD"),
         ("lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau"),
-        ("lr_scheduler", "rosa_lightning.training.schedule.WarmupCosine"),
+        ("lr_scheduler", "rosa_lightning.WarmupCosine"),
     ]:
         check_classes({key: Namespace(class_path=path, init_args=Namespace())})

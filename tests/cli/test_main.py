@@ -620,10 +620,23 @@ def test_keys_of_earlier_versions_name_those_of_today(settings, capsys):
     for old, new in (
         ("model.share_prefix", "model.speed.share_prefix"),
         ("model.max_nonfinite_steps", "max_nonfinite_steps"),
+        ("data.template", "data.prompt_style"),
+        ("data.stop", "data.loading.stop"),
+        ("dls.moments", "dls.optimizer_state"),
     ):
         with pytest.raises(SystemExit):
             run("fit", settings, f"--{old}", "1")
         assert f"Did you mean {new}?" in capsys.readouterr().err
+
+
+def test_classes_of_earlier_versions_name_those_of_today(settings, capsys):
+    for key, old, new in (
+        ("lr_scheduler", "schedule.WarmupCosine", "WarmupCosine"),
+        ("trainer.callbacks", "ThroughputMonitor", "TokenThroughputMonitor"),
+    ):
+        with pytest.raises(SystemExit):
+            run("fit", settings, f"--{key}", f"rosa_lightning.{old}")
+        assert f"write rosa_lightning.{new}" in capsys.readouterr().err
 
 
 def test_a_selection_among_the_callbacks_of_an_earlier_configuration_is_told_its_place(

@@ -72,7 +72,7 @@ def arguments(dtype: str) -> list[str]:
         "model.dtype": dtype,
         "data.batch_size": 4,
         "optimizer.eps": 0.001,  # small differences of small gradients stay small
-        "lr_scheduler": "rosa_lightning.training.schedule.WarmupCosine",
+        "lr_scheduler": "rosa_lightning.WarmupCosine",
         "lr_scheduler.total_steps": STEPS,
         "trainer.devices": 2,
         "trainer.max_steps": STEPS,

@@ -37,7 +37,7 @@ def settings(base_folder, sources) -> dict:
             "val_fraction": 0.1,
         },
         "lr_scheduler": {
-            "class_path": "rosa_lightning.training.schedule.WarmupCosine",
+            "class_path": "rosa_lightning.WarmupCosine",
             "init_args": {"total_steps": STEPS},
         },
         "dls": selection,

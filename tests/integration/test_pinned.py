@@ -33,7 +33,7 @@ def test_the_losses_of_the_demonstration_are_those_of_earlier_versions(steps, tm
         "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
         "trainer.logger.save_dir": tmp_path,
         "data.loading.val_generate": 0,
-        "lr_scheduler": "rosa_lightning.training.schedule.WarmupCosine",
+        "lr_scheduler": "rosa_lightning.WarmupCosine",
         "lr_scheduler.total_steps": 100,
     }
     assert main(["fit", "--config", str(CONFIG), *(f"--{k}={v}" for k, v in options.items())]) == 0
