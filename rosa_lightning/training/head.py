@@ -91,10 +91,10 @@ def unsupported_reason(model: PreTrainedModel, ids_BT: Tensor) -> str:
             found_again = head(states_ND)
         except Exception as error:
             line = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            return f"the head of {type(model).__name__} refuses fewer: {line}"
+            return f"the head of {type(model).__name__} refuses fewer positions: {line}"
     for one in (found, found_again):
         if one.shape != whole_NV.shape or not close(one, whole_NV):
-            return f"the head of {type(model).__name__} answers otherwise where it is given fewer"
+            return f"the head of {type(model).__name__} gives other logits for fewer positions"
     return ""
 
 

@@ -263,7 +263,7 @@ class LossComputer:
                 )
                 torch.clear_autocast_cache()
                 self._window = shared_prefix.attention_window(self.model)
-            self._note(mode, reason, f"in {mode} what all rows begin with is computed for each")
+            self._note(mode, reason, f"in {mode} the shared prefix is computed for each row")
         if self._unsupported[mode]:
             return False
         width = batch["input_ids"].shape[1]
@@ -271,7 +271,7 @@ class LossComputer:
             self._note(
                 "window",
                 f"a window of {self._window} tokens is shorter than a batch of {width} columns",
-                "what rows of such batches begin with is computed for each",
+                "the shared prefix of such batches is computed for each row",
             )
             return False
         return True

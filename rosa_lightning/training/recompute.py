@@ -192,7 +192,7 @@ def _held(tensor: Tensor) -> _Restore:
 
 def _changed(what: str) -> RuntimeError:
     return RuntimeError(
-        f"the backward pass needs a {what} that an in-place operation has changed since. Mend the "
+        f"the backward pass needs a {what} that an in-place operation has changed since. Fix the "
         "model's code, or set model.speed.recompute_activations to false, if it trains without it."
     )
 

@@ -106,9 +106,9 @@ def _difference(model: PreTrainedModel, ids: Tensor, gradients: bool) -> str:
         line = " ".join(str(error).split())[:120]
         return f"{kind} cannot go on from a cache: {type(error).__name__}: {line}"
     if not close(found, wanted, _HALF):
-        return f"{kind} answers otherwise behind a shared beginning"
+        return f"{kind} gives other logits behind a shared prefix"
     if gradients and not _same_gradients(model, found, wanted):
-        return f"the gradients of {kind} are others behind a shared beginning"
+        return f"the gradients of {kind} differ behind a shared prefix"
     return ""
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 
 from rosa_lightning import DynamicLayerSelection, RoAEConfig
-from rosa_lightning.training.guard import check_clipping
+from rosa_lightning.training.guard import StepGuard, check_clipping
 from tests import ranks
 from tests.conftest import rosa_module, save_base, write_records
 from tests.test_module import data, module, trainer
@@ -204,6 +204,21 @@ def test_clipping_at_what_clips_nothing_is_refused(value, base_folder, sources, 
         trainer(tmp_path, gradient_clip_val=value).fit(module(base_folder), data(sources))
     for fine in (None, 0, 1e-9, 1, math.inf):
         check_clipping(fine)
+
+
+def test_gradients_are_clipped_as_lightning_clips_them(base_folder, sources, tmp_path, monkeypatch):
+    def trained():
+        torch.manual_seed(0)
+        built = module(base_folder)
+        options = {"max_steps": 3, "limit_val_batches": 0, "gradient_clip_val": 0.01}
+        trainer(tmp_path, **options).fit(built, data(sources))
+        return built.state_dict()
+
+    with monkeypatch.context() as patch:  # the norm that was checked is the only one computed
+        patch.setattr("torch.nn.utils.clip_grad_norm_", None)
+        found = trained()
+    monkeypatch.setattr(StepGuard, "clip", lambda *_: False)
+    assert same(found, trained())
 
 
 # Several ranks: what one of them sees, all do.

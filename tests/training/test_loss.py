@@ -178,7 +178,7 @@ def test_a_head_that_looks_at_other_positions_is_given_all_of_them(said):
     model.forward = lambda *args, logits_to_keep=0, **kwargs: whole(*args, **kwargs)
     batch = batch_of(rests=((9, 3), (9, 2)))
     check(model, {**batch, "num_label_positions": 28}, share_prefix=False)
-    assert [line for line in said if "answers otherwise" in line] == said
+    assert [line for line in said if "gives other logits" in line] == said
     assert len(said) == 1
 
 
@@ -187,7 +187,7 @@ def test_a_head_that_looks_at_other_positions_is_given_all_of_them(said):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_behind_a_shared_beginning_loss_and_gradients_are_those_of_single_rows(family, dtype, said):
+def test_behind_a_shared_prefix_loss_and_gradients_are_those_of_single_rows(family, dtype, said):
     model = adapted(build(family)).to(dtype)
     widths, batch = Widths(model), batch_of()
     run = LossComputer(model)
@@ -200,7 +200,7 @@ def test_behind_a_shared_beginning_loss_and_gradients_are_those_of_single_rows(f
     check(model, batch, loss_chunk=5)
 
 
-def test_frozen_low_layers_build_no_graph_behind_a_shared_beginning():
+def test_frozen_low_layers_build_no_graph_behind_a_shared_prefix():
     model = adapted(build("llama", num_hidden_layers=4))
     for weight in model.model.layers[:2].parameters():
         weight.requires_grad_(False)
@@ -348,7 +348,7 @@ def test_a_model_whose_cache_is_without_gradients_computes_whole_rows(said, monk
 
     monkeypatch.setattr("rosa_lightning.training.shared_prefix.rows_behind", detached)
     check(model, batch_of())
-    assert "the gradients of LlamaForCausalLM are others" in said[0]
+    assert "the gradients of LlamaForCausalLM differ" in said[0]
     batch = batch_of()
     wrong = gradients(model, unsafe(model, batch))
     assert (wrong - gradients(model, single_rows(model, batch))).norm() > 1e-3 * wrong.norm()
@@ -372,7 +372,7 @@ def test_every_adapted_model_gives_the_loss_of_single_rows(name, said):
     assert_close(found, wanted, rtol=1e-6, atol=2e-6)
     a, b = gradients(model, found), gradients(model, wanted)
     assert (a - b).norm() < 2e-5 * b.norm()
-    assert (widths.decoder[-1] == (3, 14)) != any("begin with" in line for line in said)
+    assert (widths.decoder[-1] == (3, 14)) != any("shared prefix" in line for line in said)
 
 
 # Training.
