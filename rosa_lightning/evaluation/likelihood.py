@@ -76,13 +76,12 @@ def log_likelihoods(
         found = in_full(model, whole, [[end[1:]] for end in rests], pad_id, len(rows))
         values = [value for (value,) in found]
     else:
-        state.select(owners)
         width = max(map(len, rests)) - 1
         padding = [width - len(end) + 1 for end in rests]
         ids_RT = [[*end[:-1], *[pad_id] * n] for end, n in zip(rests, padding, strict=True)]
         mask_RT = [[1] * (width - n) + [0] * n for n in padding]
         ends_RT = torch.tensor([ids_RT, mask_RT], device=model.device)
-        logits_RTV = state.extend(model, ends_RT[0], ends_RT[1])
+        logits_RTV = state.extend(model, owners, ends_RT[0], ends_RT[1])
         log_probs = zip(logits_RTV.log_softmax(-1), rests, strict=True)
         values = [float(_picked(own_TV, end[1:]).sum()) for own_TV, end in log_probs]
     for (item, number, _), value in zip(longer, values, strict=True):
@@ -142,24 +141,20 @@ class PrefillState:
     lengths: Tensor
     """Tokens of each row, shape (R,)."""
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep some rows, in this order; one may come more than once."""
-        index = torch.tensor(rows, device=self.mask.device)
-        self.cache.batch_select_indices(index)
-        self.mask, self.lengths = self.mask[index], self.lengths[index]
-
-    def extend(self, model: PreTrainedModel, ids_RT: Tensor, mask_RT: Tensor) -> Tensor:
-        """Read more tokens after the rows, padded on the right.
+    def extend(
+        self, model: PreTrainedModel, rows: Sequence[int], ids_RT: Tensor, mask_RT: Tensor
+    ) -> Tensor:
+        """Read more tokens after some of the rows, of which one may come more than once.
 
         Returns:
             Logits after each position, float32, shape (R, T, V).
         """
-        positions_RT = self.lengths[:, None] + torch.arange(ids_RT.shape[1], device=ids_RT.device)
-        self.mask = torch.cat([self.mask, mask_RT], dim=1)
-        self.lengths = self.lengths + mask_RT.sum(1)
+        index = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        positions_RT = self.lengths[index, None] + torch.arange(ids_RT.shape[1]).to(ids_RT.device)
         output = model(
             input_ids=ids_RT,
-            attention_mask=self.mask,
+            attention_mask=torch.cat([self.mask[index], mask_RT], dim=1),
             position_ids=positions_RT,
             use_cache=True,
             **{cache_argument(model): self.cache},

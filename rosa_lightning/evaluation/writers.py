@@ -187,9 +187,17 @@ class ResultWriter(Callback):
         seconds = time.perf_counter() - self._since
         evaluated: Any = pl_module.evaluated
         path = self._target / PREDICTIONS
-        items = {item_id(item): item for item in _read_items(path)}.values()
-        atomic_write(path, *map(_line, _in_order(items, evaluated.config.protocols, trainer)))
-        leaked, places, reason = _leaked(trainer)
+        items = {item_id(item): item for item in _read_items(path)}
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        sources = [source.label for source in getattr(datamodule, "test_sources", [])]
+        order = [*evaluated.config.protocols, *sources]
+
+        def position(key: tuple[Any, ...]) -> list[int]:
+            return [order.index(name) if name in order else len(order) for name in key[:2]]
+
+        keys = sorted(items, key=lambda key: (position(key), key[2] or 0))
+        atomic_write(path, *(_line(items[key]) for key in keys))
+        leaked, places, reason = _leaked(datamodule)
         about = {
             **self._about,
             "leaked_from": places,
@@ -242,21 +250,8 @@ def _read_items(path: Path) -> Items:
     return items
 
 
-def _in_order(items: Iterable[dict[str, Any]], protocols: Sequence[str], trainer: Trainer) -> Items:
-    """Items in the order of protocols, sources and records."""
-    sources = getattr(getattr(trainer, "datamodule", None), "test_sources", [])
-    place = {source.label: number for number, source in enumerate(sources)}
-
-    def position(item: dict[str, Any]) -> tuple[int, int, int]:
-        source = place.get(item["source"], len(place))
-        return protocols.index(item["protocol"]), source, item["index"] or 0
-
-    return sorted(items, key=position)
-
-
-def _leaked(trainer: Trainer) -> tuple[dict[str, int] | None, list[str] | None, list[str]]:
+def _leaked(datamodule: Any) -> tuple[dict[str, int] | None, list[str] | None, list[str]]:
     """How many test records of each task were trained on, from where, or why that is not known."""
-    datamodule: Any = getattr(trainer, "datamodule", None)
     if not hasattr(datamodule, "contaminated_records"):
         return None, None, []
     try:
