@@ -100,21 +100,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def write_results(
-    path: Path, scores: Sequence[Score], leaked: Mapping[str, int] | None, **about: Any
-) -> None:
-    """Write ``results.json``.
+Counts = Mapping[str, int]
+"""Records of each task whose question stands in the training data."""
 
-    Args:
-        path: The file.
-        scores: Of all tasks and protocols.
-        leaked: Records of each task whose question stands in the training data; None if unknown.
-        **about: What else to say of the evaluation, as plain values.
-    """
-    rows = [
-        {**asdict(score), "leaked": None if leaked is None else leaked.get(score.task, 0)}
-        for score in scores
-    ]
+
+def write_results(
+    path: Path, scores: Sequence[Score], contaminated: Counts | None, **about: Any
+) -> None:
+    """Write ``results.json``: the scores, ``about`` the evaluation; None is unknown."""
+    rows: list[dict[str, Any]] = []
+    for score in scores:
+        count = None if contaminated is None else contaminated.get(score.task, 0)
+        rows.append({**asdict(score), "contaminated": count})
     content = {
         **about,
         "versions": versions(),
@@ -127,20 +124,20 @@ def write_results(
 
 
 def results_table(
-    title: str, scores: Sequence[Score], leaked: Mapping[str, int] | None, notes: Sequence[str]
+    title: str, scores: Sequence[Score], contaminated: Counts | None, notes: Sequence[str]
 ) -> Group:
     """The scores for `rich` to print: a row for each task, columns for each protocol.
 
     Args:
         title: What was evaluated.
         scores: Of all tasks and protocols.
-        leaked: As for `write_results`.
+        contaminated: None where the training data are not known.
         notes: Lines to put below.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("Task", no_wrap=True)
     table.add_column("n", justify="right")
-    table.add_column("Leaked", justify="right")
+    table.add_column("Contaminated", justify="right")
     protocols = list(dict.fromkeys(score.protocol for score in scores))
     for protocol in protocols:
         table.add_column(f"{protocol}, % (95 %)", justify="right", no_wrap=True)
@@ -148,7 +145,7 @@ def results_table(
             table.add_column("no answer, %", justify="right")
     for task in dict.fromkeys(score.task for score in scores):
         own = {score.protocol: score for score in scores if score.task == task}
-        count = "?" if leaked is None else str(leaked.get(task, 0))
+        count = "?" if contaminated is None else str(contaminated.get(task, 0))
         mark = "" if count in ("?", "0") else "*"
         cells = [cell for protocol in protocols for cell in _cells(protocol, own.get(protocol))]
         table.add_row(f"{task}{mark}", str(next(iter(own.values())).n), count, *cells)
@@ -156,9 +153,9 @@ def results_table(
     for row in _average_rows(scores, protocols):
         table.add_row(*row, style="bold")
     below = [*notes]
-    if leaked is None:
-        below.insert(0, "Leaked: unknown, since the training data could not be read.")
-    elif any(leaked.values()):
+    if contaminated is None:
+        below.insert(0, "Contaminated: unknown, since the training data could not be read.")
+    elif any(contaminated.values()):
         below.insert(
             0,
             "* Questions of this benchmark stand in the training data: a model trained on these "

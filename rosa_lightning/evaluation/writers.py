@@ -197,19 +197,21 @@ class ResultWriter(Callback):
 
         keys = sorted(items, key=lambda key: (position(key), key[2] or 0))
         atomic_write(path, *(_line(items[key]) for key in keys))
-        leaked, places, reason = _leaked(datamodule)
+        contaminated, places, reason = _contamination(datamodule)
         about = {
             **self._about,
-            "leaked_from": places,
+            "contaminated_by": places,
             "wall_time_s": round(seconds, 3),
             "resumed_answers": self._num_resumed,
             "world_size": trainer.world_size,
         }
-        write_results(self._target / RESULTS, evaluated.scores, leaked, **about, complete=True)
-        notes = [*reason, f"{self._target / RESULTS}, {PREDICTIONS}: {seconds:.1f} s"]
+        write_results(
+            self._target / RESULTS, evaluated.scores, contaminated, **about, complete=True
+        )
+        notes = [*reason, f"{path}, {PREDICTIONS}: {seconds:.1f} s"]
         console = Console()
         console.width = max(console.width, 100)  # a file, say, is as wide as it must be
-        console.print(results_table(about["model"], evaluated.scores, leaked, notes))
+        console.print(results_table(about["model"], evaluated.scores, contaminated, notes))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -250,7 +252,7 @@ def _read_items(path: Path) -> Items:
     return items
 
 
-def _leaked(datamodule: Any) -> tuple[dict[str, int] | None, list[str] | None, list[str]]:
+def _contamination(datamodule: Any) -> tuple[dict[str, int] | None, list[str] | None, list[str]]:
     """How many test records of each task were trained on, from where, or why that is not known."""
     if not hasattr(datamodule, "contaminated_records"):
         return None, None, []
@@ -259,4 +261,4 @@ def _leaked(datamodule: Any) -> tuple[dict[str, int] | None, list[str] | None, l
     except (OSError, ValueError) as error:
         return None, None, [" ".join(str(error).split())]
     counts = Counter(record.task for record in records)
-    return counts, places, [f"Leaked: questions that stand in {', '.join(places)}."]
+    return counts, places, [f"Contaminated by questions that stand in {', '.join(places)}."]

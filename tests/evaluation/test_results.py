@@ -82,7 +82,7 @@ def test_protocols_have_columns_of_their_own_and_partial_averages_are_left_out()
     assert text.rstrip().endswith("below")
 
 
-def test_a_leaked_benchmark_is_marked_and_an_unknown_one_is_no_zero():
+def test_a_contaminated_benchmark_is_marked_and_an_unknown_one_is_no_zero():
     marked = shown("m", SCORES, {"piqa": 4}, [])
     assert "piqa*" in marked
     assert "boolq*" not in marked
@@ -99,7 +99,7 @@ def test_the_results_file_says_what_was_measured_and_with_what(tmp_path):
     assert content["versions"] == versions()
     row = content["results"][1]
     assert row["task"] == "piqa"
-    assert row["leaked"] == 4
+    assert row["contaminated"] == 4
     assert row["accuracy"] == 0.5
     assert row["interval"] == pytest.approx(wilson_interval(5, 10))
     assert len(content["averages"]) == 5

@@ -131,7 +131,7 @@ def read(folder: Path) -> tuple[list[dict], dict]:
 
 def plain(results: dict) -> dict:
     """Results without what differs from run to run."""
-    passing = ("wall_time_s", "resumed_answers", "leaked_from")
+    passing = ("wall_time_s", "resumed_answers", "contaminated_by")
     return {key: value for key, value in results.items() if key not in passing}
 
 
@@ -151,7 +151,7 @@ def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
         right = [item["correct"] for item in own]
         assert row["n"] == len(own)
         assert row["accuracy"] == sum(right) / len(right)
-        assert row["leaked"] == (3 if task == "boolq" else 2)
+        assert row["contaminated"] == (3 if task == "boolq" else 2)
         prefix = "" if protocol == "generate" else "likelihood/"
         assert logged[f"test/{prefix}accuracy/{task}"] == pytest.approx(row["accuracy"])
     failed = [item["answer"] is None for item in items if item["protocol"] == "generate"]
@@ -159,13 +159,13 @@ def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
     assert rows["likelihood", "boolq"]["format_failure_rate"] is None
     assert results["model"] == f"{base_folder}, without an adapter"
     assert results["template"] == "alpaca"
-    assert results["leaked_from"] == [str(tmp_path / "train.json")]
+    assert results["contaminated_by"] == [str(tmp_path / "train.json")]
     assert results["cut_prompts"] == {"boolq": 0, "gsm8k": 0}
     assert "boolq*" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("decontaminate", [True, False])
-def test_leaks_are_those_of_the_training_whatever_the_configuration_says_now(
+def test_contaminations_are_those_of_the_training_whatever_the_configuration_says_now(
     decontaminate, base_folder, tmp_path, capsys
 ):
     data = exercises(tmp_path, decontaminate=decontaminate)
@@ -195,17 +195,17 @@ def test_leaks_are_those_of_the_training_whatever_the_configuration_says_now(
     )
     tester.test(module, now, ckpt_path=tmp_path / "run.ckpt", verbose=False)
     _, results = read(tmp_path)
-    leaked = {row["task"]: row["leaked"] for row in results["results"]}
-    assert leaked == ({"boolq": 0, "gsm8k": 0} if decontaminate else {"boolq": 3, "gsm8k": 2})
-    assert results["leaked_from"] == [str(train)]
+    contaminated = {row["task"]: row["contaminated"] for row in results["results"]}
+    assert contaminated == ({"boolq": 0, "gsm8k": 0} if decontaminate else {"boolq": 3, "gsm8k": 2})
+    assert results["contaminated_by"] == [str(train)]
     assert ("boolq*" in capsys.readouterr().out) is not decontaminate
 
 
-def test_training_data_that_cannot_be_read_leave_the_leaks_unknown(base_folder, tmp_path, capsys):
+def test_unreadable_training_data_leave_the_contamination_unknown(base_folder, tmp_path, capsys):
     data = exercises(tmp_path)
     (tmp_path / "train.json").unlink()
     evaluate(base_folder, tmp_path, data=data)
-    assert {row["leaked"] for row in read(tmp_path)[1]["results"]} == {None}
+    assert {row["contaminated"] for row in read(tmp_path)[1]["results"]} == {None}
     assert "train.json does not exist" in " ".join(capsys.readouterr().out.split())
 
 
