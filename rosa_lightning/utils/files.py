@@ -16,9 +16,9 @@ import zipfile
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader, TextIOWrapper
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TextIO
+from typing import IO, Any
 from uuid import uuid4
 
 SETTINGS_BYTES = 2**26
@@ -279,31 +279,6 @@ def put_in_place(part: Path, path: Path) -> None:
         part.rename(path)
         _remove(older)
         _sync(path.parent)
-
-
-def open_new_text(path: Path) -> TextIO:
-    """Make a text file in place of an older one; no link of that name is written through.
-
-    Halves of surrogate pairs are spelt as JSON spells them.
-    """
-    path.unlink(missing_ok=True)
-    return TextIOWrapper(path.open("xb"), encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
-def open_lock(path: Path) -> BinaryIO:
-    """Open a file to lock, made where there is none; what it holds is left alone.
-
-    Raises:
-        OSError: It cannot be opened, or is a link or no regular file.
-    """
-    flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    file = os.fdopen(os.open(path, flags, 0o666), "rb")
-    try:
-        _check_regular(path, os.fstat(file.fileno()).st_mode)
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 @contextmanager

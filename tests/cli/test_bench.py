@@ -12,8 +12,6 @@ from rosa_lightning.cli.bench import (
     FLOOR,
     LORA,
     OURS,
-    Bench,
-    Contender,
     Turns,
     frozen_floor,
     padded,
@@ -143,16 +141,6 @@ def test_rows_come_back_from_padded_and_from_packed_batches():
     assert right["labels"].tolist() == [[-100, -100, 7], [-100, 9, -100]]
 
 
-def test_ratios_are_taken_round_by_round():
-    bench = Bench(
-        rounds=[{"examples": 10, "tokens": 100}] * 3,
-        contenders={OURS: Contender([1.0, 2.0, 1.0]), LORA: Contender([4.0, 4.0, 3.0])},
-    )
-    assert bench.times(OURS, LORA) == (3.0, 2.0, 4.0)
-    assert bench.per_second(OURS, "examples") == 10.0
-    assert bench.per_second(LORA, "tokens") == 25.0
-
-
 def command(base_folder, *more: str) -> list[str]:
     demo = ["--data.batch_size", "2", "--data.max_length", "1024", "--trainer.accelerator", "cpu"]
     return ["bench", "--model.base", str(base_folder), *demo, *more]
@@ -187,9 +175,3 @@ def test_without_peft_the_extra_is_named(base_folder, capsys, monkeypatch):
     assert status == 1
     (error,) = errors
     assert "pip install 'rosa-lightning[bench]'" in error
-
-
-def test_without_a_base_the_command_says_so(capsys):
-    status, _, errors = run(capsys, "bench", "--trainer.accelerator", "cpu")
-    assert status == 1
-    assert "no base is given" in errors[0]

@@ -12,7 +12,7 @@ import transformers
 import yaml
 
 from rosa_lightning.cli.main import main
-from tests.conftest import byte_tokenizer, save_base, write_records
+from tests.conftest import byte_tokenizer, write_records
 
 
 @pytest.fixture(autouse=True)
@@ -194,11 +194,6 @@ def test_optimizer_and_schedule_are_replaced_from_the_command_line(settings, cap
     assert group["lr"] == pytest.approx(0.5 * 0.25)
 
 
-def test_a_schedule_on_a_plateau_is_stepped_by_the_validation_loss(settings):
-    arguments = ["--lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau"]
-    assert run("fit", settings, *arguments, "--lr_scheduler.monitor", "val/loss") == 0
-
-
 def test_print_config_round_trips(settings, capsys):
     outputs = []
     for name in ("first.yaml", "second.yaml"):
@@ -287,11 +282,6 @@ def test_a_source_of_the_wrong_shape_is_one_line(settings, content, message, cap
     assert message in refused(capsys, "fit", settings)
 
 
-def test_weights_that_sum_to_zero_are_one_line(settings, capsys):
-    settings["data"]["sources"] = [{**s, "weight": 0} for s in settings["data"]["sources"]]
-    assert "weight" in refused(capsys, "fit", settings)
-
-
 @pytest.mark.parametrize("name", ["GPT2", "OPT"])
 def test_a_base_without_rope_is_one_line(settings, name, tmp_path, capsys):
     sizes = {"GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2}}.get(
@@ -311,15 +301,6 @@ def test_a_base_without_rope_is_one_line(settings, name, tmp_path, capsys):
     line = refused(capsys, "fit", settings, "--model.base", str(tmp_path / "base"))
     assert "RoPE" in line
     assert name in line
-
-
-def test_sources_on_the_command_line_replace_those_of_the_file(settings, tmp_path, capsys):
-    """As many as in the file: fields of the one in the same place must not linger."""
-    named = [{"name": f"hub{n}", "hub": f"nobody/{n}", "weight": 0.9} for n in range(2)]
-    settings["data"]["sources"] = named
-    paths = [str(write_records(tmp_path / f"{n}.json", 20)) for n in range(2)]
-    given = yaml.safe_dump([{"path": path} for path in paths], default_flow_style=True)
-    assert run("fit", settings, "--data.sources", given) == 0
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])
@@ -389,12 +370,6 @@ def test_an_evaluation_that_cannot_be_is_one_line(settings, arguments, message, 
     assert message in refused(capsys, "test", settings, *arguments)
 
 
-def test_a_file_that_is_no_checkpoint_is_one_line(settings, capsys):
-    Path("text.ckpt").write_text("not a checkpoint")
-    line = refused(capsys, "validate", settings, "--ckpt_path", "text.ckpt")
-    assert "text.ckpt is no checkpoint" in line
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -421,13 +396,6 @@ def test_the_logs_of_another_run_are_kept_and_a_resumed_run_may_add_to_its_own(s
     assert run("fit", settings, "--ckpt_path", checkpoint, "--trainer.max_steps", "3") == 0
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
-def test_the_first_validation_is_left_out_where_there_is_nothing_to_validate(settings):
-    settings["validate_first"] = True
-    assert run("fit", settings, "--trainer.limit_val_batches", "0") == 0
-    assert run("fit", settings, "--data.val_fraction", "0") == 0
-
-
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["rosa", "tiny"])
 def test_the_shipped_configurations_train_on_a_small_set(name, base_folder, tmp_path):
@@ -436,14 +404,6 @@ def test_the_shipped_configurations_train_on_a_small_set(name, base_folder, tmp_
     base = ["--model.base", str(base_folder), "--data.sources", f"[{{path: {source}}}]"]
     limits = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", str(config), *base, *limits]) == 0
-
-
-def test_a_checkpoint_of_another_base_is_one_line(settings, tmp_path, capsys):
-    assert run("fit", settings) == 0
-    (checkpoint,) = map(str, Path("lightning_logs").rglob("*.ckpt"))
-    other = str(save_base(tmp_path / "other", seed=1))
-    line = refused(capsys, "validate", settings, "--ckpt_path", checkpoint, "--model.base", other)
-    assert "was trained on base" in line
 
 
 def test_the_traceback_is_shown_when_asked_for(settings, monkeypatch):
@@ -573,18 +533,6 @@ def test_records_longer_than_the_base_reads_are_warned_of_in_a_training_too(sett
     assert run("fit", settings, "--data.max_length", "512", *given) == 0
 
 
-def test_a_monitor_that_nothing_logs_is_one_line(settings, capsys):
-    settings["trainer"]["callbacks"] = [
-        {
-            "class_path": "lightning.pytorch.callbacks.EarlyStopping",
-            "init_args": {"monitor": "val/los"},
-        }
-    ]
-    settings["trainer"]["limit_train_batches"] = 1
-    line = refused(capsys, "fit", settings)
-    assert "`val/los` which is not available" in line
-
-
 @pytest.mark.parametrize(
     "given", ["q.txt", "[q.txt]", "{path: q.txt}", "[{path: q.txt}]", "+q.txt"]
 )
@@ -602,18 +550,6 @@ def test_one_source_is_a_list_of_one(settings, given, tmp_path):
         json.loads(line)["prompt"] for line in Path("predictions.jsonl").read_text().splitlines()
     ]
     assert asked == ["[a.json, b.json]", "{path: c.json}"]
-
-
-def test_one_source_is_a_list_of_one_from_python(sources):
-    from rosa_lightning import ReasoningDataModule
-    from rosa_lightning.data.sources import Source
-
-    path = sources[0]["path"]
-    for given in (path, Path(path), {"path": path}, Source(path=path), [path], [{"path": path}]):
-        module = ReasoningDataModule(sources=given, test_sources=given, predict_sources=given)
-        for found in (module.sources, module.test_sources, module.predict_sources):
-            assert [source.path for source in found] == [path]
-    assert ReasoningDataModule(test_sources=["demo"]).test_sources[0].label == "demo"
 
 
 def test_keys_of_earlier_versions_name_those_of_today(settings, capsys):
