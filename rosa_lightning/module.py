@@ -22,7 +22,6 @@ from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY, RankState, pack, 
 from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, tokenizer_digest
 from rosa_lightning.adapters.resume_checks import check_entries, check_states_fit
 from rosa_lightning.data.collators import num_rows
-from rosa_lightning.dls.optimizer_state import held_gradients, hold_gradients
 from rosa_lightning.evaluation.checks import check_lengths, check_test_prompts
 from rosa_lightning.evaluation.evaluator import Evaluation, EvaluationConfig, predictions
 from rosa_lightning.evaluation.generation import generate
@@ -43,6 +42,7 @@ from rosa_lightning.training.resume import (
 from rosa_lightning.training.schedule import WarmupCosine, lightning_scheduler
 from rosa_lightning.training.sharding import is_sharded
 from rosa_lightning.utils.agreement import together
+from rosa_lightning.utils.modules import held_gradients, hold_gradients
 from rosa_lightning.utils.rng import set_rng_state
 from rosa_lightning.utils.stopping import Stopping
 

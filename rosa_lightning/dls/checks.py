@@ -52,7 +52,7 @@ def check_wrapped(model: nn.Module) -> None:
         if model.static_graph:
             raise ValueError(
                 "DDP with static_graph=True expects the same gradients at every step; a selection "
-                "changes them. Leave static_graph out of trainer.strategy."
+                "changes them. Leave static_graph out of trainer.strategy, or set policy to all."
             )
         if not model.find_unused_parameters:
             raise ValueError(
@@ -76,7 +76,8 @@ def check_module(module: nn.Module) -> None:
     if isinstance(module, LightningModule) and not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} optimizes manually; DynamicLayerSelection needs "
-            "automatic_optimization=True: one optimizer, and training_step returns the loss."
+            "automatic_optimization=True: one optimizer, and training_step returns the loss. Set "
+            "that, or policy to all."
         )
     for name, part in module.named_modules():
         if is_reentrant(part):

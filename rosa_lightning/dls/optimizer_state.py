@@ -6,7 +6,7 @@ process, DDP), a `DTensor` (FSDP2), or this rank's flat piece of it (FSDP1, whic
 rank holds no piece).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -193,25 +193,3 @@ def freeze(parameters: Iterable[nn.Parameter]) -> None:
         # None, not zero: AdamW still moves a weight whose gradient is zero.
         parameter.grad = None
         parameter.requires_grad_(False)
-
-
-def held_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """This rank's part of the gradients that are there, by the parameter's name, on the CPU."""
-    held = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {
-        name: (grad.to_local() if isinstance(grad, DTensor) else grad).detach().cpu()
-        for name, grad in held.items()
-    }
-
-
-def hold_gradients(module: nn.Module, held: Mapping[str, Tensor]) -> None:
-    """Put back what `held_gradients` gave, and nothing besides."""
-    for name, parameter in module.named_parameters():
-        grad = held[name].to(parameter.device, copy=True) if name in held else None
-        if grad is not None and isinstance(parameter, DTensor):
-            grad = DTensor.from_local(
-                *(grad, parameter.device_mesh, parameter.placements),
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-        parameter.grad = grad

@@ -235,14 +235,6 @@ def test_selections_count_optimizer_steps_and_end_windows_of_micro_batches(
     assert (watch.steps, watch.batches) == (steps, batches_seen)
 
 
-@pytest.mark.parametrize(("accumulate", "steps"), [(1, 8), (3, 6)])
-def test_all_layers_train_in_the_final_steps(accumulate, steps):
-    dls = select(num_active=1, interval=3, final_steps_all=2)
-    options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
-    run = record(Toy(), dls, batches(4 if accumulate == 1 else 7), **options)
-    assert [len(layers) for layers in trained(run)] == [1] * (steps - 2) + [5] * 2
-
-
 class Total(Callback):
     def on_train_start(self, trainer, pl_module):
         self.steps = total_optimizer_steps(trainer)
@@ -337,15 +329,6 @@ def test_scores_do_not_depend_on_the_loss_scale():
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_scores_are_taken_before_clipping_and_clipping_sees_only_what_trains():
-    free = record(Toy(), select(num_active=2), batches(1))
-    clipped = record(Toy(), select(num_active=2), batches(1), gradient_clip_val=0.01)
-    assert clipped.scores == free.scores
-    # Recorded before clipping, the gradients are clipped in place.
-    total = torch.stack([g.norm() for g in clipped.grads[0].values() if g is not None]).norm()
-    assert total.item() == pytest.approx(0.01, rel=1e-3)
-
-
 class Overflows(Toy):
     def __init__(self, steps):
         super().__init__(optimizer=torch.optim.SGD)
@@ -366,15 +349,6 @@ def test_scores_that_are_not_finite_keep_the_previous_layers():
     frozen = set(range(5)) - set(run.active[3])
     assert all(run.grads[2][f"layers.{index}.up.weight"] is None for index in frozen)
     assert all(run.grads[2][f"layers.{index}.norm.weight"] is None for index in range(5))
-
-
-def test_without_a_finite_score_all_layers_train_and_the_next_step_scores():
-    dls = select(num_active=2, interval=100)
-    with pytest.warns(UserWarning, match="not finite"):
-        run = record(Overflows({0, 1}), dls, batches(4), plugins=[ScaledLoss(4.0)])
-    assert [len(active) for active in run.active] == [5, 5, 5, 2, 2]
-    # The scaler has skipped the steps that overflowed.
-    assert_same(run.parameters[0], run.parameters[2])
 
 
 def test_a_second_fit_has_a_budget_of_its_own():

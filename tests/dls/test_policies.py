@@ -63,11 +63,6 @@ def test_score_is_the_norm_over_all_norm_gradients_of_a_layer():
     assert layer_scores(gradients).tolist() == pytest.approx(expected, rel=1e-14)
 
 
-def test_low_precision_gradients_are_summed_without_overflow():
-    gradients = [[torch.full((1000,), 60000.0, dtype=torch.float16)]]
-    assert layer_scores(gradients).item() == pytest.approx(59999 * math.sqrt(1000), rel=1e-3)
-
-
 def test_missing_gradients_count_as_zero():
     scores = layer_scores([[None, torch.ones(4)], [None], []])
     assert scores.tolist() == [2.0, 0.0, 0.0]
@@ -196,13 +191,6 @@ def test_a_share_means_the_number_that_was_written():
     assert threshold(tensor([0.1] * 10), 0.9) == tuple(range(9))
     assert threshold(tensor([1.0, 1e-300]), 1.0) == (0, 1)
     assert threshold(tensor([0.0, 0.0]), 1.0) == (0,)
-
-
-def test_random_policies_leave_the_global_generator_alone():
-    before = torch.get_rng_state()
-    sample(torch.ones(4), 2, 1.0, generator())
-    random_subset(4, 2, generator())
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_random_subset_is_uniform():
