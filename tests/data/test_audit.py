@@ -58,21 +58,6 @@ def test_a_question_with_different_answers_is_a_conflict_wherever_they_stand():
     assert [source.conflicting for source in found.sources] == [(1, 2, 3), (1,), (2,)]
 
 
-def test_a_record_without_an_answer_contradicts_nothing():
-    found = audit({"a": numbered(("one", None), ("one", "1"), ("one", "1"))})
-    assert found.sources[0].conflicting == ()
-
-
-def test_numbers_are_the_same_answer_in_sources_without_a_task():
-    texts = [
-        Record("one", "", f"So it is {answer}.", answer, "text", "", n)
-        for n, answer in enumerate(("4.0", "4", "A", "a"), 1)
-    ]
-    assert audit({"a": texts[:2]}).sources[0].conflicting == ()
-    assert audit({"a": texts[2:]}).sources[0].conflicting == ()
-    assert audit({"a": texts}).sources[0].conflicting == (1, 2, 3, 4)
-
-
 def test_records_without_a_response_are_counted():
     empty = [record(1, "one", None), record(2, "two", "2"), record(3, "three", "3", output=" \n")]
     assert audit({"a": empty}).sources[0].empty == (1, 3)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -101,12 +100,6 @@ def test_a_reworded_question_is_near_and_one_with_other_numbers_is_another():
     assert not leaked([ask("Bea has 3 pears and buys 4 plums. How many?")], [ask(STORY)]).near
 
 
-def test_an_exact_match_is_not_counted_as_near_too():
-    found = leaked([ask(STORY), ask(STORY.replace("and", "and then", 1))], [ask(STORY), ask("b")])
-    assert found.exact == {0: (0,)}
-    assert found.near == {}
-
-
 FRAME = "Please choose the correct answer to the question, true or false, and give a reason"
 
 
@@ -187,11 +180,3 @@ def test_the_leaks_of_a_benchmark_from_its_own_training_file_are_found(
     test = read(real_data / "test" / f"{name}.json")
     found = leaked(read(real_data / "train" / f"{name}.json"), test)
     assert (len(found.exact), len(found.near), len(test)) == (exact, near, size)
-
-
-def test_stories_of_multiarith_that_differ_in_their_numbers_are_not_near(real_data):
-    test = read(real_data / "test" / "multiarith.json")
-    worded = [replace(one, instruction=re.sub(r"\d+", "some", one.instruction)) for one in test]
-    assert len(leaked(test[::2], test[1::2]).near) <= 2
-    found = leaked(worded[::2], worded[1::2])
-    assert len(found.exact) + len(found.near) > 50

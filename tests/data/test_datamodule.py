@@ -182,20 +182,6 @@ def test_cut_records_are_counted_in_a_warning(folder):
         module.setup("fit")
 
 
-def test_dropped_records_are_counted_in_a_warning(folder):
-    settings = {"max_length": 22, "prompt_style": "plain", "overlong": "drop", "val_fraction": 0.0}
-    module = data(folder, tokenizer=TOKENIZER, **settings)
-    with pytest.warns(UserWarning, match="source a: 27 of 37 records .* were left out"):
-        module.setup("fit")
-    assert len(module.train_dataloader().dataset) == 10 + 10 + 9
-
-
-def test_source_that_is_dropped_whole_is_an_error(folder):
-    module = data(folder, tokenizer=TOKENIZER, max_length=8, overlong="drop")
-    with pytest.raises(ValueError, match="source a: all 37 records are longer"):
-        module.setup("fit")
-
-
 def test_setup_reads_once(folder):
     tested = sources(folder, {"a": None})
     module = data(folder, tokenizer=TOKENIZER, test_sources=tested, decontaminate=False)
@@ -250,24 +236,6 @@ def test_leaked_questions_are_those_that_were_trained_on(folder, decontaminate):
     module.setup("fit")
     left = [record.index for record in module.contaminated_records()[0]]
     assert left == ([] if decontaminate else [1, 2, 3, 4])
-
-
-def test_a_run_that_goes_on_with_other_data_was_trained_on_both(folder):
-    first = leaky(folder, decontaminate=False)
-    first.setup("fit")
-    other = folder / "other.jsonl"
-    other.write_text(json.dumps({"instruction": "z 1", "output": "1"}) + "\n")
-    second = leaky(folder, decontaminate=False, sources=[str(other)], val_fraction=0)
-    for stage in ("fit", "test"):
-        second.setup(stage)
-    with pytest.warns(UserWarning, match="data differ from the checkpoint's"):
-        second.load_state_dict(first.state_dict())
-    records, places = second.contaminated_records()
-    assert [record.index for record in records] == [1, 2, 3, 4, 5]
-    assert places[-1] == str(other)
-    with pytest.warns(UserWarning, match="data differ from the checkpoint's"):
-        second.load_state_dict(first.state_dict())
-    assert len(second.state_dict()["trained_on"]) == 2
 
 
 def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(folder, monkeypatch):
@@ -363,42 +331,6 @@ def test_training_on_without_a_checkpoint_goes_on_in_the_order(folder):
     assert module.seen == straight.seen
 
 
-@pytest.mark.parametrize("weights", [WEIGHTS, {"a": None, "b": None, "c": None}])
-def test_without_weights_every_record_comes_once_an_epoch(folder, weights):
-    module, _ = fit(data(folder, sources=sources(folder, weights)), max_epochs=1)
-    counted = Counter(pair for batch in module.seen for pair in batch)
-    assert (set(counted.values()) == {1}) == (None in weights.values())
-
-
-def test_temperature_draws_the_shares_together(folder):
-    unweighted = sources(folder, {"a": None, "b": None, "c": None})
-    settings = {"sources": unweighted, "temperature": 2.0, "val_fraction": 0.0}
-    module = data(folder, **settings)
-    fit(module, max_epochs=4)
-    roots = {name: size**0.5 for name, size in SIZES.items()}
-    expected = {name: root / sum(roots.values()) for name, root in roots.items()}
-    assert module.shares() == pytest.approx(expected, abs=0.005)
-
-
-@pytest.mark.parametrize(
-    # By weights 0.5, 0.2, 0.3 of 37, 23 and 9 records.
-    ("stop", "length"),
-    [("total", 69), ("first_exhausted", 30), ("oversample", 115)],
-)
-def test_epoch_ends_where_it_is_told_to(folder, stop, length):
-    module = data(folder, stop=stop, val_fraction=0.0)
-    recorder, _ = fit(module, max_epochs=1)
-    seen = [pair for batch in recorder.seen for pair in batch]
-    assert len(seen) == length
-    assert module.shares() == pytest.approx(WEIGHTS, abs=1 / length)
-    times = Counter(seen).values()
-    if stop == "first_exhausted":
-        assert set(times) == {1}
-        assert Counter(source for source, _ in seen)[2] == 9
-    if stop == "oversample":
-        assert len(times) == sum(SIZES.values())
-
-
 def test_at_most_max_examples_of_a_source_are_used_as_the_seed_chooses(folder):
     def used(**settings):
         limited = [{"path": str(folder / "a.jsonl"), "max_examples": 10}]
@@ -425,27 +357,6 @@ def test_records_on_disk_are_those_in_memory_in_the_same_order(folder, settings)
     disk, _ = fit(data(folder, **settings, sources=on_disk(folder)), max_epochs=2)
     assert disk.seen == memory.seen
     assert disk.validated == memory.validated
-
-
-def test_batches_of_records_on_disk_are_those_of_records_in_memory(folder):
-    def batches(**settings):
-        module = data(folder, tokenizer=TOKENIZER, batching="random", **settings)
-        module.setup("fit")
-        return [*module.train_dataloader(), *module.val_dataloader()]
-
-    for memory, disk in zip(batches(), batches(sources=on_disk(folder)), strict=True):
-        assert memory.keys() == disk.keys()
-        for name, value in memory.items():
-            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
-            assert same(value, disk[name]), name
-
-
-def test_resumed_run_on_disk_sees_exactly_the_records_that_follow(folder):
-    path = str(folder / "saved.ckpt")
-    save = SaveAt(path, "batch", 21)
-    straight, _ = fit(data(folder, sources=on_disk(folder)), callbacks=[save], max_epochs=2)
-    resumed, _ = fit(data(folder, sources=on_disk(folder)), ckpt_path=path, max_epochs=2)
-    assert resumed.seen == straight.seen[21:]
 
 
 def test_large_files_stay_on_disk_unless_told_otherwise(folder, monkeypatch, caplog):

@@ -168,14 +168,6 @@ def test_passes_follow_one_another_through_whole_epochs(mixture, planner):
     assert found == epochs[: len(found)]
 
 
-def test_order_depends_on_seed_and_epoch():
-    planner = BatchPlanner("length", 2, None, np.arange(40, dtype=np.int32))
-    (one,), (other,) = (samplers(([40], [1]), planner, seed=seed) for seed in (0, 1))
-    first, second = (epoch_of([one], epoch)[0] for epoch in (0, 1))
-    assert first != second
-    assert first == epoch_of([one], 0)[0] != epoch_of([other], 0)[0]
-
-
 @pytest.mark.parametrize("tokens", [None, 64])
 def test_ranks_have_like_lengths_in_a_step(tokens):
     lengths = np.random.default_rng(0).integers(1, 33, 4000).astype(np.int32)

@@ -148,17 +148,6 @@ def test_reply_that_alone_is_merged_with_its_prompt_is_tokenised_by_itself():
     assert made.prompt == one(encode, record()).prompt
 
 
-def test_space_before_a_reply_is_not_lost_where_the_reply_is_tokenised_by_itself():
-    tokenizer = shaped_tokenizer("llama 2", texts=[" I", "Qz", "Qz", " Qz", "] Qz"])
-    encode = Encoder(tokenizer, "chat", max_length=999)
-    made, other = one(encode, record(output="Qz.")), one(encode, record())
-    assert made.prompt == other.prompt
-    assert tokenizer.decode(made.prompt).endswith("[/INST]")
-    assert tokenizer.decode(other.response[:1]) == " I"
-    assert len(tokenizer("] Qz")["input_ids"]) == 1
-    assert tokenizer.decode(made.response) == " Qz. </s>"
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_answer_is_found_in_the_reply(kind, name):
@@ -358,12 +347,6 @@ def test_ids_are_prompt_then_response_and_labels_are_the_response_alone(template
     if template != "chat":
         joined = tokenizer(asked + text, add_special_tokens=False)["input_ids"]
         assert joined[: border - len(bos)] != list(example.prompt)[len(bos) :]
-
-
-def test_end_of_turn_need_not_be_marked_special():
-    tokenizer = chat_tokenizer(CHATML, special=False)
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert ChatStyle(tokenizer).stop_ids == [stop, tokenizer.eos_token_id]
 
 
 def test_prompts_of_llama_3_are_the_same_on_any_day():

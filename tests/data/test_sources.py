@@ -51,16 +51,6 @@ def record(instruction, source="s", index=1):
 # What a source is.
 
 
-def test_given_name_and_task_win():
-    source = Source(path="boolq.json", name="mine", task="GSM8K")
-    assert (source.label, source.benchmark) == ("mine", "gsm8k")
-
-
-def test_source_is_made_from_its_fields_and_from_a_path():
-    assert as_source({"path": "a.json", "weight": 2}) == Source(path="a.json", weight=2)
-    assert as_source("a.json") == Source(path="a.json")
-
-
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
@@ -146,10 +136,6 @@ def test_streamed_records_are_those_in_memory(write):
     path = write("a.jsonl", [{**ROW, "answer": number} for number in range(50)])
     assert load(path, stream=True) == load(path)
     assert load(path, "test", stream=True) == load(path, "test")  # only training is streamed
-
-
-def test_broken_parquet_on_disk_is_one_line(write):
-    assert "cannot be read as Parquet" in message(write("a.parquet", "none"), stream=True)
 
 
 # Files that are not.
@@ -307,15 +293,6 @@ def test_hub_rows_of_another_schema_are_named(hub):
 )
 def test_a_hub_data_set_of_a_benchmark_is_known_by_its_id_and_subset(hub_id, subset, task):
     assert Source(hub=hub_id, subset=subset).benchmark == task
-
-
-def test_a_hub_data_set_that_is_code_is_read_from_its_parquet_branch(hub):
-    asked = hub([{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}])
-    (found,) = load_records(Source(hub="ybisk/piqa", split="validation"), "test")
-    assert found.answer == "solution1"
-    assert asked["revision"] == "refs/convert/parquet"
-    load_records(Source(hub="ybisk/piqa", split="validation", revision="mine"), "test")
-    assert asked["revision"] == "mine"
 
 
 def test_on_the_parquet_branch_a_subset_is_a_folder(hub):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from fractions import Fraction
 
@@ -73,26 +72,6 @@ def test_a_stated_number_is_found_again_in_every_spelling(written, before, opene
     assert same("number", found, text)
 
 
-@given(written_values)
-def test_a_boxed_number_is_found_again_in_every_spelling(written):
-    value, text = written
-    for box in ("\\boxed{%s}", "\\boxed{\\text{%s apples}}", "so $\\boxed{ %s }$ after 3 steps"):
-        found = extract("number", (), f"We add 1 + 1. {box % text}.")
-        assert found is not None
-        assert number(found) == value
-
-
-@given(
-    written=written_values,
-    before=st.sampled_from(PLAIN_BEFORE),
-)
-def test_where_none_is_stated_the_last_number_counts(written, before):
-    value, text = written
-    found = extract("number", (), f"{before}So Ada has {text} apples.")
-    assert found is not None
-    assert number(found) == value
-
-
 @pytest.mark.parametrize("task", LISTED, ids=lambda task: task.name)
 @given(data=st.data())
 def test_every_label_and_letter_is_found_again(task, data):
@@ -149,22 +128,6 @@ def test_the_number_that_is_stated(text, answer):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (r"\boxed{1{,}234}", "1234"),
-        (r"The answer is \$1{,}200", "1200"),
-        (r"\boxed{12\,345}", "12345"),
-        (r"\boxed{1{,}234{,}567.5} after 3 steps", "1234567.5"),
-        (r"So 5. \boxed{\frac12}", "1/2"),
-        (r"So 5. \boxed{-\dfrac1{20}}", "-1/20"),
-        (r"So 5. \boxed{1\frac{3}4}", "1 3/4"),
-    ],
-)
-def test_numbers_as_latex_writes_them(text, answer):
-    assert extract("number", (), text) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
         ("The answer is 2 \u00d7 3 = 6", "6"),
         ("The answer is 2 x 3 = 6", "6"),
         ("The answer is 2x3=6", "6"),
@@ -185,23 +148,6 @@ def test_numbers_as_latex_writes_them(text, answer):
     ],
 )
 def test_the_result_of_a_working_is_the_answer(text, answer):
-    assert extract("number", (), text) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("The answer is 3 and 1/2", "3 1/2"),
-        (r"The answer is 3 and \frac12", "3 1/2"),
-        ("The answer is 3 and 2 others", "3"),
-        ("The answer is \u20137", "-7"),
-        ("The answer is \u2013$7", "-7"),
-        ("on pages 3\u20137", "7"),
-        ("One option is 3 packs at $4 each. In total he pays 12 dollars.", "12"),
-        ("A choice: 3 packs. He pays 12 dollars.", "12"),
-    ],
-)
-def test_the_number_that_is_meant(text, answer):
     assert extract("number", (), text) == answer
 
 
@@ -337,41 +283,3 @@ def test_paper_rules_keep_the_fields_errors(task, text, answer):
 
 
 # --- the rationales of the field -----------------------------------------------------------
-
-
-@pytest.fixture
-def outputs(real_data):
-    def read(task: str) -> list[str]:
-        file = real_data / "test" / f"{task}.json"
-        return [row["output"] for row in json.loads(file.read_text("utf-8"))]
-
-    return read
-
-
-def test_aqua_letters_are_read_as_stated_where_the_first_capital_misreads_24(outputs):
-    stated, misread = 0, 0
-    for output in outputs("aqua"):
-        said = re.search(r"he answer is \((.)\)\.$", output.rstrip())
-        strict = extract("letter", LETTERS, output)
-        assert strict == (said[1] if said else None)
-        stated += said is not None
-        misread += said is not None and extract("letter", LETTERS, output, "paper") != said[1]
-    assert (stated, misread, len(outputs("aqua"))) == (150, 24, 152)
-
-
-@pytest.mark.parametrize(
-    ("task", "plain"),
-    [("addsub", 229), ("gsm8k", 500), ("multiarith", 350), ("singleeq", 280), ("svamp", 500)],
-)
-def test_numbers_are_read_as_the_rationale_states_them(outputs, task, plain):
-    """By words alone: what follows the last "The answer is", up to a blank."""
-    seen = 0
-    for output in outputs(task):
-        _, stated, tail = output.rpartition("The answer is ")
-        word = tail.split()[0].rstrip(".").replace(",", "").replace("$", "") if stated else ""
-        # Left out: a working that follows, and "$118 000", which is more than a word.
-        if not re.fullmatch(r"-?\d+(\.\d+)?", word) or "=" in tail or "$118 0" in tail:
-            continue
-        seen += 1
-        assert extract("number", (), output) == word
-    assert seen >= plain

@@ -205,23 +205,6 @@ def test_hub_rows_become_records_in_the_fields_words(records, task, purpose):
     assert (found.output, found.answer) == (output, answer)
 
 
-@pytest.mark.parametrize("task", [name for name in ROWS if name != "gsm8k"])
-def test_the_fields_that_a_conversion_reads_are_those_of_the_table(task):
-    row, _ = ROWS[task]
-    convert = TASKS[task].convert
-    assert convert is not None
-    assert convert({field: row[field] for field in TASKS[task].fields}) == convert(row)
-
-
-@pytest.mark.parametrize("count", [3, 5])
-def test_arc_questions_have_three_to_five_choices(records, count):
-    choices = {"text": list("vwxyz")[:count], "label": list("ABCDE")[:count]}
-    (found,) = records("arc_easy", [{**ARC, "choices": choices, "answerKey": "C"}])
-    offered = "/".join(f"answer{number + 1}" for number in range(count))
-    assert found.instruction.endswith(f"Answer format: {offered}")
-    assert found.answer == "answer3"
-
-
 @pytest.mark.parametrize(
     ("task", "hidden"),
     [

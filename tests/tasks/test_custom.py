@@ -106,11 +106,6 @@ def test_definitions_that_make_no_sense_are_named(definition, error, words):
     assert "\n" not in str(caught.value)
 
 
-def test_two_own_tasks_of_one_name_are_refused():
-    with pytest.raises(ValueError, match=r"data.tasks\[1\]: the name 'Mood' is taken by task mood"):
-        with_own_tasks([MOOD, {"name": "Mood", "format": "text"}])
-
-
 @pytest.fixture
 def source(tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -132,11 +127,6 @@ def test_a_source_that_is_named_as_an_own_task_is_of_it(source):
     tasks = with_own_tasks([{**MOOD, "name": "rows"}])
     (named,) = source_list("sources", [source], "train", tasks)
     assert named.benchmark == "rows"
-
-
-def test_an_own_task_that_is_not_defined_is_named(source):
-    with pytest.raises(ValueError, match=r"task 'mood'.*Define others under data.tasks"):
-        source_list("sources", [{**source, "task": "mood"}], "train")
 
 
 def test_gold_answers_are_checked_against_own_labels(source):
