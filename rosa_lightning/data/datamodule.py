@@ -168,11 +168,8 @@ class ReasoningDataModule(LightningDataModule):
         These are the sources that the checkpoint names, without questions that were left out;
         without a checkpoint those of `sources`.
         """
-        trainings = self._trained_on or [self._training()]
+        trainings = self._trained_on or [training_of(self.sources, self.seed, self._set.left_out)]
         return trained_questions(trainings, [e.record for e in self.test_examples], self.tasks)
-
-    def _training(self) -> dict[str, Any]:
-        return training_of(self.sources, self.seed, self._set.left_out)
 
     # --- reading ---
 
@@ -282,7 +279,7 @@ class ReasoningDataModule(LightningDataModule):
             )
         if self._counter.names != self.source_names:
             self._counter = SampleCounter(self.source_names)
-        self._trained_on = [self._training()]
+        self._trained_on = [training_of(self.sources, self.seed, self._set.left_out)]
         self._set.report(self.sources, self.loading)
 
     def _encoder(self, with_response: bool = True) -> Encoder:
@@ -291,7 +288,7 @@ class ReasoningDataModule(LightningDataModule):
 
     @property
     def _num_rows(self) -> int | None:
-        """Rows of the base's embedding, where a module or who uses the data says it."""
+        """Rows of the base's embedding, if they are known."""
         module = getattr(self.trainer, "lightning_module", None)
         return getattr(module, "num_embeddings", self.num_embeddings)
 
@@ -358,10 +355,7 @@ class ReasoningDataModule(LightningDataModule):
         return int(progress.processed)
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
-        """The validation split of all sources; an empty list where there is none.
-
-        Those whose answers are written stand first, so that few batches hold them all.
-        """
+        """The validation split of all sources, records whose answers are written first."""
         if not any(map(len, self._set.val)):
             return []
         examples = Mixture(self._set.val)
@@ -419,9 +413,8 @@ class ReasoningDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """After training, says what was trained on."""
-        if stage != "fit" or not self._set.train:
-            return
-        self._counter.report(self.trainer, self._weights())
+        if stage == "fit" and self._set.train:
+            self._counter.report(self.trainer, self._weights())
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained on, and the settings that the order depends on."""
@@ -430,8 +423,7 @@ class ReasoningDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting; warns if the order is not the one that the checkpoint was in."""
-        # Checkpoints of earlier versions do not know it.
-        before = state_dict.get("trained_on", [])
+        before = state_dict.get("trained_on", [])  # which the first versions did not write
         if self.trainer is not None and self.trainer.state.fn != "fit":
             self._trained_on = before
             return

@@ -1,8 +1,7 @@
-"""The hub's rows of the benchmarks, in the words of LLM-Adapters.
+"""Rows of the benchmarks' hub data sets as samples in the words of LLM-Adapters.
 
-One pure function a schema: a row with the data set's own fields to what is asked and the gold
-answer. The wording is that of LLM-Adapters' files, to the letter, so that a model trained on those
-reads hub data as it learnt to. Where a hub set has a solution of its own, the output is that.
+One pure function a schema; its docstring shows a row. The wording is that of LLM-Adapters' files,
+to the letter. Where a data set has a worked solution, the output is that.
 """
 
 import re
@@ -10,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Exercise(NamedTuple):
-    """What a hub row holds."""
+class Sample(NamedTuple):
+    """What a hub row asks, and its answer."""
 
     instruction: str
     """What is asked."""
@@ -44,38 +43,38 @@ def _format(word: str, count: int) -> str:
     return "Answer format: " + "/".join(f"{word}{number}" for number in range(1, count + 1))
 
 
-def boolq(row: Mapping[str, Any]) -> Exercise:
-    """`question`, `answer` (bool); LLM-Adapters leaves the passage out."""
+def boolq(row: Mapping[str, Any]) -> Sample:
+    """{"question": "is it so", "answer": true}; LLM-Adapters leaves the passage out."""
     answer = row["answer"]
-    return Exercise(
+    return Sample(
         "Please answer the following question with true or false, question: "
         f"{row['question']}?\n\nAnswer format: true/false",
         None if answer is None else str(answer).lower(),
     )
 
 
-def piqa(row: Mapping[str, Any]) -> Exercise:
-    """`goal`, `sol1`, `sol2`, `label` (0 or 1; -1 where hidden)."""
-    return Exercise(
+def piqa(row: Mapping[str, Any]) -> Sample:
+    """{"goal": "Boil butter", "sol1": "On a plate", "sol2": "In a jar", "label": 1}; hidden: -1."""
+    return Sample(
         f"Please choose the correct solution to the question: {row['goal']}\n\n"
         f"Solution1: {row['sol1']}\n\nSolution2: {row['sol2']}\n\n{_format('solution', 2)}",
         _chosen("solution", row["label"], first=0),
     )
 
 
-def social_i_qa(row: Mapping[str, Any]) -> Exercise:
-    """`context`, `question`, `answerA` to `answerC`, `label` ("1" to "3")."""
+def social_i_qa(row: Mapping[str, Any]) -> Sample:
+    """{"context": "Al left.", "question": "Why?", "answerA": "late", ..., "label": "1"}."""
     question = f"{row['context']} {row['question']}"
     texts = [row["answerA"], row["answerB"], row["answerC"]]
     return _question(question, texts, _chosen("answer", row["label"], first=1))
 
 
-def hellaswag(row: Mapping[str, Any]) -> Exercise:
-    """`activity_label`, `ctx`, `endings`, `label` ("0" to "3"; "" where hidden)."""
+def hellaswag(row: Mapping[str, Any]) -> Sample:
+    """{"activity_label": "Roofing", "ctx": "A man", "endings": ["sits", ...], "label": "3"}."""
     endings = _texts(row["endings"], "endings")
     if len(endings) < 2:
         raise ValueError(f"'endings' has {len(endings)} texts")
-    return Exercise(
+    return Sample(
         "Please choose the correct ending to complete the given sentence: "
         f"{row['activity_label']}: {row['ctx']}\n\n{_listed('Ending', endings)}\n\n"
         f"{_format('ending', len(endings))}",
@@ -83,9 +82,9 @@ def hellaswag(row: Mapping[str, Any]) -> Exercise:
     )
 
 
-def winogrande(row: Mapping[str, Any]) -> Exercise:
-    """`sentence`, `option1`, `option2`, `answer` ("1" or "2"; "" where hidden)."""
-    return Exercise(
+def winogrande(row: Mapping[str, Any]) -> Sample:
+    """{"sentence": "Ann beat Eve as _ ran.", "option1": "Ann", "option2": "Eve", "answer": "1"}."""
+    return Sample(
         "Please choose the correct answer to fill in the blank to complete the given sentence: "
         f"{row['sentence']}\n\n{_listed('Option', [row['option1'], row['option2']])} "
         f"{_format('option', 2)}",
@@ -93,17 +92,17 @@ def winogrande(row: Mapping[str, Any]) -> Exercise:
     )
 
 
-def arc(row: Mapping[str, Any]) -> Exercise:
-    """`question`, `choices` (`text`, `label`: A to E or 1 to 5), `answerKey`."""
+def arc(row: Mapping[str, Any]) -> Sample:
+    """{"question": "Y?", "choices": {"text": ["a", ...], "label": ["A", ...]}, "answerKey": "A"}."""
     return _keyed(row["question"], row)
 
 
-def openbookqa(row: Mapping[str, Any]) -> Exercise:
-    """`question_stem`, `choices` (`text`, `label`: A to D), `answerKey`."""
+def openbookqa(row: Mapping[str, Any]) -> Sample:
+    """{"question_stem": "The sun", "choices": {...}, "answerKey": "D"}, as `arc`."""
     return _keyed(row["question_stem"], row)
 
 
-def _keyed(question: str, row: Mapping[str, Any]) -> Exercise:
+def _keyed(question: str, row: Mapping[str, Any]) -> Sample:
     labels, key = _texts(row["choices"]["label"], "choices.label"), row["answerKey"]
     texts = _texts(row["choices"]["text"], "choices.text")
     if len(set(labels)) < len(labels):
@@ -114,16 +113,16 @@ def _keyed(question: str, row: Mapping[str, Any]) -> Exercise:
     return _question(question, texts, answer)
 
 
-def _question(question: str, texts: Sequence[str], answer: str | None) -> Exercise:
-    return Exercise(
+def _question(question: str, texts: Sequence[str], answer: str | None) -> Sample:
+    return Sample(
         f"Please choose the correct answer to the question: {question}\n\n"
         f"{_listed('Answer', texts)}\n\n{_format('answer', len(texts))}",
         answer,
     )
 
 
-def aqua(row: Mapping[str, Any]) -> Exercise:
-    """`question`, `options` ("A)21"), `rationale`, `correct` (A to E)."""
+def aqua(row: Mapping[str, Any]) -> Sample:
+    """{"question": "2x = 42", "options": ["A)21", ...], "rationale": "Halve.", "correct": "A"}."""
     # LLM-Adapters took the wording from zero-shot CoT, which spaces every parenthesis so.
     options = (
         ("(" + "(".join(_texts(row["options"], "options"))).replace("(", " (").replace(")", ") ")
@@ -132,27 +131,27 @@ def aqua(row: Mapping[str, Any]) -> Exercise:
     question = f"{row['question'].strip()} Answer Choices:{options}"
     worked = (row["rationale"] or "").strip()
     solution = f"{worked}\nThe answer is ({answer})." if answer else None
-    return Exercise(question, answer, solution)
+    return Sample(question, answer, solution)
 
 
-def svamp(row: Mapping[str, Any]) -> Exercise:
-    """`Body`, `Question`, `Answer`."""
-    return Exercise(f"{row['Body'].strip()} {row['Question'].strip()}", _number(row["Answer"]))
+def svamp(row: Mapping[str, Any]) -> Sample:
+    """{"Body": "He had 32 crackers.", "Question": "How many each?", "Answer": "8.0"}."""
+    return Sample(f"{row['Body'].strip()} {row['Question'].strip()}", _number(row["Answer"]))
 
 
-def multiarith(row: Mapping[str, Any]) -> Exercise:
-    """`question`, `final_ans`."""
-    return Exercise(row["question"], _number(row["final_ans"]))
+def multiarith(row: Mapping[str, Any]) -> Sample:
+    """{"question": "How many are 3 and 4?", "final_ans": "7"}."""
+    return Sample(row["question"], _number(row["final_ans"]))
 
 
-def lila(row: Mapping[str, Any]) -> Exercise:
-    """`input`, `output_answer`: AddSub and SingleEq."""
-    return Exercise(row["input"], _number(row["output_answer"]))
+def lila(row: Mapping[str, Any]) -> Sample:
+    """{"input": "Ada had 3 . How many ?", "output_answer": "3"}: AddSub and SingleEq."""
+    return Sample(row["input"], _number(row["output_answer"]))
 
 
-def mawps(row: Mapping[str, Any]) -> Exercise:
-    """`question`, `result_float` (`result` writes thousands in Python's way, 1_000)."""
-    return Exercise(row["question"], _number(row["result_float"]))
+def mawps(row: Mapping[str, Any]) -> Sample:
+    """{"question": "How many?", "result_float": 8.0}; `result` would write thousands as 1_000."""
+    return Sample(row["question"], _number(row["result_float"]))
 
 
 def _number(value: Any) -> str | None:

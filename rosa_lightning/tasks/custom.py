@@ -8,7 +8,7 @@ from string import Formatter
 from typing import Any, get_args
 
 from rosa_lightning.tasks.answers import AnswerFormat, extract
-from rosa_lightning.tasks.converters import Exercise
+from rosa_lightning.tasks.converters import Sample
 from rosa_lightning.tasks.records import find_task, plain_name
 from rosa_lightning.tasks.registry import TASKS, Task
 
@@ -78,7 +78,7 @@ def _own_task(definition: Any, where: str) -> Task:
 
 def _own_rows(
     definition: Mapping[str, Any], labels: tuple[str, ...], where: str
-) -> tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Exercise] | None]:
+) -> tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Sample] | None]:
     """The fields that the rows must have, the answer's last, and how to read them."""
     prompt, answer = definition.get("prompt"), definition.get("answer")
     if prompt is None:
@@ -103,20 +103,20 @@ def _own_rows(
     if not isinstance(answer, str) or not answer:
         raise TypeError(f"{where}.answer is {answer!r}; expected the name of a field.")
     names = tuple(dict.fromkeys(name for name in fields if name != answer))
-    read = partial(_own_exercise, prompt=prompt, fields=names, answer=answer, labels=labels)
+    read = partial(_own_sample, prompt=prompt, fields=names, answer=answer, labels=labels)
     if len(names) < len(set(fields)):
         raise ValueError(f"{where}.prompt shows {{{answer}}}, the field of the answer.")
     return (*names, answer), read
 
 
-def _own_exercise(
+def _own_sample(
     row: Mapping[str, Any],
     *,
     prompt: str,
     fields: Sequence[str],
     answer: str,
     labels: Sequence[str],
-) -> Exercise:
+) -> Sample:
     """What a row asks, by the task's definition.
 
     Raises ValueError for a number that counts no label.
@@ -124,16 +124,16 @@ def _own_exercise(
     asked = prompt.format_map({name: row[name] for name in fields})
     gold = row.get(answer)
     if gold is None or gold == "":
-        return Exercise(asked, None)
+        return Sample(asked, None)
     if isinstance(gold, bool):
-        return Exercise(asked, str(gold).lower())
+        return Sample(asked, str(gold).lower())
     if not isinstance(gold, str | int | float):
         raise TypeError(f"{answer} is no text and no number")
     if isinstance(gold, int) and labels and str(gold) not in labels:  # as `datasets` has classes
         if not 0 <= gold < len(labels):
             raise ValueError(f"{answer} is {gold}, and labels are counted 0 to {len(labels) - 1}")
-        return Exercise(asked, labels[gold])
-    return Exercise(asked, str(gold).strip())
+        return Sample(asked, labels[gold])
+    return Sample(asked, str(gold).strip())
 
 
 def _own_labels(definition: Mapping[str, Any], form: AnswerFormat, where: str) -> tuple[str, ...]:

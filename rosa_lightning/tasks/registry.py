@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rosa_lightning.tasks import converters as hub_rows
 from rosa_lightning.tasks.answers import AnswerFormat
-from rosa_lightning.tasks.converters import Exercise
+from rosa_lightning.tasks.converters import Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,6 @@ class Task:
     """Other names in use, compared without case and punctuation."""
     response: str = "{answer}"
     """A response that states `{answer}` and nothing else, as the data to train on word it."""
-    metric: Literal["accuracy"] = "accuracy"
-    """Share of right answers; numbers are right within 1e-3."""
     hub: str | None = None
     """Hugging Face data set id."""
     subset: str | None = None
@@ -42,8 +40,8 @@ class Task:
     """Branch of the hub data set, where its main one is code that `datasets` no longer runs."""
     fields: tuple[str, ...] = ()
     """Fields of the hub data set that `convert` reads, the gold answer's last."""
-    convert: Callable[[Mapping[str, Any]], Exercise] | None = None
-    """Hub row to exercise; None where `sources` reads the fields themselves."""
+    convert: Callable[[Mapping[str, Any]], Sample] | None = None
+    """Hub row to sample; None where `sources` reads the fields themselves."""
     test_size: int | None = None
     """Records of the test set, as published."""
     source: str | None = None
