@@ -93,7 +93,7 @@ def winogrande(row: Mapping[str, Any]) -> Sample:
 
 
 def arc(row: Mapping[str, Any]) -> Sample:
-    """{"question": "Y?", "choices": {"text": ["a", ...], "label": ["A", ...]}, "answerKey": "A"}."""
+    """{"question": "", "choices": {"text": ["a", ...], "label": ["A", ...]}, "answerKey": "A"}."""
     return _keyed(row["question"], row)
 
 
