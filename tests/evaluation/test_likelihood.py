@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from rosa_lightning.evaluation import likelihood
-from rosa_lightning.evaluation.likelihood import in_full, log_likelihoods
+from rosa_lightning.evaluation.likelihood import log_likelihoods
 from tests.conftest import FAMILIES, build
 
 PAD = 0
@@ -72,16 +72,6 @@ def test_prompts_with_a_common_beginning_score_as_single_rows_do(family):
     for prompt, own, given_scores in zip(prompts, candidates, scores, strict=True):
         wanted = [one_by_one(model, prompt, candidate) for candidate in own]
         assert_close(given_scores, wanted, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_whole_prompts_give_the_same_scores():
-    model, (prompts, candidates) = model_of("llama"), exercises()
-    shared = log_likelihoods(model, prompts, candidates, PAD)
-    for size in (1, 3, 99):
-        whole = in_full(model, prompts, candidates, PAD, batch_size=size)
-        for one, other in zip(shared, whole, strict=True):
-            assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_a_prompt_is_read_once_and_labels_take_no_second_look(monkeypatch):

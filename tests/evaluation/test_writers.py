@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
 import time
 from pathlib import Path
@@ -56,16 +55,6 @@ def test_a_run_that_fails_leaves_the_older_file_and_nothing_half_written(tmp_pat
         predict(tmp_path, PredictionWriter(), fail_at=1)
     assert (tmp_path / "predictions.jsonl").read_text() == "older\n"
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
-
-
-@pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_link_in_the_place_of_the_hidden_file_is_not_written_through(tmp_path, link):
-    (tmp_path / "precious").write_text("kept")
-    (tmp_path / "out").mkdir()
-    link(tmp_path / "precious", tmp_path / "out" / ".predictions.jsonl.part")
-    predict(tmp_path, PredictionWriter(str(tmp_path / "out" / "predictions.jsonl")))
-    assert (tmp_path / "precious").read_text() == "kept"
-    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 5
 
 
 def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path):

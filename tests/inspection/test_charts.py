@@ -33,15 +33,6 @@ def drawn(run: dict[str, Series]) -> dict[str, bytes]:
     return {title: svg for charts in draw_charts(run).values() for title, svg in charts.items()}
 
 
-def test_only_what_was_logged_is_drawn():
-    assert list(drawn({"train/loss": line(2, 1), "other": line(1, 2)})) == ["Loss"]
-
-
-def test_losses_share_a_chart_and_are_told_apart():
-    content = drawn({"train/loss": line(2, 1), "val/loss": line(3, 2)})["Loss"]
-    assert {"Loss", "train/loss", "val/loss", "optimizer step"} <= set(texts(content))
-
-
 def test_each_target_has_its_charts_in_the_order_of_the_targets():
     run = {
         f"roae/{kind}/0{layer}/{target}": line(0, layer + 1)

@@ -282,15 +282,6 @@ def test_parts_of_a_batch_are_in_the_figures(scoring):
     assert parts.activations < 0.45 * whole.activations
 
 
-def test_double_precision_is_in_the_figures():
-    module, _ = both("float32", 8, 128, 16)
-    skeleton = load_skeleton("tiny")
-    inject_roae(skeleton, RoAEConfig())
-    estimate = estimate_memory(skeleton.double(), batch_size=8, length=128, response_length=16)
-    check(estimate, measure(module.double(), 8, 128, 16))
-    assert list(estimate.base) == ["float64"]
-
-
 def test_weights_are_not_needed_and_not_touched():
     real = build("qwen3")
     inject_roae(real, RoAEConfig(rank=4))

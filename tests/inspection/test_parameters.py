@@ -148,12 +148,3 @@ def test_what_cannot_be_estimated_is_told_and_the_rest_shown():
     assert text.splitlines()[-1].strip() == "a, b: no [1] here"
     only = printed(memory_table({"all layers": "no way"}))
     assert only.strip() == "all layers: no way"
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_with_two_stacks_has_an_estimate_for_all_layers_alone():
-    model = build_small("HrmTextConfig")
-    inject_roae(model, RoAEConfig(rank=2))
-    estimates = compare_memory(model, **STEP)
-    assert isinstance(estimates["all layers"], MemoryEstimate)
-    assert "found 2" in estimates["selecting"]

@@ -90,18 +90,6 @@ def rosa(base_folder, sources, tmp_path_factory):
     return module, read(folder)
 
 
-def test_the_share_of_backward_that_is_saved_follows_from_the_active_layers(rosa):
-    _, log = rosa
-    active = [series(log, f"dls/active/{layer:02d}") for layer in range(NUM_LAYERS)]
-    wanted = {
-        step: min(layer for layer in range(NUM_LAYERS) if active[layer][step]) / NUM_LAYERS
-        for step in active[0]
-    }
-    assert series(log, "dls/backward_saved") == wanted
-    assert list(wanted) == [0, 2, 4, 6, 8]
-    assert len(set(wanted.values())) > 1
-
-
 @torch.no_grad()
 def test_update_norms_are_those_of_the_products_at_the_logged_step(rosa):
     module, log = rosa
@@ -306,14 +294,6 @@ def test_the_base_norm_is_that_of_the_rows_that_take_the_term():
     # Half-split pairs of 16 dimensions a head: the slower half of the pairs is 4-7 and 12-15.
     rows = [head * 16 + dim for head in range(2) for dim in (4, 5, 6, 7, 12, 13, 14, 15)]
     assert update.base_norm == pytest.approx(float(term.weight[rows].norm()), rel=1e-5)
-
-
-def test_a_packed_weight_has_no_norm():
-    model = adapted("llama")
-    packed = nn.Parameter(torch.zeros(512, 1, dtype=torch.uint8), requires_grad=False)
-    model.model.layers[1].self_attn.q_proj.base.weight = packed
-    known = {(u.layer, u.target): u.base_norm is not None for u in find_updates(model)}
-    assert known == {(0, "q"): True, (0, "k"): True, (1, "q"): False, (1, "k"): True}
 
 
 def test_sharded_adapters_are_refused():
