@@ -26,33 +26,30 @@ in others. Float32 stands for TF32 too."""
 
 
 def check_can_pack(model: PreTrainedModel, name: str) -> None:
-    """Whether a row behind another has the logits that it has alone, whatever the other one says.
+    """Check that a row behind another has the logits that it has alone, whatever the other says.
 
-    It has not with state-space or other recurrent layers, nor with attention that does not look
-    at position ids. No generator is read and no mode is changed.
-
-    Args:
-        model: The causal language model, as it will train, on its device.
-        name: What to call it.
+    It has not with recurrent layers, nor with attention that does not look at position ids.
 
     Raises:
-        ValueError: The rows mix, or the model cannot read them packed.
+        ValueError: The rows mix, or the model, called `name`, cannot read them packed.
     """
     first, second = _PROBE_ROWS
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(first + second, device=model.device)
-    places = torch.where(tokens < first, tokens, tokens - first)
+    positions = torch.where(tokens < first, tokens, tokens - first)
     tokens = tokens * 7 % (vocabulary - 3) + 3
     others = torch.cat([tokens[:first].flip(0), tokens[first:]])
     with torch.no_grad(), in_mode(model, False):
         try:
-            packed, elsewhere = (_logits(model, some, places)[first:] for some in (tokens, others))
+            packed, elsewhere = (
+                _logits(model, some, positions)[first:] for some in (tokens, others)
+            )
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise ValueError(
                 f"{name} cannot read packed rows ({type(error).__name__}: {error}). "
                 "Set data.batching: length."
             ) from error
-        alone = _logits(model, tokens[first:], places[first:])
+        alone = _logits(model, tokens[first:], positions[first:])
     seen, moved = ((packed - other).abs().max() for other in (elsewhere, alone))
     mixing, rounding = _BOUNDS[packed.dtype.itemsize]
     largest = alone.abs().max()

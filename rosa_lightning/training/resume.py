@@ -1,4 +1,4 @@
-"""Mend Lightning's counts of batches and epochs in a checkpoint, so that a resumed run is exact."""
+"""Fix Lightning's counts of batches and epochs in a checkpoint, so that a resumed run is exact."""
 
 from __future__ import annotations
 
