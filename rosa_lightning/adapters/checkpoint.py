@@ -48,14 +48,8 @@ def pack(
 ) -> None:
     """Leave the base's weights out of a Lightning checkpoint and add what must be remembered.
 
-    Every rank must call this, for the state of all.
-
-    Args:
-        checkpoint: What Lightning is about to save; changed in place.
-        base: Of the base.
-        roae: The RoAE settings as plain values.
-        gradients: Of this rank, where an optimizer step has had some of its batches; None on
-            every rank or on none.
+    Every rank must call this, for the state of all. ``gradients`` are this rank's, where an
+    optimizer step has had some of its batches; None on every rank or on none.
     """
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: state[key] for key in state if is_adapter_key(key)}
@@ -92,20 +86,11 @@ def unpack(
 ) -> RankState | None:
     """Check that a checkpoint is ours and fits, and return what this rank goes on with.
 
-    Args:
-        checkpoint: As Lightning loaded it.
-        base: Of the base given.
-        roae: The RoAE settings given.
-        rank: Of this process.
-        world_size: Of the training that goes on; None if none does.
-
-    Returns:
-        The state; None where no training goes on or, with a warning, where another number of
-        processes wrote the checkpoint.
+    ``base`` and ``roae`` are those given, ``world_size`` that of the training that goes on. None
+    where none does or, with a warning, where another number of processes wrote the checkpoint.
 
     Raises:
-        ValueError: No adapter in it, another base, or settings that would make the same weights
-            another function; says what differs.
+        ValueError: No adapter in it, another base, or other RoAE settings; says what differs.
     """
     metadata = checkpoint_metadata(checkpoint)
     base.check(metadata.base, "checkpoint")

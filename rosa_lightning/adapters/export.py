@@ -116,11 +116,7 @@ def export_adapter(
 def check_options(
     format: str, *, max_shard_size: str | None = None, dequantize: bool = False
 ) -> None:
-    """Check what `export_adapter` is told before a model is loaded for it.
-
-    Raises:
-        ValueError: An unknown format, an option of another format, or no size.
-    """
+    """Check what `export_adapter` is told before a model is loaded for it."""
     if format not in get_args(Format):
         raise ValueError(f"format={format!r} is unknown. Set one of {', '.join(get_args(Format))}.")
     for name, given in (("max_shard_size", max_shard_size is not None), ("dequantize", dequantize)):

@@ -103,18 +103,12 @@ def lora_config(
 
 
 def target_modules(adapted: set[str], modules: Iterable[str]) -> list[str] | str:
-    """A ``target_modules`` that picks the adapted modules of a model and no other.
+    """A ``target_modules`` that picks the adapted ones of a model's modules and no other.
 
     PEFT's rule for a list (`peft.tuners.tuners_utils.check_target_module_exists`): a module is
-    picked by its path, or by any end of it that follows a dot.
-
-    Args:
-        adapted: Dotted paths of the adapted modules.
-        modules: Dotted paths of all modules, the adapted among them.
-
-    Returns:
-        Last names where these pick no other module, and full paths for the others; one regular
-        expression if a full path is the end of another module's.
+    picked by its path, or by any end of it that follows a dot. So last names where these pick no
+    other module, and full paths for the others; one regular expression if a full path is the end
+    of another module's.
     """
     taken = {end for path in modules if path not in adapted for end in _ends(path)}
     names = {path: path.rpartition(".")[2] for path in adapted}

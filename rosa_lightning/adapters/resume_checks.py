@@ -24,15 +24,9 @@ _OF_A_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "s
 def check_entries(
     checkpoint: Mapping[str, Any], trainer: Trainer, parameters: Collection[str]
 ) -> None:
-    """Check that a training can go on from a checkpoint.
+    """Raise ValueError, naming the entry, unless a training can go on from a checkpoint.
 
-    Args:
-        checkpoint: As Lightning loaded it.
-        trainer: Of the run that is to go on; it need not have its optimizers yet.
-        parameters: Names of the module's parameters.
-
-    Raises:
-        ValueError: Names the entry that is missing or holds what it cannot.
+    The trainer need not have its optimizers yet; ``parameters`` are the names of the module's.
     """
     loops = {"fit_loop": trainer.fit_loop.state_dict()}
     needed = {"epoch": 0, "global_step": 0, "loops": loops, "callbacks": {}, "lr_schedulers": []}
@@ -121,12 +115,7 @@ def _check_rank_states(about: Any, parameters: Collection[str]) -> None:
 def check_states_fit(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
     """Check the states of optimizers and schedules against those that they are restored to.
 
-    Args:
-        checkpoint: One that `check_entries` has passed.
-        trainer: With the run's optimizers.
-
-    Raises:
-        ValueError: Names the entry that lacks something or holds what it cannot.
+    The checkpoint is one that `check_entries` has passed.
     """
     optimizers = trainer.optimizers
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

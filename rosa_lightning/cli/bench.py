@@ -192,12 +192,8 @@ def plain_lora(module: RoSAModule) -> nn.Module:
 class Turns(Callback):
     """Trains the other ways, some batches each, between the batches of the configured training.
 
-    Args:
-        lora: The LoRA to train on the same records: in random order, padded on the right to the
-            longest of a batch, with logits at every token.
-        floor: Takes the same batches forward and backward.
-        steps: Batches of each turn.
-        rounds: Turns, after a warm-up.
+    The LoRA trains on the same records in random order, padded on the right to the longest of a
+    batch, with logits at every token; the frozen base takes the same batches forward and backward.
     """
 
     def __init__(self, lora: nn.Module, floor: RoSAModule, steps: int, rounds: int) -> None:

@@ -69,15 +69,9 @@ def shared_store() -> Any:
 
 
 def exchange(name: str, value: object, limit_s: float = LIMIT_S) -> list[Any]:
-    """What every rank gives under a name, in the order of the ranks.
+    """What every rank gives under a name, in the order of the ranks; plain values.
 
-    Args:
-        name: Of what is exchanged. Each rank may exchange it several times, all of them as often.
-        value: Plain values, as JSON has them.
-        limit_s: How long to wait for the others, in seconds.
-
-    Raises:
-        RanksError: A rank gave nothing in that time.
+    RanksError if a rank gives nothing in ``limit_s`` seconds.
     """
     store, rank, world = shared_store(), dist.get_rank(), dist.get_world_size()
     _rounds[name] += 1
@@ -108,14 +102,9 @@ def _wait_until(done: Callable[[], bool], limit_s: float) -> bool:
 
 
 def agree(name: str, told: Mapping[str, Any]) -> None:
-    """Check that all ranks give the same values; alone, nothing is checked.
+    """Raise RanksError, naming what differs, unless all ranks give the same values by setting.
 
-    Args:
-        name: Of what is compared.
-        told: Values by setting; compared among the ranks that have the setting.
-
-    Raises:
-        RanksError: Names what differs, on every rank.
+    A setting is compared among the ranks that have it.
     """
     if not several_ranks():
         return
