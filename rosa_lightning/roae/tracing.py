@@ -4,7 +4,7 @@ Whichever module passes queries and keys on is an attention module, whatever its
 names. Nearly all models pass them to the attention interface of `transformers`; the others multiply
 them by hand, which a torch function mode sees.
 
-Internals of `transformers` (read in 5.17), used here alone: ``AttentionInterface.get_interface``,
+Internals of `transformers` (read in 5.24), used here alone: ``AttentionInterface.get_interface``,
 ``masking_utils.eager_mask``, and the ``_attn_implementation`` and ``sub_configs`` of its configs.
 """
 
