@@ -39,6 +39,8 @@ SMALL = {
     "bench": "--steps=1 --rounds=1",
 }
 """What keeps a command short."""
+RAN: set[tuple[str, ...]] = set()
+"""Commands that have run; on another page they are not run again."""
 CHECKERS = ("pytest", "ruff", "mypy", "tensorboard")
 
 
@@ -66,6 +68,9 @@ def command(words: list[str], needs: str) -> None:
             main([*words, "--print_config"])
         assert ending.value.code == 0
         return
+    if tuple(words) in RAN:
+        return
+    RAN.add(tuple(words))
     short = SMALL.get(words[0], "").split()
     if words[0] == "fit" and "--ckpt_path" in words:
         short.append("--trainer.max_steps=3")
