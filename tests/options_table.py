@@ -25,8 +25,9 @@ MARKED = re.compile(r"(<!-- options: (\S*) (\S+) -->\n).*?(<!-- end -->)", re.DO
 def described(kind: Any) -> dict[str, str]:
     """What the docstrings of a class or function say of each parameter."""
     found = {}
-    for part in (kind, getattr(kind, "__init__", None)):
-        for meta in docstring_parser.parse_from_object(part).meta if part else ():
+    parts = [part for one in getattr(kind, "__mro__", ()) for part in (one, one.__init__)]
+    for part in parts or [kind]:
+        for meta in docstring_parser.parse_from_object(part).meta:
             if isinstance(meta, DocstringParam) and meta.args[0] in ("param", "attribute"):
                 found.setdefault(meta.arg_name, " ".join((meta.description or "").split()))
     return found
