@@ -105,8 +105,8 @@ def is_reentrant(module: nn.Module) -> bool:
 
 
 def _has_input_hook(module: nn.Module) -> bool:
-    handles = [*getattr(module, "_require_grads_hooks", ())]
-    handles += [module._require_grads_hook] if hasattr(module, "_require_grads_hook") else []
+    one, more = (getattr(module, f"_require_grads_hook{s}", None) for s in ("", "s"))
+    handles = [handle for handle in (one, *(more or ())) if handle is not None]
     return any(handle.id in (handle.hooks_dict_ref() or {}) for handle in handles)
 
 

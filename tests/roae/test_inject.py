@@ -313,11 +313,6 @@ def test_the_report_says_what_stands_where():
     assert "4 of 16 dimensions a head" in str(report)
 
 
-def test_layers_without_rotation_get_no_adapter():
-    report = inject_roae(build("smollm3"), RoAEConfig(rank=4))
-    assert {p.name.split(".")[2] for p in report.projections} == {"0"}
-
-
 def test_the_slowest_pairs_of_a_half_precision_model_are_told_apart():
     model = build(
         "llama", torch.bfloat16, rope_parameters={"rope_type": "default", "rope_theta": 1e7}

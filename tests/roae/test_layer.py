@@ -62,13 +62,6 @@ def test_outputs_off_the_low_frequency_dimensions_stay_bit_for_bit():
     assert not change[..., rest].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_new_layer_equals_its_base_bit_for_bit(dtype):
-    made = layer(dtype=dtype)
-    x = torch.randn(2, 5, 12, dtype=dtype)
-    assert torch.equal(made(x), made.base(x))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_are_float32_and_take_float32_gradients_on_a_half_precision_base(dtype):
     made = with_random_term(layer(dtype=dtype))
@@ -91,15 +84,6 @@ def test_dropout_acts_on_the_term_in_training_only():
     x = torch.ones(2, 5, 12)
     assert not torch.equal(made.train()(x), made(x))
     assert torch.equal(made.eval()(x), made(x))
-
-
-def test_merging_folds_the_same_function_into_the_base():
-    made = with_random_term(layer(bias=True))
-    x = torch.randn(2, 5, 12)
-    before = made(x)
-    base = made.merge()
-    assert isinstance(base, nn.Linear)
-    assert_close(base(x), before)
 
 
 @pytest.mark.parametrize(
@@ -184,14 +168,6 @@ def test_a_deferred_term_is_added_after_the_norm_to_the_same_dimensions(layout, 
         strict=True,
     ):
         assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-def test_a_deferred_term_cannot_be_merged():
-    options = {"in_features": 12, "blocks": BLOCKS, "config": RoAEConfig(), "defer": True}
-    made = RoAELinear(nn.Linear(12, 24), **options)
-    with pytest.raises(ValueError, match=r"placement=state .* no weight can hold") as error:
-        made.merge()
-    assert "\n" not in str(error.value)
 
 
 class _Normed(nn.Module):
