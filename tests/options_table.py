@@ -25,8 +25,8 @@ MARKED = re.compile(r"(<!-- options: (\S*) (\S+) -->\n).*?(<!-- end -->)", re.DO
 def described(kind: Any) -> dict[str, str]:
     """What the docstrings of a class or function say of each parameter."""
     found = {}
-    parts = [part for one in getattr(kind, "__mro__", ()) for part in (one, one.__init__)]
-    for part in parts or [kind]:
+    classes = [one for one in getattr(kind, "__mro__", [kind]) if "rosa" in one.__module__]
+    for part in (part for one in classes for part in (one, vars(one).get("__init__", one))):
         for meta in docstring_parser.parse_from_object(part).meta:
             if isinstance(meta, DocstringParam) and meta.args[0] in ("param", "attribute"):
                 found.setdefault(meta.arg_name, " ".join((meta.description or "").split()))
