@@ -1,1 +1,1 @@
-"""From records to batches: sources, prompts, tokens, the mixture of sources, and contamination."""
+"""From records to batches: sources, prompt styles, tokens, mixing, splits and contamination."""

@@ -190,22 +190,16 @@ _WANTED = (
 def complete_batch(batch: Any, model: nn.Module) -> Any:
     """A batch with all fields that a loss is computed from; one of our own collators as it is.
 
-    Rows padded on the right, or on both sides, are moved to the right end, as all else expects.
-    Positions are counted from a row's first token if they are not given. A row's first token has no
-    label: nothing stands before it, where `transformers` predicts it from padding. What padding
-    says is not looked at.
+    Rows are moved to the right end, and positions counted from a row's first token if they are not
+    given. A row's first token has no label: nothing stands before it.
 
     Args:
-        batch: `input_ids` and `labels`, shape (B, T), aligned; `attention_mask`, of ones if it is
-            not given, and `position_ids`, likewise.
-        model: What it is for: its embedding bounds the token ids.
-
-    Returns:
-        The batch with `position_ids`, `answer_mask` (all labels), `num_label_positions`,
-        `num_shared` and `task` ("all"), where it has none.
+        batch: `input_ids` and `labels`, shape (B, T), aligned; `attention_mask` and `position_ids`,
+            if any.
+        model: Its embedding bounds the token ids.
 
     Raises:
-        ValueError: It lacks a field, or a field cannot be used. Says which.
+        ValueError: A field is missing, or cannot be used. Says which.
     """
     if isinstance(batch, Mapping) and (is_packed_batch(batch) or "num_label_positions" in batch):
         return batch

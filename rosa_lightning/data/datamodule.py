@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 
-from rosa_lightning.data import collators
+from rosa_lightning.data import collators, progress
 from rosa_lightning.data.contamination import questions_of, trained_questions, training_of
 from rosa_lightning.data.loading import (
     LengthSortedSampler,
@@ -20,9 +20,8 @@ from rosa_lightning.data.loading import (
     ResumableLoader,
     answered_first,
 )
-from rosa_lightning.data.progress import SampleCounter, order_changes
+from rosa_lightning.data.progress import SampleCounter, ranks_of
 from rosa_lightning.data.prompts import StyleName
-from rosa_lightning.data.ranks import agree_on_data, agree_on_settings, check_prompts, ranks_of
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sampling import Batching, BatchPlanner
 from rosa_lightning.data.settings import CHECKED, LoadingConfig, check_settings
@@ -187,7 +186,7 @@ class ReasoningDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what the stage needs; once, until a setting of that changes."""
         stage = str(getattr(stage, "value", stage))  # Lightning gives an enumeration
-        agree_on_settings(self.trainer)
+        progress.agree_on_settings(self.trainer)
         what = stage if stage in {"test", "predict"} else "train"
         with together("loading of the tokenizer"):
             settings = self._settings_of(what)
@@ -200,15 +199,15 @@ class ReasoningDataModule(LightningDataModule):
             self._read_as[what] = settings
         if what != "train":
             key, found = f"data.{what}_sources", self._prompts[what]
-            agree_on_data({key: found}, self._planner().digest())
-            check_prompts(key, len(found), self.trainer)
+            progress.agree_on_data({key: found}, self._planner().digest())
+            progress.check_prompts(key, len(found), self.trainer)
             return
         examples = {
             f"{name} ({part})": some
             for part, every in (("training", self._set.train), ("validation", self._set.val))
             for name, some in zip(self.source_names, every, strict=True)
         }
-        agree_on_data(examples, self._planner().digest())
+        progress.agree_on_data(examples, self._planner().digest())
         if stage == "fit" and self._batches_trained_on() == 0:
             # Another training. One that is resumed loads its state after this.
             self._counter.start()
@@ -429,7 +428,7 @@ class ReasoningDataModule(LightningDataModule):
             return
         self._trained_on = [*before, *(one for one in self._trained_on if one not in before)]
         self._counter.start(state_dict["seen"])
-        changed = order_changes(self._order_settings(), state_dict["order"])
+        changed = progress.order_changes(self._order_settings(), state_dict["order"])
         # A trainer goes back to a state before the first batch after a search for a batch size.
         follows = self.trainer is None or any(state_dict["seen"].values())
         if follows and changed:

@@ -19,11 +19,10 @@ from rosa_lightning.tasks.records import reference
 
 
 class LengthSortedSampler(DistributedSampler[int]):
-    """This rank's share of prompts, the longest first: batches hold prompts of like length.
+    """This rank's share of prompts, the longest first, so that little is padded.
 
-    So little is padded, and what does not fit into memory shows at once. No prompt is repeated to
-    give ranks equal numbers, as that one would count twice. Lightning puts a sampler of its own,
-    which repeats, around any but a `DistributedSampler`, which this is.
+    No prompt is repeated to give ranks equal numbers, as that one would count twice. Lightning puts
+    a sampler of its own, which repeats, around any but a `DistributedSampler`, which this is.
     """
 
     def __init__(self, lengths: Sequence[int], num_replicas: int = 1, rank: int = 0) -> None:
@@ -37,7 +36,7 @@ class LengthSortedSampler(DistributedSampler[int]):
         self._mine = order[rank::num_replicas]
 
     def __iter__(self) -> Iterator[int]:
-        """Positions of this rank's prompts."""
+        """Positions of the prompts."""
         return iter(self._mine)
 
     def __len__(self) -> int:
@@ -47,9 +46,6 @@ class LengthSortedSampler(DistributedSampler[int]):
 
 class MixtureSampler(DistributedSampler[list[int]]):
     """This rank's batches of `epoch_order`, as `planner` makes them.
-
-    An epoch has `epoch_length` records, a multiple of the ranks, and all ranks have the same
-    number of batches of the same numbers of records.
 
     It yields whole batches and so belongs in a loader without a batch size. Lightning puts a
     sampler of its own around any loader whose sampler is not a `DistributedSampler`, as this is;

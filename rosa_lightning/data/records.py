@@ -17,12 +17,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.compute as pc
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
@@ -34,6 +31,9 @@ from rosa_lightning.tasks.records import TASKS, Record, Task, check_gold, refere
 from rosa_lightning.utils.files import check_input, check_name, part_beside
 from rosa_lightning.utils.strict_json import half_character
 
+if TYPE_CHECKING:
+    import datasets
+
 T = TypeVar("T")
 
 _SCHEMAS = (
@@ -42,9 +42,6 @@ _SCHEMAS = (
 _MAY_LACK = ("rationale",)
 """Fields of benchmarks that may be null; an answer too, in some splits."""
 _COLUMNS = ("instruction", "input", "output", "answer", "index")
-_FEATURES = datasets.Features(
-    dict.fromkeys(_COLUMNS, datasets.Value("large_string")) | {"index": datasets.Value("int32")}
-)
 _AT_A_TIME = 1000
 
 
@@ -122,6 +119,8 @@ class Records(Indexed[Record]):
 
     def sizes(self) -> NDArray[np.int64]:
         """Bytes of each record's texts, from the table's offsets alone."""
+        import pyarrow.compute as pc
+
         table = self.rows.data
         sizes = sum(pc.binary_length(table.column(name)).to_numpy() for name in _COLUMNS[:3])
         found: NDArray[np.int64] = sizes[self.positions]
@@ -171,8 +170,17 @@ def load_records(
     found = [found[place] for place in _chosen(len(found), source, task, seed)]
     if purpose != "train":
         return found
+    import datasets  # late, as it takes a second
+
     columns = {name: [getattr(record, name) for record in found] for name in _COLUMNS}
-    return Records(datasets.Dataset.from_dict(columns, _FEATURES), task, source.label)
+    return Records(datasets.Dataset.from_dict(columns, _features()), task, source.label)
+
+
+def _features() -> datasets.Features:
+    import datasets
+
+    text, number = datasets.Value("large_string"), datasets.Value("int32")
+    return datasets.Features(dict.fromkeys(_COLUMNS, text) | {"index": number})
 
 
 def _no_records(source: Source, task: Task) -> ValueError:
@@ -194,6 +202,10 @@ def _disk_table(
     records: Iterator[Record], content: str, task: Task, purpose: Purpose, cache: Path | None
 ) -> datasets.Dataset:
     """The records in an Arrow file that is mapped into memory."""
+    import datasets
+    import pyarrow
+
+    features = _features()
     if cache is None:
         cache = Path(tempfile.mkdtemp(prefix="rosa-records-"))
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
@@ -202,7 +214,7 @@ def _disk_table(
     digest = hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
     def write(path: Path) -> None:
-        schema = _FEATURES.arrow_schema
+        schema = features.arrow_schema
         shown = datasets.utils.tqdm(records, desc="Reading", unit=" records")
         with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as out:
             for some in batched(shown, _AT_A_TIME):
@@ -210,7 +222,7 @@ def _disk_table(
                 arrays = map(pyarrow.array, columns, schema.types)
                 out.write_batch(pyarrow.RecordBatch.from_arrays([*arrays], schema=schema))
 
-    return cached_table(cache / f"records-{digest}.arrow", _FEATURES, None, write)
+    return cached_table(cache / f"records-{digest}.arrow", features, None, write)
 
 
 def cached_table(
@@ -226,6 +238,9 @@ def cached_table(
         rows: How many it has, if that is known.
         write: Writes it.
     """
+    import datasets
+    import pyarrow
+
     check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):

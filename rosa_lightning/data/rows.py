@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow
-from pyarrow import parquet
-
 from rosa_lightning.data.sources import Purpose, Source
 from rosa_lightning.tasks.records import Task
 from rosa_lightning.utils import strict_json
@@ -61,6 +57,8 @@ def _stays(source: Source, purpose: Purpose, size: int) -> bool:
 
 
 def _hub_rows(source: Source, task: Task, purpose: Purpose) -> Rows:
+    import datasets  # late, as it takes a second
+
     revision = source.revision or (task.revision if source.hub == task.hub else None)
     subset, options = source.subset, dict[str, Any]()
     if revision == "refs/convert/parquet" and subset:  # on that branch a subset is a folder
@@ -177,6 +175,9 @@ def _text_lines(path: Path) -> Iterator[Any]:
 
 
 def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         with open_input(path) as file, parquet.ParquetFile(file) as table:
             yield from _decoded_rows(path, table)

@@ -140,11 +140,10 @@ def epoch_order(
 class BatchPlanner:
     """How an epoch's records are made into batches.
 
-    length: the mixed order is cut into windows of 128 steps; the records of a window are sorted
-    by length and cut into steps, and the steps are shuffled. Steps of all lengths stand in each
-    eighth of a window, so that sources keep their shares at any time. random: as the records
-    follow one another. packed: likewise, and the records of a step are dealt to the ranks so
-    that all have about as many tokens.
+    length: windows of 128 steps of the mixed order are sorted by length and cut into steps, which
+    are shuffled so that sources keep their shares at any time. random: as the records follow one
+    another. packed: likewise, and a step is dealt to the ranks so that all have about as many
+    tokens.
 
     In each step all ranks have equally many records, and so equally many batches in an epoch.
     """

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import numpy as np
 import tokenizers
 import transformers
@@ -24,6 +23,9 @@ from rosa_lightning.data.records import Indexed, Records, cached_table
 from rosa_lightning.models.loading import load_tokenizer
 from rosa_lightning.models.vocabulary import beyond, check_ids, check_vocabulary
 from rosa_lightning.tasks.records import Record, answer_start, task_of
+
+if TYPE_CHECKING:
+    import datasets
 
 Overlong = Literal["cut", "drop"]
 
@@ -59,12 +61,6 @@ class Example:
 
 _FLAGS = ("too_long", "response_cut", "rewritten")
 _COLUMNS = ("prompt", "response", "answer", *_FLAGS)
-_IDS = datasets.List(datasets.Value("int32"))
-_FEATURES = datasets.Features(
-    {"prompt": _IDS, "response": _IDS, "answer": datasets.Value("int32")}
-    | dict.fromkeys(_FLAGS, datasets.Value("bool"))
-    | {"length": datasets.Value("int32")}
-)
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ def tokenize(records: Records, encoder: Encoder, cache: Path | None) -> Examples
     digest = hashlib.blake2b(f"{records.content} {about}".encode(), digest_size=16).hexdigest()
     path = cache / f"tokens-{digest}.arrow"
     try:
-        table = cached_table(path, _FEATURES, len(records), partial(_table, records, encoder))
+        table = cached_table(path, _features(), len(records), partial(_table, records, encoder))
         return Examples(records, encoder, table)
     except (OSError, ValueError) as error:
         # `datasets` closes a file that it could not write in vain.
@@ -246,6 +242,15 @@ def tokenize(records: Records, encoder: Encoder, cache: Path | None) -> Examples
             "folder that can be written to, or to null."
         )
         return Examples(records, encoder, _table(records, encoder))
+
+
+def _features() -> datasets.Features:
+    import datasets
+
+    number, flag = datasets.Value("int32"), datasets.Value("bool")
+    ids = dict.fromkeys(("prompt", "response"), datasets.List(number))
+    own = {"answer": number} | dict.fromkeys(_FLAGS, flag) | {"length": number}
+    return datasets.Features(ids | own)
 
 
 def _table(records: Records, encoder: Encoder, path: Path | None = None) -> datasets.Dataset:
@@ -261,7 +266,7 @@ def _table(records: Records, encoder: Encoder, path: Path | None = None) -> data
             columns,
             batched=True,
             remove_columns=records.rows.column_names,
-            features=_FEATURES,
+            features=_features(),
             cache_file_name=path and os.fspath(path),
             new_fingerprint="tokens",
             desc="Tokenizing",
@@ -271,6 +276,8 @@ def _table(records: Records, encoder: Encoder, path: Path | None = None) -> data
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
     """Show progress bars of `datasets`, or none."""
+    import datasets
+
     if shown or datasets.utils.are_progress_bars_disabled():
         yield
         return
