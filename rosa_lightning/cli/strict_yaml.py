@@ -15,6 +15,8 @@ _MAX_BYTES = 4 * 2**20
 _MAX_ALIASED = 10_000
 """Most values that aliases may add to those that are written out."""
 _MAX_DEPTH = 64
+_TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value", "timestamp")
+"""What values of a configuration are; the other tags of YAML would make objects."""
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -70,7 +72,7 @@ def check_yaml(text: str, where: str = "") -> yaml.Node | None:
 
     Raises:
         StrictYAMLError: A syntax error, a key that stands twice, aliases that stand for too many
-            values or for themselves, or nesting beyond 64.
+            values or for themselves, nesting beyond 64, or a tag that makes objects.
     """
     before = f"{where}, " if where else ""
     try:
@@ -99,6 +101,8 @@ def _check(node: yaml.Node, keys: tuple[str, ...], visits: list[int], nodes: set
             f"{line}aliases make more than {_MAX_ALIASED:,} values of {name}. Write out what is "
             "needed."
         )
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+        raise StrictYAMLError(f"{line}{name} has the tag {node.tag}. Leave it out.")
     if isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             _check(value, (*keys, str(number)), visits, nodes)

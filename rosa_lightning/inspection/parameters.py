@@ -9,7 +9,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -20,6 +19,7 @@ from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, re
 from rosa_lightning.roae.inject import roae_report
 from rosa_lightning.roae.layer import spans
 from rosa_lightning.roae.targets import AdaptedProjection
+from rosa_lightning.utils.tables import note, text_table
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ def _describe(kind: LayerSummary, indices: Sequence[int]) -> Iterable[Renderable
         if term.dims:
             after = f" (after {term.norm})" if term.norm else ""
             lines.setdefault(_rotation(term), []).append(term.target + after)
-    yield from (_line(f"{_join(targets)}: {rotation}") for rotation, targets in lines.items())
+    yield from (note(f"{_join(targets)}: {rotation}") for rotation, targets in lines.items())
     reasons: dict[str, list[str]] = {}
-    for note in kind.notes:
-        _, target, reason = re.split(": (?:no term on )?", note, maxsplit=2)
+    for text in kind.notes:
+        _, target, reason = re.split(": (?:no term on )?", text, maxsplit=2)
         reasons.setdefault(reason, []).append(target)
-    yield from (_line(f"no term on {_join(t)}: {reason}") for reason, t in reasons.items())
+    yield from (note(f"no term on {_join(t)}: {reason}") for reason, t in reasons.items())
 
 
 def _rotation(term: AdaptedProjection) -> str:
@@ -132,10 +132,6 @@ def _rotation(term: AdaptedProjection) -> str:
 
 def _join(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
-
-
-def _line(text: str) -> Padding:
-    return Padding(Text(text), (0, 0, 0, 1))
 
 
 def _parameter_table(*columns: str) -> Table:
@@ -187,11 +183,9 @@ def compare_memory(
 def memory_table(estimates: Mapping[str, MemoryEstimate | str]) -> Group:
     """Estimates side by side, for `rich` to print; below, why one is missing."""
     found = {kind: one for kind, one in estimates.items() if isinstance(one, MemoryEstimate)}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("Memory of a step")
+    table = text_table(None, "Memory of a step", *found)
     rows: dict[str, list[str]] = {}
-    for kind, estimate in found.items():
-        table.add_column(kind, justify="right")
+    for estimate in found.values():
         sizes = {f"weights, {dtype}": size for dtype, size in estimate.base.items()}
         names = ("adapter", "gradients", "optimizer", "activations", "logits", "peak")
         for name, size in {**sizes, **{name: getattr(estimate, name) for name in names}}.items():

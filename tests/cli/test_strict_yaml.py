@@ -22,6 +22,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("a: " + "[" * 20_000 + "]" * 20_000, "depth"),
         ("\n".join("  " * n + "a:" for n in range(200)), "nested deeper than 64"),
         ("a: [\n", "line 2, column 1"),
+        ("a: !!python/object:os.system {}", "line 1: a has the tag tag:yaml.org,2002:python"),
         ("? [a]\n: b", "a key is a list or a mapping"),
     ],
 )
