@@ -170,7 +170,7 @@ def test_a_step_that_had_some_of_its_batches_gets_the_others_when_resumed(source
     """The fourth and fifth batch are in one step, which scores layers by the gradients of both."""
     changes = {"trainer__accumulate_grad_batches": 3, "model__roae": {"rank": 4, "dropout": 0.1}}
     config = shipped("tiny", sources, **changes)
-    config["trainer"]["callbacks"][0]["init_args"]["interval"] = 1
+    config["dls"]["interval"] = 1
     assert_resumes(config, ["batch-4", "validation-5"])
 
 
@@ -186,7 +186,8 @@ AVERAGES = [
 )
 def test_a_run_that_averages_weights_resumes_and_is_tested(average, sources):
     tested = [{**sources[0], "max_examples": 2, "weight": None}]
-    config = shipped("tiny", sources, data__test_sources=tested, data__decontaminate=False)
+    config = shipped("tiny", sources, data__test_sources=tested)
+    config["data"]["loading"]["decontaminate"] = False
     config["trainer"]["callbacks"].append(average)
     assert_resumes(config, ["batch-5"])
     saved = torch.load("straight/batch-5.ckpt", weights_only=True)
