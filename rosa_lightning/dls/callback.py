@@ -5,6 +5,7 @@ nothing of language models or adapters: it selects among whatever trains inside 
 of a LightningModule.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -134,6 +135,14 @@ class DynamicLayerSelection(Callback):
         for name, path in (("layers", layers), ("norms", norms), ("trainable", trainable)):
             if not isinstance(path, str | None):
                 raise ValueError(f"{name}={path!r} is a {type(path).__name__}. Set a path as text.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; AttributeError for a setting while a fit runs, which has read it."""
+        if self._layers and name in inspect.signature(type(self).__init__).parameters:
+            raise AttributeError(
+                f"{name} cannot be changed while a fit runs, which has read it. Set it before."
+            )
+        super().__setattr__(name, value)
 
     @property
     def config(self) -> SelectionConfig:

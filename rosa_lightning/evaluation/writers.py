@@ -261,4 +261,8 @@ def _contamination(datamodule: Any) -> tuple[dict[str, int] | None, list[str] | 
     except (OSError, ValueError) as error:
         return None, None, [" ".join(str(error).split())]
     counts = Counter(record.task for record in records)
-    return counts, places, [f"Contaminated by questions that stand in {', '.join(places)}."]
+    return (
+        counts,
+        places,
+        [f"Contaminated: the question stands in {', '.join(places)}, which was trained on."],
+    )

@@ -230,7 +230,13 @@ def test_what_a_model_is_built_with_follows_before_and_is_read_only_after(base_f
 def test_settings_of_a_selection_hold_from_the_next_fit_on(data, tmp_path):
     dls = DynamicLayerSelection(num_active=1, interval=1)
     dls.num_active = 2
-    trainer(tmp_path, callbacks=[dls]).fit(Model(), datamodule=data)
+
+    class Meddle(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            with pytest.raises(AttributeError, match="interval cannot be changed while a fit runs"):
+                dls.interval = 5
+
+    trainer(tmp_path, callbacks=[dls, Meddle()]).fit(Model(), datamodule=data)
     assert len(dls.active) == 2
     dls.interval = 0
     with pytest.raises(ValueError, match="interval=0 is below 1"):
