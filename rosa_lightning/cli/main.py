@@ -71,30 +71,22 @@ DESCRIPTION = (
 )
 COMMANDS = {
     "fit": "Train adapters.",
-    "validate": "Loss and accuracy on the held-out records.",
+    "validate": "Loss and accuracy on the validation split.",
     "test": "Write answers to the test sources and score them.",
     "predict": "Write answers to the predict sources into predictions.jsonl.",
     "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
     "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
     "audit": "Look at the training data: lengths, duplicates, contamination.",
     "bench": "Measure a training beside PEFT LoRA and the frozen base.",
-    "report": "Write what a run has logged as one HTML page, or as pictures.",
+    "report": "Write what a run has logged as one HTML page.",
 }
 """What each command does, for ``--help``."""
-TOOL_COMMANDS: dict[str, Callable[..., None]] = {
-    "export": export,
-    "inspect": inspect,
-    "audit": audit,
-    "bench": bench,
-    "report": report,
-}
-"""The commands that the trainer does not run. They read the same configuration."""
+_TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, bench, report)
+TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
 _OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
 _OF_A_STEP = (
-    "model.attn_implementation",
-    "model.gradient_checkpointing",
-    "data.batch_size",
-    "data.loading.tokens_per_batch",
+    *("model.attn_implementation", "model.gradient_checkpointing"),
+    *("data.batch_size", "data.loading.tokens_per_batch"),
 )
 VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
     "export": tuple(f"model.{name}" for name in _OF_A_BASE),
