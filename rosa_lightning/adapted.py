@@ -1,4 +1,4 @@
-"""`AdaptedModel`: a frozen base with RoAE as a LightningModule that does not train yet."""
+"""`AdaptedModel`: loads a frozen base and adds RoAE; `RoSAModule` trains and evaluates it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 _DEFAULT_ROAE = RoAEConfig()
-"""This very object stands for settings that were not given; equal ones were."""
+"""This very object means that roae was not given; an equal one was."""
 _DEFAULT_EVALUATION = EvaluationConfig()
 _DEFAULT_SPEED = SpeedConfig()
 
@@ -144,7 +144,7 @@ class AdaptedModel(LightningModule):
         """Set what a subclass keeps beside the model; the constructor calls it last."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. A setting is checked, and what follows from it follows.
+        """Set an attribute; a setting is checked, and what depends on it is updated.
 
         Raises:
             ValueError: A setting that cannot be used.

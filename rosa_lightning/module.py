@@ -80,11 +80,11 @@ class RoSAModule(AdaptedModel):
         self.max_nonfinite_steps = 0
         self.evaluated: Evaluation | None = None
         """The last test, with its scores."""
-        self._written: Evaluation | None = None
+        self._val_answers: Evaluation | None = None
         """Answers written in the validation at hand."""
         self._guard = StepGuard(0)
         self._to_restore: RankState | None = None
-        self._to_fit: Mapping[str, Any] | None = None
+        self._checkpoint_to_check: Mapping[str, Any] | None = None
         """A checkpoint to compare with the optimizers, once there are some."""
         self._has_trained = False
 
@@ -109,18 +109,18 @@ class RoSAModule(AdaptedModel):
                 "a full checkpoint."
             )
         if stage == "test":
-            prompts = self._told("test_examples", [])
+            prompts = self._from_datamodule("test_examples", [])
             check_test_prompts(prompts, self.evaluation, self.max_new_tokens, context)
         elif stage in ("fit", "validate"):
-            check_lengths(self._told("max_length"), context)
-        self._to_fit = None
+            check_lengths(self._from_datamodule("max_length"), context)
+        self._checkpoint_to_check = None
         use_atomic_checkpoints(self.trainer.strategy)
         if stage == "fit":
             check_outputs(self.trainer)
             check_clipping(self.trainer.gradient_clip_val)
 
-    def _told(self, name: str, default: Any = None) -> Any:
-        """What the data module says of its texts; one of a user's own may say nothing."""
+    def _from_datamodule(self, name: str, default: Any = None) -> Any:
+        """An attribute of the data module, or a default where a user's own lacks it."""
         return getattr(getattr(self.trainer, "datamodule", None), name, default)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
@@ -158,12 +158,12 @@ class RoSAModule(AdaptedModel):
         """Look at the model anew: it may have been changed since it was last run."""
         cast(LossComputer, self._forward).reset()
         self._has_trained = False
-        if self._to_fit is not None:
-            checkpoint, self._to_fit = self._to_fit, None
+        if self._checkpoint_to_check is not None:
+            checkpoint, self._checkpoint_to_check = self._checkpoint_to_check, None
             check_states_fit(checkpoint, self.trainer)
 
     def on_fit_end(self) -> None:
-        """Refuse to pass for a training where a run that was to go on had come to its end.
+        """Refuse a resumed run that had reached its limit already, so that nothing was trained.
 
         Raises:
             ValueError: Names the limit that stands in the way.
@@ -173,7 +173,7 @@ class RoSAModule(AdaptedModel):
             raise ValueError(untrained_reason(self.trainer))
 
     def on_train_start(self) -> None:
-        """Forget what was loaded for another purpose than going on."""
+        """Discard restored state unless this fit resumes from `ckpt_path`."""
         self._guard.reset()
         if self.trainer.ckpt_path is None:
             self._to_restore = None
@@ -224,8 +224,8 @@ class RoSAModule(AdaptedModel):
             scheduler = self.make_lr_scheduler(optimizer)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"the optimizer or its schedule cannot be made: {error} Mend optimizer.init_args "
-                "or lr_scheduler.init_args."
+                f"the optimizer or its schedule cannot be made: {error} Correct "
+                "optimizer.init_args or lr_scheduler.init_args."
             ) from error
         return {
             "optimizer": optimizer,
@@ -240,7 +240,7 @@ class RoSAModule(AdaptedModel):
         self._answer_tokens = MeanMetric().to(self.device)
         # Lightning's own mean rounds the ranks' mean number of tokens down to a whole one.
         self._val_loss = MeanMetric().to(self.device)
-        self._written = None
+        self._val_answers = None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, whether answers' tokens are the first choice, and answers as the model writes them.
@@ -268,20 +268,22 @@ class RoSAModule(AdaptedModel):
             "loss": self._val_loss.compute(),
             "answer_tokens_given_rationale": self._answer_tokens.compute(),
         }
-        if self._written is not None:
-            written = self._written.compute()
+        if self._val_answers is not None:
+            written = self._val_answers.compute()
             values |= {name: v for name, v in written.items() if not name.startswith("macro")}
         for name, value in values.items():
-            # Of all ranks already; said again, or Lightning warns.
+            # Reduced over the ranks already; without sync_dist Lightning warns.
             self.log(f"val/{name}", value, prog_bar=name in ("loss", "accuracy"), sync_dist=True)
 
     def _write_answers(self, prompts: dict[str, Any] | None) -> None:
         """Write and score the answers to some validation prompts; a model in shards cannot."""
         if is_sharded(self.trainer.strategy):
             return
-        if self._written is None:  # on every rank at its first batch, with prompts or without
-            self._written = self._new_evaluation(replace(self.evaluation, protocols=("generate",)))
-        self._written.step({"task": []} if prompts is None else prompts)
+        if self._val_answers is None:  # on every rank at its first batch, with prompts or without
+            self._val_answers = self._new_evaluation(
+                replace(self.evaluation, protocols=("generate",))
+            )
+        self._val_answers.step({"task": []} if prompts is None else prompts)
 
     def _new_evaluation(self, config: EvaluationConfig) -> Evaluation:
         return Evaluation(
@@ -289,16 +291,16 @@ class RoSAModule(AdaptedModel):
             self._text_tokenizer(),
             config,
             self.max_new_tokens,
-            tasks=self._told("task_names") or ["all", *TASKS],
-            known_tasks=self._told("tasks", TASKS),
-            template=self._told("prompt_style"),
-            stop_ids=self._told("stop_ids", ()),
-            encode_response=self._told("response_ids"),
+            tasks=self._from_datamodule("task_names") or ["all", *TASKS],
+            known_tasks=self._from_datamodule("tasks", TASKS),
+            template=self._from_datamodule("prompt_style"),
+            stop_ids=self._from_datamodule("stop_ids", ()),
+            encode_response=self._from_datamodule("response_ids"),
         )
 
     def _text_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the prompts were encoded with."""
-        return self._told("text_tokenizer") or self.tokenizer
+        return self._from_datamodule("text_tokenizer") or self.tokenizer
 
     def on_test_start(self) -> None:
         """Get ready to answer and to score, under each protocol."""
@@ -312,7 +314,7 @@ class RoSAModule(AdaptedModel):
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy``, ``test/accuracy/<task>`` and what else `Evaluation` counts."""
         for name, value in cast(Evaluation, self.evaluated).compute().items():
-            # Of all ranks already; said again, or Lightning warns.
+            # Reduced over the ranks already; without sync_dist Lightning warns.
             self.log(f"test/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
 
     def on_predict_start(self) -> None:
@@ -326,9 +328,9 @@ class RoSAModule(AdaptedModel):
             self._text_tokenizer(),
             batch,
             self.max_new_tokens,
-            stop_ids=self._told("stop_ids", ()),
+            stop_ids=self._from_datamodule("stop_ids", ()),
         )
-        return predictions(batch, texts, self._told("tasks", TASKS))
+        return predictions(batch, texts, self._from_datamodule("tasks", TASKS))
 
     def about_evaluation(self) -> dict[str, Any]:
         """What was evaluated and how, as plain values, for ``results.json``."""
@@ -343,7 +345,7 @@ class RoSAModule(AdaptedModel):
             "roae": self.hparams["roae"] if added else None,
             **asdict(self.evaluation),
             "max_new_tokens": self.max_new_tokens,
-            "cut_prompts": self._told("cut_prompts"),
+            "cut_prompts": self._from_datamodule("cut_prompts"),
             **here.to_dict(),
         }
 
@@ -351,10 +353,13 @@ class RoSAModule(AdaptedModel):
 
     def conditions(self) -> Conditions:
         """What this run reads and writes with."""
-        name, tokenizer = self._told("tokenizer"), self._told("text_tokenizer")
+        name, tokenizer = (
+            self._from_datamodule("tokenizer"),
+            self._from_datamodule("text_tokenizer"),
+        )
         return Conditions(
-            template=self._told("prompt_style"),
-            max_length=self._told("max_length"),
+            template=self._from_datamodule("prompt_style"),
+            max_length=self._from_datamodule("max_length"),
             tokenizer=whole_name(name) if isinstance(name, str) else None,
             tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
             precision=str(self.trainer.precision),
@@ -407,7 +412,7 @@ class RoSAModule(AdaptedModel):
         if fits:
             check_entries(checkpoint, self.trainer, {name for name, _ in self.named_parameters()})
             if not self.trainer.strategy.restore_checkpoint_after_setup:
-                self._to_fit = checkpoint
+                self._checkpoint_to_check = checkpoint
             check_states(checkpoint.get("optimizer_states", ()))
             due = checkpoint.get(CHECKPOINT_KEY, {}).get("validation_due")
             begin_due_validation(self.trainer, checkpoint["loops"], due)

@@ -52,7 +52,7 @@ def rows(prefix: str, kind: Any, group: Any = None) -> list[str]:
         default = parameter.default if group is None else getattr(group, name)
         if dataclasses.is_dataclass(default):
             found += rows(key, type(default), default)
-        elif name not in ("setting", "optimizer"):
+        elif name not in ("context", "optimizer"):
             found.append(f"| `{key}` | {shown(default)} | {escaped(texts[name])} |")
     return found
 

@@ -134,12 +134,14 @@ class Conditions:
     def from_dict(cls, plain: Any) -> Conditions:
         """From `to_dict` of any release: unknown entries are ignored; ValueError if damaged."""
         if not isinstance(plain, Mapping):
-            raise ValueError(f"the conditions of the training are {plain!r}, and no mapping.")
+            raise ValueError(f"the conditions of the training are {plain!r}, not a mapping.")
         known = {field.name: plain.get(field.name) for field in fields(cls)}
         for name, value in known.items():
             kind = int if name == "max_length" else str
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise ValueError(f"{name} of the training is {value!r}, and no {kind.__name__}.")
+                raise ValueError(
+                    f"{name} of the training is {value!r}, not of type {kind.__name__}."
+                )
         return cls(**known)
 
     def conflicts(self, here: Conditions) -> list[str]:
@@ -260,7 +262,7 @@ class AdapterMetadata:
             )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
-                f"what it was trained on is not told as export tells it ({type(error).__name__}: "
+                f"its metadata is damaged, or was not written by export ({type(error).__name__}: "
                 f"{error})"
             ) from error
 

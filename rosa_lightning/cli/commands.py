@@ -184,7 +184,9 @@ def inspect(
     console.print(tables)
     at_once = rows_at_once(rows, data.max_length, num_tokens)
     parts = "" if at_once == rows else f", in parts of {at_once} row{'s' * (at_once > 1)}"
-    console.print(f"Batch of {rows} x {data.max_length} tokens, {length} of them responses{parts}")
+    console.print(
+        f"Batch of {rows} x {data.max_length} tokens, {length} response tokens in each row{parts}"
+    )
     callbacks = context.trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     selection = [c for c in callbacks if isinstance(c, DynamicLayerSelection)]

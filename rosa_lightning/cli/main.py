@@ -156,7 +156,7 @@ class RoSACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with what a checkpoint or an adapter knows of its model as defaults.
 
-        Where they stand, on the command line or in a file, is known after parsing alone.
+        Where ckpt_path and adapter are set is known only after a first parse.
         """
         with refused("the configuration cannot be read"):
             self.given = read_pipes(self.given)  # which can be read once
@@ -261,7 +261,7 @@ class RoSACLI(LightningCLI):
                 super()._set_seed()
 
     def instantiate_classes(self) -> None:
-        """Make what the command needs; one that trains not needs no trainer."""
+        """Make what the command needs; the commands of this package get no Trainer."""
         config = self.config[self.subcommand]
         with refused("the configuration cannot be used"):
             check_classes(config)
@@ -318,7 +318,7 @@ class RoSACLI(LightningCLI):
             # Lightning knows the other strategies by short names, and this one by its class alone.
             kwargs["strategy"] = ModelParallelStrategy()
         self._check_one_selection()
-        with refused("the trainer cannot be made", "Mend trainer."):
+        with refused("the trainer cannot be made", "Correct the settings under trainer."):
             trainer = super().instantiate_trainer(**kwargs)
         # Layers are frozen before other callbacks look at them.
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -444,7 +444,7 @@ def check_found(trainer: Trainer, command: str, ckpt_path: str | None) -> None:
         folders = [str(item.dirpath) for item in callbacks if getattr(item, "dirpath", None)]
         looked = f" in {', '.join(folders)}" if folders and ckpt_path == "last" else ""
         raise ValueError(
-            f"ckpt_path={ckpt_path}: there is no such checkpoint{looked}, as this command is no "
-            "part of the run that wrote it. Give its path, such as "
+            f"ckpt_path={ckpt_path}: there is no such checkpoint{looked}, since this "
+            "command runs in a new log folder. Give its path, such as "
             "lightning_logs/version_0/checkpoints/last.ckpt."
         )

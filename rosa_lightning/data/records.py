@@ -302,7 +302,7 @@ def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose)
             check_gold(record)
         except ValueError as error:
             raise ValueError(
-                f"{where} (task {task.name}): {error}. Mend the record, or give the source "
+                f"{where} (task {task.name}): {error}. Correct the record, or give the source "
                 "another task."
             ) from error
     return record

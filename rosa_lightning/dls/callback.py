@@ -130,7 +130,7 @@ class DynamicLayerSelection(Callback):
         self.warmup_steps, self.final_steps_all = warmup_steps, final_steps_all
         self.layers, self.norms, self.trainable = layers, norms, trainable
         self.seed = seed
-        assert self.config
+        _ = self.config  # SelectionConfig checks the settings
         check_choice("optimizer_state", optimizer_state, get_args(OptimizerState))
         for name, path in (("layers", layers), ("norms", norms), ("trainable", trainable)):
             if not isinstance(path, str | None):

@@ -82,7 +82,9 @@ def check_test_records(
             try:
                 texts = candidates(record)
             except ValueError as error:
-                raise ValueError(f"{where}: {error}. Mend the record, or take it out.") from error
+                raise ValueError(
+                    f"{where}: {error}. Correct the record, or take it out."
+                ) from error
             without[record.task] = without.get(record.task, True) and not texts
             _check_candidates(record, texts, where)
     left_out = [task for task, empty in without.items() if empty]
@@ -102,5 +104,5 @@ def _check_candidates(record: Record, texts: Sequence[str], where: str) -> None:
     if texts and not any(same_answer(task, extract_answer(task, text), gold) for text in texts):
         raise ValueError(
             f"{where} has the answer {gold!r}, and none of its candidates states it: "
-            f"{', '.join(map(repr, texts))}. Mend the record, or take it out."
+            f"{', '.join(map(repr, texts))}. Correct the record, or take it out."
         )

@@ -58,7 +58,7 @@ class RoAEConfig:
     """Scale of the term: it is multiplied by alpha / rank. Above 0."""
     targets: tuple[Target, ...] = ("q", "k")
     """Which projections take the term. Only q and k hold rotated dimensions; on the others every
-    row takes it, which is LoRA. Layers that rotate nothing take no term at all."""
+    row takes it, which is LoRA. Layers without RoPE are not adapted."""
     dropout: float = 0.0
     """Dropout probability on the term's input while training, in [0, 1)."""
     placement: Placement = "projection"

@@ -1,6 +1,6 @@
 """Stop a run, or skip an optimizer step, where the loss or a gradient is not finite.
 
-One look at the numbers and one wait for the device an optimizer step, on all ranks alike.
+Costs one check and one wait for the device per optimizer step, on every rank.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _MOST_RECORDS = 20
 
 
 def check_max_nonfinite_steps(value: Any) -> None:
-    """Raise ValueError for a setting that is no whole number from 0 up."""
+    """Raise ValueError for a setting that is not a whole number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
-            f"max_nonfinite_steps={value!r} is no whole number from 0 up. Set "
+            f"max_nonfinite_steps={value!r} is not a whole number of at least 0. Set "
             "max_nonfinite_steps to the number of such steps that a run may leave out; 0 "
             "stops at the first."
         )

@@ -22,7 +22,7 @@ class SpeedConfig:
             ``auto`` is 2048 on a CPU and for bases from 2e9 weights on, else all; null is all. All,
             too, where the model is in shards, under 16-mixed and with hooks on parameters.
         recompute_activations: Compute the outputs of activation functions and norms again in the
-            backward pass and hold the rest; gradients stay bit for bit. No effect beside
+            backward pass and hold the rest; gradients stay bit for bit. No effect with
             ``gradient_checkpointing`` and ``compile``.
         compile: Compile the decoder layers, one by one, for training on one device or under DDP.
 
@@ -47,5 +47,6 @@ def _check_count(name: str, value: Any, expected: str) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if value is not None and not whole:
         raise ValueError(
-            f"{name}={value!r} is no whole number from 1 up. Set model.speed.{name} to {expected}."
+            f"{name}={value!r} is not a whole number of at least 1. Set model.speed.{name} to "
+            f"{expected}."
         )
