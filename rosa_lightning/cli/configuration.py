@@ -25,6 +25,11 @@ _LEAST = {
     "gradient_clip_val": (0, "null clips nothing"),
 }
 """The least that a setting can be, and what a special value means."""
+ONE_SELECTION = (
+    "trainer.callbacks holds DynamicLayerSelection, which every fit has. Take it out of "
+    "trainer.callbacks and give its settings as dls: {num_active: 0.5, interval: 100}; its moments "
+    "are dls.optimizer_state, and dls.policy: all trains every layer."
+)
 _GROUPS = (
     *("model", "model.roae", "model.speed", "model.evaluation"),
     *("data", "dls", "trainer"),

@@ -46,7 +46,7 @@ from rosa_lightning.cli.commands import (
     inspect,
     report,
 )
-from rosa_lightning.cli.configuration import check_classes, check_trainer_settings
+from rosa_lightning.cli.configuration import ONE_SELECTION, check_classes, check_trainer_settings
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.cli.process import (
     SaveRunConfig,
@@ -306,11 +306,7 @@ class RoSACLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         selections = [one for one in callbacks if isinstance(one, DynamicLayerSelection)]
         if any(one.layers is None for one in selections):
-            raise ConfigurationError(
-                "trainer.callbacks holds DynamicLayerSelection, which every fit has. Take it out "
-                "of trainer.callbacks and give its settings as dls: {num_active: 0.5, interval: "
-                "100}; dls.policy: all trains every layer."
-            )
+            raise ConfigurationError(ONE_SELECTION)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; what Lightning refuses is the user's to mend."""
@@ -323,16 +319,16 @@ class RoSACLI(LightningCLI):
         # Layers are frozen before other callbacks look at them.
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda item: not isinstance(item, DynamicLayerSelection))
-        complete_strategy(trainer)
+        complete_strategy(trainer, trains=self.subcommand == "fit")
         return trainer
 
 
-def complete_strategy(trainer: Trainer) -> None:
+def complete_strategy(trainer: Trainer, *, trains: bool) -> None:
     """Set what a strategy needs here and the user has left open, and say so."""
     strategy: Any = trainer.strategy
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    selects = any(isinstance(item, DynamicLayerSelection) for item in callbacks)
-    if isinstance(strategy, DDPStrategy) and selects:
+    selects = any(isinstance(c, DynamicLayerSelection) and c.selects for c in callbacks)
+    if isinstance(strategy, DDPStrategy) and selects and trains:
         if "find_unused_parameters" not in strategy._ddp_kwargs:
             strategy._ddp_kwargs["find_unused_parameters"] = True
             rank_zero_info("DDP with find_unused_parameters=True, since layers are frozen.")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentError, get_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rosa_lightning.cli.configuration import check_groups
+from rosa_lightning.cli.configuration import ONE_SELECTION, check_groups
 from rosa_lightning.cli.strict_yaml import StrictYAMLError, read_configuration
 from rosa_lightning.utils.errors import ConfigurationError, one_line
 
@@ -77,6 +77,8 @@ class RoSAParser(LightningArgumentParser):
         """
         parser = getattr(ex, "subcommand_parser", None) or self
         message = short_message(message)
+        if "rosa_lightning.DynamicLayerSelection" in message and "trainer.callbacks" in message:
+            message = ONE_SELECTION
         unknown = unknown_key(message)
         if unknown is not None and SUGGESTION not in message:
             known = [action.dest for action in parser._actions]

@@ -200,7 +200,8 @@ class DynamicLayerSelection(Callback):
         return 1.0 if self._selector is None else self._selector.backward_share(self._steps)
 
     @property
-    def _selects(self) -> bool:
+    def selects(self) -> bool:
+        """Whether layers are selected at all: not under policy all without a budget."""
         return self.policy != "all" or self.backward_budget < 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -210,14 +211,14 @@ class DynamicLayerSelection(Callback):
             names = ("optimizer_state", "layers", "norms", "trainable")
             options = {name: getattr(self, name) for name in names}
             publish_settings(self.state_key, asdict(self.config) | options)
-            if self._selects:
+            if self.selects:
                 check_strategy(trainer.strategy, frees_state=self.optimizer_state == "free")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the ranks, find the layers and remember what trains."""
         check_published(self.state_key, type(self).__name__)
         self._selector, self._names, self._positions = None, (), ()
-        if not self._selects:
+        if not self.selects:
             return
         check_module(pl_module)
         check_wrapped(trainer.strategy.model or pl_module)

@@ -148,7 +148,7 @@ def _cells(trainable: int, total: int) -> tuple[str, str, str]:
 
 
 def compare_memory(
-    model: nn.Module, *, num_active: int | float = 0.5, **step: Any
+    model: nn.Module, *, num_active: int | float | None = 0.5, **step: Any
 ) -> dict[str, MemoryEstimate | str]:
     """What Dynamic Layer Selection saves: estimates of three kinds of training step.
 
@@ -156,7 +156,7 @@ def compare_memory(
         model: As for `estimate_memory`.
         num_active: Layers that train at a time, a count or a share; the highest ones here, which
             is the most that selection can save. The last kind of step, in which it selects, comes
-            once an interval and takes the memory of all layers again.
+            once an interval and takes the memory of all layers again. None selects nothing.
         step: The other arguments of `estimate_memory`.
 
     Returns:
@@ -165,11 +165,12 @@ def compare_memory(
     kinds: dict[str, dict[str, Any]] = {"all layers": {}}
     estimates: dict[str, MemoryEstimate | str] = {}
     try:
-        positions = [layer.index for layer in find_layers(model)]
-        active = positions[-resolve_num_active(num_active, len(positions)) :]
-        word = "layers" if len(active) > 1 else "layer"
-        kinds |= {f"{word} {spans(active)}": {"active_layers": active}}
-        kinds |= {"selecting": {"scoring": True}}
+        if num_active is not None:
+            positions = [layer.index for layer in find_layers(model)]
+            active = positions[-resolve_num_active(num_active, len(positions)) :]
+            word = "layers" if len(active) > 1 else "layer"
+            kinds |= {f"{word} {spans(active)}": {"active_layers": active}}
+            kinds |= {"selecting": {"scoring": True}}
     except ValueError as error:
         estimates["selecting"] = str(error)
     for kind, arguments in kinds.items():

@@ -74,7 +74,8 @@ class RunMonitor(Callback):
         if not trainer.is_global_zero or not trainer.loggers:
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._selection = next((c for c in callbacks if isinstance(c, DynamicLayerSelection)), None)
+        selections = [c for c in callbacks if isinstance(c, DynamicLayerSelection) and c.selects]
+        self._selection = next(iter(selections), None)
         try:
             self._updates = find_updates(pl_module)
         except ValueError as error:

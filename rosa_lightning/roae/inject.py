@@ -62,9 +62,7 @@ class RoAEReport:
         return "\n".join([*map(str, self.projections), *self.notes])
 
 
-def inject_roae(
-    model: nn.Module, config: RoAEConfig, weights: Mapping[str, Tensor] | None = None
-) -> RoAEReport:
+def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
     """Freeze a causal language model and wrap its Q and K projections with RoAE, in place.
 
     Where Q and K stand in one fused projection, each has a term of its own on its own rows.
@@ -72,11 +70,10 @@ def inject_roae(
     Args:
         model: A `transformers` language model with a rotary position embedding.
         config: What to add.
-        weights: What will be loaded into it, if that is known: checked before anything is made.
 
     Raises:
         ValueError: The model is adapted already, has no rotation that can be read or no room for
-            what the configuration asks, or the weights do not fit. The model is left as it was.
+            what the configuration asks. The model is left as it was.
     """
     if any(True for _ in roae_layers(model)):
         raise ValueError(
@@ -85,12 +82,6 @@ def inject_roae(
         )
     ready_four_bit_layers(model)
     terms, notes = select_projections(model, config)
-    if weights is not None:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for term in terms:
-            shapes[f"{term.name}.roae_A"] = (config.rank, term.in_features)
-            shapes[f"{term.name}.roae_B"] = (len(term.rows), config.rank)
-        _check_fit(shapes, weights)
     model.requires_grad_(False)
     for term in terms:
         _wrap(model, term, config)

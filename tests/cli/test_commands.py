@@ -347,7 +347,6 @@ def test_inspect_knows_how_many_tokens_a_training_runs_at_once(given, settings, 
 
 
 def test_inspect_draws_the_rotated_states(trained, sources, capsys):
-    pytest.importorskip("matplotlib")
     more = ["--ckpt_path", str(trained / "last.ckpt"), "--activations", "deep/norms.png"]
     status, printed, _ = run(
         capsys, "inspect", "--config", str(trained / "config.yaml"), *more, "--num_batches", "1"
@@ -522,7 +521,6 @@ def test_an_audit_has_a_line_a_source_and_a_line_a_benchmark():
 
 
 def test_report_writes_a_page_of_a_run_and_needs_no_base(trained, capsys):
-    pytest.importorskip("matplotlib")
     status, printed, _ = run(capsys, "report", str(trained), "--output", "page.html")
     assert status == 0
     assert printed.strip() == "page.html"
