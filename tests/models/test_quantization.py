@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader
 from transformers import utils
 
 from rosa_lightning import (
+    DynamicLayerSelection,
     ReasoningDataModule,
     RoAEConfig,
     RoSAModule,
+    WarmupCosine,
     inject_roae,
     merge_roae,
 )
@@ -395,6 +397,40 @@ def test_adapters_train_in_float32_and_the_base_stays(
     after = bits(built)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@needs_torchao
+def test_layer_selection_and_checkpointing_train_the_chosen_layers_alone(folder, batches, tmp_path):
+    built = module(folder, gradient_checkpointing=True)
+    built.configure_model()
+    start = loss_of(built, batches)
+    before = {n: p.detach().clone() for n, p in built.named_parameters() if is_adapter_key(n)}
+    dls = DynamicLayerSelection(num_active=2, interval=100)
+    trainer(tmp_path, callbacks=[dls]).fit(built, batches, batches)
+    changed = {n.split(".")[3] for n, p in built.named_parameters() if not same(before, n, p)}
+    assert {int(index) for index in changed} == set(dls.active)
+    assert loss_of(built, batches) < start
+
+
+def same(before: dict[str, Tensor], name: str, parameter: Tensor) -> bool:
+    return name not in before or torch.equal(before[name], parameter)
+
+
+@needs_torchao
+def test_a_run_goes_on_after_a_stop_as_if_there_had_been_none(folder, batches, tmp_path):
+    schedule = partial(WarmupCosine, total_steps=16)
+    whole = module(folder, lr_scheduler=schedule)
+    torch.manual_seed(1)
+    trainer(tmp_path, max_epochs=2).fit(whole, batches, batches)
+    torch.manual_seed(1)
+    first, stopped = trainer(tmp_path), module(folder, lr_scheduler=schedule)
+    first.fit(stopped, batches, batches)
+    first.save_checkpoint(tmp_path / "c.ckpt")
+    resumed = module(folder, lr_scheduler=schedule)
+    trainer(tmp_path, max_epochs=2).fit(resumed, batches, batches, ckpt_path=tmp_path / "c.ckpt")
+    for name, weight in whole.named_parameters():
+        if is_adapter_key(name):
+            assert torch.equal(weight, resumed.get_parameter(name))
 
 
 @needs_torchao

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def mount(tmp_path):
     yield mounting
     for place in mounted:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def demonstration(tmp_path, monkeypatch, *more: str) -> int:
+    """The shipped demonstration, for a few small steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rosa"])
+    small = ["--data.batch_size=2", "--trainer.max_steps=3", "--trainer.val_check_interval=2"]
+    few = ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+    return main(["fit", "--config", str(TINY), *small, *few, *more])
 
 
 def error_line(capsys) -> str:
@@ -197,6 +207,51 @@ def test_a_state_that_could_not_be_loaded_again_is_not_saved(base_folder, source
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
+def test_a_log_folder_that_cannot_be_written_is_one_line(
+    kind, tmp_path, mount, monkeypatch, capsys
+):
+    place = mount("ro", "ro,size=1m")
+    logger = {"class_path": f"lightning.pytorch.loggers.{kind}"}
+    logger["init_args"] = {"save_dir": str(place)}
+    assert demonstration(tmp_path, monkeypatch, f"--trainer.logger={logger}") == 1
+    error = error_line(capsys)
+    assert f"logs cannot be written to {place}/lightning_logs/version_0: Read-only file" in error
+    assert "trainer.logger.init_args.save_dir" in error
+
+
+class Fills(Callback):
+    """Leaves no room on a file system, once training has begun."""
+
+    def __init__(self, place: str) -> None:
+        self.place = Path(place)
+
+    def on_train_start(self, *args) -> None:
+        with (self.place / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("CSVLogger", 2), ("TensorBoardLogger", 60)])
+def test_a_full_disk_of_the_logs_is_one_line(kind, steps, tmp_path, mount, monkeypatch, capsys):
+    place = mount("small", "size=100k")
+    logger = {"class_path": f"lightning.pytorch.loggers.{kind}"}
+    logger["init_args"] = {"save_dir": str(place)}
+    fills = {
+        "class_path": "tests.training.test_checkpoint_io.Fills",
+        "init_args": {"place": str(place)},
+    }
+    often = [f"--trainer.max_steps={steps}", "--trainer.log_every_n_steps=1"]
+    quiet = [f"--trainer.callbacks=[{fills}]", "--trainer.enable_checkpointing=false", *often]
+    more = [f"--trainer.logger={logger}", "--trainer.limit_val_batches=0", *quiet]
+    assert demonstration(tmp_path, monkeypatch, *more) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    (error,) = [line for line in errors.splitlines() if "error: " in line]
+    assert "the logs cannot be written: [Errno 28] No space left on device" in error
+    assert "trainer.logger.init_args.save_dir" in error
+
+
 def test_a_check_leaves_nothing_behind(tmp_path):
     check_writable(tmp_path / "a" / "b", "logs", "Mend it.")
     assert os.listdir(tmp_path) == []
@@ -218,6 +273,21 @@ def test_a_checkpoint_that_is_not_there_is_one_line(command, word, tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["rosa"])
     assert main([command, "--config", str(TINY), "--ckpt_path", word]) == 1
     assert f"ckpt_path={word}: there is no such checkpoint" in error_line(capsys)
+
+
+def test_the_last_checkpoint_is_taken_where_there_is_one(tmp_path, monkeypatch, capsys):
+    saves = {"dirpath": str(tmp_path / "kept"), "save_last": True}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saves}
+    where = f"--trainer.callbacks=[{callback}]"
+    assert demonstration(tmp_path, monkeypatch, where) == 0
+    capsys.readouterr()
+    few = ["--trainer.limit_test_batches=1", "--data.batch_size=2"]
+    for name in ("last.ckpt", None):
+        if name is None:
+            (tmp_path / "kept" / "last.ckpt").unlink()
+        status = main(["test", "--config", str(TINY), where, "--ckpt_path", "last", *few])
+        assert status == (0 if name else 1)
+    assert f"there is no such checkpoint in {tmp_path / 'kept'}" in error_line(capsys)
 
 
 # Folders of shards.

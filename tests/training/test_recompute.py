@@ -216,3 +216,43 @@ def test_checkpointed_and_compiled_models_are_left_alone():
     compile_layers(compiled, backend="eager")
     assert not recomputable(checkpointed)
     assert not recomputable(compiled)
+
+
+def test_second_derivatives_are_those_of_plain_autograd():
+    torch.manual_seed(0)
+    layer, act = nn.Linear(4, 4), nn.SiLU()
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def twice(modules):
+        with recomputed(modules):
+            y = (act(layer(x)) * x).sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(twice([act]), twice([]))
+
+
+def test_a_16_bit_input_of_a_norm_that_was_changed_in_place_is_refused():
+    """Autograd would hold a float32 copy of it; that is made again from the input."""
+    norm = build_small("MixtralConfig").model.norm
+    given = torch.randn(5, norm.weight.shape[0]).bfloat16().requires_grad_() * 1
+    with recomputed([norm]):
+        total = norm(given).sum()
+    with torch.no_grad():
+        given.add_(1)
+    with pytest.raises(RuntimeError, match=r"input or weight of .*Norm .* has changed"):
+        total.backward()
+
+
+def test_a_module_that_raises_leaves_no_trace():
+    class Picky(nn.LayerNorm):
+        def forward(self, x):
+            raise ValueError("not this one")
+
+    norm, x = Picky(4), torch.randn(3, 4, requires_grad=True)
+    factor = torch.randn(3, 4, requires_grad=True)
+    with recomputed([norm]):
+        with pytest.raises(ValueError, match="not this one"):
+            norm(x)
+        ((x * 2) * factor).sum().backward()
+    torch.testing.assert_close(factor.grad, 2 * x.detach())
