@@ -264,5 +264,5 @@ def _contamination(datamodule: Any) -> tuple[dict[str, int] | None, list[str] | 
     return (
         counts,
         places,
-        [f"Contaminated: the question stands in {', '.join(places)}, which was trained on."],
+        [f"Contaminated counts questions that stand in the training data, {', '.join(places)}."],
     )
