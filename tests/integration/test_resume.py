@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint
 
 from rosa_lightning.cli.main import main
+from rosa_lightning.data.settings import LoadingConfig
 from tests import ranks
 
+LOADING = [field.name for field in fields(LoadingConfig)]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -61,7 +64,8 @@ def shipped(name: str, sources: list[dict[str, Any]], **changes: Any) -> dict[st
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     config["model"]["base"] = "tiny"
     config["data"] |= {"sources": sources, "batch_size": 8, "val_fraction": 0.1, "max_length": 256}
-    config["data"] |= {"test_sources": None, "loading": {"val_generate": 2}}
+    loading = {**config["data"].get("loading", {}), "val_generate": 2}
+    config["data"] |= {"test_sources": None, "loading": loading}
     config["trainer"] |= {"accelerator": "cpu", "precision": "32-true", "logger": False}
     config["trainer"] |= {"max_epochs": 2, "val_check_interval": 5}
     config["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
@@ -69,7 +73,8 @@ def shipped(name: str, sources: list[dict[str, Any]], **changes: Any) -> dict[st
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:-1]
     for key, value in changes.items():
         section, _, option = key.partition("__")
-        config[section][option] = value
+        is_loading = section == "data" and option in LOADING
+        (loading if is_loading else config[section])[option] = value
     return config
 
 

@@ -192,7 +192,7 @@ def under_ddp(folder) -> list[dict[str, torch.Tensor]]:
 
     rosa_lightning.module.compile_layers = partial(compile_layers, backend="eager")
     return [
-        test_sharding.run("ddp", folder / on, "float32", "--model.compile", on)["adapters"]
+        test_sharding.run("ddp", folder / on, "float32", "--model.speed.compile", on)["adapters"]
         for on in ("false", "true")
     ]
 
