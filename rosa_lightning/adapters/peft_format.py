@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rosa_lightning.models.finite import check_weights
 from rosa_lightning.utils.files import check_input, memory_bytes, read_text
 from rosa_lightning.utils.strict_json import parse
+from rosa_lightning.utils.text import one_line
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return one_line(error).rstrip(".") or type(error).__name__
 
 
 def lora_config(

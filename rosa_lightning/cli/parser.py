@@ -14,7 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rosa_lightning.cli.configuration import ONE_SELECTION, check_groups
 from rosa_lightning.cli.strict_yaml import StrictYAMLError, read_configuration
-from rosa_lightning.utils.errors import ConfigurationError, one_line
+from rosa_lightning.utils.errors import ConfigurationError
+from rosa_lightning.utils.text import one_line
 
 TRACEBACK_VARIABLE = "ROSA_TRACEBACK"
 """Environment variable that, set to 1, shows the traceback of a user's error."""

@@ -16,9 +16,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from rosa_lightning.cli.strict_yaml import read_configuration
-from rosa_lightning.utils.errors import ConfigurationError, explain, one_line
+from rosa_lightning.utils.errors import ConfigurationError, explain
 from rosa_lightning.utils.files import writing
 from rosa_lightning.utils.stopping import requeued
+from rosa_lightning.utils.text import one_line
 
 
 @contextmanager

@@ -35,6 +35,9 @@ class PromptStyle:
     as text.
     """
 
+    next_prompt: tuple[str, ...] = ()
+    """What a model writes when it has answered and makes up the next instruction."""
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
@@ -81,6 +84,7 @@ class PromptStyle:
 class AlpacaStyle(PromptStyle):
     """Alpaca's instruction template, as LLM-Adapters' `generate_prompt` words it (`alpaca`)."""
 
+    next_prompt = ("### Instruction:",)
     _BEFORE = "Below is an instruction that describes a task"
     _WRITE = "Write a response that appropriately completes the request.\n\n"
 

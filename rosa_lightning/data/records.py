@@ -30,6 +30,7 @@ from rosa_lightning.tasks.converters import written
 from rosa_lightning.tasks.records import TASKS, Record, Task, check_gold, reference
 from rosa_lightning.utils.files import check_input, check_name, part_beside
 from rosa_lightning.utils.strict_json import half_character
+from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -252,7 +253,7 @@ def cached_table(
                     return found
                 reason = "it holds other records"
             except (pyarrow.ArrowException, OSError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error, 200)
             rank_zero_warn(f"{path} is damaged ({reason}), so it is written anew.")
             path.unlink()
         with part_beside(path, is_folder=True) as part:

@@ -19,6 +19,7 @@ from rosa_lightning.utils.files import (
     read_bytes,
     read_lines,
 )
+from rosa_lightning.utils.text import one_line
 
 _STREAM_FROM = 2**28
 """Bytes from which on the records of a training source stay on disk."""
@@ -70,7 +71,7 @@ def _hub_rows(source: Source, task: Task, purpose: Purpose) -> Rows:
             source.hub, subset, split=source.split, revision=revision, **options
         )
     except Exception as error:  # datasets, huggingface_hub and httpx share no base class
-        reason = " ".join(str(error).split())[:300].rstrip(".") or "no reason given"
+        reason = one_line(error, 300).rstrip(".") or "no reason given"
         raise OSError(
             f"Could not load hub data set {source.hub} (subset {source.subset}, split "
             f"{source.split}): {type(error).__name__}: {reason}. Check the id and the network, "
@@ -184,7 +185,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     except _UnfitError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
+        reason = one_line(error, 200).rstrip(".")
         raise ValueError(
             f"{path} cannot be read as Parquet: {reason}. Write it again, or as .jsonl."
         ) from error

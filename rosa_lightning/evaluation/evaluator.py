@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from rosa_lightning.data.prompts import STYLES, PromptStyle
 from rosa_lightning.evaluation.generation import generate
 from rosa_lightning.evaluation.likelihood import log_likelihoods
 from rosa_lightning.evaluation.metrics import TaskCounts
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 Protocol = Literal["generate", "likelihood"]
 Items = list[dict[str, Any]]
-
-NEXT_EXERCISE = {"alpaca": ("### Instruction:",)}
-"""By template: what a model writes when it has answered and makes up the next exercise."""
 
 _FIELDS = ("source", "index", "task", "prompt", "input", "reference")
 """What an answer's record says of its question."""
@@ -107,9 +105,9 @@ class Evaluation:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.max_new_tokens = max_new_tokens
         self.known_tasks, self.stop_ids = known_tasks, tuple(stop_ids)
-        # Papers read all that was written, the next exercise included.
-        strict = config.rules == "strict" and template is not None
-        self.stop = NEXT_EXERCISE.get(str(template), ()) if strict else ()
+        # Papers read all that was written, a made-up next instruction included.
+        style = STYLES.get(str(template), PromptStyle)
+        self.stop = style.next_prompt if config.rules == "strict" else ()
         self.answered: Mapping[tuple[Any, ...], dict[str, Any]] = {}
         """Items of a stopped run of this evaluation, by `item_id`."""
         self.scores: list[Score] = []

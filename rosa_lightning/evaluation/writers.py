@@ -19,6 +19,7 @@ from rosa_lightning.evaluation.evaluator import item_id
 from rosa_lightning.evaluation.results import results_table, versions, write_results
 from rosa_lightning.utils.files import atomic_write, open_input, read_lines, read_text, writing
 from rosa_lightning.utils.strict_json import parse
+from rosa_lightning.utils.text import one_line
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
@@ -259,7 +260,7 @@ def _contamination(datamodule: Any) -> tuple[dict[str, int] | None, list[str] | 
     try:
         records, places = datamodule.contaminated_records()
     except (OSError, ValueError) as error:
-        return None, None, [" ".join(str(error).split())]
+        return None, None, [one_line(error)]
     counts = Counter(record.task for record in records)
     return (
         counts,

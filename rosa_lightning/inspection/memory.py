@@ -31,6 +31,7 @@ from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import accumulate_loss, rows_at_once
 from rosa_lightning.training.speed import SpeedConfig
 from rosa_lightning.utils.modules import in_mode
+from rosa_lightning.utils.text import one_line
 
 _FOUR_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 BITS: dict[Quantization, float] = {"int8": 8, "llm_int8": 8, "nf4": _FOUR_BITS, "fp4": _FOUR_BITS}
@@ -127,7 +128,7 @@ def estimate_memory(
             rows = rows_at_once(batch_size, length, num_tokens)
             step.run(_batch(batch_size, length, response_length), rows, autocast)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(
             f"the memory of {type(model).__name__} cannot be estimated, since a training step "
             f"fails on tensors without numbers: {type(error).__name__}: {reason}"

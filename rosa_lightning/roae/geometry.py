@@ -29,6 +29,7 @@ from rosa_lightning.roae.tracing import (
     replaced,
     trace,
 )
+from rosa_lightning.utils.text import one_line
 
 NO_ROW = -1
 """Stands for a state dimension that is no output row of a projection."""
@@ -102,7 +103,7 @@ def _read_model(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trace]
         try:
             layers.append(_read_layer(call))
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise ValueError(
                 f"{kind}: the rotation in layer {call.path} ({type(call.module).__name__}) cannot "
                 f"be read from its own forward: {reason} Give a model whose attention turns pairs "

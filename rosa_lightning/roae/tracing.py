@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rosa_lightning.utils.modules import in_mode
+from rosa_lightning.utils.text import one_line
 
 _PROBE = "rosa_probe"
 _MATMULS = (
@@ -231,7 +232,7 @@ def _run_two_tokens(model: nn.Module) -> None:
         with in_mode(model, training=False):
             model(input_ids=ids, use_cache=False)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"{type(model).__name__} cannot be run on two token ids, so its attention cannot be "
             f"measured: {type(error).__name__}: {reason[:200]}"

@@ -26,6 +26,7 @@ from rosa_lightning.models.kv_cache import (
 from rosa_lightning.training.compile import is_compiled
 from rosa_lightning.training.head import close
 from rosa_lightning.utils.modules import in_mode
+from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +104,7 @@ def _difference(model: PreTrainedModel, ids: Tensor, gradients: bool) -> str:
     try:
         found = _together(model, start, first, second)
     except Exception as error:
-        line = " ".join(str(error).split())[:120]
+        line = one_line(error, 120)
         return f"{kind} cannot go on from a cache: {type(error).__name__}: {line}"
     if not close(found, wanted, _HALF):
         return f"{kind} gives other logits behind a shared prefix"

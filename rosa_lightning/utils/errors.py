@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from rosa_lightning.utils.files import printable
+from rosa_lightning.utils.text import one_line
 
 _PACKAGE = Path(__file__).parents[1]
 _LIGHTNING = Path(lightning.__file__).parent
@@ -40,11 +41,6 @@ class ConfigurationError(ValueError):
 def is_configuration(error: BaseException) -> bool:
     """Whether the command line or a configuration is at fault, and no run has begun."""
     return any(isinstance(link, ConfigurationError) for link in _chain(error))
-
-
-def one_line(message: str) -> str:
-    """A message on one line, without runs of blanks."""
-    return re.sub(r"\s+", " ", message).strip()
 
 
 def explain(error: BaseException) -> str | None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from lightning.pytorch import Callback, Trainer
 
-from rosa_lightning.cli.main import main
+from rosa_lightning import DynamicLayerSelection
+from rosa_lightning.cli.main import complete_strategy, main
 from tests.conftest import byte_tokenizer, write_records
 
 
@@ -595,3 +597,30 @@ def test_every_fit_selects_layers_as_told_at_the_top_level(settings):
     (path,) = Path.cwd().rglob("*.ckpt")
     saved = torch.load(path, weights_only=True)["callbacks"]["DynamicLayerSelection"]
     assert saved["num_selections"] == 2
+
+
+class Reads(Callback):
+    """Keeps what the module was told on the command line."""
+
+    skips: int | None = None
+
+    def on_fit_start(self, trainer, pl_module):
+        type(self).skips = pl_module.max_nonfinite_steps
+
+
+def test_the_number_of_steps_that_may_be_left_out_reaches_the_module(settings):
+    settings["trainer"]["callbacks"] = [{"class_path": "tests.cli.test_main.Reads"}]
+    assert run("fit", settings, "--max_nonfinite_steps", "3") == 0
+    assert Reads.skips == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "trains", "wanted"),
+    [("top_k", True, True), ("top_k", False, False), ("all", True, False)],
+)
+def test_ddp_looks_for_unused_parameters_only_where_layers_are_frozen(policy, trains, wanted):
+    selection = DynamicLayerSelection(policy=policy)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", strategy="ddp", devices=1, callbacks=[selection], **quiet)
+    complete_strategy(trainer, trains=trains)
+    assert bool(trainer.strategy._ddp_kwargs.get("find_unused_parameters")) == wanted
