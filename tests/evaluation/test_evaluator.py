@@ -159,3 +159,29 @@ def test_shares_are_counted_over_all_records_and_for_each_task(base):
             "macro_accuracy/arithmetic": 1,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "rules", "wanted"),
+    [
+        ("alpaca", "strict", ("### Instruction:",)),
+        ("alpaca", "paper", ()),
+        ("plain", "strict", ()),
+        (None, "strict", ()),
+    ],
+)
+def test_an_answer_ends_where_a_strict_reader_sees_the_next_prompt_of_its_style(
+    template, rules, wanted, base, monkeypatch
+):
+    given = []
+
+    def write(*_, stop, **__):
+        given.append(stop)
+        return ["the answer is 3"]
+
+    monkeypatch.setattr("rosa_lightning.evaluation.evaluator.generate", write)
+    config = EvaluationConfig(rules=rules)
+    built = Evaluation(*base, config, 4, tasks=["gsm8k"], template=template)
+    batch = {name: [""] for name in ("source", "prompt", "input")}
+    built.step({**batch, "index": torch.tensor([0]), "task": ["gsm8k"], "reference": ["3"]})
+    assert given == [wanted]
