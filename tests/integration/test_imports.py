@@ -93,9 +93,8 @@ def private_names(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.Attribute):
             own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             (defined if own and isinstance(node.ctx, ast.Store) else used).add(node.attr)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in ("getattr", "setattr", "hasattr", "delattr"):
-                used |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("attr"):
+            used |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
     yield from filter(is_private, used - defined)
     for name in imported(path):
         yield from filter(is_private, name.split("."))
