@@ -53,8 +53,7 @@ def compile_layers(
         )
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, NUM_GRAPHS)
-    for path in decoder_layers(model):
-        layer = model.get_submodule(path)
+    for layer in decoder_layers(model).values():
         layer.compile(fullgraph=True, dynamic=True, backend=backend)
         # Where torch keeps it: neither in copies nor in files of the model.
         layer._compiled_call_impl = partial(_call, layer, layer._compiled_call_impl)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rosa_lightning.dls.layers import outermost_lists
 from rosa_lightning.training.compile import is_compiled
 from rosa_lightning.utils.modules import in_mode
 
@@ -152,11 +153,10 @@ def _candidate(model: PreTrainedModel) -> nn.Module | None:
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     ):
         return None
-    stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList)]
-    if not stacks or not len(stacks[-1]):
-        return None
+    lists = outermost_lists(decoder_of(model), lambda _: True)
+    own = [layers for name, layers in lists.items() if "." not in name]
     sizes = {}
-    for part in stacks[-1][-1].children():
+    for part in own[-1][-1].children() if own else ():
         weights = [*part.parameters(), *part.buffers()]  # weights in few bits may be buffers
         adapted = any(hasattr(module, "roae_A") for module in part.modules())
         # No norm, which attention may follow.

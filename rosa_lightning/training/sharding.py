@@ -157,8 +157,7 @@ def _broadcast(
 
 def _units(model: nn.Module) -> Iterator[str]:
     """Paths of the units inside the model, inner ones first."""
-    for path in decoder_layers(model):
-        block = model.get_submodule(path)
+    for path, block in decoder_layers(model).items():
         adapters = [
             (f"{path}.{n}", m) for n, m in block.named_modules() if isinstance(m, RoAELinear)
         ]
@@ -171,14 +170,14 @@ def _units(model: nn.Module) -> Iterator[str]:
         yield path
 
 
-def decoder_layers(model: nn.Module) -> Iterator[str]:
-    """Paths of the decoder layers: the members of each outermost list that holds an adapter."""
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The members of each outermost list of layers that holds an adapter, by dotted path."""
 
     def adapted(stack: nn.ModuleList) -> bool:
         return any(isinstance(module, RoAELinear) for module in stack.modules())
 
-    for name, stack in outermost_lists(model, adapted).items():
-        yield from (f"{name}.{index}" for index in range(len(stack)))
+    lists = outermost_lists(model, adapted)
+    return {f"{name}.{n}": layer for name, stack in lists.items() for n, layer in enumerate(stack)}
 
 
 def _shard_function(strategy: Strategy) -> Callable[[nn.Module], nn.Module] | None:
