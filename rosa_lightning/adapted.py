@@ -57,7 +57,7 @@ _DEFAULT_SPEED = SpeedConfig()
 
 _BUILD_SETTINGS = frozenset(
     {
-        *("base", "revision", "trust_remote_code", "roae", "adapter", "dtype_of_base"),
+        *("base", "revision", "trust_remote_code", "roae", "adapter", "base_dtype"),
         *("quantization", "attn_implementation", "gradient_checkpointing"),
     }
 )
@@ -119,7 +119,7 @@ class AdaptedModel(LightningModule):
         self.speed: SpeedConfig = speed
         self.adapter = adapter
         self.revision = revision
-        self.dtype_of_base = dtype
+        self.base_dtype = dtype
         self.quantization = quantization
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
@@ -127,13 +127,13 @@ class AdaptedModel(LightningModule):
         self.trust_remote_code = trust_remote_code
         self.evaluation = evaluation
         self.model: PreTrainedModel | None = None
-        self.identity: BaseFingerprint | None = None
+        self.base_fingerprint: BaseFingerprint | None = None
         self.report: RoAEReport | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._num_embeddings: int | None = None
-        self._forward: LossComputer | None = None
+        self.loss_computer: LossComputer | None = None
         self._said_float64 = False
-        self.trained_under: Conditions | None = None
+        self.training_conditions: Conditions | None = None
         """Of the checkpoint or adapter that was loaded, if it says so."""
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
@@ -161,13 +161,13 @@ class AdaptedModel(LightningModule):
         if name == "speed" and name in vars(self) and value.compile != self.speed.compile:
             self._check_unbuilt(name, value)
         super().__setattr__(name, value)
-        if name == "speed" and vars(self).get("_forward") is not None:
-            self._forward = self._new_forward()
+        if name == "speed" and vars(self).get("loss_computer") is not None:
+            self.loss_computer = self._new_loss_computer()
         if name in ("roae", "speed"):  # as plain values, which load safely
             plain = asdict(value)
             plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
             self.save_hyperparameters({name: plain})
-        remembered = "dtype" if name == "dtype_of_base" else name
+        remembered = "dtype" if name == "base_dtype" else name
         if name not in ("roae", "speed") and remembered in self.hparams:
             self.hparams[remembered] = whole_name(value) if name == "base" else value
 
@@ -207,7 +207,7 @@ class AdaptedModel(LightningModule):
         """How to load the base; the options that `load_base` and `load_skeleton` share."""
         return {
             "revision": self.revision,
-            "dtype": self.dtype_of_base,
+            "dtype": self.base_dtype,
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": self.trust_remote_code,
         }
@@ -229,7 +229,7 @@ class AdaptedModel(LightningModule):
                 "many passes on every rank, where batches may take more or fewer. Set "
                 "trainer.strategy to ddp, fsdp or ModelParallelStrategy."
             )
-        model, self.identity, self.report = load_on_rank_zero(
+        model, self.base_fingerprint, self.report = load_on_rank_zero(
             partial(self._adapted_base, device), strategy
         )
         self.roae = self.report.config  # an adapter brings its own
@@ -237,11 +237,11 @@ class AdaptedModel(LightningModule):
             compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", shard_and_broadcast(model.train(), strategy))
-        self._forward = self._new_forward()
+        self.loss_computer = self._new_loss_computer()
         leave_packed_out(self)
         rank_zero_info(str(self.report))
 
-    def _new_forward(self) -> LossComputer:
+    def _new_loss_computer(self) -> LossComputer:
         return LossComputer(cast("PreTrainedModel", self.model), self.speed)
 
     def _adapted_base(
@@ -249,18 +249,18 @@ class AdaptedModel(LightningModule):
     ) -> tuple[PreTrainedModel, BaseFingerprint, RoAEReport]:
         # Weights in few bits are packed by the device's own kernels.
         model = load_base(self.base, quantization=self.quantization, device=device, **self.loading)
-        identity = fingerprint(model, self.base)
+        found = fingerprint(model, self.base)
         report = self.adapt(model)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
-        return model, identity, report
+        return model, found, report
 
     def adapt(self, model: PreTrainedModel) -> RoAEReport:
         """Add RoAE to a base as this module is told to: anew, or an adapter's."""
         if self.adapter is None:
             return inject_roae(model, self.roae)
         given = None if self.roae is _DEFAULT_ROAE else self.roae
-        self.trained_under = read_metadata(Path(self.adapter)).conditions
+        self.training_conditions = read_metadata(Path(self.adapter)).conditions
         return load_adapter(model, self.adapter, given)
 
     def to(self, *args: Any, **kwargs: Any) -> AdaptedModel:
@@ -294,9 +294,9 @@ class AdaptedModel(LightningModule):
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The adapted model's own forward."""
-        return self._built()(input_ids=input_ids, **kwargs)
+        return self._ensure_model()(input_ids=input_ids, **kwargs)
 
-    def _built(self) -> PreTrainedModel:
+    def _ensure_model(self) -> PreTrainedModel:
         if self.model is None:
             self.configure_model()
         return cast("PreTrainedModel", self.model)

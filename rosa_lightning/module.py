@@ -130,8 +130,8 @@ class RoSAModule(AdaptedModel):
             batch: Of `ReasoningDataModule`, or with the fields of `transformers`: ``input_ids``,
                 ``labels`` and ``attention_mask``, shape (B, T), padded on either side.
         """
-        self._built()
-        return cast(LossComputer, self._forward).loss(batch)
+        self._ensure_model()
+        return cast(LossComputer, self.loss_computer).loss(batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss, logged as ``train/loss`` beside the step's learning rate."""
@@ -156,7 +156,7 @@ class RoSAModule(AdaptedModel):
 
     def on_fit_start(self) -> None:
         """Look at the model anew: it may have been changed since it was last run."""
-        cast(LossComputer, self._forward).reset()
+        cast(LossComputer, self.loss_computer).reset()
         self._has_trained = False
         if self._checkpoint_to_check is not None:
             checkpoint, self._checkpoint_to_check = self._checkpoint_to_check, None
@@ -208,7 +208,7 @@ class RoSAModule(AdaptedModel):
     ) -> None:
         """Clip as the trainer is told to, under FSDP1 too."""
         done = gradient_clip_val is not None and self._guard.clip(
-            self._built(), optimizer, gradient_clip_val, gradient_clip_algorithm
+            self._ensure_model(), optimizer, gradient_clip_val, gradient_clip_algorithm
         )
         if not done:
             super().configure_gradient_clipping(
@@ -217,7 +217,7 @@ class RoSAModule(AdaptedModel):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
-        check_trainable(self._built())
+        check_trainable(self._ensure_model())
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             optimizer = self.make_optimizer(parameters)
@@ -247,9 +247,9 @@ class RoSAModule(AdaptedModel):
 
         Answers are written to the prompts under ``to_answer``, if the batch has some.
         """
-        self._built()
-        batch = cast(LossComputer, self._forward).complete_batch(batch)
-        scored = cast(LossComputer, self._forward).score(batch)
+        self._ensure_model()
+        batch = cast(LossComputer, self.loss_computer).complete_batch(batch)
+        scored = cast(LossComputer, self.loss_computer).score(batch)
         self._val_loss.update(scored.loss, weight=scored.count)
         self._answer_tokens.update(scored.correct)
         if "to_answer" in batch:
@@ -287,13 +287,13 @@ class RoSAModule(AdaptedModel):
 
     def _new_evaluation(self, config: EvaluationConfig) -> Evaluation:
         return Evaluation(
-            self._built(),
+            self._ensure_model(),
             self._text_tokenizer(),
             config,
             self.max_new_tokens,
             tasks=self._from_datamodule("task_names") or ["all", *TASKS],
             known_tasks=self._from_datamodule("tasks", TASKS),
-            template=self._from_datamodule("prompt_style"),
+            prompt_style=self._from_datamodule("prompt_style"),
             stop_ids=self._from_datamodule("stop_ids", ()),
             encode_response=self._from_datamodule("response_ids"),
         )
@@ -324,7 +324,7 @@ class RoSAModule(AdaptedModel):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Write an answer to each prompt, greedily; records as `predictions` gives them."""
         texts = generate(
-            self._built(),
+            self._ensure_model(),
             self._text_tokenizer(),
             batch,
             self.max_new_tokens,
@@ -341,7 +341,7 @@ class RoSAModule(AdaptedModel):
         return {
             "model": f"{self.base} + {origin}" if added else f"{self.base}, without an adapter",
             "base": self.base,
-            "revision": cast(BaseFingerprint, self.identity).revision,
+            "revision": cast(BaseFingerprint, self.base_fingerprint).revision,
             "roae": self.hparams["roae"] if added else None,
             **asdict(self.evaluation),
             "max_new_tokens": self.max_new_tokens,
@@ -358,18 +358,18 @@ class RoSAModule(AdaptedModel):
             self._from_datamodule("text_tokenizer"),
         )
         return Conditions(
-            template=self._from_datamodule("prompt_style"),
+            prompt_style=self._from_datamodule("prompt_style"),
             max_length=self._from_datamodule("max_length"),
             tokenizer=whole_name(name) if isinstance(name, str) else None,
             tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
             precision=str(self.trainer.precision),
-            dtype=self.dtype_of_base,
+            dtype=self.base_dtype,
             quantization=self.quantization,
         )
 
     def _warn_of_conditions(self) -> None:
         """Say, once, what this run does otherwise than the training of what was loaded."""
-        trained, self.trained_under = self.trained_under, None
+        trained, self.training_conditions = self.training_conditions, None
         for line in [] if trained is None else trained.conflicts(self.conditions()):
             rank_zero_warn(line)
 
@@ -392,7 +392,12 @@ class RoSAModule(AdaptedModel):
         if waiting:
             self._guard.check_begun(self)
         gradients = held_gradients(self) if waiting else None
-        pack(checkpoint, cast(BaseFingerprint, self.identity), self.hparams["roae"], gradients)
+        pack(
+            checkpoint,
+            cast(BaseFingerprint, self.base_fingerprint),
+            self.hparams["roae"],
+            gradients,
+        )
         checkpoint[CHECKPOINT_KEY]["nonfinite_steps"] = self._guard.skipped
         if self._trainer is not None:
             checkpoint[CHECKPOINT_KEY]["conditions"] = self.conditions().to_dict()
@@ -402,7 +407,7 @@ class RoSAModule(AdaptedModel):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
-        self._built()
+        self._ensure_model()
         path = None if self._trainer is None else self.trainer.ckpt_path
         if "state_dict" not in checkpoint and path is not None and Path(path).is_file():
             # FSDP2 has loaded it already, passing over keys that it does not know.
@@ -419,11 +424,11 @@ class RoSAModule(AdaptedModel):
             settle_epoch(checkpoint["loops"])
         self._to_restore = unpack(
             checkpoint,
-            cast(BaseFingerprint, self.identity),
+            cast(BaseFingerprint, self.base_fingerprint),
             self.hparams["roae"],
             rank=self.global_rank,
             world_size=self.trainer.world_size if fits else None,
         )
         self._guard.skipped = checkpoint[CHECKPOINT_KEY].get("nonfinite_steps", 0)
         known = checkpoint[CHECKPOINT_KEY].get("conditions")  # not in those of earlier versions
-        self.trained_under = None if known is None else Conditions.from_dict(known)
+        self.training_conditions = None if known is None else Conditions.from_dict(known)

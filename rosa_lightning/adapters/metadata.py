@@ -111,8 +111,8 @@ class Conditions:
     None for what is not known.
     """
 
-    template: str | None = None
-    """data.prompt_style."""
+    prompt_style: str | None = None
+    """data.prompt_style; ``template`` in what is stored."""
     max_length: int | None = None
     """data.max_length, in tokens."""
     tokenizer: str | None = None
@@ -128,13 +128,15 @@ class Conditions:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        plain = asdict(self)
+        return {"template": plain.pop("prompt_style"), **plain}
 
     @classmethod
     def from_dict(cls, plain: Any) -> Conditions:
         """From `to_dict` of any release: unknown entries are ignored; ValueError if damaged."""
         if not isinstance(plain, Mapping):
             raise ValueError(f"the conditions of the training are {plain!r}, not a mapping.")
+        plain = {"prompt_style": plain.get("template"), **plain}
         known = {field.name: plain.get(field.name) for field in fields(cls)}
         for name, value in known.items():
             kind = int if name == "max_length" else str
@@ -164,7 +166,7 @@ class Conditions:
     def settings(self) -> dict[str, Any]:
         """The values that are known, by configuration key."""
         named = {
-            "data.prompt_style": self.template,
+            "data.prompt_style": self.prompt_style,
             "data.max_length": self.max_length,
             "data.tokenizer": self.tokenizer,
             "trainer.precision": self.precision,

@@ -105,7 +105,7 @@ def export(
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         dequantize=dequantize,
-        trained=module.trained_under,
+        trained=module.training_conditions,
     )
     if format == "merged" and tokenizer is None:
         report = replace(report, notes=(*report.notes, "without a tokenizer, as the base has none"))

@@ -83,7 +83,7 @@ class Evaluation:
         max_new_tokens: Longest answer, in tokens.
         tasks: Names of all tasks, the same on every rank.
         known_tasks: The tasks by name, a user's own among them.
-        template: Of the prompts, if that is known.
+        prompt_style: Of the prompts, if that is known.
         stop_ids: Tokens that end an answer, beside those that tokenizer and model name.
         encode_response: Token ids of a response as they follow a prompt, with an end token or
             without; by default the tokenizer, and EOS.
@@ -98,7 +98,7 @@ class Evaluation:
         *,
         tasks: Sequence[str],
         known_tasks: Mapping[str, Task] = TASKS,
-        template: str | None = None,
+        prompt_style: str | None = None,
         stop_ids: Sequence[int] = (),
         encode_response: Callable[[str, bool], list[int]] | None = None,
     ) -> None:
@@ -106,7 +106,7 @@ class Evaluation:
         self.max_new_tokens = max_new_tokens
         self.known_tasks, self.stop_ids = known_tasks, tuple(stop_ids)
         # Papers read all that was written, a made-up next instruction included.
-        style = STYLES.get(str(template), PromptStyle)
+        style = STYLES.get(str(prompt_style), PromptStyle)
         self.stop = style.next_prompt if config.rules == "strict" else ()
         self.answered: Mapping[tuple[Any, ...], dict[str, Any]] = {}
         """Items of a stopped run of this evaluation, by `item_id`."""

@@ -18,7 +18,7 @@ from tests.conftest import build, byte_tokenizer, save_base
 
 def test_metadata_goes_through_plain_values_and_ignores_what_later_releases_add():
     inject_roae(model := build("gemma3"), RoAEConfig(rank=2))
-    conditions = Conditions(template="chat", max_length=8, precision="32-true", dtype="auto")
+    conditions = Conditions(prompt_style="chat", max_length=8, precision="32-true", dtype="auto")
     metadata = AdapterMetadata.of(model, conditions)
     plain = {**metadata.to_dict(), "later": object()}
     assert AdapterMetadata.from_dict(plain) == metadata

@@ -137,7 +137,7 @@ def ways_of(shape: str, small: bool, device: str) -> dict[str, Way]:
             for layer in layers[: len(layers) // 2]:
                 layer.requires_grad_(False)
         module = RoSAModule("tiny")  # its loss; the model is the one here
-        module.model, module._forward = model, LossComputer(model)
+        module.model, module.loss_computer = model, LossComputer(model)
         ways[name] = Way(model, module)
     return ways
 

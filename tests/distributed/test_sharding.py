@@ -180,7 +180,7 @@ class Joint(RoSAModule):
 
     def configure_model(self):
         super().configure_model()
-        self._forward.sharded = self.whole_rows
+        self.loss_computer.sharded = self.whole_rows
 
     def training_step(self, batch, batch_idx):
         return torch.stack([self.loss(one) for one in batch]).mean()

@@ -162,7 +162,7 @@ def test_shares_are_counted_over_all_records_and_for_each_task(base):
 
 
 @pytest.mark.parametrize(
-    ("template", "rules", "wanted"),
+    ("style", "rules", "wanted"),
     [
         ("alpaca", "strict", ("### Instruction:",)),
         ("alpaca", "paper", ()),
@@ -171,7 +171,7 @@ def test_shares_are_counted_over_all_records_and_for_each_task(base):
     ],
 )
 def test_an_answer_ends_where_a_strict_reader_sees_the_next_prompt_of_its_style(
-    template, rules, wanted, base, monkeypatch
+    style, rules, wanted, base, monkeypatch
 ):
     given = []
 
@@ -181,7 +181,7 @@ def test_an_answer_ends_where_a_strict_reader_sees_the_next_prompt_of_its_style(
 
     monkeypatch.setattr("rosa_lightning.evaluation.evaluator.generate", write)
     config = EvaluationConfig(rules=rules)
-    built = Evaluation(*base, config, 4, tasks=["gsm8k"], template=template)
+    built = Evaluation(*base, config, 4, tasks=["gsm8k"], prompt_style=style)
     batch = {name: [""] for name in ("source", "prompt", "input")}
     built.step({**batch, "index": torch.tensor([0]), "task": ["gsm8k"], "reference": ["3"]})
     assert given == [wanted]

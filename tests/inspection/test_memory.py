@@ -261,7 +261,7 @@ def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
 def test_chunks_of_logits_are_in_the_figures():
     module, estimate = both("float32", 8, 128, 60)
     whole = estimate()
-    module._forward.speed = SpeedConfig(loss_chunk=48)
+    module.loss_computer.speed = SpeedConfig(loss_chunk=48)
     chunked = estimate(speed=SpeedConfig(loss_chunk=48))
     measured = measure(module, 8, 128, 60)
     assert chunked.peak == pytest.approx(measured["peak"], rel=0.1)
@@ -273,8 +273,8 @@ def test_chunks_of_logits_are_in_the_figures():
 def test_parts_of_a_batch_are_in_the_figures(scoring):
     module, estimate = both("float32", 8, 128, 16)
     whole = estimate(scoring=scoring)
-    module._forward.speed = SpeedConfig(microbatch_tokens=400)  # 3, 3 and 2 rows
-    module._forward.reset()
+    module.loss_computer.speed = SpeedConfig(microbatch_tokens=400)  # 3, 3 and 2 rows
+    module.loss_computer.reset()
     parts = estimate(scoring=scoring, speed=SpeedConfig(microbatch_tokens=400))
     measured = measure(module, 8, 128, 16, scoring=scoring)
     assert parts.peak == pytest.approx(measured["peak"], rel=0.05)

@@ -191,7 +191,7 @@ def test_a_model_runs_with_the_settings_of_the_moment(data, tmp_path):
         ("microbatch_tokens", 64),
     ):
         module.speed = replace(module.speed, **{name: value})
-        assert getattr(module._forward.speed, name) == value
+        assert getattr(module.loss_computer.speed, name) == value
         assert module.hparams["speed"][name] == value
     heads = []
     module.model.lm_head.register_forward_hook(lambda *call: heads.append(call[1][0].shape))
@@ -205,7 +205,7 @@ def test_a_model_runs_with_the_settings_of_the_moment(data, tmp_path):
 
 def test_what_a_model_is_built_with_follows_before_and_is_read_only_after(base_folder):
     module = RoSAModule("nowhere", RoAEConfig(rank=4))
-    module.base, module.roae, module.dtype_of_base = "tiny", RoAEConfig(rank=2), "bfloat16"
+    module.base, module.roae, module.base_dtype = "tiny", RoAEConfig(rank=2), "bfloat16"
     module.configure_model()
     assert module.hparams["base"] == "tiny"
     assert module.hparams["roae"]["rank"] == 2
@@ -214,7 +214,7 @@ def test_what_a_model_is_built_with_follows_before_and_is_read_only_after(base_f
     for name, value in (
         ("base", str(base_folder)),
         ("roae", RoAEConfig(rank=8)),
-        ("dtype_of_base", "float32"),
+        ("base_dtype", "float32"),
         ("quantization", "int8"),
         ("gradient_checkpointing", True),
         ("speed", SpeedConfig(compile=True)),
