@@ -294,9 +294,10 @@ class AdaptedModel(LightningModule):
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The adapted model's own forward."""
-        return self._ensure_model()(input_ids=input_ids, **kwargs)
+        return self.ensure_model()(input_ids=input_ids, **kwargs)
 
-    def _ensure_model(self) -> PreTrainedModel:
+    def ensure_model(self) -> PreTrainedModel:
+        """The adapted model, built at first use."""
         if self.model is None:
             self.configure_model()
         return cast("PreTrainedModel", self.model)

@@ -130,7 +130,7 @@ class RoSAModule(AdaptedModel):
             batch: Of `ReasoningDataModule`, or with the fields of `transformers`: ``input_ids``,
                 ``labels`` and ``attention_mask``, shape (B, T), padded on either side.
         """
-        self._ensure_model()
+        self.ensure_model()
         return cast(LossComputer, self.loss_computer).loss(batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -208,7 +208,7 @@ class RoSAModule(AdaptedModel):
     ) -> None:
         """Clip as the trainer is told to, under FSDP1 too."""
         done = gradient_clip_val is not None and self._guard.clip(
-            self._ensure_model(), optimizer, gradient_clip_val, gradient_clip_algorithm
+            self.ensure_model(), optimizer, gradient_clip_val, gradient_clip_algorithm
         )
         if not done:
             super().configure_gradient_clipping(
@@ -217,7 +217,7 @@ class RoSAModule(AdaptedModel):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all adapters, and the schedule, stepped once an optimizer step."""
-        check_trainable(self._ensure_model())
+        check_trainable(self.ensure_model())
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             optimizer = self.make_optimizer(parameters)
@@ -247,7 +247,7 @@ class RoSAModule(AdaptedModel):
 
         Answers are written to the prompts under ``to_answer``, if the batch has some.
         """
-        self._ensure_model()
+        self.ensure_model()
         batch = cast(LossComputer, self.loss_computer).complete_batch(batch)
         scored = cast(LossComputer, self.loss_computer).score(batch)
         self._val_loss.update(scored.loss, weight=scored.count)
@@ -287,7 +287,7 @@ class RoSAModule(AdaptedModel):
 
     def _new_evaluation(self, config: EvaluationConfig) -> Evaluation:
         return Evaluation(
-            self._ensure_model(),
+            self.ensure_model(),
             self._text_tokenizer(),
             config,
             self.max_new_tokens,
@@ -324,7 +324,7 @@ class RoSAModule(AdaptedModel):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Write an answer to each prompt, greedily; records as `predictions` gives them."""
         texts = generate(
-            self._ensure_model(),
+            self.ensure_model(),
             self._text_tokenizer(),
             batch,
             self.max_new_tokens,
@@ -407,7 +407,7 @@ class RoSAModule(AdaptedModel):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
-        self._ensure_model()
+        self.ensure_model()
         path = None if self._trainer is None else self.trainer.ckpt_path
         if "state_dict" not in checkpoint and path is not None and Path(path).is_file():
             # FSDP2 has loaded it already, passing over keys that it does not know.

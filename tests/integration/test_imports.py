@@ -110,7 +110,7 @@ STILL: dict[str, set[str]] = {
     "inspection/run_monitor.py": {"_prefix"},
     "models/meta.py": {"_grouped_mm", "_python_dispatch", "_pytree", "_subclasses", "_to_copy"},
     "models/quantization.py": {"_weight_conversions"},
-    "module.py": {"_built", "_forward", "_should_accumulate", "_trainer"},
+    "module.py": {"_should_accumulate", "_trainer"},
     "training/resume.py": {"_val_check_time_interval"},
     "training/sharding.py": {"_set_params_and_buffers_to_ignore_for_model"},
     "utils/stopping.py": {
