@@ -36,13 +36,9 @@ from rosa_lightning.roae.inject import (
     is_adapter_key,
 )
 from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.training.compile import compile_layers
+from rosa_lightning.training.compile import compile_layers, exclude_packed_from_ddp
 from rosa_lightning.training.loss import LossComputer
-from rosa_lightning.training.sharding import (
-    leave_packed_out,
-    load_on_rank_zero,
-    shard_and_broadcast,
-)
+from rosa_lightning.training.sharding import load_on_rank_zero, shard_and_broadcast
 from rosa_lightning.training.speed import SpeedConfig
 
 if TYPE_CHECKING:
@@ -238,7 +234,7 @@ class AdaptedModel(LightningModule):
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", shard_and_broadcast(model.train(), strategy))
         self.loss_computer = self._new_loss_computer()
-        leave_packed_out(self)
+        exclude_packed_from_ddp(self)
         rank_zero_info(str(self.report))
 
     def _new_loss_computer(self) -> LossComputer:

@@ -1,9 +1,11 @@
-"""Compile decoder layers one by one, so that freezing and thawing them needs few graphs.
+"""Compile decoder layers one by one, so that freezing and unfreezing them needs few graphs.
 
 The compiler makes a graph for each way in which a layer's inputs and weights require gradients.
 Layers alike share graphs, whatever layers are active; a model compiled as a whole would need one
-for every set of active layers. Uses `_compiled_call_impl`, `_call_impl` and `torch._dynamo.config`
-(torch 2.13).
+for every set of active layers.
+
+Private members (torch 2.13): `_compiled_call_impl` and `_call_impl` of modules, `torch._dynamo`,
+and `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from rosa_lightning.models.quantization import is_packed
 from rosa_lightning.training.sharding import decoder_layers, is_sharded
 
 NUM_GRAPHS = 64
@@ -29,11 +33,6 @@ def compile_layers(
 
     In evaluation mode layers run uncompiled, and so do those that are given a cache, whose graph
     would hold for one layer alone. The number of rows and tokens may change from batch to batch.
-
-    Args:
-        model: As `inject_roae` left it, on one device or before DDP wraps it.
-        strategy: The trainer's, if there is one.
-        backend: Of `torch.compile`.
 
     Raises:
         ValueError: The strategy shards the model, or gradient checkpointing is on, which Inductor
@@ -72,3 +71,14 @@ def _call(layer: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> Any:
     cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
     run = layer._call_impl if cached or not layer.training else compiled
     return run(*args, **kwargs)
+
+
+def exclude_packed_from_ddp(module: nn.Module) -> None:
+    """Keep packed weights out of what DDP broadcasts at its start.
+
+    It cannot send them, and every rank has loaded its own.
+    """
+    packed = [name for name, weight in module.named_parameters() if is_packed(weight)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+        module, packed
+    )

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from rosa_lightning.models.finite import local_parts
@@ -29,9 +29,8 @@ def check_max_nonfinite_steps(value: Any) -> None:
     """Raise ValueError for a setting that is not a whole number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
-            f"max_nonfinite_steps={value!r} is not a whole number of at least 0. Set "
-            "max_nonfinite_steps to the number of such steps that a run may leave out; 0 "
-            "stops at the first."
+            f"max_nonfinite_steps={value!r} is not a whole number of at least 0. Set it to the "
+            "number of such steps that a run may leave out; 0 stops at the first."
         )
 
 
@@ -77,7 +76,7 @@ class StepGuard:
             ValueError: One is not finite, and no step may be left out any more. Says which, and of
                 which records.
         """
-        problem, norm = self._look(module, optimizer)
+        problem, norm = self._find_problem(module, optimizer)
         if problem:
             self._skip(module.trainer, problem)
             _drop_gradients(optimizer, _scaler(module.trainer))
@@ -87,31 +86,30 @@ class StepGuard:
     def check_begun(self, module: LightningModule) -> None:
         """As `check` for a step that has begun, before its gradients are saved."""
         for optimizer in module.trainer.optimizers if self.skipped >= self.max_skipped else ():
-            if problem := self._look(module, optimizer)[0]:
+            if problem := self._find_problem(module, optimizer)[0]:
                 self._skip(module.trainer, problem)
 
     def clip(
         self, model: nn.Module, optimizer: Optimizer, value: float, algorithm: str | None
     ) -> bool:
-        """Clip gradients by the norm that `check` has computed, or under FSDP1; False elsewhere.
-
-        `value` is the largest norm of all gradients, or with ``value`` as algorithm the largest
-        size of each entry.
-        """
+        """Clip gradients by the norm that `check` has computed, or under FSDP1; False elsewhere."""
         norm, self._norm = self._norm, None
         if value <= 0:
             return False
         if norm is not None and algorithm != "value":
             clip_grads_with_norm_(_parameters(optimizer), value, norm)
-            return True
-        return clip_fsdp_gradients(model, value, algorithm)
+        elif not isinstance(model, FullyShardedDataParallel):
+            return False
+        elif algorithm == "value":
+            clip_grad_value_(model.parameters(), value)
+        else:
+            model.clip_grad_norm_(value)
+        return True
 
-    def _look(self, module: LightningModule, optimizer: Optimizer) -> tuple[str, Tensor | None]:
-        """What is not finite, on any rank (empty if nothing is), and the norm of the gradients.
-
-        Under a gradient scaler infinite gradients are normal, and it skips their step. They count
-        only once it scales by less than 1.
-        """
+    def _find_problem(
+        self, module: LightningModule, optimizer: Optimizer
+    ) -> tuple[str, Tensor | None]:
+        """What is not finite, on any rank (empty if nothing is), and the norm of the gradients."""
         trainer = module.trainer
         device, scaler = trainer.strategy.root_device, _scaler(trainer)
         held = [p.grad.detach() for p in _parameters(optimizer) if p.grad is not None]
@@ -124,6 +122,8 @@ class StepGuard:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         bad_loss, bad_gradient = map(bool, flags.tolist())
         if bad_gradient and not bad_loss and scaler is not None:
+            # Infinite gradients are normal under a scaler, which skips their step, until it scales
+            # by less than 1.
             bad_gradient = scaler.get_scale() < 1
         problem = self._describe(module, bad_loss) if bad_loss or bad_gradient else ""
         sharded = isinstance(getattr(module, "model", None), FullyShardedDataParallel)
@@ -132,61 +132,42 @@ class StepGuard:
 
     def _describe(self, module: LightningModule, bad_loss: bool) -> str:
         """What is not finite, and on which records, on all ranks that have seen it."""
-        losses = zip(self._losses, self._batches, strict=True)
+        own = ""
         if bad_loss:
+            losses = zip(self._losses, self._batches, strict=True)
             bad = [(loss.item(), batch) for loss, batch in losses if not loss.isfinite()]
             own = "; ".join(f"the loss is {loss} {_records(module, [b])}" for loss, b in bad)
-        elif names := _bad_gradients(module):
+        elif names := [n for n, p in module.named_parameters() if _has_bad_gradient(p)]:
             more = f" and {len(names) - 1} others" if len(names) > 1 else ""
             where = _records(module, self._batches)
             own = f"the gradient of {names[0]}{more} is not finite {where}"
-        else:  # in another rank's shards, or in all of them together
-            own = "" if several_ranks() else "the norm of the gradients is not finite"
         if not several_ranks():
-            return own
+            return own or "the norm of the gradients is not finite"
         texts = enumerate(exchange("step that is not finite", own))
         return "; ".join(f"on rank {rank} {text}" for rank, text in texts if text)
 
-    def _skip(self, trainer: Trainer, where: str) -> None:
+    def _skip(self, trainer: Trainer, problem: str) -> None:
         """Count the step, or stop."""
         step = trainer.global_step
         if self.skipped >= self.max_skipped:
             before = f", after {self.skipped} that were left out" if self.skipped else ""
             raise RanksError(
-                f"optimizer step {step} is not finite{before}: {where}. The weights are as they "
+                f"optimizer step {step} is not finite{before}: {problem}. The weights are as they "
                 "were before it. Look at these records, lower optimizer.lr, set "
-                "trainer.gradient_clip_val, or let max_nonfinite_steps such steps be left "
-                "out."
+                "trainer.gradient_clip_val, or let max_nonfinite_steps such steps be left out."
             )
         self.skipped += 1
         rank_zero_warn(
             f"Optimizer step {step} is left out, {self.skipped} of max_nonfinite_steps="
-            f"{self.max_skipped}: {where}."
+            f"{self.max_skipped}: {problem}."
         )
         for logger in trainer.loggers:
             logger.log_metrics({"train/nonfinite_steps": self.skipped}, step=step)
 
 
-def clip_fsdp_gradients(model: nn.Module, value: float, algorithm: str | None) -> bool:
-    """Clip gradients under FSDP1, where Lightning cannot; False elsewhere."""
-    if not isinstance(model, FullyShardedDataParallel):
-        return False
-    if algorithm == "value":
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.clamp_(-value, value)
-    else:
-        model.clip_grad_norm_(value)
-    return True
-
-
-def _bad_gradients(module: LightningModule) -> list[str]:
-    return [
-        name
-        for name, weight in module.named_parameters()
-        if weight.grad is not None
-        and any(not get_total_norm([part]).isfinite() for part in local_parts(weight.grad))
-    ]
+def _has_bad_gradient(weight: Tensor) -> bool:
+    parts = [] if weight.grad is None else local_parts(weight.grad)
+    return any(not get_total_norm([part]).isfinite() for part in parts)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -211,12 +192,14 @@ def _records(module: LightningModule, batches: Sequence[Mapping[str, Any]]) -> s
     """Which records batches hold, by source."""
     names = getattr(getattr(module.trainer, "datamodule", None), "source_names", ())
     found: dict[str, list[int]] = {}
-    for batch in (batch for batch in batches if "source" in batch and "index" in batch):
+    for batch in (batch for batch in batches if len(batch) == 2):
         for source, index in zip(batch["source"].tolist(), batch["index"].tolist(), strict=True):
             name = names[source] if source < len(names) else f"source {source}"
             found.setdefault(name, []).append(index)
     if not found:
         return f"in batch {module.trainer.fit_loop.batch_idx}"
-    listed = {name: sorted(numbers)[:_MOST_RECORDS] for name, numbers in found.items()}
-    texts = [f"{', '.join(map(str, numbers))} of {name}" for name, numbers in listed.items()]
+    texts = [
+        f"{', '.join(map(str, sorted(numbers)[:_MOST_RECORDS]))} of {name}"
+        for name, numbers in found.items()
+    ]
     return f"on records {'; '.join(texts)}"

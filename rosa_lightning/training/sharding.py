@@ -7,7 +7,6 @@ what FSDP gathers at a time.
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -16,14 +15,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rosa_lightning.dls.layers import is_norm, outermost_lists
+from rosa_lightning.models.meta import replaced_tensors
 from rosa_lightning.models.quantization import is_packed
 from rosa_lightning.roae.layer import RoAELinear
 from rosa_lightning.utils.agreement import several_ranks, together
 
-T = TypeVar("T")
+Loaded = TypeVar("Loaded", bound=tuple[Any, ...])
 
 
 def is_sharded(strategy: Strategy | None) -> bool:
@@ -31,8 +30,8 @@ def is_sharded(strategy: Strategy | None) -> bool:
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
 
 
-def load_on_rank_zero(load: Callable[[], T], strategy: Strategy | None) -> T:
-    """The result of `load`, called on rank 0 alone; elsewhere its parameters are on meta.
+def load_on_rank_zero(load: Callable[[], Loaded], strategy: Strategy | None) -> Loaded:
+    """What `load` gives, a model first, called on rank 0 alone; elsewhere parameters are on meta.
 
     Where it cannot be sent (packed weights, classes of code that came with a base), every rank
     loads.
@@ -42,38 +41,32 @@ def load_on_rank_zero(load: Callable[[], T], strategy: Strategy | None) -> T:
     """
     if strategy is None or not several_ranks():
         return load()
-    loaded: list[T] = []
+    loaded: list[Loaded] = []
     with together("loading of the base"):
         if dist.get_rank() == 0:
             loaded = [load()]
-    message = strategy.broadcast(_without_values(loaded[0]) if loaded else None)
+    message = strategy.broadcast(pickle_without_values(loaded[0]) if loaded else None)
     if loaded:
         return loaded[0]
-    return load() if message is None else cast(T, pickle.loads(message))
+    return load() if message is None else cast(Loaded, pickle.loads(message))
 
 
-class _Pickler(pickle.Pickler):
-    """Leaves the values of parameters out; what is shared stays shared."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, nn.Parameter):
-            if is_packed(obj):
-                raise pickle.PicklingError("a packed weight is more than its values")
-            return _empty, (obj.shape, obj.dtype, obj.requires_grad)
-        return NotImplemented
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
-
-
-def _without_values(value: object) -> bytes | None:
-    buffer = io.BytesIO()
-    try:
-        _Pickler(buffer).dump(value)
-    except (pickle.PicklingError, AttributeError, TypeError):
+def pickle_without_values(loaded: tuple[Any, ...]) -> bytes | None:
+    """A model and what follows it, without the values of parameters; None if that cannot be."""
+    model: nn.Module = loaded[0]
+    if any(is_packed(parameter) for parameter in model.parameters()):
         return None
-    return buffer.getvalue()
+    with replaced_tensors(model, _on_meta):
+        try:
+            return pickle.dumps(loaded)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return None
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
 
 
 def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Module:
@@ -120,17 +113,6 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
                 # output, and an output that is a view would lose it if changed in place.
                 unit.register_forward_hook(lambda _module, _args, output: output.clone())
     return model
-
-
-def leave_packed_out(module: nn.Module) -> None:
-    """Keep packed weights out of what `DistributedDataParallel` broadcasts at its start.
-
-    It cannot send them, and every rank has loaded its own. torch 2.13 has no public way.
-    """
-    packed = [name for name, weight in module.named_parameters() if is_packed(weight)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
-        module, packed
-    )
 
 
 def _broadcast(

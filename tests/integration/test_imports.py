@@ -112,7 +112,6 @@ STILL: dict[str, set[str]] = {
     "models/quantization.py": {"_weight_conversions"},
     "module.py": {"_should_accumulate", "_trainer"},
     "training/resume.py": {"_val_check_time_interval"},
-    "training/sharding.py": {"_set_params_and_buffers_to_ignore_for_model"},
     "utils/stopping.py": {
         "_accelerator_connector",
         "_checkpoint_connector",
