@@ -21,7 +21,7 @@ from rosa_lightning.models.kv_cache import (
     cache_argument,
     common_start,
     forward_arguments,
-    inputs_behind_prefix,
+    inputs_after_prefix,
     new_cache,
 )
 
@@ -196,7 +196,7 @@ def prefill(
     inputs["position_ids"] = (mask_RT.cumsum(1) - 1).clamp(min=0)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if num_shared >= WORTH_SHARING and len(rows) > 1:
-        inputs = inputs_behind_prefix(model, inputs, num_shared, cache)
+        inputs = inputs_after_prefix(model, inputs, num_shared, cache)
     elif extendable and cache is not None:
         inputs |= {"use_cache": True, cache_argument(model): cache}
     else:

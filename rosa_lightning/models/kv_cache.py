@@ -76,7 +76,7 @@ def _rope_types(settings: Any) -> Iterator[str]:
             yield from _rope_types(value)
 
 
-def inputs_behind_prefix(
+def inputs_after_prefix(
     model: PreTrainedModel, batch: dict[str, Any], num_shared: int, cache: Any
 ) -> dict[str, Any]:
     """Run the shared prefix once into a cache, and give the inputs for the rest of all rows.

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rosa_lightning.models.quantization import is_packed
 from rosa_lightning.training.sharding import decoder_layers, is_sharded
+from rosa_lightning.utils.modules import is_checkpointed
 
 NUM_GRAPHS = 64
 """Graphs that layers of all kinds may need in all. Gradients make 6 of each kind of layer, masks
@@ -38,8 +39,7 @@ def compile_layers(
         ValueError: The strategy shards the model, or gradient checkpointing is on, which Inductor
             (torch 2.13) refuses for attention.
     """
-    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    if checkpointed and backend == "inductor":
+    if is_checkpointed(model) and backend == "inductor":
         raise ValueError(
             "model.speed.compile=true does not go with model.gradient_checkpointing=true: the "
             "compiler cannot recompute attention in the backward pass. Set one of them to false."

@@ -2,7 +2,7 @@
 
 What stands between the decoder and the logits (the head, soft-capping, scaling) is left to the
 model's own forward; hooks narrow the decoder's output on its way there, and the input of the last
-layer's feed-forward block, behind which no token looks at another.
+layer's feed-forward block, after which no token looks at another.
 
 Axes: B rows, T tokens, N chosen positions, D features, V vocabulary.
 """
@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning.dls.layers import outermost_lists
+from rosa_lightning.roae.layer import RoAELinear
+from rosa_lightning.roae.tracing import replaced
 from rosa_lightning.training.compile import is_compiled
-from rosa_lightning.utils.modules import in_mode
+from rosa_lightning.utils.modules import in_mode, is_checkpointed
+from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +45,10 @@ def logits_at(
         positions_N: Indices into the flattened (B, T) of the inputs, each once.
         block: What `last_block` found, to be run at these positions alone.
     """
-    narrowed = _changed(decoder_of(model), lambda output: _at(output, positions_N))
-    with narrowed, _narrowed(block, positions_N):
+    with (
+        decoder_of(model).register_forward_hook(lambda *args: _at(args[-1], positions_N)),
+        _narrowed(block, positions_N),
+    ):
         logits: Tensor = model(**inputs).logits
     return logits[0]
 
@@ -60,18 +65,19 @@ def states_at(
         States, shape (N, D), and a function of some of them, (n, D), to logits, (n, V). It calls
         the model with the decoder's output given, so it may be run again in the backward pass.
     """
+    decoder = decoder_of(model)
     outputs: list[Any] = []
 
-    def one_position(output: Any) -> Any:
+    def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
         outputs.append(_at(output, positions_N))
         return _with_states(outputs[0], outputs[0].last_hidden_state[:, :1])
 
-    with _changed(decoder_of(model), one_position), _narrowed(block, positions_N):
+    with decoder.register_forward_hook(keep), _narrowed(block, positions_N):
         model(**inputs)
     output = outputs[0]
 
     def head(states_ND: Tensor) -> Tensor:
-        with _replayed(decoder_of(model), _with_states(output, states_ND[None])):
+        with replaced(decoder, "forward", lambda *_, **__: _with_states(output, states_ND[None])):
             logits: Tensor = model(**inputs).logits
         return logits[0]
 
@@ -81,21 +87,20 @@ def states_at(
 @torch.no_grad()
 def unsupported_reason(model: PreTrainedModel, ids_BT: Tensor) -> str:
     """Why a model's head cannot be given fewer positions; empty if it can, compared on some ids."""
+    name = type(model).__name__
     if decoder_of(model) is model:
-        return f"{type(model).__name__} has no decoder apart from its head"
+        return f"{name} has no decoder apart from its head"
     inputs, positions_N = _sample(ids_BT)
     with in_mode(model, False):
         whole_NV = model(**inputs).logits.flatten(0, 1)[positions_N]
         try:
-            found = logits_at(model, inputs, positions_N)
             states_ND, head = states_at(model, inputs, positions_N)
-            found_again = head(states_ND)
+            found = (logits_at(model, inputs, positions_N), head(states_ND))
         except Exception as error:
-            line = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            return f"the head of {type(model).__name__} refuses fewer positions: {line}"
-    for one in (found, found_again):
-        if one.shape != whole_NV.shape or not close(one, whole_NV):
-            return f"the head of {type(model).__name__} gives other logits for fewer positions"
+            line = f"{type(error).__name__}: {one_line(error, 120)}"
+            return f"the head of {name} refuses fewer positions: {line}"
+    if not all(one.shape == whole_NV.shape and close(one, whole_NV) for one in found):
+        return f"the head of {name} gives other logits for fewer positions"
     return ""
 
 
@@ -145,20 +150,15 @@ def close(found: Tensor, wanted: Tensor, half: float = 0.02) -> bool:
 
 
 def _candidate(model: PreTrainedModel) -> nn.Module | None:
-    """What looks like the last layer's feed-forward block: its largest part without attention.
-
-    None where layers are checkpointed or compiled, which run whole.
-    """
-    if is_compiled(model) or any(
-        getattr(module, "gradient_checkpointing", False) for module in model.modules()
-    ):
+    """What looks like the last layer's feed-forward block: its largest part without attention."""
+    if is_compiled(model) or is_checkpointed(model):  # those layers run whole
         return None
     lists = outermost_lists(decoder_of(model), lambda _: True)
     own = [layers for name, layers in lists.items() if "." not in name]
     sizes = {}
     for part in own[-1][-1].children() if own else ():
         weights = [*part.parameters(), *part.buffers()]  # weights in few bits may be buffers
-        adapted = any(hasattr(module, "roae_A") for module in part.modules())
+        adapted = any(isinstance(module, RoAELinear) for module in part.modules())
         # No norm, which attention may follow.
         if not adapted and any(weight.ndim > 1 for weight in weights):
             sizes[part] = sum(weight.numel() for weight in weights)
@@ -174,16 +174,6 @@ def _with_states(output: Any, states: Tensor) -> Any:
     changed = copy.copy(output)
     changed.last_hidden_state = states
     return changed
-
-
-@contextmanager
-def _changed(decoder: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Change what a decoder returns."""
-    handle = decoder.register_forward_hook(lambda _module, _args, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -204,23 +194,5 @@ def _narrowed(block: nn.Module | None, positions_N: Tensor) -> Iterator[None]:
         zeros = output_1ND.new_zeros(batch * tokens, output_1ND.shape[-1])
         return zeros.index_copy(0, positions_N, output_1ND[0]).view(batch, tokens, -1)
 
-    handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
-    try:
+    with block.register_forward_pre_hook(before), block.register_forward_hook(after):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _replayed(decoder: nn.Module, output: Any) -> Iterator[None]:
-    """Let a decoder return an earlier output, and compute nothing."""
-    own = vars(decoder).get("forward")
-    decoder.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own

@@ -185,7 +185,7 @@ class LossComputer:
     def _inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """What the model's forward takes, and how many columns are left out of it."""
         if num_shared := self._num_shared(batch):
-            return shared_prefix.rows_behind(self.model, batch, num_shared), num_shared
+            return shared_prefix.rows_after_prefix(self.model, batch, num_shared), num_shared
         names = ["input_ids", "position_ids"]
         if not is_packed_batch(batch):
             names.append("attention_mask")

@@ -1,11 +1,10 @@
 """Take a batch in parts whose activations are never alive together, as one loss.
 
-The gradients of all parts but the last are computed as soon as their loss is known, and handed on
+The gradients of all parts but the last are computed as soon as their loss is known, and passed on
 in the backward pass. So Lightning and DDP see one loss and one backward pass.
 
-Rows are run beside others than in the whole batch. What looks at all rows that are run together
-sees those of a part: a dropout's draws, the outliers of ``llm_int8``, a rotation that follows the
-longest row (``dynamic``, ``longrope``).
+What depends on the rows that run together sees those of a part: a dropout's draws, the outliers of
+``llm_int8``, a rotation that follows the longest row (``dynamic``, ``longrope``).
 
 Axes: B rows, T tokens, P tokens of a shared prefix that is computed once.
 """
@@ -86,14 +85,9 @@ def _padded(batch: dict[str, Any], num_tokens: int, num_shared: int) -> list[dic
 def _packed(batch: dict[str, Any], num_tokens: int) -> list[dict[str, Any]]:
     groups = _groups(batch["row_lengths"].tolist(), sum, num_tokens)
     sizes = [*map(sum, groups)]
-    columns = zip(*(batch[name].split(sizes, dim=1) for name in _PER_TOKEN), strict=True)
-    return [
-        {
-            **dict(zip(_PER_TOKEN, tensors, strict=True)),
-            "row_lengths": batch["row_lengths"].new_tensor(group),
-        }
-        for group, tensors in zip(groups, columns, strict=True)
-    ]
+    parts = {name: batch[name].split(sizes, dim=1) for name in _PER_TOKEN}
+    parts["row_lengths"] = batch["row_lengths"].split([*map(len, groups)])
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 def _groups(
@@ -119,9 +113,8 @@ def accumulate_loss(
 ) -> Tensor:
     """Sum of the parts' losses (at least one part), with the graph of the last part alone.
 
-    Its gradients are those of all parts for every leaf that any of them reached, parameters and
-    others. It can be differentiated once. For other tensors than leaves, and for graphs that parts
-    have in common, there is but the last part.
+    Its gradients are those of all parts for every leaf that any of them reached; for other tensors,
+    and for graphs that parts have in common, those of the last part. It can be differentiated once.
     """
     *early, last = parts
     if not early:
@@ -142,7 +135,7 @@ def _add_gradients(loss: Tensor, gradients: MutableMapping[Tensor, Tensor]) -> T
     leaves = _leaves(loss)
     if not leaves:
         return loss.detach()
-    # As the backward pass is run, outside.
+    # As a backward pass is run, outside of autocast.
     with torch.autocast(loss.device.type, enabled=False):
         try:
             found = torch.autograd.grad(loss, leaves, allow_unused=True)

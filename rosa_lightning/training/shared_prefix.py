@@ -1,7 +1,7 @@
 """Whether a model can compute the token prefix that all rows of a batch share once, with gradients.
 
-`kv_cache.inputs_behind_prefix` computes it. Whether loss and gradients stay what they are is tried
-out on the model itself.
+`kv_cache.inputs_after_prefix` computes it. Whether loss and gradients stay the same is tested on
+the model itself.
 
 Axes: B rows, T tokens.
 """
@@ -20,27 +20,29 @@ from rosa_lightning.models.kv_cache import (
     SharedPrefixCacheLayer,
     cache_argument,
     forward_arguments,
-    inputs_behind_prefix,
+    inputs_after_prefix,
     new_cache,
 )
 from rosa_lightning.training.compile import is_compiled
 from rosa_lightning.training.head import close
-from rosa_lightning.utils.modules import in_mode
+from rosa_lightning.utils.modules import in_mode, is_checkpointed
 from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HALF = 0.1
-"""Bound on relative differences in 16 bits: rows behind a cache use other kernels."""
+"""Bound on relative differences in 16 bits: rows after a cache use other kernels."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention_window")
 
 
-def rows_behind(model: PreTrainedModel, batch: dict[str, Any], num_shared: int) -> dict[str, Any]:
-    """Compute the shared prefix with gradients; arguments as for `inputs_behind_prefix`."""
+def rows_after_prefix(
+    model: PreTrainedModel, batch: dict[str, Any], num_shared: int
+) -> dict[str, Any]:
+    """Compute the shared prefix with gradients; arguments as for `inputs_after_prefix`."""
     cache = DynamicCache()
     cache.layers = [SharedPrefixCacheLayer(keep=False) for _ in _cache_layers(model)]
-    return inputs_behind_prefix(model, batch, num_shared, cache)
+    return inputs_after_prefix(model, batch, num_shared, cache)
 
 
 def _cache_layers(model: PreTrainedModel) -> list[Any]:
@@ -60,15 +62,15 @@ def attention_window(model: PreTrainedModel) -> int | None:
 def unsupported_reason(model: PreTrainedModel, ids_T: Tensor, *, training: bool) -> str:
     """Why a model cannot share a prefix; empty if it can.
 
-    Logits behind a shared prefix are compared with those of single rows, on at least 17 ids, and in
+    Logits after a shared prefix are compared with those of single rows, on at least 17 ids, and in
     training gradients too.
     """
     kind = type(model).__name__
     if training:
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        if is_checkpointed(model):
             return "with gradient checkpointing decoder layers drop their keys and values"
         if is_compiled(model):
-            return "compiled layers would run uncompiled behind keys and values"
+            return "compiled layers would run uncompiled after keys and values"
         if found := next(_random_parts(model), ""):
             return f"{found} would fall on all rows alike"
     if not cache_argument(model):
@@ -97,7 +99,7 @@ def _random_parts(model: nn.Module) -> Iterator[str]:
 
 
 def _difference(model: PreTrainedModel, ids: Tensor, gradients: bool) -> str:
-    """How two rows behind a shared prefix differ from the same rows alone."""
+    """How two rows after a shared prefix differ from the same rows alone."""
     kind = type(model).__name__
     start, first, second = ids[:8], ids[8:14], ids[14:17]
     wanted = torch.cat([_single(model, start, rest) for rest in (first, second)])
@@ -105,11 +107,11 @@ def _difference(model: PreTrainedModel, ids: Tensor, gradients: bool) -> str:
         found = _together(model, start, first, second)
     except Exception as error:
         line = one_line(error, 120)
-        return f"{kind} cannot go on from a cache: {type(error).__name__}: {line}"
+        return f"{kind} cannot continue from a cache: {type(error).__name__}: {line}"
     if not close(found, wanted, _HALF):
-        return f"{kind} gives other logits behind a shared prefix"
+        return f"{kind} gives other logits after a shared prefix"
     if gradients and not _same_gradients(model, found, wanted):
-        return f"the gradients of {kind} differ behind a shared prefix"
+        return f"the gradients of {kind} differ after a shared prefix"
     return ""
 
 
@@ -123,12 +125,9 @@ def _together(model: PreTrainedModel, start: Tensor, first: Tensor, second: Tens
     ids_BT = torch.stack([torch.cat([start, first]), torch.cat([first[:gap], start, second])])
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, :gap] = 0
-    batch = {
-        "input_ids": ids_BT,
-        "attention_mask": mask_BT,
-        "position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0),
-    }
-    logits: Tensor = model(**rows_behind(model, batch, len(start))).logits
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
+    logits: Tensor = model(**rows_after_prefix(model, batch, len(start))).logits
     return torch.cat([logits[0], logits[1, gap:]])
 
 

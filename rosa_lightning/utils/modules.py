@@ -21,6 +21,11 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether any module of a `transformers` model recomputes its activations in the backward."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def held_gradients(module: nn.Module) -> dict[str, Tensor]:
     """This rank's part of the gradients that are there, by the parameter's name, on the CPU."""
     held = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}

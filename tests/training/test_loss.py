@@ -14,7 +14,7 @@ from rosa_lightning import RoAEConfig, inject_roae
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.loss import LossComputer
-from rosa_lightning.training.shared_prefix import rows_behind
+from rosa_lightning.training.shared_prefix import rows_after_prefix
 from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import FAMILIES, SMALL, build, rosa_module
 from tests.model_zoo.small import build_small, causal_models
@@ -340,13 +340,13 @@ def test_a_model_whose_cache_is_without_gradients_computes_whole_rows(said, monk
     model = adapted(build("llama"))
 
     def detached(*args):
-        inputs = rows_behind(*args)
+        inputs = rows_after_prefix(*args)
         (cache,) = (value for value in inputs.values() if hasattr(value, "layers"))
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         return inputs
 
-    monkeypatch.setattr("rosa_lightning.training.shared_prefix.rows_behind", detached)
+    monkeypatch.setattr("rosa_lightning.training.shared_prefix.rows_after_prefix", detached)
     check(model, batch_of())
     assert "the gradients of LlamaForCausalLM differ" in said[0]
     batch = batch_of()
