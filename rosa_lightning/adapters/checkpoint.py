@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,6 +20,7 @@ from rosa_lightning.adapters.metadata import (
     check_same_config,
 )
 from rosa_lightning.roae.inject import is_adapter_key
+from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.files import check_archive, check_name, open_input
 from rosa_lightning.utils.rng import of_all_ranks, rng_state
 
@@ -29,15 +30,12 @@ _SHARDED_METADATA = "meta.pt"
 """The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""
 
 
-@dataclass(frozen=True)
-class RankState:
+class RankState(NamedTuple):
     """What one process goes on with, besides what Lightning restores."""
 
     rng: dict[str, Any]
-    """States of its random generators."""
     gradients: dict[str, Tensor] | None
-    """Its gradients by the parameter's name, where the checkpoint lies between two batches of one
-    optimizer step."""
+    """By the parameter's name, where the checkpoint lies between two batches of one step."""
 
 
 def pack(
@@ -46,10 +44,10 @@ def pack(
     roae: Mapping[str, Any],
     gradients: dict[str, Tensor] | None = None,
 ) -> None:
-    """Leave the base's weights out of a Lightning checkpoint and add what must be remembered.
+    """Leave the base's weights out of a checkpoint and add what must be remembered.
 
-    Every rank must call this, for the state of all. ``gradients`` are this rank's, where an
-    optimizer step has had some of its batches; None on every rank or on none.
+    Every rank must call this. ``gradients`` are this rank's, where an optimizer step has had some
+    of its batches; None on every rank or on none.
     """
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: state[key] for key in state if is_adapter_key(key)}
@@ -65,7 +63,7 @@ def pack(
 
 def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> AdapterMetadata:
     """What a checkpoint remembers of its adapter; ValueError if it holds none, or a damaged one."""
-    about = checkpoint.get(CHECKPOINT_KEY)
+    about = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(about, dict):
         raise ValueError(
             "the checkpoint holds no RoSA adapter. Give one that RoSAModule has written."
@@ -84,17 +82,14 @@ def unpack(
     rank: int,
     world_size: int | None,
 ) -> RankState | None:
-    """Check that a checkpoint is ours and fits, and return what this rank goes on with.
+    """Check that a checkpoint is of this base and these settings; what this rank goes on with.
 
-    ``base`` and ``roae`` are those given, ``world_size`` that of the training that goes on. None
-    where none does or, with a warning, where another number of processes wrote the checkpoint.
-
-    Raises:
-        ValueError: No adapter in it, another base, or other RoAE settings; says what differs.
+    None where no training goes on (``world_size`` None) or, with a warning, where another number
+    of processes wrote the checkpoint.
     """
     metadata = checkpoint_metadata(checkpoint)
     base.check(metadata.base, "checkpoint")
-    check_same_config(asdict(metadata.roae), roae)
+    check_same_config(metadata.roae, RoAEConfig(**roae))
     if world_size is None:
         return None
     states: list[dict[str, Any]] = checkpoint[CHECKPOINT_KEY]["rng"]
@@ -112,10 +107,8 @@ def unpack(
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint's content, on the CPU, read without running code from it.
 
-    Of a folder of shards, all but the tensors.
-
-    Raises:
-        ValueError: It is missing or damaged, holds more than plain values, or no adapter.
+    Of a folder of shards, all but the tensors. ValueError if it is missing or damaged, holds more
+    than plain values, or no adapter.
     """
     check_name(path)
     sharded = Path(path, _SHARDED_METADATA)
@@ -132,33 +125,22 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             f"{path} is no checkpoint that can be read safely ({known or type(error).__name__}). "
             "Give one that RoSAModule has written."
         ) from error
-    needed = {CHECKPOINT_KEY} if file is sharded else {CHECKPOINT_KEY, "state_dict"}
-    if not isinstance(content, dict) or not needed <= content.keys():
-        raise ValueError(
-            f"{path} holds no RoSA adapter. Give a checkpoint that RoSAModule has written."
-        )
     try:
         checkpoint_metadata(content)
+        if file is not sharded and "state_dict" not in content:
+            raise ValueError("it holds no weights. Give another one.")
         dict(content.get("hyper_parameters") or {})
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}. Give one that RoSAModule has written."
-        ) from error
+        raise ValueError(f"{path}: {error}") from error
     return content
 
 
 def checkpoint_defaults(ckpt_path: str | None, model: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint, or else an adapter, knows of its model, by configuration key.
 
-    A checkpoint holds its adapter, so with one ``model.adapter`` does not count. Never
-    ``model.trust_remote_code``: whether to run code is the user's to say.
-
-    Args:
-        ckpt_path: A checkpoint of `RoSAModule`: a file, or a folder of shards.
-        model: The keys below ``model`` as they are without that knowledge.
-
-    Raises:
-        ValueError: It cannot be read, or holds no adapter of this package.
+    ``model`` holds the keys below ``model`` as they are without that knowledge. A checkpoint holds
+    its adapter, so with one ``model.adapter`` does not count. Never ``model.trust_remote_code``:
+    whether to run code is the user's to say.
     """
     options: dict[str, Any] = {}
     if ckpt_path is not None:

@@ -14,10 +14,10 @@ from rosa_lightning.adapters.files import check_plain_model, write_adapter
 from rosa_lightning.adapters.lora import write_lora
 from rosa_lightning.adapters.metadata import Conditions
 from rosa_lightning.models.finite import check_weights
-from rosa_lightning.models.quantization import is_quantized
-from rosa_lightning.roae.inject import innermost, merged, roae_layers, roae_report
+from rosa_lightning.roae.inject import merged, roae_layers, roae_report
 from rosa_lightning.utils.files import atomic_directory
 from rosa_lightning.utils.modules import in_mode
+from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,29 +69,28 @@ def export_adapter(
 
     Args:
         model: A base with RoAE; of a `RoSAModule` its ``model``.
-        folder: Where to; must not exist. It appears when all files are written.
+        folder: Must not exist. It appears when all files are written.
         format: ``peft``: a LoRA for PEFT, vLLM or llama.cpp. ``merged``: the base with the terms
-            folded in, in float32 and cast once, as `AutoModelForCausalLM.from_pretrained` loads it.
-            ``rosa``: weights and settings for `load_adapter`.
+            folded in, in float32 and cast once. ``rosa``: for `load_adapter`.
         tokenizer: Saved beside a merged model.
         max_shard_size: Largest weights file of a merged model; 5GB if not given.
         dequantize: Merge into a quantised base by making a plain model of it, in the dtype of its
             configuration.
         trained: How it was trained, which ``peft`` and ``rosa`` remember.
 
-    Returns:
-        Size, and for ``merged`` how far the logits moved.
-
     Raises:
         ValueError: No RoAE in the model, a term that the format cannot hold, an unknown format, an
             option of another format, or a folder that exists.
         OSError: The disk is full, or refuses. Nothing is left behind.
     """
-    check_options(format, max_shard_size=max_shard_size, dequantize=dequantize)
-    if tokenizer is not None and format != "merged":
-        raise ValueError(_of_merged("tokenizer", format))
+    merged_only = {"max_shard_size": max_shard_size, "dequantize": dequantize}
+    check_options(format, tokenizer=tokenizer, **merged_only)
     check_plain_model(model, "export_adapter")
-    _check_terms(model, format, dequantize)
+    roae_report(model)
+    for name, layer in roae_layers(model):
+        check_weights({f"{name}.roae_A": layer.roae_A, f"{name}.roae_B": layer.roae_B})
+        if format != "rosa":
+            layer.check_mergeable(dequantize=dequantize or format == "peft")
     differences: tuple[float | None, float | None] = None, None
     try:
         with atomic_directory(folder) as written:
@@ -106,57 +105,30 @@ def export_adapter(
             num_bytes = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"{folder} cannot be written: {' '.join(str(error).split())}. Nothing was left behind. "
-            "Make room, or give a folder that can be made."
+            f"{folder} cannot be written: {one_line(error)}. Nothing was left behind. Make room, "
+            "or give a folder that can be made."
         ) from error
     notes = _loading_note(model) if format == "merged" else ()
     return ExportReport(Path(folder), format, num_bytes, *differences, notes)
 
 
-def check_options(
-    format: str, *, max_shard_size: str | None = None, dequantize: bool = False
-) -> None:
-    """Check what `export_adapter` is told before a model is loaded for it."""
+def check_options(format: str, **merged_only: Any) -> None:
+    """Check what `export_adapter` is told, before a model is loaded for it."""
     if format not in get_args(Format):
         raise ValueError(f"format={format!r} is unknown. Set one of {', '.join(get_args(Format))}.")
-    for name, given in (("max_shard_size", max_shard_size is not None), ("dequantize", dequantize)):
-        if given and format != "merged":
-            raise ValueError(_of_merged(name, format))
-    if max_shard_size is None:
-        return
-    size = re.fullmatch(r"\s*(\d+(\.\d+)?)\s*[KMGT]B\s*", str(max_shard_size), re.IGNORECASE)
-    if size is None or float(size[1]) == 0:
+    for name, value in merged_only.items():
+        if value not in (None, False) and format != "merged":
+            raise ValueError(
+                f"{name} is an option of format merged, and format is {format}. Leave it out, or "
+                "set format to merged."
+            )
+    size = merged_only.get("max_shard_size")
+    if size is not None and not re.fullmatch(
+        r"\s*(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", str(size), re.IGNORECASE
+    ):
         raise ValueError(
-            f"max_shard_size={max_shard_size!r} is no size of a file. Give a number above 0 with "
-            "KB, MB, GB or TB, such as 5GB."
-        )
-
-
-def _of_merged(option: str, format: str) -> str:
-    return (
-        f"{option} is an option of format merged, and format is {format}. Leave it out, or set "
-        "format to merged."
-    )
-
-
-def _check_terms(model: PreTrainedModel, format: Format, dequantize: bool) -> None:
-    """Check that the terms of a model are numbers and that a format can hold them."""
-    for name, layer in roae_layers(model):
-        check_weights({f"{name}.roae_A": layer.roae_A, f"{name}.roae_B": layer.roae_B})
-    after_norm = [term for term in roae_report(model).projections if term.norm]
-    if format != "rosa" and after_norm:
-        what = "a LoRA" if format == "peft" else "a merged weight"
-        raise ValueError(
-            f"placement=state adds the term of {after_norm[0].projection} after "
-            f"{after_norm[0].norm}, which {what} cannot express. Export with format rosa, or train "
-            "with model.roae.placement=projection."
-        )
-    packed = any(is_quantized(innermost(layer)) for _, layer in roae_layers(model))
-    if format == "merged" and packed and not dequantize:
-        raise ValueError(
-            "the base is quantised, and rounding the sum to so few bits would lose much of what "
-            "was trained. Export with dequantize=True (on the command line: --dequantize true) for "
-            "a plain model, or with format peft or rosa."
+            f"max_shard_size={size!r} is no size of a file. Give a number above 0 with KB, MB, GB "
+            "or TB, such as 5GB."
         )
 
 
@@ -172,11 +144,7 @@ def _write_merged(
 
 
 def _loading_note(model: PreTrainedModel) -> tuple[str, ...]:
-    """What loads the saved model, where `AutoModelForCausalLM` does not.
-
-    Of some vision-language models it makes the language model alone, whose own configuration it
-    does not know.
-    """
+    """What loads the saved model: not always the auto class, of some vision-language models."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 
     known: Any = CAUSAL.get(type(model.config), ())
@@ -195,15 +163,14 @@ def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
     from transformers import GenerationConfig
 
     own: Any = model.generation_config
-    if own is None:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    if own is not None:
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
         model.generation_config = own
-    own.to_json_file(folder / "generation_config.json")
+    if own is not None:
+        own.to_json_file(folder / "generation_config.json")
 
 
 @torch.no_grad()

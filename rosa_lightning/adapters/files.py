@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,15 +12,14 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import save_file
 from torch import nn
 
-from rosa_lightning.adapters import peft_format
-from rosa_lightning.adapters.lora import lora_metadata, lora_weights
+from rosa_lightning.adapters import lora
 from rosa_lightning.adapters.metadata import (
     AdapterMetadata,
     Conditions,
     check_same_config,
     fingerprint,
 )
-from rosa_lightning.adapters.peft_format import read_json, read_tensors
+from rosa_lightning.adapters.reading import naming, read_json, read_tensors
 from rosa_lightning.roae.inject import (
     RoAEReport,
     check_adapter_keys,
@@ -38,12 +37,7 @@ ignored."""
 
 
 def write_adapter(model: nn.Module, folder: Path, trained: Conditions | None = None) -> None:
-    """Write the adapter of a model, and how it was trained, into an existing folder.
-
-    Raises:
-        ValueError: The model carries no RoAE.
-        OSError, SafetensorError: The disk is full, or refuses.
-    """
+    """Write the adapter of a model, and how it was trained, into an existing folder."""
     metadata = AdapterMetadata.of(model, trained).to_dict()
     state = model.state_dict()
     weights = {key: state[key].cpu().contiguous() for key in state if is_adapter_key(key)}
@@ -60,7 +54,7 @@ def read_metadata(folder: Path) -> AdapterMetadata:
         ValueError: It holds no adapter of this package, or a damaged one.
     """
     if _is_lora(folder):
-        return lora_metadata(folder)
+        return lora.lora_metadata(folder)
     path = folder / CONFIG_FILE
     config = read_json(path)
     if config.get("format") not in (1, _FORMAT) and "base" in config:
@@ -68,10 +62,8 @@ def read_metadata(folder: Path) -> AdapterMetadata:
             f"{path} is of format {config.get('format')} (written by {config.get('package')}), and "
             f"this release reads format {_FORMAT}. Install the release that wrote it."
         )
-    try:
+    with naming(path):
         return AdapterMetadata.from_dict(config)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}. Export the adapter again.") from error
 
 
 def load_adapter(
@@ -95,11 +87,34 @@ def load_adapter(
     folder = Path(folder)
     check_plain_model(model, "load_adapter")
     metadata = read_metadata(folder)
-    if config is not None:
-        check_same_config(asdict(metadata.roae), asdict(config))
-        metadata = replace(metadata, roae=replace(metadata.roae, dropout=config.dropout))
+    given = metadata.roae if config is None else config
+    check_same_config(metadata.roae, given)
     fingerprint(model).check(metadata.base)
-    return _put_adapter(model, folder, metadata)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    report = inject_roae(model, replace(metadata.roae, dropout=given.dropout))
+    try:
+        metadata.check_rotation(report)
+        _load_weights(model, folder, report)
+    except BaseException:
+        remove_roae(model)
+        for parameter, required_grad in trained:
+            parameter.requires_grad_(required_grad)
+        raise
+    return report
+
+
+@torch.no_grad()
+def _load_weights(model: nn.Module, folder: Path, report: RoAEReport) -> None:
+    own = {name: value for name, value in model.named_parameters() if is_adapter_key(name)}
+    if _is_lora(folder):  # it leaves out what training did not change, which begins anew
+        weights = lora.lora_weights(folder, report)
+        left_out = {name: torch.zeros(own[name].shape) for name in own.keys() - weights.keys()}
+        check_adapter_keys(model, {**weights, **left_out})
+    else:
+        weights = read_tensors(folder / WEIGHTS_FILE)
+        check_adapter_keys(model, weights)
+    for name, value in weights.items():
+        own[name].copy_(value)
 
 
 def check_plain_model(model: nn.Module, function: str) -> None:
@@ -115,37 +130,12 @@ def _is_lora(folder: Path) -> bool:
     """Whether a folder holds an adapter in the format of PEFT; ValueError if it holds none."""
     if (folder / CONFIG_FILE).exists():
         return False
-    if (folder / peft_format.CONFIG_FILE).exists():
+    if (folder / lora.CONFIG_FILE).exists():
         return True
-    found = f"neither {CONFIG_FILE} nor {peft_format.CONFIG_FILE} is there"
+    found = f"neither {CONFIG_FILE} nor {lora.CONFIG_FILE} is there"
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "there is no such folder"
     raise ValueError(
         f"{folder} holds no adapter: {found}. Give a folder on this machine that export has "
         "written, with format rosa or peft."
     )
-
-
-def _put_adapter(model: nn.Module, folder: Path, metadata: AdapterMetadata) -> RoAEReport:
-    """Add RoAE to a base and load a folder's weights; the model stays as it was if that fails."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    report = inject_roae(model, metadata.roae)
-    try:
-        metadata.check_rotation(report)
-        own = {name: value for name, value in model.named_parameters() if is_adapter_key(name)}
-        if _is_lora(folder):  # it leaves out what training did not change, which begins anew
-            weights = lora_weights(folder, report)
-            fresh = {name: torch.zeros(value.shape) for name, value in own.items()}
-            check_adapter_keys(model, {**fresh, **weights})
-        else:
-            weights = read_tensors(folder / WEIGHTS_FILE)
-            check_adapter_keys(model, weights)
-        with torch.no_grad():
-            for name, value in weights.items():
-                own[name].copy_(value)
-    except BaseException:
-        remove_roae(model)
-        for parameter, required_grad in trained:
-            parameter.requires_grad_(required_grad)
-        raise
-    return report

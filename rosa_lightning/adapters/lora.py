@@ -7,26 +7,26 @@ fused projection are one LoRA: their A are stacked, and each has columns of B of
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rosa_lightning.adapters.metadata import AdapterMetadata, Conditions
-from rosa_lightning.adapters.peft_format import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_names,
-    lora_config,
-    read_header,
-    read_json,
-    read_tensors,
-    target_modules,
-)
+from rosa_lightning.adapters.reading import naming, read_header, read_json, read_tensors
+from rosa_lightning.models.loading import hub_commit
 from rosa_lightning.roae.inject import RoAEReport, roae_layers, roae_report
 from rosa_lightning.roae.targets import AdaptedProjection
 from rosa_lightning.utils.strict_json import parse
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_HEADER = ("roae", "roae_conditions")
+"""Entries of the metadata that have a header entry of their own; ``roae_origin`` holds the rest."""
 
 
 def write_lora(model: nn.Module, folder: Path, trained: Conditions | None = None) -> None:
@@ -47,9 +47,9 @@ def write_lora(model: nn.Module, folder: Path, trained: Conditions | None = None
         OSError, SafetensorError: The disk is full, or refuses.
     """
     report = roae_report(model)
-    check_names(model, dict.fromkeys(term.projection for term in report.projections))
-    layers = dict(roae_layers(model))
-    terms = terms_by_projection(report)
+    config, layers = report.config, dict(roae_layers(model))
+    terms = _by_projection(report)
+    check_names(model, terms)
     changed = {
         path: on_path
         for path, on_path in terms.items()
@@ -57,39 +57,39 @@ def write_lora(model: nn.Module, folder: Path, trained: Conditions | None = None
     }
     terms = changed or terms
     most = max(map(len, terms.values()))
-    rank = report.config.rank * most
     tensors: dict[str, Tensor] = {}
     for path, on_path in terms.items():
         first = layers[on_path[0].name].roae_A.detach()
-        A = first.new_zeros((rank, first.shape[1]), device="cpu")
-        B = first.new_zeros((on_path[0].num_rows, rank), device="cpu")
-        for term, columns in zip(on_path, _columns(report.config.rank), strict=False):
+        A = first.new_zeros((config.rank * most, first.shape[1]), device="cpu")
+        B = first.new_zeros((on_path[0].num_rows, config.rank * most), device="cpu")
+        for term, columns in _with_columns(on_path, config.rank):
             A[columns] = layers[term.name].roae_A.detach().cpu()
             B[list(term.rows), columns] = layers[term.name].roae_B.detach().cpu()
         tensors |= {_key(path, "A"): A, _key(path, "B"): B}
-    # Layers inside a wrapped projection count too, which can only make names longer than needed.
-    targets = target_modules(set(terms), (path for path, _ in model.named_modules()))
-    config = lora_config(
-        model,
-        rank=rank,
-        alpha=report.config.alpha * most,
-        dropout=report.config.dropout,
-        targets=targets,
-    )
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    base, alpha = getattr(model, "config", None), config.alpha * most
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        # As the base was loaded, which is what lets PEFT load it by itself. A shorter name than a
+        # folder's path would be taken for a hub id, and so for somebody else's model.
+        "base_model_name_or_path": getattr(base, "name_or_path", None) or None,
+        "revision": hub_commit(model),
+        "inference_mode": True,
+        "r": config.rank * most,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": config.dropout,
+        # Layers inside a wrapped projection count too, which can only make names longer.
+        "target_modules": target_modules(set(terms), (path for path, _ in model.named_modules())),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     known = AdapterMetadata.of(model, trained).to_dict()
-    header = {"format": "pt", "roae": json.dumps(known.pop("roae"))}
-    if "roae_conditions" in known:
-        header["roae_conditions"] = json.dumps(known.pop("roae_conditions"))
-    save_file(tensors, folder / WEIGHTS_FILE, {**header, "roae_origin": json.dumps(known)})
+    header = {key: json.dumps(known.pop(key)) for key in _HEADER if key in known}
+    header |= {"format": "pt", "roae_origin": json.dumps(known)}
+    save_file(tensors, folder / WEIGHTS_FILE, header)
 
 
 def lora_metadata(folder: Path) -> AdapterMetadata:
-    """The metadata in a LoRA that `write_lora` has written.
-
-    Raises:
-        ValueError: It is damaged, or was made by something else.
-    """
+    """The metadata in a LoRA that `write_lora` has written; ValueError for any other."""
     path = folder / WEIGHTS_FILE
     header = read_header(path)
     if not {"roae", "roae_origin"} <= header.keys():
@@ -98,15 +98,9 @@ def lora_metadata(folder: Path) -> AdapterMetadata:
             "into its base by PEFT (PeftModel.from_pretrained, merge_and_unload, save_pretrained) "
             "and set model.base to the merged folder."
         )
-    try:
-        known = {**parse(header["roae_origin"]), "roae": parse(header["roae"])}
-        if "roae_conditions" in header:
-            known["roae_conditions"] = parse(header["roae_conditions"])
-        return AdapterMetadata.from_dict(known)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the header of {path} cannot be read: {error}. Export the adapter again."
-        ) from error
+    with naming(path):
+        known = {key: parse(header[key]) for key in _HEADER if key in header}
+        return AdapterMetadata.from_dict({**parse(header["roae_origin"]), **known})
 
 
 def lora_weights(folder: Path, report: RoAEReport) -> dict[str, Tensor]:
@@ -123,11 +117,11 @@ def lora_weights(folder: Path, report: RoAEReport) -> dict[str, Tensor]:
         ValueError: It does not fit the model, or has been changed since.
     """
     settings, tensors = read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
-    terms = terms_by_projection(report)
+    terms, rank = _by_projection(report), report.config.rank
     paths = [path for path in terms if _key(path, "A") in tensors]
-    rank, scale = report.config.rank, report.config.alpha / report.config.rank
-    width = rank * max((len(terms[path]) for path in paths), default=1)
-    unchanged = settings.get("r") == width and settings.get("lora_alpha") == scale * width
+    most = max((len(terms[path]) for path in paths), default=1)
+    width, alpha = rank * most, report.config.alpha * most
+    unchanged = settings.get("r") == width and settings.get("lora_alpha") == alpha
     if not unchanged or len(tensors) != 2 * len(paths):
         raise ValueError(
             f"{folder} does not hold what export wrote: other tensors, r or lora_alpha. "
@@ -141,7 +135,7 @@ def lora_weights(folder: Path, report: RoAEReport) -> dict[str, Tensor]:
                 f"the LoRA on {path} has shapes {tuple(A.shape)} and {tuple(B.shape)}, which do "
                 "not fit the model. Give the base that it was trained on."
             )
-        for term, columns in zip(terms[path], _columns(rank), strict=False):
+        for term, columns in _with_columns(terms[path], rank):
             weights[f"{term.name}.roae_A"] = A[columns]
             weights[f"{term.name}.roae_B"] = B[list(term.rows), columns]
             B[list(term.rows), columns] = 0
@@ -153,7 +147,7 @@ def lora_weights(folder: Path, report: RoAEReport) -> dict[str, Tensor]:
     return weights
 
 
-def terms_by_projection(report: RoAEReport) -> dict[str, list[AdaptedProjection]]:
+def _by_projection(report: RoAEReport) -> dict[str, list[AdaptedProjection]]:
     """The terms of each projection, in the order in which a LoRA stacks them."""
     terms: dict[str, list[AdaptedProjection]] = {}
     for term in report.projections:
@@ -161,11 +155,68 @@ def terms_by_projection(report: RoAEReport) -> dict[str, list[AdaptedProjection]
     return terms
 
 
-def _columns(rank: int) -> list[slice]:
-    """The columns of B of each term on a fused projection; there are three at most, q, k and v."""
-    return [slice(start, start + rank) for start in range(0, 8 * rank, rank)]
+def _with_columns(
+    terms: list[AdaptedProjection], rank: int
+) -> Iterator[tuple[AdaptedProjection, slice]]:
+    """The terms on one projection, each with its rows of A, which are its columns of B."""
+    for i, term in enumerate(terms):
+        yield term, slice(i * rank, (i + 1) * rank)
 
 
 def _key(path: str, part: str) -> str:
     """PEFT's name of a tensor."""
     return f"base_model.model.{path}.lora_{part}.weight"
+
+
+# PEFT's rules for names.
+
+
+def target_modules(adapted: set[str], modules: Iterable[str]) -> list[str] | str:
+    """A ``target_modules`` that picks the adapted ones of a model's modules and no other.
+
+    PEFT's rule for a list (`peft.tuners.tuners_utils.check_target_module_exists`): a module is
+    picked by its path, or by any end of it that follows a dot. So last names where these pick no
+    other module, and full paths for the others; one regular expression if a full path is the end
+    of another module's.
+    """
+    others = [path.split(".") for path in modules if path not in adapted]
+    taken = {".".join(parts[start:]) for parts in others for start in range(len(parts))}
+    names = {path: path.rpartition(".")[2] for path in adapted}
+    chosen = {path if name in taken else name for path, name in names.items()}
+    if chosen & taken:
+        return "|".join(re.escape(path) for path in sorted(adapted))
+    return sorted(chosen)
+
+
+def check_names(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse projections that PEFT would take for others when it loads the LoRA.
+
+    For the sake of LoRA from before version 5 of `transformers`, which renamed modules and stacked
+    experts, PEFT puts LoRA where the weights of that name would be loaded to, whatever module of
+    that name the model has today (`peft.utils.transformers_weight_conversion`).
+    """
+    from transformers import conversion_mapping as mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
+    if mapping.get_checkpoint_conversion_mapping(kind) is None:  # type: ignore[no-untyped-call]
+        return
+    steps: list[Any] = mapping.get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    sources = [source for step in converters for source in step.source_patterns]
+    stacked = {source.split(".")[-2] for source in sources if ".experts.*." in source}
+    stacked |= {"gate"} if stacked else set()
+    for path in paths:
+        key, name = f"{path}.lora_A.weight", path.rpartition(".")[2]
+        renamed, _ = rename_source_key(key, renamings, [])
+        if name in stacked:
+            what = f"takes LoRA on {name} of {type(model).__name__} for LoRA on its routed experts"
+        elif not key.endswith(renamed):  # PEFT undoes the loss of a prefix
+            what = f"renames {path} of {type(model).__name__} when it loads LoRA"
+        else:
+            continue
+        raise ValueError(
+            f"PEFT {what}, and this is on {path}. Take its target out of model.roae.targets to "
+            "export as PEFT, or export with format merged or rosa."
+        )

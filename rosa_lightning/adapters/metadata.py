@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rosa_lightning.models.loading import base_name, whole_name
+from rosa_lightning.models.loading import base_name, hub_commit, whole_name
 from rosa_lightning.models.quantization import is_packed, is_quantized
 from rosa_lightning.roae.inject import RoAEReport, base_modules, roae_report
 from rosa_lightning.roae.layer import RoAEConfig
@@ -24,14 +24,18 @@ _SAMPLE_SIZE = 4
 """Values kept of every weight to recognise a base by."""
 _SAMPLE_TEXT = "Ada's 12,345 apples: \t 3.5 % of <b>'éß 東京\U0001f600'</b>\n\n"
 """Text whose tokens tell tokenizers apart that have the same vocabulary."""
-_PRECISIONS = {
-    None: "32-true",
-    "32": "32-true",
-    "64": "64-true",
-    "16": "16-mixed",
-    "bf16": "bf16-mixed",
-}
+_PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true"}
+_PRECISIONS |= {"16": "16-mixed", "bf16": "bf16-mixed"}
 """Shorter names of the trainer's precisions."""
+_SETTINGS = {
+    "prompt_style": "data.prompt_style",
+    "max_length": "data.max_length",
+    "tokenizer": "data.tokenizer",
+    "precision": "trainer.precision",
+    "dtype": "model.dtype",
+    "quantization": "model.quantization",
+}
+"""Configuration keys of `Conditions`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +68,7 @@ class BaseFingerprint:
 
 
 def fingerprint(model: nn.Module, base: str | None = None) -> BaseFingerprint:
-    """The fingerprint of a loaded base, with RoAE or without.
-
-    Args:
-        model: The base.
-        base: What to call it: hub id, folder, or ``tiny``; by default as it was loaded.
-    """
+    """The fingerprint of a loaded base, with RoAE or without; named as it was loaded by default."""
     samples: dict[str, list[float]] = {}
     seen: set[Tensor] = set()
     for path, module in base_modules(model):
@@ -82,9 +81,8 @@ def fingerprint(model: nn.Module, base: str | None = None) -> BaseFingerprint:
                 seen.add(parameter)
                 known = not (is_packed(parameter) or parameter.is_meta)
                 samples[f"{path}.{name}"] = _middle(parameter.detach()) if known else []
-    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
     named = base_name(model) if base is None else whole_name(base)
-    return BaseFingerprint(base=named, revision=revision, samples=samples)
+    return BaseFingerprint(base=named, revision=hub_commit(model), samples=samples)
 
 
 def _middle(weight: Tensor) -> list[float]:
@@ -99,32 +97,27 @@ def _same_values(theirs: list[float], ours: list[float] | None) -> bool:
     """Equal up to the rounding of a load in another dtype (bfloat16 keeps 8 bits)."""
     if ours is None or not ours or not theirs:  # the latter: quantised on either side
         return ours is not None
-    return len(ours) == len(theirs) and torch.allclose(
-        torch.tensor(theirs), torch.tensor(ours), rtol=2**-8, atol=1e-6
-    )
+    return _is_close(ours, theirs, rtol=2**-8, atol=1e-6)
+
+
+def _is_close(ours: list[float], theirs: list[float], rtol: float, atol: float) -> bool:
+    pair = torch.tensor(ours), torch.tensor(theirs)
+    return len(ours) == len(theirs) and torch.allclose(*pair, rtol=rtol, atol=atol)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """All beside the weights and RoAE that changes what a model reads and writes.
-
-    None for what is not known.
-    """
+    """What changes what a model reads and writes, beside the weights and RoAE; None if unknown."""
 
     prompt_style: str | None = None
-    """data.prompt_style; ``template`` in what is stored."""
+    """``template`` in what is stored."""
     max_length: int | None = None
-    """data.max_length, in tokens."""
     tokenizer: str | None = None
-    """data.tokenizer, where a name was given; else the base's own is meant, or an object's."""
+    """Where a name was given; else the base's own is meant, or an object's."""
     tokenizer_digest: str | None = None
-    """As `tokenizer_digest` gives it."""
     precision: str | None = None
-    """trainer.precision."""
     dtype: str | None = None
-    """model.dtype."""
     quantization: str | None = None
-    """model.quantization; None for none, as well."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -140,19 +133,21 @@ class Conditions:
         known = {field.name: plain.get(field.name) for field in fields(cls)}
         for name, value in known.items():
             kind = int if name == "max_length" else str
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise ValueError(
-                    f"{name} of the training is {value!r}, not of type {kind.__name__}."
-                )
+            if not isinstance(value, kind | None):
+                raise ValueError(f"{name} of the training is {value!r}, not a {kind.__name__}.")
         return cls(**known)
+
+    def settings(self) -> dict[str, Any]:
+        """The values that are known, by configuration key."""
+        values = {key: getattr(self, name) for name, key in _SETTINGS.items()}
+        unknown = {key for key, value in values.items() if value is None}
+        if self.dtype is not None:  # then no quantization is known, too
+            unknown.discard("model.quantization")
+        return {key: value for key, value in values.items() if key not in unknown}
 
     def conflicts(self, here: Conditions) -> list[str]:
         """A line for each thing that a run does otherwise than the training of an adapter."""
-        known, given = self.settings(), here.settings()
-        if self.dtype is not None:  # then no quantization is known, too
-            known["model.quantization"] = self.quantization
-            given["model.quantization"] = here.quantization
-        lines = contradictions(known, given, "the adapter")
+        lines = contradictions(self.settings(), here.settings(), "the adapter")
         digests = (self.tokenizer_digest, here.tokenizer_digest)
         if None not in digests and digests[0] != digests[1]:
             was = self.tokenizer or "the base's own"
@@ -162,18 +157,6 @@ class Conditions:
                 "other tokens or another chat template. Set data.tokenizer to that one."
             )
         return lines
-
-    def settings(self) -> dict[str, Any]:
-        """The values that are known, by configuration key."""
-        named = {
-            "data.prompt_style": self.prompt_style,
-            "data.max_length": self.max_length,
-            "data.tokenizer": self.tokenizer,
-            "trainer.precision": self.precision,
-            "model.dtype": self.dtype,
-            "model.quantization": self.quantization,
-        }
-        return {key: value for key, value in named.items() if value is not None}
 
 
 def contradictions(known: Mapping[str, Any], given: Mapping[str, Any], trained: str) -> list[str]:
@@ -185,19 +168,17 @@ def contradictions(known: Mapping[str, Any], given: Mapping[str, Any], trained: 
         trained: What was trained, such as "the checkpoint".
     """
     lines = []
-    compared = ("data.prompt_style", "data.max_length", "trainer.precision")
-    for key in (*compared, "model.dtype", "model.quantization"):
-        if key not in known or key not in given:
-            continue
-        now, then = given[key], known[key]
-        if key == "trainer.precision":
-            now, then = (_PRECISIONS.get(name and str(name)) or str(name) for name in (now, then))
-        if now != then:
-            now, then = ("null" if value is None else value for value in (now, then))
-            lines.append(
-                f"{key} is {now}, and {trained} was trained with {then}: results may suffer. "
-                f"Leave {key} out to take what it was trained with."
-            )
+    for key in _SETTINGS.values():
+        if key in known and key in given and key != "data.tokenizer":  # see `conflicts`
+            both = str(given[key]), str(known[key])
+            if key == "trainer.precision":
+                both = _PRECISIONS.get(both[0], both[0]), _PRECISIONS.get(both[1], both[1])
+            if both[0] != both[1]:
+                now, then = ("null" if value == "None" else value for value in both)
+                lines.append(
+                    f"{key} is {now}, and {trained} was trained with {then}: results may suffer. "
+                    f"Leave {key} out to take what it was trained with."
+                )
     return lines
 
 
@@ -225,19 +206,16 @@ class AdapterMetadata:
     base: BaseFingerprint
     roae: RoAEConfig
     rotation: dict[str, list[float]] | None = None
-    """How the base rotated where the adapter stands, as `rotation_fingerprint` gives it."""
+    """How the base rotated where the adapter stands; not in adapters of earlier versions."""
     conditions: Conditions | None = None
 
     @classmethod
     def of(cls, model: nn.Module, conditions: Conditions | None = None) -> AdapterMetadata:
         """Of the adapter that a model carries; ValueError if it carries none."""
         report = roae_report(model)
-        return cls(
-            base=fingerprint(model),
-            roae=report.config,
-            rotation=rotation_fingerprint(report),
-            conditions=conditions,
-        )
+        rotation = _rotation(report)
+        base = fingerprint(model)
+        return cls(base=base, roae=report.config, rotation=rotation, conditions=conditions)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -251,15 +229,11 @@ class AdapterMetadata:
         """From `to_dict`, which may have gone through JSON; ValueError if damaged."""
         try:
             base = BaseFingerprint(**plain["base"])
-            samples = {str(k): [float(v) for v in values] for k, values in base.samples.items()}
-            rotation = plain.get("rotation")  # not in adapters of earlier versions
-            if rotation is not None:
-                rotation = {str(k): [float(v) for v in values] for k, values in rotation.items()}
-            conditions = plain.get("roae_conditions")
+            rotation, conditions = plain.get("rotation"), plain.get("roae_conditions")
             return cls(
-                base=replace(base, samples=samples),
+                base=replace(base, samples=_floats(base.samples)),
                 roae=RoAEConfig(**plain["roae"]),
-                rotation=rotation,
+                rotation=None if rotation is None else _floats(rotation),
                 conditions=None if conditions is None else Conditions.from_dict(conditions),
             )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -273,13 +247,10 @@ class AdapterMetadata:
 
         For example, one whose frequencies are scaled for longer texts.
         """
-        if self.rotation is None:  # of an earlier version
+        if self.rotation is None:
             return
-        for name, ours in rotation_fingerprint(report).items():
-            theirs = self.rotation.get(name, [])
-            if len(ours) != len(theirs) or not torch.allclose(
-                torch.tensor(ours), torch.tensor(theirs), rtol=1e-3, atol=1e-9
-            ):
+        for name, ours in _rotation(report).items():
+            if not _is_close(ours, self.rotation.get(name, []), rtol=1e-3, atol=1e-9):
                 raise ValueError(
                     f"the adapter was trained where {name} rotates other dimensions, or at other "
                     "frequencies, than in this base. Give the base that it was trained on, with "
@@ -287,36 +258,24 @@ class AdapterMetadata:
                 )
 
 
-def rotation_fingerprint(report: RoAEReport) -> dict[str, list[float]]:
-    """How the base rotates at each adapted projection, by the projection's name.
-
-    Head dimension, number and sum of the adapted dimensions, and the sum of their frequencies.
-    """
-    return {
-        p.name: [
-            float(p.table.head_dim),
-            float(len(p.dims)),
-            float(sum(p.dims)),
-            float(sum(p.table.inv_freq[pair] for pair in p.low_pairs)),
-        ]
-        for p in report.projections
-    }
+def _floats(lists: Mapping[Any, Any]) -> dict[str, list[float]]:
+    return {str(name): [float(value) for value in values] for name, values in lists.items()}
 
 
-def check_same_config(
-    trained: Mapping[str, Any], given: Mapping[str, Any], name: str = "model.roae"
-) -> None:
-    """Raise ValueError where another setting than the dropout differs from the training's.
+def _rotation(report: RoAEReport) -> dict[str, list[float]]:
+    """Head dimension, number, sum and frequencies' sum of the adapted dimensions, by projection."""
+    found: dict[str, list[float]] = {}
+    for p in report.projections:
+        frequency = sum(p.table.inv_freq[pair] for pair in p.low_pairs)
+        found[p.name] = [*map(float, (p.table.head_dim, len(p.dims), sum(p.dims), frequency))]
+    return found
 
-    It would make the same weights another function.
-    """
-    for key, value in trained.items():
-        if key != "dropout" and _plain(given.get(key)) != _plain(value):
+
+def check_same_config(trained: RoAEConfig, given: RoAEConfig) -> None:
+    """Raise ValueError where a setting other than the dropout differs from the training's."""
+    for key, value in asdict(trained).items():
+        if key != "dropout" and getattr(given, key) != value:
             raise ValueError(
-                f"the adapter was trained with {name}.{key}={value}, and {given.get(key)} is "
-                f"given. Leave {name} out, or set it to what the adapter was trained with."
+                f"the adapter was trained with model.roae.{key}={value}, and {getattr(given, key)} "
+                "is given. Leave model.roae out, or set it to what the adapter was trained with."
             )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

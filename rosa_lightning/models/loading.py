@@ -31,6 +31,8 @@ _MOST = (
 )
 """Names of a configuration's numbers, and how large they may be."""
 _LONGEST_LIST = 2**16
+_COMMIT = "hub_commit"
+"""Attribute under which a loaded model keeps its commit."""
 
 
 def load_base(
@@ -86,7 +88,23 @@ def load_base(
             "model.base to a folder with all files of a causal language model."
         )
     check_base(model, base)
+    vars(model)[_COMMIT] = _cached_commit(base, revision)
     return model
+
+
+def hub_commit(model: nn.Module) -> str | None:
+    """The commit of the hub repository that `load_base` has loaded a model from, if it is known."""
+    return vars(model).get(_COMMIT)
+
+
+def _cached_commit(base: str, revision: str | None) -> str | None:
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    found = None
+    with suppress(OSError):
+        options = {"revision": revision or "main", "local_files_only": True}
+        found = cached_file(_location(base), "config.json", **options)
+    return extract_commit_hash(found, None)
 
 
 def _quantizer(

@@ -308,14 +308,16 @@ class RoAELinear(nn.Module):
         """Refuse a term added after a norm, or on a weight that stays quantised."""
         if self.defer:
             raise ValueError(
-                "placement=state adds the term after a norm on Q and K, which no weight can hold. "
-                "Train with model.roae.placement=projection to merge."
+                "placement=state adds the term after a norm on Q and K, which neither a weight nor "
+                "a LoRA can hold. Export with format rosa, or train with "
+                "model.roae.placement=projection."
             )
         if is_quantized(self.base) and not dequantize:
             raise ValueError(
                 "the base is quantised, and rounding the sum to so few bits would lose much of "
-                "what was trained. Call merge_roae(model, dequantize=True) for a plain model, or "
-                "load the base without model.quantization and merge into that."
+                "what was trained. Merge with dequantize=True (on the command line: --dequantize "
+                "true), export with format peft or rosa, or load the base without "
+                "model.quantization and merge into that."
             )
 
     def extra_repr(self) -> str:

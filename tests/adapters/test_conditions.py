@@ -189,4 +189,4 @@ def test_checkpoints_of_earlier_versions_load_and_damaged_ones_are_told(trained,
         content["rosa"]["conditions"] = damaged
         torch.save(content, "damaged.ckpt")
         assert main(["test", "--ckpt_path", "damaged.ckpt"]) == 1
-        assert "damaged.ckpt is damaged" in capsys.readouterr().err
+        assert "damaged.ckpt: its metadata is damaged" in capsys.readouterr().err

@@ -81,56 +81,41 @@ def test_large_models_are_written_in_shards(tmp_path, ids_BT):
     )
 
 
-def test_tokenizer_and_generation_config_come_along(tmp_path):
+def test_tokenizer_and_generation_settings_come_along_as_they_are(tmp_path):
     model = adapted(vocab_size=258)
-    model.generation_config.max_new_tokens = 7
+    model.generation_config.temperature = 0.9  # and no sampling: transformers refuses to save it
     export_adapter(model, tmp_path / "out", "merged", tokenizer=byte_tokenizer())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("ab").input_ids == byte_tokenizer()("ab").input_ids
-    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7
-
-
-def test_contradicting_generation_settings_come_along_as_they_are(tmp_path):
-    model = adapted()
-    model.generation_config.temperature = 0.9  # and no sampling: transformers refuses to save it
-    export_adapter(model, tmp_path / "out", "merged")
     stored = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert stored["temperature"] == 0.9
+    assert stored["temperature"] == model.generation_config.temperature == 0.9
     assert not stored.get("do_sample")
-    assert model.generation_config.temperature == 0.9
 
 
 @pytest.mark.parametrize("format", ["peft", "merged"])
 def test_a_term_after_a_norm_cannot_leave(format, tmp_path):
     model = adapted("qwen3", RoAEConfig(rank=4, placement="state"))
-    with pytest.raises(
-        ValueError, match=r"placement=state adds the term of .*q_proj after .*q_norm"
-    ):
+    with pytest.raises(ValueError, match="placement=state adds the term after a norm"):
         export_adapter(model, tmp_path / "out", format)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_arguments_are_named(tmp_path):
+    model = adapted()
     with pytest.raises(ValueError, match="carries no RoAE"):
         export_adapter(build("llama"), tmp_path / "out")
     with pytest.raises(ValueError, match=r"format='gguf' is unknown\. Set one of peft, rosa"):
-        export_adapter(adapted(), tmp_path / "out", "gguf")
+        export_adapter(model, tmp_path / "out", "gguf")
     with pytest.raises(ValueError, match="exists already"):
-        export_adapter(adapted(), tmp_path)
+        export_adapter(model, tmp_path)
     for size in ("5XB", "5", "0GB", "0.0GB", "1.2.3GB", "-1GB", "GB", 5):
-        with pytest.raises(ValueError, match="is no size of a file") as caught:
-            export_adapter(adapted(), tmp_path / "out", "merged", max_shard_size=size)
-        assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("format", ["peft", "rosa"])
-@pytest.mark.parametrize("name", ["max_shard_size", "dequantize", "tokenizer"])
-def test_options_of_another_format_are_refused(name, format, tmp_path):
-    option = {"max_shard_size": "5GB", "dequantize": True, "tokenizer": byte_tokenizer()}[name]
-    message = f"{name} is an option of format merged, and format is {format}"
-    with pytest.raises(ValueError, match=message):
-        export_adapter(adapted(), tmp_path / "out", format, **{name: option})
+        with pytest.raises(ValueError, match="is no size of a file"):
+            export_adapter(model, tmp_path / "out", "merged", max_shard_size=size)
+    merged_only = {"max_shard_size": "5GB", "dequantize": True, "tokenizer": byte_tokenizer()}
+    for name, value in merged_only.items():
+        message = f"{name} is an option of format merged, and format is peft"
+        with pytest.raises(ValueError, match=message):
+            export_adapter(model, tmp_path / "out", "peft", **{name: value})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,18 +140,13 @@ def test_what_loads_a_merged_folder_is_said_where_the_auto_class_does_not(name, 
     assert export_adapter(adapted(), tmp_path / "llama", "merged").notes == ()
 
 
-def test_a_folder_that_cannot_be_made_is_said_with_its_path(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        OSError, match=r"file/out cannot be written: .*Make room, or give"
-    ) as caught:
-        export_adapter(adapted(), tmp_path / "file" / "out")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("format", ["peft", "rosa", "merged"])
-def test_a_full_disk_leaves_nothing_behind(format, tmp_path):
+def test_a_full_disk_or_a_folder_that_cannot_be_made_leaves_nothing_behind(format, tmp_path):
     model = adapted(**{**SMALL, "hidden_size": 256})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/out cannot be written: .*Make room, or give"):
+        export_adapter(model, tmp_path / "file" / "out", format)
+    (tmp_path / "file").unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:

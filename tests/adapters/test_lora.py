@@ -6,6 +6,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -13,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from rosa_lightning.adapters import lora
 from rosa_lightning.adapters.files import load_adapter
-from rosa_lightning.adapters.lora import write_lora
-from rosa_lightning.adapters.peft_format import read_header
+from rosa_lightning.adapters.lora import target_modules, write_lora
+from rosa_lightning.adapters.reading import read_header
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.roae.inject import inject_roae, is_adapter_key, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
@@ -95,20 +98,6 @@ def test_every_target_is_exported_and_comes_back(name, tmp_path):
     assert_there_and_back(name, adapted(name, config), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "neox", "DeepseekV3Config"])
-def test_rows_of_b_are_zero_off_the_low_frequencies_and_tensors_are_float32(name, tmp_path):
-    model = adapted(name, RoAEConfig(rank=2)).bfloat16()
-    report = inject_roae(base_of(name), RoAEConfig(rank=2))
-    write_lora(model.float(), tmp_path)
-    for key, tensor in load_file(tmp_path / WEIGHTS).items():
-        path = key.removeprefix("base_model.model.").partition(".lora_")[0]
-        rows = {row for p in report.projections if p.projection == path for row in p.rows}
-        assert rows
-        assert tensor.dtype == torch.float32
-        if key.endswith("lora_B.weight"):
-            assert set(tensor.any(1).nonzero().flatten().tolist()) == rows
-
-
 def test_peft_saves_the_same_configuration_again(tmp_path):
     write_lora(adapted("llama", RoAEConfig(rank=4)), tmp_path)
     ours = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -132,13 +121,10 @@ def test_layers_that_were_never_selected_are_left_out_and_begin_anew(tmp_path):
     assert torch.equal(logits(loaded("llama", tmp_path)), logits(model))
 
 
-def test_what_did_nothing_is_kept_beside_what_did_and_where_nothing_did(tmp_path):
+def test_terms_that_did_nothing_and_terms_placed_on_states_without_a_norm_go_too(tmp_path):
     assert_there_and_back("llama", adapted("llama", RoAEConfig(rank=4), "none"), tmp_path)
     # Of the terms on a fused projection, the outer one alone.
     assert_there_and_back("neox", adapted("neox", RoAEConfig(rank=4), "value"), tmp_path)
-
-
-def test_state_placement_without_a_norm_is_a_lora(tmp_path):
     assert_there_and_back("llama", adapted("llama", RoAEConfig(placement="state")), tmp_path)
 
 
@@ -172,43 +158,41 @@ def test_a_lora_of_peft_is_refused_and_evaluated_as_the_message_says(tmp_path):
     assert_close(logits(merged), expected, atol=1e-5, rtol=0)
 
 
-def _trained_further(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    next(t for key, t in tensors.items() if "lora_B" in key)[0] = 1.0
-    save_file(tensors, folder / WEIGHTS, read_header(folder / WEIGHTS))
+def _further(tensors: dict[str, Tensor]) -> None:
+    next(tensor for key, tensor in tensors.items() if "lora_B" in key)[0] = 1.0
 
 
-def _scaled(folder: Path) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 3}))
+def _more(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.lm_head.weight"] = torch.ones(2)
 
 
-def _more(folder: Path) -> None:
-    more = {"base_model.model.lm_head.weight": torch.ones(2)}
-    tensors = load_file(folder / WEIGHTS)
-    save_file({**tensors, **more}, folder / WEIGHTS, read_header(folder / WEIGHTS))
-
-
-def _wider(folder: Path) -> None:
-    tensors = {k: torch.cat([t, t], 1) for k, t in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / WEIGHTS, read_header(folder / WEIGHTS))
+def _wider(tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        tensors[key] = torch.cat([tensor, tensor], 1)
 
 
 CHANGED = {
-    _trained_further: "changes rows that RoAE leaves as they are",
-    _scaled: "does not hold what export wrote",
+    _further: "changes rows that RoAE leaves as they are",
     _more: "does not hold what export wrote",
     _wider: r"has shapes \(4, 128\) and \(64, 8\)",
 }
 
 
-@pytest.mark.parametrize("change", CHANGED)
-def test_a_lora_that_was_changed_since_is_refused(change, tmp_path):
+def test_a_lora_that_was_changed_since_is_refused(tmp_path):
     write_lora(adapted("llama", RoAEConfig(rank=4)), tmp_path)
-    change(tmp_path)
-    with pytest.raises(ValueError, match=CHANGED[change]) as error:
+    path, settings = tmp_path / WEIGHTS, tmp_path / "adapter_config.json"
+    header = read_header(path)
+    for change, message in CHANGED.items():
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, tmp_path / "changed", header)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lora, "WEIGHTS_FILE", "changed")
+            with pytest.raises(ValueError, match=message):
+                load_adapter(base_of("llama"), tmp_path)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": 3}))
+    with pytest.raises(ValueError, match="does not hold what export wrote"):
         load_adapter(base_of("llama"), tmp_path)
-    assert "\n" not in str(error.value)
 
 
 # What PEFT would put elsewhere.
@@ -244,6 +228,25 @@ def test_what_peft_would_take_for_other_modules_is_refused(name, message, tmp_pa
     assert "\n" not in str(caught.value)
     assert not peft_agrees(name, model, tmp_path)
     write_lora(adapted(name, RoAEConfig(rank=2)), tmp_path)
+
+
+NAMES = st.sampled_from(["q", "k", "q_proj", "proj", "0", "1", "10", "layers", "attn"])
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)
+
+
+@given(st.sets(PATHS, min_size=1, max_size=12), st.data())
+def test_target_modules_pick_the_adapted_modules_by_peft_s_own_rule(modules, data):
+    adapted = data.draw(st.sets(st.sampled_from(sorted(modules)), min_size=1))
+    config = peft.LoraConfig(target_modules=target_modules(adapted, modules))
+    assert {path for path in modules if check_target_module_exists(config, path)} == adapted
+
+
+def test_target_modules_are_names_where_these_suffice():
+    layers = [f"layers.{i}.{name}" for i in range(12) for name in ("q", "k", "v")]
+    picked = {path for path in layers if path.endswith(("q", "k"))}
+    assert target_modules(picked, layers) == ["k", "q"]
+    # Not even the full path tells these apart.
+    assert target_modules({"a.q"}, ["a.q", "b.a.q"]) == r"a\.q"
 
 
 @pytest.mark.slow

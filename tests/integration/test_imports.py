@@ -102,8 +102,6 @@ def private_names(path: Path) -> Iterator[str]:
 
 STILL: dict[str, set[str]] = {
     "adapted.py": {"_C", "_IncompatibleKeys", "_modules", "_nn", "_parse_to", "_trainer"},
-    "adapters/metadata.py": {"_commit_hash"},
-    "adapters/peft_format.py": {"_commit_hash", "_name_or_path"},
     "cli/parser.py": {"_actions"},
     "dls/checks.py": {"_gradient_checkpointing_func"},
     "inspection/memory.py": {"_python_dispatch"},
