@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn.modules.module import _IncompatibleKeys
 
 from rosa_lightning.adapters.files import load_adapter, read_metadata
 from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, fingerprint
@@ -44,19 +43,17 @@ from rosa_lightning.training.speed import SpeedConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 _DEFAULT_ROAE = RoAEConfig()
 """This very object means that roae was not given; an equal one was."""
 _DEFAULT_EVALUATION = EvaluationConfig()
 _DEFAULT_SPEED = SpeedConfig()
 
-
-_BUILD_SETTINGS = frozenset(
-    {
-        *("base", "revision", "trust_remote_code", "roae", "adapter", "base_dtype"),
-        *("quantization", "attn_implementation", "gradient_checkpointing"),
-    }
-)
+_LOCATION = {"base", "revision", "trust_remote_code"}
+_BUILD_SETTINGS = {
+    *_LOCATION,
+    *("roae", "adapter", "base_dtype", "quantization"),
+    *("attn_implementation", "gradient_checkpointing"),
+}
 """Settings that the model is built with; they cannot change afterwards."""
 
 
@@ -89,6 +86,11 @@ class AdaptedModel(LightningModule):
         evaluation: How ``test`` finds and reads answers.
     """
 
+    # Set by `configure_model`.
+    base_fingerprint: BaseFingerprint
+    report: RoAEReport
+    loss_computer: LossComputer
+
     def __init__(
         self,
         base: str,
@@ -106,10 +108,11 @@ class AdaptedModel(LightningModule):
         evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
     ) -> None:
         super().__init__()
+        self.model: PreTrainedModel | None = None
+        self.training_conditions: Conditions | None = None
+        """Of the checkpoint or adapter that was loaded, if it says so."""
         # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
         self.save_hyperparameters(ignore=["roae", "speed", "adapter", "evaluation"])
-        # Known from any working folder.
-        self.save_hyperparameters({"base": whole_name(base)})
         self.base = base
         self.roae: RoAEConfig = roae
         self.speed: SpeedConfig = speed
@@ -122,15 +125,7 @@ class AdaptedModel(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
         self.evaluation = evaluation
-        self.model: PreTrainedModel | None = None
-        self.base_fingerprint: BaseFingerprint | None = None
-        self.report: RoAEReport | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._num_embeddings: int | None = None
-        self.loss_computer: LossComputer | None = None
         self._said_float64 = False
-        self.training_conditions: Conditions | None = None
-        """Of the checkpoint or adapter that was loaded, if it says so."""
         # Lightning asks of sharded models whether keys may be missing; `load_state_dict` checks.
         self.strict_loading = False
         self.register_load_state_dict_post_hook(expect_adapters_alone)  # type: ignore[no-untyped-call]
@@ -152,61 +147,66 @@ class AdaptedModel(LightningModule):
             )
         if name in ("roae", "speed") and isinstance(value, Mapping):  # as a checkpoint has it
             value = (RoAEConfig if name == "roae" else SpeedConfig)(**value)
-        if name in _BUILD_SETTINGS and name in vars(self) and value != getattr(self, name):
-            self._check_unbuilt(name, value)
-        if name == "speed" and name in vars(self) and value.compile != self.speed.compile:
-            self._check_unbuilt(name, value)
+        settings = _BUILD_SETTINGS | {"speed"}
+        if name in settings and name in vars(self) and value != vars(self)[name]:
+            self._check_change(name, value)
         super().__setattr__(name, value)
-        if name == "speed" and vars(self).get("loss_computer") is not None:
-            self.loss_computer = self._new_loss_computer()
         if name in ("roae", "speed"):  # as plain values, which load safely
-            plain = asdict(value)
-            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
             self.save_hyperparameters({name: plain})
-        remembered = "dtype" if name == "base_dtype" else name
-        if name not in ("roae", "speed") and remembered in self.hparams:
-            self.hparams[remembered] = whole_name(value) if name == "base" else value
+        elif name == "base":
+            self.hparams["base"] = whole_name(value)  # known from any working folder
+        elif name == "base_dtype":
+            self.hparams["dtype"] = value
+        elif name in vars(self) and name in self.hparams:
+            self.hparams[name] = value
 
-    def _check_unbuilt(self, name: str, value: Any) -> None:
-        if self._modules.get("model") is not None or vars(self).get("model") is not None:
+    def _check_change(self, name: str, value: Any) -> None:
+        """Refuse a change that comes too late, and drop what followed from the old value."""
+        compiles = name == "speed" and value.compile != self.speed.compile
+        if self.model is not None and (name in _BUILD_SETTINGS or compiles):
             raise AttributeError(
                 f"{name} cannot be changed to {value!r}: the model is built with {name}="
                 f"{getattr(self, name)!r}. Make a new RoSAModule."
             )
-        if name in ("base", "revision", "trust_remote_code"):
-            self._tokenizer = self._num_embeddings = None
+        if name in _LOCATION:
+            for derived in ("tokenizer", "_vocabulary_size"):
+                vars(self).pop(derived, None)
+        elif name == "speed" and self.model is not None:
+            self.loss_computer = LossComputer(self.model, value)
+
+    def attached_trainer(self) -> Trainer | None:
+        """The trainer that runs this, if any; Lightning's property raises without one."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
 
     # The model.
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer, loaded at first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(
-                self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-        return self._tokenizer
+        return load_tokenizer(self.base, **self._location)
+
+    @cached_property
+    def _vocabulary_size(self) -> int | None:
+        return vocabulary_size(self.base, **self._location)
 
     @property
     def num_embeddings(self) -> int | None:
         """Rows of the base's embedding, all that a token id can name; None where not known."""
-        if self.model is not None:
-            return num_embeddings(self.model)
-        if self._num_embeddings is None:
-            self._num_embeddings = vocabulary_size(
-                self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-        return self._num_embeddings
+        return self._vocabulary_size if self.model is None else num_embeddings(self.model)
+
+    @property
+    def _location(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @property
     def loading(self) -> dict[str, Any]:
         """How to load the base; the options that `load_base` and `load_skeleton` share."""
-        return {
-            "revision": self.revision,
-            "dtype": self.base_dtype,
-            "attn_implementation": self.attn_implementation,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        options = {"dtype": self.base_dtype, "attn_implementation": self.attn_implementation}
+        return options | self._location
 
     def configure_model(self) -> None:
         """Load the base, freeze it and add RoAE; once."""
@@ -218,7 +218,8 @@ class AdaptedModel(LightningModule):
                 self._configure(device)
 
     def _configure(self, device: torch.device) -> None:
-        strategy = None if self._trainer is None else self.trainer.strategy
+        trainer = self.attached_trainer()
+        strategy = None if trainer is None else trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy):
             raise ValueError(
                 "RoSAModule does not run under DeepSpeedStrategy, which gathers weights for as "
@@ -233,12 +234,9 @@ class AdaptedModel(LightningModule):
             compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
         self.model = cast("PreTrainedModel", shard_and_broadcast(model.train(), strategy))
-        self.loss_computer = self._new_loss_computer()
+        self.loss_computer = LossComputer(self.model, self.speed)
         exclude_packed_from_ddp(self)
         rank_zero_info(str(self.report))
-
-    def _new_loss_computer(self) -> LossComputer:
-        return LossComputer(cast("PreTrainedModel", self.model), self.speed)
 
     def _adapted_base(
         self, device: torch.device
@@ -259,17 +257,23 @@ class AdaptedModel(LightningModule):
         self.training_conditions = read_metadata(Path(self.adapter)).conditions
         return load_adapter(model, self.adapter, given)
 
+    def ensure_model(self) -> PreTrainedModel:
+        """The adapted model, loaded at first use."""
+        self.configure_model()
+        return cast("PreTrainedModel", self.model)
+
     def to(self, *args: Any, **kwargs: Any) -> AdaptedModel:
         """Move to a device; a dtype is left out unless it is float64.
 
         Lightning's bf16-true and 16-true cast the whole module, adapters included. The base's
         dtype is ``dtype``'s to say, and adapters are trained in float32.
         """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype == torch.float64:
+        given = [*args, kwargs.pop("dtype", None)]
+        if torch.float64 in given:
             return self.double()
-        if device is not None:
-            super().to(device=device, non_blocking=non_blocking)
+        args = tuple(one for one in args if not isinstance(one, torch.dtype))
+        if args or kwargs:
+            super().to(*args, **kwargs)
         return self
 
     def double(self) -> AdaptedModel:
@@ -292,12 +296,6 @@ class AdaptedModel(LightningModule):
         """The adapted model's own forward."""
         return self.ensure_model()(input_ids=input_ids, **kwargs)
 
-    def ensure_model(self) -> PreTrainedModel:
-        """The adapted model, built at first use."""
-        if self.model is None:
-            self.configure_model()
-        return cast("PreTrainedModel", self.model)
-
     # Weights.
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -310,12 +308,11 @@ class AdaptedModel(LightningModule):
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> _IncompatibleKeys:
+    ) -> Any:
         """Load adapters: exactly the base's weights are missing, and nothing else.
 
         Raises:
             ValueError: Names what is missing, unknown, or of another shape.
         """
         check_adapter_keys(self, state_dict)
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

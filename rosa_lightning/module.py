@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
@@ -19,9 +19,10 @@ from torchmetrics import MeanMetric
 
 from rosa_lightning.adapted import AdaptedModel
 from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
-from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, tokenizer_digest
+from rosa_lightning.adapters.metadata import Conditions, tokenizer_digest
 from rosa_lightning.adapters.resume_checks import check_entries, check_states_fit
 from rosa_lightning.data.collators import num_rows
+from rosa_lightning.data.text_info import TextInfo
 from rosa_lightning.evaluation.checks import check_lengths, check_test_prompts
 from rosa_lightning.evaluation.evaluator import Evaluation, EvaluationConfig, predictions
 from rosa_lightning.evaluation.generation import generate
@@ -29,11 +30,10 @@ from rosa_lightning.models.finite import check_states, check_weights
 from rosa_lightning.models.loading import context_length, whole_name
 from rosa_lightning.models.quantization import check_trainable
 from rosa_lightning.roae.inject import check_adapter_keys
-from rosa_lightning.tasks.records import TASKS
 from rosa_lightning.training.checkpoint_io import check_outputs, use_atomic_checkpoints
 from rosa_lightning.training.guard import StepGuard, check_clipping, check_max_nonfinite_steps
-from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.resume import (
+    accumulates,
     begin_due_validation,
     due_validation,
     settle_epoch,
@@ -45,9 +45,6 @@ from rosa_lightning.utils.agreement import together
 from rosa_lightning.utils.modules import held_gradients, hold_gradients
 from rosa_lightning.utils.rng import set_rng_state
 from rosa_lightning.utils.stopping import Stopping
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
@@ -74,12 +71,13 @@ class RoSAModule(AdaptedModel):
             or gradients are not finite; the next one stops the run. 0 by default.
     """
 
+    evaluated: Evaluation
+    """The last test, with its scores."""
+
     def _prepare(self) -> None:
         self.make_optimizer: OptimizerCallable = default_optimizer
         self.make_lr_scheduler: LRSchedulerCallable = default_lr_scheduler
         self.max_nonfinite_steps = 0
-        self.evaluated: Evaluation | None = None
-        """The last test, with its scores."""
         self._val_answers: Evaluation | None = None
         """Answers written in the validation at hand."""
         self._guard = StepGuard(0)
@@ -87,12 +85,6 @@ class RoSAModule(AdaptedModel):
         self._checkpoint_to_check: Mapping[str, Any] | None = None
         """A checkpoint to compare with the optimizers, once there are some."""
         self._has_trained = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; as `AdaptedModel` does, and a number of steps is checked too."""
-        if name == "max_nonfinite_steps":
-            check_max_nonfinite_steps(value)
-        super().__setattr__(name, value)
 
     # Training.
 
@@ -108,20 +100,22 @@ class RoSAModule(AdaptedModel):
                 "differ from rank to rank. Set trainer.strategy to auto or ddp, and --ckpt_path to "
                 "a full checkpoint."
             )
+        text = self.text_info()
         if stage == "test":
-            prompts = self._from_datamodule("test_examples", [])
-            check_test_prompts(prompts, self.evaluation, self.max_new_tokens, context)
+            check_test_prompts(text.test_examples, self.evaluation, self.max_new_tokens, context)
         elif stage in ("fit", "validate"):
-            check_lengths(self._from_datamodule("max_length"), context)
+            check_lengths(text.max_length, context)
         self._checkpoint_to_check = None
         use_atomic_checkpoints(self.trainer.strategy)
         if stage == "fit":
+            check_max_nonfinite_steps(self.max_nonfinite_steps)
             check_outputs(self.trainer)
             check_clipping(self.trainer.gradient_clip_val)
 
-    def _from_datamodule(self, name: str, default: Any = None) -> Any:
-        """An attribute of the data module, or a default where a user's own lacks it."""
-        return getattr(getattr(self.trainer, "datamodule", None), name, default)
+    def text_info(self) -> TextInfo:
+        """What the data module says of its texts; a user's own may say nothing."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return getattr(datamodule, "text_info", None) or TextInfo()
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the response, averaged over the batch's response tokens, in nats.
@@ -131,7 +125,7 @@ class RoSAModule(AdaptedModel):
                 ``labels`` and ``attention_mask``, shape (B, T), padded on either side.
         """
         self.ensure_model()
-        return cast(LossComputer, self.loss_computer).loss(batch)
+        return self.loss_computer.loss(batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss, logged as ``train/loss`` beside the step's learning rate."""
@@ -156,7 +150,7 @@ class RoSAModule(AdaptedModel):
 
     def on_fit_start(self) -> None:
         """Look at the model anew: it may have been changed since it was last run."""
-        cast(LossComputer, self.loss_computer).reset()
+        self.loss_computer.reset()
         self._has_trained = False
         if self._checkpoint_to_check is not None:
             checkpoint, self._checkpoint_to_check = self._checkpoint_to_check, None
@@ -248,8 +242,7 @@ class RoSAModule(AdaptedModel):
         Answers are written to the prompts under ``to_answer``, if the batch has some.
         """
         self.ensure_model()
-        batch = cast(LossComputer, self.loss_computer).complete_batch(batch)
-        scored = cast(LossComputer, self.loss_computer).score(batch)
+        scored = self.loss_computer.score(batch)
         self._val_loss.update(scored.loss, weight=scored.count)
         self._answer_tokens.update(scored.correct)
         if "to_answer" in batch:
@@ -286,21 +279,9 @@ class RoSAModule(AdaptedModel):
         self._val_answers.step({"task": []} if prompts is None else prompts)
 
     def _new_evaluation(self, config: EvaluationConfig) -> Evaluation:
-        return Evaluation(
-            self.ensure_model(),
-            self._text_tokenizer(),
-            config,
-            self.max_new_tokens,
-            tasks=self._from_datamodule("task_names") or ["all", *TASKS],
-            known_tasks=self._from_datamodule("tasks", TASKS),
-            prompt_style=self._from_datamodule("prompt_style"),
-            stop_ids=self._from_datamodule("stop_ids", ()),
-            encode_response=self._from_datamodule("response_ids"),
-        )
-
-    def _text_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the prompts were encoded with."""
-        return self._from_datamodule("text_tokenizer") or self.tokenizer
+        text = self.text_info()
+        tokenizer = text.tokenizer or self.tokenizer
+        return Evaluation(self.ensure_model(), tokenizer, config, self.max_new_tokens, text)
 
     def on_test_start(self) -> None:
         """Get ready to answer and to score, under each protocol."""
@@ -309,28 +290,24 @@ class RoSAModule(AdaptedModel):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Answer each prompt under each protocol: ``items`` is what `Evaluation.step` gives."""
-        return {"items": cast(Evaluation, self.evaluated).step(batch)}
+        return {"items": self.evaluated.step(batch)}
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy``, ``test/accuracy/<task>`` and what else `Evaluation` counts."""
-        for name, value in cast(Evaluation, self.evaluated).compute().items():
+        for name, value in self.evaluated.compute().items():
             # Reduced over the ranks already; without sync_dist Lightning warns.
             self.log(f"test/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
 
     def on_predict_start(self) -> None:
         """Say what differs from the training."""
         self._warn_of_conditions()
+        self._text = self.text_info()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Write an answer to each prompt, greedily; records as `predictions` gives them."""
-        texts = generate(
-            self.ensure_model(),
-            self._text_tokenizer(),
-            batch,
-            self.max_new_tokens,
-            stop_ids=self._from_datamodule("stop_ids", ()),
-        )
-        return predictions(batch, texts, self._from_datamodule("tasks", TASKS))
+        tokenizer, stop_ids = self._text.tokenizer or self.tokenizer, self._text.stop_ids
+        texts = generate(self.ensure_model(), tokenizer, batch, self.max_new_tokens, stop_ids=stop_ids)
+        return predictions(batch, texts, self._text.tasks)
 
     def about_evaluation(self) -> dict[str, Any]:
         """What was evaluated and how, as plain values, for ``results.json``."""
@@ -341,11 +318,11 @@ class RoSAModule(AdaptedModel):
         return {
             "model": f"{self.base} + {origin}" if added else f"{self.base}, without an adapter",
             "base": self.base,
-            "revision": cast(BaseFingerprint, self.base_fingerprint).revision,
+            "revision": self.base_fingerprint.revision,
             "roae": self.hparams["roae"] if added else None,
             **asdict(self.evaluation),
             "max_new_tokens": self.max_new_tokens,
-            "cut_prompts": self._from_datamodule("cut_prompts"),
+            "cut_prompts": self.text_info().cut_prompts,
             **here.to_dict(),
         }
 
@@ -353,14 +330,12 @@ class RoSAModule(AdaptedModel):
 
     def conditions(self) -> Conditions:
         """What this run reads and writes with."""
-        name, tokenizer = (
-            self._from_datamodule("tokenizer"),
-            self._from_datamodule("text_tokenizer"),
-        )
+        text = self.text_info()
+        name, tokenizer = text.tokenizer_name, text.tokenizer
         return Conditions(
-            prompt_style=self._from_datamodule("prompt_style"),
-            max_length=self._from_datamodule("max_length"),
-            tokenizer=whole_name(name) if isinstance(name, str) else None,
+            prompt_style=text.prompt_style,
+            max_length=text.max_length,
+            tokenizer=None if name is None else whole_name(name),
             tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
             precision=str(self.trainer.precision),
             dtype=self.base_dtype,
@@ -387,33 +362,30 @@ class RoSAModule(AdaptedModel):
                 check_weights(checkpoint["state_dict"])
             except ValueError as error:
                 raise ValueError(f"the checkpoint is not saved: {error}") from error
-        training = self._trainer is not None and self.trainer.state.fn == "fit"
-        waiting = training and self.trainer.fit_loop._should_accumulate()
+        trainer = self.attached_trainer()
+        training = trainer is not None and trainer.state.fn == "fit"
+        waiting = training and accumulates(self.trainer)
         if waiting:
             self._guard.check_begun(self)
         gradients = held_gradients(self) if waiting else None
-        pack(
-            checkpoint,
-            cast(BaseFingerprint, self.base_fingerprint),
-            self.hparams["roae"],
-            gradients,
-        )
-        checkpoint[CHECKPOINT_KEY]["nonfinite_steps"] = self._guard.skipped
-        if self._trainer is not None:
-            checkpoint[CHECKPOINT_KEY]["conditions"] = self.conditions().to_dict()
+        pack(checkpoint, self.base_fingerprint, self.hparams["roae"], gradients)
+        about = checkpoint[CHECKPOINT_KEY]
+        about["nonfinite_steps"] = self._guard.skipped
+        if trainer is not None:
+            about["conditions"] = self.conditions().to_dict()
         if training:
-            due = due_validation(self.trainer, checkpoint.get("loops", {}))
-            checkpoint[CHECKPOINT_KEY]["validation_due"] = due
+            about["validation_due"] = due_validation(self.trainer, checkpoint.get("loops", {}))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is ours and fits; `unpack` says what it refuses."""
         self.ensure_model()
-        path = None if self._trainer is None else self.trainer.ckpt_path
+        trainer = self.attached_trainer()
+        path = None if trainer is None else trainer.ckpt_path
         if "state_dict" not in checkpoint and path is not None and Path(path).is_file():
             # FSDP2 has loaded it already, passing over keys that it does not know.
             file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
             check_adapter_keys(self, file["state_dict"])
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        fits = trainer is not None and trainer.state.fn == "fit"
         if fits:
             check_entries(checkpoint, self.trainer, {name for name, _ in self.named_parameters()})
             if not self.trainer.strategy.restore_checkpoint_after_setup:
@@ -424,7 +396,7 @@ class RoSAModule(AdaptedModel):
             settle_epoch(checkpoint["loops"])
         self._to_restore = unpack(
             checkpoint,
-            cast(BaseFingerprint, self.base_fingerprint),
+            self.base_fingerprint,
             self.hparams["roae"],
             rank=self.global_rank,
             world_size=self.trainer.world_size if fits else None,

@@ -34,6 +34,7 @@ from rosa_lightning.data.sources import (
     source_list,
     weighted_sources,
 )
+from rosa_lightning.data.text_info import TextInfo
 from rosa_lightning.data.tokenization import (
     Encoder,
     Example,
@@ -308,13 +309,22 @@ class ReasoningDataModule(LightningDataModule):
         return getattr(module, "tokenizer", self._tokenizer_given)
 
     @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end a written answer."""
-        return self._encoder().style.stop_ids
-
-    def response_ids(self, text: str, end: bool = False) -> list[int]:
-        """Token ids of a response, as they follow a prompt; ``end`` adds what ends it."""
-        return self._encoder().style.response(text, end=end)
+    def text_info(self) -> TextInfo:
+        """What a model is told of the texts; complete after `setup`."""
+        style = self._encoder().style
+        return TextInfo(
+            tasks=self.tasks,
+            task_names=self.task_names or TextInfo.task_names,
+            prompt_style=self.prompt_style,
+            max_length=self.max_length,
+            tokenizer_name=self.tokenizer if isinstance(self.tokenizer, str) else None,
+            tokenizer=self.text_tokenizer,
+            stop_ids=style.stop_ids,
+            next_prompt=style.next_prompt,
+            encode_response=lambda text, end: style.response(text, end=end),
+            test_examples=self.test_examples,
+            cut_prompts=self.cut_prompts,
+        )
 
     def _pad_id(self) -> int:
         return padding_id(self.text_tokenizer, self._num_rows)

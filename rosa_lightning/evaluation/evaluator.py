@@ -5,27 +5,21 @@ Axes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from rosa_lightning.data.prompts import STYLES, PromptStyle
+from rosa_lightning.data.text_info import TextInfo
 from rosa_lightning.evaluation.generation import generate
 from rosa_lightning.evaluation.likelihood import log_likelihoods
 from rosa_lightning.evaluation.metrics import TaskCounts
 from rosa_lightning.evaluation.results import Score, averages, scores_of
 from rosa_lightning.models.vocabulary import num_embeddings, padding_id
-from rosa_lightning.tasks.records import (
-    TASKS,
-    Rules,
-    Task,
-    extract_answer,
-    needs_end,
-    same_answer,
-)
+from rosa_lightning.tasks.records import Rules, Task, extract_answer, needs_end, same_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +27,8 @@ if TYPE_CHECKING:
 Protocol = Literal["generate", "likelihood"]
 Items = list[dict[str, Any]]
 
-_FIELDS = ("source", "index", "task", "prompt", "input", "reference")
+_UNKNOWN_TEXT = TextInfo()
+_ASKED = ("source", "index", "task", "prompt", "input")
 """What an answer's record says of its question."""
 
 
@@ -54,22 +49,16 @@ class EvaluationConfig:
     """Divide each candidate's log-likelihood by its number of tokens."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "protocols", tuple(self.protocols))
-        known = get_args(Protocol)
-        if not self.protocols or sorted(self.protocols) != sorted(set(self.protocols) & set(known)):
+        object.__setattr__(self, "protocols", tuple(dict.fromkeys(self.protocols)))
+        if not self.protocols or not set(self.protocols) <= set(get_args(Protocol)):
             raise ValueError(
-                f"protocols={list(self.protocols)}; expected {' or '.join(known)}, or both, each "
-                "once. Set model.evaluation.protocols."
+                f"protocols={list(self.protocols)}; expected {' or '.join(get_args(Protocol))}, or "
+                "both. Set model.evaluation.protocols."
             )
-        if not isinstance(self.num_beams, int) or self.num_beams < 1:
+        if self.num_beams < 1:
             raise ValueError(
-                f"num_beams={self.num_beams} is not a whole number of at least 1. Set "
-                "model.evaluation.num_beams; 1 is greedy."
-            )
-        if self.rules not in get_args(Rules):
-            raise ValueError(
-                f"rules={self.rules!r}; there are {' and '.join(get_args(Rules))}. Set "
-                "model.evaluation.rules."
+                f"num_beams={self.num_beams} is below 1. Set model.evaluation.num_beams; 1 is "
+                "greedy."
             )
 
 
@@ -81,12 +70,7 @@ class Evaluation:
         tokenizer: The tokenizer that the prompts were encoded with.
         config: How answers are found and read.
         max_new_tokens: Longest answer, in tokens.
-        tasks: Names of all tasks, the same on every rank.
-        known_tasks: The tasks by name, a user's own among them.
-        prompt_style: Of the prompts, if that is known.
-        stop_ids: Tokens that end an answer, beside those that tokenizer and model name.
-        encode_response: Token ids of a response as they follow a prompt, with an end token or
-            without; by default the tokenizer, and EOS.
+        text: What the data module says of tasks, prompts and responses.
     """
 
     def __init__(
@@ -95,26 +79,19 @@ class Evaluation:
         tokenizer: PreTrainedTokenizerBase,
         config: EvaluationConfig,
         max_new_tokens: int,
-        *,
-        tasks: Sequence[str],
-        known_tasks: Mapping[str, Task] = TASKS,
-        prompt_style: str | None = None,
-        stop_ids: Sequence[int] = (),
-        encode_response: Callable[[str, bool], list[int]] | None = None,
+        text: TextInfo = _UNKNOWN_TEXT,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.max_new_tokens = max_new_tokens
-        self.known_tasks, self.stop_ids = known_tasks, tuple(stop_ids)
+        self.max_new_tokens, self.text = max_new_tokens, text
         # Papers read all that was written, a made-up next instruction included.
-        style = STYLES.get(str(prompt_style), PromptStyle)
-        self.stop = style.next_prompt if config.rules == "strict" else ()
+        self.stop = text.next_prompt if config.rules == "strict" else ()
         self.answered: Mapping[tuple[Any, ...], dict[str, Any]] = {}
         """Items of a stopped run of this evaluation, by `item_id`."""
         self.scores: list[Score] = []
         """Of all ranks, after `compute`."""
-        self._counts = {name: TaskCounts(tasks).to(model.device) for name in config.protocols}
-        self._encode = encode_response or self._tokenized
-        self._candidate_ids: dict[tuple[str, bool], list[int]] = {}
+        names = text.task_names
+        self._counts = {one: TaskCounts(names).to(model.device) for one in config.protocols}
+        self._encode = cache(text.encode_response or self._tokenized)
 
     def step(self, batch: dict[str, Any]) -> Items:
         """Answer a batch of prompts and count what is right.
@@ -140,7 +117,8 @@ class Evaluation:
 
     def _answers(self, protocol: Protocol, batch: dict[str, Any], rows: Sequence[int]) -> Items:
         asked: Items = [
-            {"protocol": protocol, **{name: _cell(batch, name, row) for name in _FIELDS}}
+            {"protocol": protocol, **_question(batch, row)}
+            | {"reference": _cell(batch, "reference", row)}
             for row in rows
         ]
         known = [self.answered.get(item_id(one), {}) for one in asked]
@@ -148,13 +126,13 @@ class Evaluation:
             return known
         # The whole batch, as the run that was stopped would have: in low precision an answer may
         # depend on its neighbours.
-        found = self._write(batch) if protocol == "generate" else self._choose(batch, rows)
+        found = self._generate(batch) if protocol == "generate" else self._choose(batch, rows)
         for one, own in zip(asked, found, strict=True):
             one |= own
             one["correct"] = same_answer(self._task(one["task"]), one["answer"], one["reference"])
         return asked
 
-    def _write(self, batch: dict[str, Any]) -> Items:
+    def _generate(self, batch: dict[str, Any]) -> Items:
         texts = generate(
             self.model,
             self.tokenizer,
@@ -162,7 +140,7 @@ class Evaluation:
             self.max_new_tokens,
             num_beams=self.config.num_beams,
             stop=self.stop,
-            stop_ids=self.stop_ids,
+            stop_ids=self.text.stop_ids,
         )
         return [
             {"response": text, "answer": extract_answer(self._task(task), text, self.config.rules)}
@@ -172,7 +150,7 @@ class Evaluation:
     def _choose(self, batch: dict[str, Any], rows: Sequence[int]) -> Items:
         masks, prompts = batch["attention_mask"].bool(), batch["input_ids"]
         choices = [batch["candidates"][row] for row in rows]
-        ids = [self._ids(own) for own in choices]
+        ids = [[self._encode(text, needs_end(own)) for text in own] for own in choices]
         scores = log_likelihoods(
             self.model,
             [prompts[row][masks[row]].tolist() for row in rows],
@@ -183,27 +161,18 @@ class Evaluation:
         for row, texts, tokens, own in zip(rows, choices, ids, scores, strict=True):
             if self.config.length_normalized:
                 own = [score / len(one) for score, one in zip(own, tokens, strict=True)]
-            chosen = texts[max(range(len(own)), key=own.__getitem__)]
+            chosen = texts[own.index(max(own))]
             answer = extract_answer(self._task(batch["task"][row]), chosen)
             choice = {"response": chosen, "answer": answer}
             found.append({**choice, "candidates": list(texts), "scores": own})
         return found
 
     def _task(self, name: str) -> Task | str:
-        return self.known_tasks.get(name, name)
-
-    def _ids(self, candidates: Sequence[str]) -> list[list[int]]:
-        """Tokens of candidates, as responses are encoded in training."""
-        # Of two candidates of which one begins the other, the shorter would always win.
-        end = needs_end(candidates)
-        for text in candidates:
-            if (text, end) not in self._candidate_ids:
-                self._candidate_ids[text, end] = self._encode(text, end)
-        return [self._candidate_ids[text, end] for text in candidates]
+        return self.text.tasks.get(name, name)
 
     def _tokenized(self, text: str, end: bool) -> list[int]:
         ids = cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*ids, *([cast("int", self.tokenizer.eos_token_id)] if end else [])]
+        return [*ids, cast("int", self.tokenizer.eos_token_id)] if end else ids
 
     def compute(self) -> dict[str, float]:
         """Shares over all ranks, which all must call this; `scores` are there afterwards.
@@ -220,7 +189,7 @@ class Evaluation:
             own = scores_of(protocol, counts)
             self.scores += own
             prefix = "" if protocol == "generate" else f"{protocol}/"
-            names = {"accuracy": 1, "format_failures": 2} if not prefix else {"accuracy": 1}
+            names = {"accuracy": 1} if prefix else {"accuracy": 1, "format_failures": 2}
             for name, column in names.items() if counts else ():
                 total, hits = (sum(row[i] for row in counts.values()) for i in (0, column))
                 shares[f"{prefix}{name}"] = hits / total
@@ -244,27 +213,22 @@ def _cell(batch: Mapping[str, Any], name: str, row: int) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def predictions(
-    batch: Mapping[str, Any], texts: Sequence[str], tasks: Mapping[str, Task]
-) -> list[dict[str, Any]]:
-    """A record for each answer that was written to a batch of prompts.
+def _question(batch: Mapping[str, Any], row: int) -> dict[str, Any]:
+    return {name: _cell(batch, name, row) for name in _ASKED}
 
-    Args:
-        batch: Of `PromptCollator`.
-        texts: What was written, in the batch's order.
-        tasks: By name.
+
+def predictions(batch: Mapping[str, Any], texts: Sequence[str], tasks: Mapping[str, Task]) -> Items:
+    """A record for each text that was written to a batch of prompts, in the batch's order.
 
     Returns:
         source, index, task, prompt and input (what is asked), response (the text written) and
         answer (what the task's format finds in it, or None).
     """
-    names = ("source", "index", "task", "prompt", "input")
-    rows = [{name: _cell(batch, name, row) for name in names} for row in range(len(texts))]
+    answers = [
+        extract_answer(tasks.get(task, task), text)
+        for task, text in zip(batch["task"], texts, strict=True)
+    ]
     return [
-        {
-            **row,
-            "response": text,
-            "answer": extract_answer(tasks.get(row["task"], row["task"]), text),
-        }
-        for row, text in zip(rows, texts, strict=True)
+        {**_question(batch, row), "response": text, "answer": answer}
+        for row, (text, answer) in enumerate(zip(texts, answers, strict=True))
     ]

@@ -46,6 +46,14 @@ def settle_epoch(loops: Mapping[str, Any]) -> None:
         batches["is_last_batch"] = False
 
 
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the optimizer step of the batch at hand waits for more batches."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    ready = progress.current.ready
+    is_last = progress.is_last_batch or ready == trainer.num_training_batches
+    return ready % trainer.accumulate_grad_batches != 0 and not is_last
+
+
 def due_validation(trainer: Trainer, loops: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings that make a validation follow on the batch a checkpoint is saved at.
 
