@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -37,14 +37,38 @@ def check_test_prompts(
 ) -> None:
     """Check that each test prompt can be answered, and say what is left out or cut short.
 
+    Args:
+        examples: The prompts and their records.
+        config: How they will be answered.
+        max_new_tokens: Longest answer, in tokens.
+        context: Most tokens that the base reads, if it says so.
+
     Raises:
-        ValueError: Of `check_test_records`.
+        ValueError: Names task, record and source of the first that cannot, and the remedy.
     """
-    records = ((example.record, len(example.prompt)) for example in examples)
-    for task in check_test_records(records, config, context):
+    longest = context or math.inf
+    has_candidates: dict[str, bool] = {}
+    for example in examples:
+        record, length = example.record, len(example.prompt)
+        where = f"task {record.task}: record {record.index} of source {record.source}"
+        if length >= longest:
+            raise ValueError(
+                f"{where} has a prompt of {length} tokens, and model.base reads {context} at most, "
+                f"answers included. Set data.max_length below {context} to cut the prompt's "
+                "beginning, or take the record out."
+            )
+        if "likelihood" in config.protocols:
+            found = has_candidates.get(record.task, False)
+            has_candidates[record.task] = _check_candidates(record, where) or found
+    left_out = [task for task, found in has_candidates.items() if not found]
+    if left_out and len(left_out) == len(has_candidates) and config.protocols == ("likelihood",):
+        raise ValueError(
+            f"no task of data.test_sources ({', '.join(left_out)}) has candidates to choose from. "
+            "Set model.evaluation.protocols to [generate]."
+        )
+    for task in left_out:
         rank_zero_info(f"likelihood leaves out {task}: it has no candidates to choose from.")
-    longest = (context or math.inf) - max_new_tokens
-    short = sum(len(example.prompt) > longest for example in examples)
+    short = sum(len(example.prompt) > longest - max_new_tokens for example in examples)
     if short and "generate" in config.protocols:
         rank_zero_warn(
             f"{short} of {len(examples)} test prompts leave fewer than max_new_tokens="
@@ -53,56 +77,16 @@ def check_test_prompts(
         )
 
 
-def check_test_records(
-    records: Iterable[tuple[Record, int]], config: EvaluationConfig, context: int | None
-) -> list[str]:
-    """Check before a base is loaded that each test record can be answered.
-
-    Args:
-        records: Each record, with the number of its prompt's tokens.
-        config: How they will be answered.
-        context: Most tokens that the base reads, if it says so.
-
-    Returns:
-        Tasks that ``likelihood`` leaves out, since they have no candidates.
-
-    Raises:
-        ValueError: Names task, record and source of the first that cannot, and the remedy.
-    """
-    without: dict[str, bool] = {}
-    for record, length in records:
-        where = f"task {record.task}: record {record.index} of source {record.source}"
-        if context is not None and length >= context:
-            raise ValueError(
-                f"{where} has a prompt of {length} tokens, and model.base reads {context} at most, "
-                f"answers included. Set data.max_length below {context} to cut the prompt's "
-                "beginning, or take the record out."
-            )
-        if "likelihood" in config.protocols:
-            try:
-                texts = candidates(record)
-            except ValueError as error:
-                raise ValueError(
-                    f"{where}: {error}. Correct the record, or take it out."
-                ) from error
-            without[record.task] = without.get(record.task, True) and not texts
-            _check_candidates(record, texts, where)
-    left_out = [task for task, empty in without.items() if empty]
-    if left_out and len(left_out) == len(without) and config.protocols == ("likelihood",):
-        raise ValueError(
-            f"no task of data.test_sources ({', '.join(left_out)}) has candidates to choose from. "
-            "Set model.evaluation.protocols to [generate]."
-        )
-    return left_out
-
-
-def _check_candidates(record: Record, texts: Sequence[str], where: str) -> None:
-    if len(set(texts)) < len(texts):
-        twice = next(text for text in texts if texts.count(text) > 1)
-        raise ValueError(f"{where} has the candidate {twice!r} twice. Give each once.")
+def _check_candidates(record: Record, where: str) -> bool:
+    """Whether a record has candidates; ValueError if none of them states the gold answer."""
+    try:
+        texts = candidates(record)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. Correct the record, or take it out.") from error
     task, gold = task_of(record), reference(record)
     if texts and not any(same_answer(task, extract_answer(task, text), gold) for text in texts):
         raise ValueError(
             f"{where} has the answer {gold!r}, and none of its candidates states it: "
             f"{', '.join(map(repr, texts))}. Correct the record, or take it out."
         )
+    return bool(texts)

@@ -1,4 +1,4 @@
-"""Log-likelihood of candidate answers: each prompt is read once, and shared by its candidates.
+"""Log-likelihood of candidate answers; each prompt is read once for all of its candidates.
 
 Axes: B items, R rows, T tokens, K last positions that are needed, V vocabulary.
 """
@@ -50,47 +50,43 @@ def log_likelihoods(
         pad_id: Token that fills rows; it is masked.
     """
     starts = [common_start(own) for own in candidates]
-    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, starts, strict=True)]
-    # What each candidate ends with, beside the index of its prompt.
+    rows = [[*prompt, *start] for prompt, start in zip(prompts, starts, strict=True)]
     ends = [
-        (item, number, ids[len(starts[item]) :])
-        for item, own in enumerate(candidates)
-        for number, ids in enumerate(own)
+        [ids[len(start) :] for ids in own] for own, start in zip(candidates, starts, strict=True)
     ]
-    longer = [one for one in ends if len(one[2]) > 1]
-    keep = max(map(len, starts)) + 1
-    state = prefill(model, rows, keep, pad_id, extendable=bool(longer))
-    log_probs_BKV = state.logits.log_softmax(-1)
+    longer = [
+        (item, number, end)
+        for item, own in enumerate(ends)
+        for number, end in enumerate(own)
+        if len(end) > 1
+    ]
+    state = prefill(model, rows, max(map(len, starts)) + 1, pad_id, extendable=bool(longer))
     scores: list[list[float]] = []
-    for last_KV, start, own in zip(log_probs_BKV, starts, candidates, strict=True):
-        last_KV = last_KV[len(last_KV) - len(start) - 1 :]
-        common, firsts = float(_picked(last_KV, start).sum()), last_KV[-1].tolist()
-        ids = [own_ids[len(start) :] for own_ids in own]
-        scores.append([common + (firsts[end[0]] if end else 0.0) for end in ids])
+    for all_KV, start, own in zip(state.logits.log_softmax(-1), starts, ends, strict=True):
+        last_KV = all_KV[len(all_KV) - len(start) - 1 :]
+        common, firsts = _log_likelihood(last_KV, start), last_KV[-1].tolist()
+        scores.append([common + (firsts[end[0]] if end else 0.0) for end in own])
     if not longer:
         return scores
     owners, rests = [item for item, _, _ in longer], [end for _, _, end in longer]
     if state.cache is None:
-        _say_not_shared(type(model).__name__)
+        say_not_shared(type(model).__name__)
         whole = [[*rows[owner], end[0]] for owner, end in zip(owners, rests, strict=True)]
-        found = in_full(model, whole, [[end[1:]] for end in rests], pad_id, len(rows))
+        found = uncached_log_likelihoods(
+            model, whole, [[end[1:]] for end in rests], pad_id, len(rows)
+        )
         values = [value for (value,) in found]
     else:
-        width = max(map(len, rests)) - 1
-        padding = [width - len(end) + 1 for end in rests]
-        ids_RT = [[*end[:-1], *[pad_id] * n] for end, n in zip(rests, padding, strict=True)]
-        mask_RT = [[1] * (width - n) + [0] * n for n in padding]
-        ends_RT = torch.tensor([ids_RT, mask_RT], device=model.device)
-        logits_RTV = state.extend(model, owners, ends_RT[0], ends_RT[1])
-        log_probs = zip(logits_RTV.log_softmax(-1), rests, strict=True)
-        values = [float(_picked(own_TV, end[1:]).sum()) for own_TV, end in log_probs]
+        logits_RTV = state.extend(model, owners, [end[:-1] for end in rests], pad_id)
+        log_probs_RTV = zip(logits_RTV.log_softmax(-1), rests, strict=True)
+        values = [_log_likelihood(own_TV, end[1:]) for own_TV, end in log_probs_RTV]
     for (item, number, _), value in zip(longer, values, strict=True):
         scores[item][number] += value
     return scores
 
 
 @torch.no_grad()
-def in_full(
+def uncached_log_likelihoods(
     model: PreTrainedModel,
     prompts: Sequence[Ids],
     candidates: Sequence[Sequence[Ids]],
@@ -98,11 +94,8 @@ def in_full(
     batch_size: int,
 ) -> list[list[float]]:
     """As `log_likelihoods`, each candidate with its whole prompt, ``batch_size`` rows at a time."""
-    flat = [
-        (item, prompt, ids)
-        for item, (prompt, own) in enumerate(zip(prompts, candidates, strict=True))
-        for ids in own
-    ]
+    pairs = zip(prompts, candidates, strict=True)
+    flat = [(item, prompt, ids) for item, (prompt, own) in enumerate(pairs) for ids in own]
     scores: list[list[float]] = [[] for _ in prompts]
     for start in range(0, len(flat), batch_size):
         part = flat[start : start + batch_size]
@@ -110,18 +103,19 @@ def in_full(
         rows = [[*prompt, *ids[:-1]] for _, prompt, ids in part]
         state = prefill(model, rows, keep, pad_id, extendable=False, share=False)
         for own_KV, (item, _, ids) in zip(state.logits.log_softmax(-1), part, strict=True):
-            scores[item].append(float(_picked(own_KV[len(own_KV) - len(ids) :], ids).sum()))
+            scores[item].append(_log_likelihood(own_KV[len(own_KV) - len(ids) :], ids))
     return scores
 
 
-def _picked(log_probs_KV: Tensor, ids: Ids) -> Tensor:
-    """Log-probability of each token at its own position."""
-    index = torch.tensor(ids, device=log_probs_KV.device, dtype=torch.long)
-    return log_probs_KV[: len(ids)].gather(1, index[:, None])[:, 0]
+def _log_likelihood(log_probs_KV: Tensor, ids: Ids) -> float:
+    """Of tokens, each at its own position from the first on."""
+    index_K = torch.tensor(ids, device=log_probs_KV.device, dtype=torch.long)
+    return float(log_probs_KV[: len(ids)].gather(1, index_K[:, None]).sum())
 
 
 @cache
-def _say_not_shared(kind: str) -> None:
+def say_not_shared(kind: str) -> None:
+    """Say once why a model reads prompts several times."""
     rank_zero_info(
         f"likelihood: what {kind} keeps of a prompt cannot be shared, so candidates that differ in "
         "more than one token are read with their whole prompts."
@@ -142,20 +136,23 @@ class PrefillState:
     """Tokens of each row, shape (R,)."""
 
     def extend(
-        self, model: PreTrainedModel, rows: Sequence[int], ids_RT: Tensor, mask_RT: Tensor
+        self, model: PreTrainedModel, rows: Sequence[int], more: Sequence[Ids], pad_id: int
     ) -> Tensor:
         """Read more tokens after some of the rows, of which one may come more than once.
 
         Returns:
             Logits after each position, float32, shape (R, T, V).
         """
-        index = torch.tensor(rows, device=self.mask.device)
+        device, width = self.mask.device, max(map(len, more))
+        index = torch.tensor(rows, device=device)
         self.cache.batch_select_indices(index)
-        positions_RT = self.lengths[index, None] + torch.arange(ids_RT.shape[1]).to(ids_RT.device)
+        ids = [[*ids, *[pad_id] * (width - len(ids))] for ids in more]
+        mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in more]
+        mask_RT = torch.tensor(mask, device=device)
         output = model(
-            input_ids=ids_RT,
+            input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.cat([self.mask[index], mask_RT], dim=1),
-            position_ids=positions_RT,
+            position_ids=self.lengths[index, None] + torch.arange(width, device=device),
             use_cache=True,
             **{cache_argument(model): self.cache},
         )
@@ -174,8 +171,8 @@ def prefill(
 ) -> PrefillState:
     """Read rows of any lengths.
 
-    What all rows begin with, an instruction template say, is read once, if the model caches nothing
-    but keys and values of all tokens. The rest is padded on the left, after that beginning.
+    What all rows begin with, such as an instruction template, is read once, if the model caches
+    nothing but keys and values of all tokens. The rest is padded on the left, after that beginning.
 
     Args:
         model: The causal language model, in evaluation mode.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-
-Z_95 = 1.959963984540054
-"""Half the width of the middle 95 % of the normal distribution, in standard deviations."""
 
 
 class TaskCounts(Metric):
@@ -21,16 +19,13 @@ class TaskCounts(Metric):
     """
 
     full_state_update = False
-    total: Tensor
-    correct: Tensor
-    failed: Tensor
+    counts: Tensor
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        for name in ("total", "correct", "failed"):
-            zeros = torch.zeros(len(self.tasks), dtype=torch.long)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
+        zeros = torch.zeros(len(self.tasks), 3, dtype=torch.long)
+        self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     def update(self, tasks: Sequence[str], correct: Tensor, failed: Tensor) -> None:
         """Count a batch.
@@ -44,29 +39,19 @@ class TaskCounts(Metric):
         if unknown:
             raise ValueError(f"task {unknown[0]!r} is none of {list(self.tasks)}.")
         index = [self.tasks.index(task) for task in tasks]
-        rows = torch.tensor(index, dtype=torch.long, device=self.total.device)
-        self.total.index_add_(0, rows, torch.ones_like(rows))
-        self.correct.index_add_(0, rows, correct.to(self.total))
-        self.failed.index_add_(0, rows, failed.to(self.total))
+        rows = torch.tensor(index, dtype=torch.long, device=self.counts.device)
+        found_B3 = torch.stack([torch.ones_like(correct), correct, failed], 1)
+        self.counts.index_add_(0, rows, found_B3.to(self.counts))
 
     def compute(self) -> dict[str, tuple[int, int, int]]:
         """Records, right answers and format failures of each task that has any record."""
-        counts = torch.stack([self.total, self.correct, self.failed], 1).tolist()
-        return {
-            task: (total, correct, failed)
-            for task, (total, correct, failed) in zip(self.tasks, counts, strict=True)
-            if total
-        }
+        rows = zip(self.tasks, self.counts.tolist(), strict=True)
+        return {task: (row[0], row[1], row[2]) for task, row in rows if row[0]}
 
 
-def wilson_interval(hits: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927): sound for few records and for shares near 0 or 1.
-
-    Args:
-        hits: Number of successes.
-        total: Number of trials, at least 1.
-        z: Standard deviations; 95 % by default.
-    """
+def wilson_interval(hits: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): sound for few records and for shares near 0 or 1."""
+    z = NormalDist().inv_cdf(0.975)
     share, spread = hits / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)

@@ -10,14 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from rosa_lightning.evaluation.metrics import wilson_interval
 from rosa_lightning.tasks.records import TASKS
 from rosa_lightning.utils.files import atomic_write
+from rosa_lightning.utils.tables import text_table
 
 _PACKAGES = ("rosa-lightning", "torch", "transformers", "lightning", "torchmetrics")
 
@@ -78,21 +77,23 @@ def averages(scores: Iterable[Score]) -> list[Average]:
     """Averages of each protocol: over each group that papers average, and over all tasks."""
     found: dict[tuple[str, str], list[Score]] = {}
     for score in scores:
-        for group in dict.fromkeys([score.group, "all"]):
+        for group in {score.group: None, "all": None}:
             if group != "other":
                 found.setdefault((score.protocol, group), []).append(score)
-    return [
-        Average(
-            protocol=protocol,
-            group=group,
-            num_tasks=len(own),
-            macro_accuracy=sum(score.accuracy for score in own) / len(own),
-            micro_accuracy=sum(score.accuracy * score.n for score in own)
-            / sum(score.n for score in own),
-            n=sum(score.n for score in own),
-        )
-        for (protocol, group), own in sorted(found.items(), key=lambda item: item[0][1] == "all")
-    ]
+    in_order = sorted(found.items(), key=lambda item: item[0][1] == "all")
+    return [_average(protocol, group, own) for (protocol, group), own in in_order]
+
+
+def _average(protocol: str, group: str, scores: Sequence[Score]) -> Average:
+    n = sum(score.n for score in scores)
+    return Average(
+        protocol=protocol,
+        group=group,
+        num_tasks=len(scores),
+        macro_accuracy=sum(score.accuracy for score in scores) / len(scores),
+        micro_accuracy=sum(score.accuracy * score.n for score in scores) / n,
+        n=n,
+    )
 
 
 def versions() -> dict[str, str]:
@@ -134,15 +135,11 @@ def results_table(
         contaminated: None where the training data are not known.
         notes: Lines to put below.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.add_column("Task", no_wrap=True)
-    table.add_column("n", justify="right")
-    table.add_column("Contaminated", justify="right")
     protocols = list(dict.fromkeys(score.protocol for score in scores))
+    columns = ["n", "Contaminated"]
     for protocol in protocols:
-        table.add_column(f"{protocol}, % (95 %)", justify="right", no_wrap=True)
-        if protocol == "generate":
-            table.add_column("no answer, %", justify="right")
+        columns += [f"{protocol}, % (95 %)", *_failures_of(protocol, "no answer, %")]
+    table = text_table(title, "Task", *columns)
     for task in dict.fromkeys(score.task for score in scores):
         own = {score.protocol: score for score in scores if score.task == task}
         count = "?" if contaminated is None else str(contaminated.get(task, 0))
@@ -152,25 +149,28 @@ def results_table(
     table.add_section()
     for row in _average_rows(scores, protocols):
         table.add_row(*row, style="bold")
-    below = [*notes]
     if contaminated is None:
-        below.insert(0, "Contaminated: unknown, since the training data could not be read.")
+        notes = ["Contaminated: unknown, since the training data could not be read.", *notes]
     elif any(contaminated.values()):
-        below.insert(
-            0,
+        mark = (
             "* Questions of this benchmark stand in the training data: a model trained on these "
-            "may have seen the answers.",
+            "may have seen the answers."
         )
-    return Group(table, *(Text(line) for line in below))
+        notes = [mark, *notes]
+    return Group(table, *(Text(line) for line in notes))
+
+
+def _failures_of(protocol: str, cell: str) -> list[str]:
+    """A cell of the column of format failures, which `generate` alone has."""
+    return [cell] if protocol == "generate" else []
 
 
 def _cells(protocol: str, score: Score | None) -> list[str]:
     if score is None:
-        return ["-"] * (2 if protocol == "generate" else 1)
+        return ["-", *_failures_of(protocol, "-")]
     low, high = score.interval
     accuracy = f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-    failures = score.format_failure_rate
-    return [accuracy] if failures is None else [accuracy, f"{100 * failures:.1f}"]
+    return [accuracy, *_failures_of(protocol, f"{100 * (score.format_failure_rate or 0):.1f}")]
 
 
 def _average_rows(scores: Sequence[Score], protocols: Sequence[str]) -> Iterator[list[str]]:
@@ -182,8 +182,7 @@ def _average_rows(scores: Sequence[Score], protocols: Sequence[str]) -> Iterator
         for kind in ("macro", "micro") if own else ():
             row = [f"{group}, {kind}", str(next(iter(own.values())).n), ""]
             for name in protocols:
-                average = own.get(name)
-                share = None if average is None else getattr(average, f"{kind}_accuracy")
-                row += ["-" if share is None else f"{100 * share:.1f}"]
-                row += [""] * (name == "generate")
+                share = getattr(own.get(name), f"{kind}_accuracy", None)
+                row.append("-" if share is None else f"{100 * share:.1f}")
+                row += _failures_of(name, "")
             yield row

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,108 +19,49 @@ from rich.console import Console
 from rosa_lightning.evaluation.evaluator import item_id
 from rosa_lightning.evaluation.results import results_table, versions, write_results
 from rosa_lightning.utils.files import atomic_write, open_input, read_lines, read_text, writing
+from rosa_lightning.utils.rng import of_all_ranks
 from rosa_lightning.utils.strict_json import parse
 from rosa_lightning.utils.text import one_line
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
 Items = list[dict[str, Any]]
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("protocol", "source", "task", "response"), str),
-    "index": (int, type(None)),
-    "answer": (str, type(None)),
-    "correct": bool,
-}
-"""Types of the fields that are read of an earlier answer."""
-
-
-class _JSONLines:
-    """A file of JSON lines that all ranks append to, a batch at a time.
-
-    Args:
-        path: The file, which all ranks see.
-        trainer: Its ranks must all come here.
-        first: What the file begins with.
-    """
-
-    def __init__(self, path: Path, trainer: Trainer, first: Iterable[Any] = ()) -> None:
-        self.path = path
-        if trainer.is_global_zero:
-            atomic_write(path, *map(_line, first))
-        trainer.strategy.barrier("file made")
-        # Unbuffered: a batch is one write at the end of the file, whoever else writes.
-        self._file = path.open("ab", buffering=0)
-
-    def append(self, items: Iterable[Any]) -> None:
-        lines = b"".join(map(_line, items))
-        with writing(self.path):
-            while lines:  # a disk that fills up takes a part
-                lines = lines[self._file.write(lines) :]
-
-    def close(self) -> None:
-        self._file.close()
+_FIELDS = {"protocol", "source", "index", "task", "response", "answer", "correct"}
+"""What is read of an earlier answer."""
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes the records that ``predict_step`` returns, in the order of the input.
-
-    The file takes its name when the last record is in it.
 
     Args:
         path: The file; by default ``predictions.jsonl`` in the run's log folder.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        super().__init__(write_interval="batch")
+        super().__init__(write_interval="epoch")
         self.path = path
-        self._target = Path()
-        self._part: _JSONLines | None = None
-        self._count = 0
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a hidden file."""
-        self._target = _log_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path)
-        self._part = _JSONLines(self._target.with_name(f".{self._target.name}.part"), trainer)
-        self._count = 0
-
-    def write_on_batch_end(
+    def write_on_epoch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
     ) -> None:
-        """Append a batch, each record with its position in the input."""
-        assert self._part is not None
-        indices = batch_indices or range(self._count, self._count + len(prediction))
-        self._count += len(prediction)
-        pairs = zip(indices, prediction, strict=True)
-        self._part.append([dataloader_idx, index, record] for index, record in pairs)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the records in order."""
-        assert self._part is not None
-        self._part.close()
-        trainer.strategy.barrier("predictions written")
+        """Write the records of all ranks."""
+        path = _log_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path)
+        by_loader = [predictions] if len(batch_indices) == 1 else predictions
+        # A sampler may repeat a record to give all ranks as many.
+        found: dict[tuple[int, int], Any] = {}
+        for loader, (batches, indices) in enumerate(zip(by_loader, batch_indices, strict=True)):
+            records = [record for batch in batches for record in batch]
+            # Lightning knows no indices of a stream.
+            places = [place for batch in indices for place in batch] or range(len(records))
+            found |= {(loader, p): one for p, one in zip(places, records, strict=True)}
+        everywhere = {place: one for own in of_all_ranks(found) for place, one in own.items()}
         if trainer.is_global_zero:
-            with open_input(self._part.path) as file:
-                rows = [json.loads(line) for line in file]
-            # A sampler may repeat a record to give all ranks as many.
-            found = {(loader, index): record for loader, index, record in rows}
-            atomic_write(self._target, *(_line(found[place]) for place in sorted(found)))
-            self._part.path.unlink()
-            rank_zero_info(f"predictions: {self._target}")
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Remove what is not complete."""
-        if self._part is not None:
-            self._part.close()
-            self._part.path.unlink(missing_ok=True)
+            atomic_write(path, *(_line(everywhere[place]) for place in sorted(everywhere)))
+            rank_zero_info(f"predictions: {path}")
 
 
 class ResultWriter(Callback):
@@ -137,7 +79,7 @@ class ResultWriter(Callback):
         self.folder = folder
         self._target = Path()
         self._about: dict[str, Any] = {}
-        self._lines: _JSONLines | None = None
+        self._file: FileIO | None = None
         self._num_resumed = 0
         self._since = 0.0
 
@@ -161,7 +103,10 @@ class ResultWriter(Callback):
         trainer.strategy.barrier("earlier answers read")
         if trainer.is_global_zero:
             write_results(folder / RESULTS, [], None, **self._about, complete=False)
-        self._lines = _JSONLines(folder / PREDICTIONS, trainer, earlier)
+            atomic_write(folder / PREDICTIONS, *map(_line, earlier))
+        trainer.strategy.barrier("files made")
+        # Unbuffered: a batch is one write at the end of the file, whoever else writes.
+        self._file = (folder / PREDICTIONS).open("ab", buffering=0)
 
     def on_test_batch_end(
         self,
@@ -173,32 +118,36 @@ class ResultWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch's answers."""
-        assert self._lines is not None
+        assert self._file is not None
         module: Any = pl_module
         known = module.evaluated.answered
-        self._lines.append(i for i in outputs["items"] if known.get(item_id(i)) is not i)
+        new = [item for item in outputs["items"] if known.get(item_id(item)) is not item]
+        lines = b"".join(map(_line, new))
+        with writing(self._target / PREDICTIONS):
+            while lines:  # a disk that fills up takes a part
+                lines = lines[self._file.write(lines) :]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the answers in order, write the results and show them."""
-        assert self._lines is not None
-        self._lines.close()
+        assert self._file is not None
+        self._file.close()
         trainer.strategy.barrier("answers written")
         if not trainer.is_global_zero:
             return
         seconds = time.perf_counter() - self._since
         evaluated: Any = pl_module.evaluated
+        datamodule: Any = getattr(trainer, "datamodule", None)
         path = self._target / PREDICTIONS
         items = {item_id(item): item for item in _read_items(path)}
-        datamodule: Any = getattr(trainer, "datamodule", None)
         sources = [source.label for source in getattr(datamodule, "test_sources", [])]
-        order = [*evaluated.config.protocols, *sources]
+        order = {name: i for i, name in enumerate([*evaluated.config.protocols, *sources])}
 
-        def position(key: tuple[Any, ...]) -> list[int]:
-            return [order.index(name) if name in order else len(order) for name in key[:2]]
+        def position(key: tuple[Any, ...]) -> tuple[int, int, int]:
+            protocol, source, index = key
+            return order.get(protocol, len(order)), order.get(source, len(order)), index or 0
 
-        keys = sorted(items, key=lambda key: (position(key), key[2] or 0))
-        atomic_write(path, *(_line(items[key]) for key in keys))
-        contaminated, places, reason = _contamination(datamodule)
+        atomic_write(path, *(_line(items[key]) for key in sorted(items, key=position)))
+        contaminated, places, note = _contamination(datamodule)
         about = {
             **self._about,
             "contaminated_by": places,
@@ -206,10 +155,9 @@ class ResultWriter(Callback):
             "resumed_answers": self._num_resumed,
             "world_size": trainer.world_size,
         }
-        write_results(
-            self._target / RESULTS, evaluated.scores, contaminated, **about, complete=True
-        )
-        notes = [*reason, f"{path}, {PREDICTIONS}: {seconds:.1f} s"]
+        results = self._target / RESULTS
+        write_results(results, evaluated.scores, contaminated, **about, complete=True)
+        notes = [*note, f"{results}, {PREDICTIONS}: {seconds:.1f} s"]
         console = Console()
         console.width = max(console.width, 100)  # a file, say, is as wide as it must be
         console.print(results_table(about["model"], evaluated.scores, contaminated, notes))
@@ -218,8 +166,8 @@ class ResultWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Close the answers, which stay to go on from."""
-        if self._lines is not None:
-            self._lines.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _log_folder(trainer: Trainer) -> Path:
@@ -246,24 +194,20 @@ def _read_items(path: Path) -> Items:
     items: Items = []
     with suppress(FileNotFoundError), open_input(path) as file:
         for line in read_lines(file, path):
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError):
                 item = parse(line.decode("utf-8", "replace"))
-                if all(isinstance(item[name], _TYPES[name]) for name in _TYPES):
+                if isinstance(item, dict) and item.keys() >= _FIELDS:
                     items.append(item)
     return items
 
 
-def _contamination(datamodule: Any) -> tuple[dict[str, int] | None, list[str] | None, list[str]]:
-    """How many test records of each task were trained on, from where, or why that is not known."""
+def _contamination(datamodule: Any) -> tuple[Mapping[str, int] | None, list[str] | None, list[str]]:
+    """How many test records of each task were trained on, from where, and a note on it."""
     if not hasattr(datamodule, "contaminated_records"):
         return None, None, []
     try:
         records, places = datamodule.contaminated_records()
     except (OSError, ValueError) as error:
         return None, None, [one_line(error)]
-    counts = Counter(record.task for record in records)
-    return (
-        counts,
-        places,
-        [f"Contaminated counts questions that stand in the training data, {', '.join(places)}."],
-    )
+    note = f"Contaminated counts questions that stand in the training data, {', '.join(places)}."
+    return Counter(record.task for record in records), places, [note]

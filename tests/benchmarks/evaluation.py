@@ -20,7 +20,7 @@ import torch
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source
 from rosa_lightning.data.tokenization import Encoder, Example
-from rosa_lightning.evaluation.likelihood import in_full, log_likelihoods
+from rosa_lightning.evaluation.likelihood import log_likelihoods, uncached_log_likelihoods
 from rosa_lightning.models.loading import load_base, load_tokenizer
 from rosa_lightning.tasks.records import candidates
 
@@ -65,8 +65,10 @@ def compare_likelihood(model, tokenizer, examples: list[Example], options) -> No
 
     ways = {
         "likelihood, shared prompt": way(lambda p, c: log_likelihoods(model, p, c, PAD)),
-        f"full prompts, {size} rows at a time": way(lambda p, c: in_full(model, p, c, PAD, size)),
-        "one candidate at a time": way(lambda p, c: in_full(model, p, c, PAD, 1)),
+        f"full prompts, {size} rows at a time": way(
+            lambda p, c: uncached_log_likelihoods(model, p, c, PAD, size)
+        ),
+        "one candidate at a time": way(lambda p, c: uncached_log_likelihoods(model, p, c, PAD, 1)),
     }
     shared, *others = (one() for one in ways.values())
     for other in others:

@@ -1,76 +1,68 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from rosa_lightning.evaluation.checks import check_test_records
-from rosa_lightning.evaluation.evaluator import (
-    Evaluation,
-    EvaluationConfig,
-    item_id,
-)
+from rosa_lightning.data.prompts import STYLES
+from rosa_lightning.data.text_info import TextInfo
+from rosa_lightning.evaluation.checks import check_test_prompts
+from rosa_lightning.evaluation.evaluator import Evaluation, EvaluationConfig, item_id
 from rosa_lightning.models.loading import load_base, load_tokenizer
 from rosa_lightning.tasks.records import Record
 
 
 @pytest.fixture
 def base(base_folder):
-    return load_base(str(base_folder)), load_tokenizer(str(base_folder))
+    return load_base(str(base_folder)).eval(), load_tokenizer(str(base_folder))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"protocols": ()}, "protocols=.*model.evaluation.protocols"),
-        ({"protocols": ("generate", "guess")}, "protocols=.*generate or likelihood"),
-        ({"protocols": ("generate", "generate")}, "each once"),
-        ({"num_beams": 0}, "num_beams=0 is not a whole number of at least 1"),
-        ({"rules": "loose"}, "rules='loose'; there are strict and paper"),
-    ],
-)
-def test_settings_that_cannot_be_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        EvaluationConfig(**options)
+@pytest.mark.parametrize("protocols", [(), ("generate", "guess")])
+def test_protocols_that_do_not_exist_are_named(protocols):
+    with pytest.raises(ValueError, match=r"protocols=.*generate or likelihood.*model.evaluation"):
+        EvaluationConfig(protocols=protocols)
 
 
-def record(instruction: str = "Is it?", answer: str = "true", task: str = "boolq") -> Record:
-    return Record(instruction, "", "", answer, task, "file", 7)
+def prompt(length: int, *fields: str):
+    asked, answer, task = fields or ("Is it?", "true", "boolq")
+    record = Record(asked, "", "", answer, task, "file", 7)
+    return SimpleNamespace(record=record, prompt=[0] * length)
 
 
 BOTH = EvaluationConfig(protocols=("generate", "likelihood"))
+WRONG = ("Which? Answer format: answer1/answer2", "answer3", "openbookqa")
+SUM = ("2 + 2?", "4", "gsm8k")
 
 
-def test_a_prompt_longer_than_the_context_is_named():
-    check_test_records([(record(), 99)], BOTH, 100)
-    check_test_records([(record(), 99)], BOTH, None)
-    with pytest.raises(
-        ValueError, match=r"task boolq: record 7 of source file has a prompt of 100"
-    ):
-        check_test_records([(record(), 99), (record(), 100)], BOTH, 100)
+@pytest.mark.parametrize(
+    ("prompts", "protocols", "words"),
+    [
+        ([prompt(99), prompt(100)], BOTH.protocols, "task boolq: record 7 of source file has a pr"),
+        ([prompt(9, *WRONG)], BOTH.protocols, "record 7 of source file has the answer 'answer3'"),
+        ([prompt(9, *SUM)], ["likelihood"], r"no task of data.test_sources \(gsm8k\) has cand"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_named(prompts, protocols, words):
+    config = EvaluationConfig(protocols=protocols)
+    with pytest.raises(ValueError, match=words):
+        check_test_prompts(prompts, config, 1, 100)
 
 
-def test_candidates_that_cannot_be_chosen_from_are_named(monkeypatch):
-    wrong = record("Which? Answer format: answer1/answer2", "answer3", "openbookqa")
-    with pytest.raises(ValueError, match=r"record 7 of source file has the answer 'answer3', and"):
-        check_test_records([(wrong, 9)], BOTH, 100)
-    assert check_test_records([(wrong, 9)], EvaluationConfig(), 100) == []
-    monkeypatch.setattr("rosa_lightning.evaluation.checks.candidates", lambda _: ("true", "true"))
-    with pytest.raises(ValueError, match=r"record 7 of source file has the candidate 'true' twice"):
-        check_test_records([(record(), 9)], BOTH, 100)
-
-
-def test_tasks_without_candidates_are_left_out_of_likelihood_and_alone_refused():
-    number = record("2 + 2?", "4", "gsm8k")
-    assert check_test_records([(record(), 9), (number, 9)], BOTH, 100) == ["gsm8k"]
-    only = EvaluationConfig(protocols=("likelihood",))
-    with pytest.raises(ValueError, match=r"no task of data.test_sources \(gsm8k\) has candidates"):
-        check_test_records([(number, 9)], only, 100)
+@pytest.mark.filterwarnings("error")
+def test_prompts_that_can_be_answered_pass_and_what_is_left_out_is_said(caplog):
+    check_test_prompts([prompt(9, *WRONG)], EvaluationConfig(), 1, 100)
+    check_test_prompts([prompt(99), prompt(999)], BOTH, 1, None)
+    with caplog.at_level("INFO"):
+        check_test_prompts([prompt(99), prompt(9, *SUM)], BOTH, 1, 100)
+    assert "likelihood leaves out gsm8k" in caplog.text
+    with pytest.warns(UserWarning, match="1 of 2 test prompts leave fewer than max_new_tokens=5"):
+        check_test_prompts([prompt(99), prompt(9)], BOTH, 5, 100)
 
 
 def evaluation(base, **options) -> Evaluation:
-    model, tokenizer = base
-    config = EvaluationConfig(protocols=("likelihood",), **options)
-    return Evaluation(model.eval(), tokenizer, config, 4, tasks=["boolq", "gsm8k"])
+    config = EvaluationConfig(**{"protocols": ("likelihood",), **options})
+    return Evaluation(*base, config, 4, TextInfo(task_names=["boolq", "gsm8k", "piqa"]))
 
 
 def exercise(tokenizer, choices: list[tuple[str, ...]], tasks: list[str]) -> dict:
@@ -87,22 +79,24 @@ def exercise(tokenizer, choices: list[tuple[str, ...]], tasks: list[str]) -> dic
     }
 
 
+def log_probs(model, tokenizer, batch, row, text, *more) -> torch.Tensor:
+    """Of a candidate's tokens after a prompt of the batch, alone and without padding."""
+    ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+    own = torch.tensor([*tokenizer(text).input_ids, *more])
+    logits = model(torch.cat([ids, own])[None]).logits[0].log_softmax(-1)
+    return logits[len(ids) - 1 : -1].gather(1, own[:, None])
+
+
 @pytest.mark.parametrize("normalized", [False, True])
 @torch.no_grad()
 def test_the_likeliest_candidate_is_taken_per_token_if_asked_for(base, normalized):
-    model, tokenizer = base
     texts = ("it is true, and has always been so", "false")
-    batch = exercise(tokenizer, [texts, (), texts], ["boolq", "gsm8k", "boolq"])
+    batch = exercise(base[1], [texts, (), texts], ["boolq", "gsm8k", "boolq"])
     items = evaluation(base, length_normalized=normalized).step(batch)
     assert [item["task"] for item in items] == ["boolq", "boolq"]
     for item, row in zip(items, (0, 2), strict=True):
-        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-        wanted = []
-        for text in texts:
-            own = tokenizer(text, return_tensors="pt").input_ids[0]
-            logits = model(torch.cat([ids, own])[None]).logits[0].log_softmax(-1)
-            picked = logits[len(ids) - 1 : -1].gather(1, own[:, None])
-            wanted.append(float(picked.mean() if normalized else picked.sum()))
+        found = [log_probs(*base, batch, row, text) for text in texts]
+        wanted = [float(own.mean() if normalized else own.sum()) for own in found]
         assert item["scores"] == pytest.approx(wanted, abs=1e-4)
         assert item["response"] == texts[wanted.index(max(wanted))]
         assert item["correct"] is (item["answer"] == "true")
@@ -112,21 +106,16 @@ def test_the_likeliest_candidate_is_taken_per_token_if_asked_for(base, normalize
 
 @torch.no_grad()
 def test_a_candidate_that_goes_on_from_another_is_scored_to_its_end(base):
-    model, tokenizer = base
     texts = ("it is good", "it is good enough")
-    batch = exercise(tokenizer, [texts], ["boolq"])
+    batch = exercise(base[1], [texts], ["boolq"])
     (item,) = evaluation(base).step(batch)
-    ids = batch["input_ids"][0][batch["attention_mask"][0].bool()]
     for text, score in zip(texts, item["scores"], strict=True):
-        own = torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id])
-        logits = model(torch.cat([ids, own])[None]).logits[0].log_softmax(-1)
-        wanted = logits[len(ids) - 1 : -1].gather(1, own[:, None]).sum()
+        wanted = log_probs(*base, batch, 0, text, base[1].eos_token_id).sum()
         assert score == pytest.approx(float(wanted), abs=1e-3)
 
 
 def test_an_earlier_answer_is_taken_over_only_for_the_same_question(base):
-    _, tokenizer = base
-    batch = exercise(tokenizer, [("true", "false")] * 2, ["boolq"] * 2)
+    batch = exercise(base[1], [("true", "false")] * 2, ["boolq"] * 2)
     earlier = [item | {"answer": "taken over"} for item in evaluation(base).step(batch)]
     again = evaluation(base)
     again.answered = {item_id(item): item for item in earlier}
@@ -136,11 +125,9 @@ def test_an_earlier_answer_is_taken_over_only_for_the_same_question(base):
 
 
 def test_shares_are_counted_over_all_records_and_for_each_task(base):
-    _, tokenizer = base
-    model, _ = base
-    counted = Evaluation(model, tokenizer, EvaluationConfig(), 4, tasks=["boolq", "gsm8k", "piqa"])
+    counted = evaluation(base, protocols=["generate"])
     answers = [("boolq", "true"), ("boolq", None), ("boolq", "false"), ("gsm8k", "true")]
-    batch = exercise(tokenizer, [()] * 4, [task for task, _ in answers])
+    batch = exercise(base[1], [()] * 4, [task for task, _ in answers])
     columns = {name: batch[name] for name in ("source", "index", "task", "prompt", "reference")}
     for row, (_, answer) in enumerate(answers):
         item = {name: column[row] for name, column in columns.items()}
@@ -167,21 +154,10 @@ def test_shares_are_counted_over_all_records_and_for_each_task(base):
         ("alpaca", "strict", ("### Instruction:",)),
         ("alpaca", "paper", ()),
         ("plain", "strict", ()),
-        (None, "strict", ()),
     ],
 )
 def test_an_answer_ends_where_a_strict_reader_sees_the_next_prompt_of_its_style(
-    style, rules, wanted, base, monkeypatch
+    style, rules, wanted, base
 ):
-    given = []
-
-    def write(*_, stop, **__):
-        given.append(stop)
-        return ["the answer is 3"]
-
-    monkeypatch.setattr("rosa_lightning.evaluation.evaluator.generate", write)
-    config = EvaluationConfig(rules=rules)
-    built = Evaluation(*base, config, 4, tasks=["gsm8k"], prompt_style=style)
-    batch = {name: [""] for name in ("source", "prompt", "input")}
-    built.step({**batch, "index": torch.tensor([0]), "task": ["gsm8k"], "reference": ["3"]})
-    assert given == [wanted]
+    text = TextInfo(next_prompt=STYLES[style].next_prompt)
+    assert Evaluation(*base, EvaluationConfig(rules=rules), 4, text).stop == wanted

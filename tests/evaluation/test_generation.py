@@ -35,17 +35,6 @@ def test_padded_prompts_are_answered_as_each_would_be_alone_and_without_the_prom
     assert written == [greedy(model, tokenizer, prompt, 6) for prompt in prompts]
 
 
-def test_greedy_answers_are_the_same_one_by_one_and_thirty_two_at_a_time():
-    """The embedded base, on prompts of very different lengths, in float32."""
-    model, tokenizer = load_base("tiny", dtype="float32"), load_tokenizer("tiny")
-    model.eval()
-    texts = [f"Ada has {n} apples. " * (1 + n % 9) + "How many?\n" for n in range(32)]
-    together = generate(model, tokenizer, prompts_of(tokenizer, texts), 12)
-    alone = [generate(model, tokenizer, prompts_of(tokenizer, [t]), 12)[0] for t in texts]
-    assert together == alone
-    assert len(set(together)) > 5
-
-
 def test_the_bases_own_generation_settings_do_not_change_the_answer(base):
     model, tokenizer = base
     batch = prompts_of(tokenizer, ["Say 1."])

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
-from rosa_lightning.evaluation import likelihood
-from rosa_lightning.evaluation.likelihood import log_likelihoods
+from rosa_lightning.evaluation.likelihood import log_likelihoods, say_not_shared
 from tests.conftest import FAMILIES, build
 
 PAD = 0
@@ -51,27 +50,21 @@ def exercises() -> tuple[list[list[int]], list[list[list[int]]]]:
     return prompts, candidates
 
 
+def check(model, prompts, candidates) -> None:
+    scores = log_likelihoods(model, prompts, candidates, PAD)
+    for prompt, own, found in zip(prompts, candidates, scores, strict=True):
+        wanted = [one_by_one(model, prompt, candidate) for candidate in own]
+        assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.no_grad()
 def test_candidates_score_as_single_rows_without_padding_do(family):
+    """With prompts that differ, and with a beginning that is long enough to be read once."""
     model, (prompts, candidates) = model_of(family), exercises()
-    scores = log_likelihoods(model, prompts, candidates, PAD)
-    for prompt, own, given_scores in zip(prompts, candidates, scores, strict=True):
-        wanted = [one_by_one(model, prompt, candidate) for candidate in own]
-        assert_close(given_scores, wanted, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
-@torch.no_grad()
-def test_prompts_with_a_common_beginning_score_as_single_rows_do(family):
-    """Long enough to be read once where a model's layers allow it."""
-    model, (prompts, candidates) = model_of(family), exercises()
+    check(model, prompts, candidates)
     start = ids(24)
-    prompts = [[*start, *prompt] for prompt in prompts]
-    scores = log_likelihoods(model, prompts, candidates, PAD)
-    for prompt, own, given_scores in zip(prompts, candidates, scores, strict=True):
-        wanted = [one_by_one(model, prompt, candidate) for candidate in own]
-        assert_close(given_scores, wanted, rtol=0, atol=1e-5)
+    check(model, [[*start, *prompt] for prompt in prompts], candidates)
 
 
 def test_a_prompt_is_read_once_and_labels_take_no_second_look(monkeypatch):
@@ -116,15 +109,11 @@ def test_a_model_that_keeps_a_state_reads_whole_prompts_and_says_so_once(caplog)
         shared_expert_intermediate_size=16,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    likelihood._say_not_shared.cache_clear()
-    prompts, candidates = exercises()
+    say_not_shared.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            scores = log_likelihoods(model, prompts, candidates, PAD)
+            check(model, *exercises())
     assert caplog.text.count("cannot be shared") == 1
-    for prompt, own, given_scores in zip(prompts, candidates, scores, strict=True):
-        wanted = [one_by_one(model, prompt, candidate) for candidate in own]
-        assert_close(given_scores, wanted, rtol=0, atol=1e-5)
 
 
 lists = st.lists(st.integers(3, 5), min_size=1, max_size=4)
@@ -136,8 +125,4 @@ lists = st.lists(st.integers(3, 5), min_size=1, max_size=4)
 def test_any_batch_of_any_candidates_scores_as_its_rows_alone(exercise):
     torch.manual_seed(0)
     model = build("llama", num_hidden_layers=1)
-    prompts, candidates = ([one for one, _ in exercise], [own for _, own in exercise])
-    scores = log_likelihoods(model, prompts, candidates, PAD)
-    for prompt, own, given_scores in zip(prompts, candidates, scores, strict=True):
-        wanted = [one_by_one(model, prompt, candidate) for candidate in own]
-        assert_close(given_scores, wanted, rtol=0, atol=1e-5)
+    check(model, [prompt for prompt, _ in exercise], [own for _, own in exercise])

@@ -39,7 +39,7 @@ SCORES = [
 
 
 def shown(*arguments) -> str:
-    console = Console(width=120, record=True, file=None)
+    console = Console(width=120)
     with console.capture() as capture:
         console.print(results_table(*arguments))
     return capture.get()

@@ -16,7 +16,6 @@ from rosa_lightning import EvaluationConfig, ReasoningDataModule, RoAEConfig, Ro
 from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
 from tests import ranks
 from tests.conftest import data_module, save_base, write_records
-from tests.hostile import KINDS, limited, put
 
 
 class Echo(LightningModule):
@@ -30,19 +29,14 @@ class Echo(LightningModule):
         return [{"index": int(value), "response": "é"} for value in batch]
 
 
-def predict(tmp_path: Path, writer: PredictionWriter, fail_at: int | None = None) -> None:
-    trainer = Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[writer],
-    )
+def predict(folder: Path, fail_at: int | None = None) -> None:
+    options = {"logger": False, "enable_progress_bar": False, "callbacks": [PredictionWriter()]}
+    trainer = Trainer(default_root_dir=folder, accelerator="cpu", **options)
     trainer.predict(Echo(fail_at), DataLoader(torch.arange(5), batch_size=2))
 
 
 def test_every_record_is_a_line_in_order(tmp_path):
-    predict(tmp_path, PredictionWriter())
+    predict(tmp_path)
     text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line)["index"] for line in text.splitlines()] == [0, 1, 2, 3, 4]
     assert "é" in text
@@ -52,7 +46,7 @@ def test_every_record_is_a_line_in_order(tmp_path):
 def test_a_run_that_fails_leaves_the_older_file_and_nothing_half_written(tmp_path):
     (tmp_path / "predictions.jsonl").write_text("older\n")
     with pytest.raises(RuntimeError, match="broken"):
-        predict(tmp_path, PredictionWriter(), fail_at=1)
+        predict(tmp_path, fail_at=1)
     assert (tmp_path / "predictions.jsonl").read_text() == "older\n"
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
@@ -61,10 +55,8 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
     try:
-        with pytest.raises(
-            OSError, match=r"predictions\.jsonl\.part cannot be written: File too large"
-        ):
-            predict(tmp_path, PredictionWriter())
+        with pytest.raises(OSError, match=r"predictions\.jsonl cannot be written: File too large"):
+            predict(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())
@@ -158,30 +150,25 @@ def test_contaminations_are_those_of_the_training_whatever_the_configuration_say
     decontaminate, base_folder, tmp_path, capsys
 ):
     data = exercises(tmp_path, decontaminate=decontaminate)
-    more = [{"instruction": f"{n}?", "output": "no", "answer": "false"} for n in range(9)]
     train = tmp_path / "train.json"
+    more = [{"instruction": f"{n}?", "output": "no", "answer": "false"} for n in range(9)]
     train.write_text(json.dumps(json.loads(train.read_text()) + more))
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     trainer = Trainer(
-        accelerator="cpu",
+        **quiet,
         max_steps=1,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
     )
     module = RoSAModule(str(base_folder), RoAEConfig(rank=2), max_new_tokens=2)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
+    now = exercises(tmp_path, decontaminate=decontaminate)
     other = [{"instruction": "Of no benchmark.", "output": "no", "answer": "false"}]
     (tmp_path / "other.json").write_text(json.dumps(other))
-    tests = [{"path": str(tmp_path / "boolq.json")}, {"path": str(tmp_path / "gsm8k.json")}]
-    now = data_module(
-        sources=[str(tmp_path / "other.json")], test_sources=tests, batch_size=4, max_length=300
-    )
-    tester = Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[ResultWriter()]
-    )
+    now.sources = [str(tmp_path / "other.json")]
+    tester = Trainer(**quiet, default_root_dir=tmp_path, callbacks=[ResultWriter()])
     tester.test(module, now, ckpt_path=tmp_path / "run.ckpt", verbose=False)
     _, results = read(tmp_path)
     contaminated = {row["task"]: row["contaminated"] for row in results["results"]}
@@ -227,10 +214,8 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     assert not json.loads((stopped / "results.json").read_text())["complete"]
     path = stopped / "predictions.jsonl"
     first, rest = path.read_text().split("\n", 1)
-    odd = [{**json.loads(first), name: value} for name in ("answer", "index") for value in ([], {})]
-    lines = [*map(json.dumps, odd), "[" * 50_000, "7" * 5_000, "\udcff"]
-    text = "\n".join([first, *lines, rest[:-40]])
-    path.write_text(text, errors="surrogateescape")
+    lines = [first, "{}", "[" * 50_000, "7" * 5_000, "\udcff", rest[:-40]]
+    path.write_text("\n".join(lines), errors="surrogateescape")
     with caplog.at_level(logging.INFO):
         evaluate(base_folder, stopped)
     assert calls == [4, 4, 4, 4, 4, 2]
@@ -239,18 +224,6 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     assert plain(read(stopped)[1]) == plain(read(straight)[1])
     evaluate(base_folder, stopped)  # complete: begins anew
     assert read(stopped)[1]["resumed_answers"] == 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_in_the_place_of_earlier_answers_and_is_no_file_is_named(
-    kind, base_folder, tmp_path
-):
-    with pytest.raises(RuntimeError, match="stopped"):
-        evaluate(base_folder, tmp_path, Stop(1))
-    (tmp_path / "predictions.jsonl").unlink()
-    put(kind, tmp_path / "predictions.jsonl")
-    with limited(120), pytest.raises(OSError, match=f"is {kind}, and a regular file is expected"):
-        evaluate(base_folder, tmp_path)
 
 
 def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(
@@ -287,19 +260,6 @@ def test_answers_of_another_evaluation_are_not_taken_over(make, base_folder, tmp
     evaluate(base_folder, tmp_path, module=make(base_folder))
     assert sum(calls) == 18
     assert read(tmp_path)[1]["resumed_answers"] == 0
-
-
-def test_other_prompts_are_answered_anew(base_folder, tmp_path, monkeypatch):
-    with pytest.raises(RuntimeError, match="stopped"):
-        evaluate(base_folder, tmp_path, Stop(3))
-    data = exercises(tmp_path)
-    changed = json.loads((tmp_path / "boolq.json").read_text())
-    changed[5]["instruction"] = "Ask 5."
-    (tmp_path / "boolq.json").write_text(json.dumps(changed))
-    calls = count_batches(monkeypatch)
-    evaluate(base_folder, tmp_path, data=data)
-    assert calls == [4, 4, 2]  # the batch with the changed one, and the two that were missing
-    assert read(tmp_path)[0][5]["prompt"] == "Ask 5."
 
 
 def of_two_ranks(folder: Path) -> dict:
