@@ -306,7 +306,9 @@ class RoSAModule(AdaptedModel):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Write an answer to each prompt, greedily; records as `predictions` gives them."""
         tokenizer, stop_ids = self._text.tokenizer or self.tokenizer, self._text.stop_ids
-        texts = generate(self.ensure_model(), tokenizer, batch, self.max_new_tokens, stop_ids=stop_ids)
+        texts = generate(
+            self.ensure_model(), tokenizer, batch, self.max_new_tokens, stop_ids=stop_ids
+        )
         return predictions(batch, texts, self._text.tasks)
 
     def about_evaluation(self) -> dict[str, Any]:

@@ -101,14 +101,12 @@ def private_names(path: Path) -> Iterator[str]:
 
 
 STILL: dict[str, set[str]] = {
-    "adapted.py": {"_C", "_IncompatibleKeys", "_modules", "_nn", "_parse_to", "_trainer"},
     "cli/parser.py": {"_actions"},
     "dls/checks.py": {"_gradient_checkpointing_func"},
     "inspection/memory.py": {"_python_dispatch"},
     "inspection/run_monitor.py": {"_prefix"},
     "models/meta.py": {"_grouped_mm", "_python_dispatch", "_pytree", "_subclasses", "_to_copy"},
     "models/quantization.py": {"_weight_conversions"},
-    "module.py": {"_should_accumulate", "_trainer"},
     "training/resume.py": {"_val_check_time_interval"},
     "utils/stopping.py": {
         "_accelerator_connector",
