@@ -4,7 +4,8 @@ Private members used, as of Lightning 2.6 and jsonargparse 4.53: `LightningCLI._
 `_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`, `_parse_ckpt_path`, `_get`,
 `_subcommand_parsers`, `_subcommand_method_arguments`; the parser's `_actions`, `_action_groups` and
 `_subcommands_action`; `DDPStrategy._ddp_kwargs`; `ModelParallelStrategy._data_parallel_size` and
-`_tensor_parallel_size`; `Trainer._checkpoint_connector._parse_ckpt_path`.
+`_tensor_parallel_size`; `_parse_ckpt_path` and `_hpc_resume_path` of
+`Trainer._checkpoint_connector`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -64,7 +66,6 @@ from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.checkpoint_io import check_outputs
 from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration
-from rosa_lightning.utils.stopping import requeued
 
 DESCRIPTION = (
     "RoSA fine-tuning: RoAE adapters on the low-frequency RoPE dimensions of Q and K, trained in "
@@ -190,12 +191,16 @@ class RoSACLI(LightningCLI):
         check_outputs(self.trainer)  # before anything is logged
         config = self.config_init["fit"]
         nothing = not (self.trainer.limit_val_batches and self.datamodule.val_fraction)
-        goes_on = config["ckpt_path"] is not None or requeued(self.trainer)
-        if nothing or not config["validate_first"] or goes_on:
+        trainer: Any = self.trainer  # `callbacks` is there, but not declared
+        requeued = trainer._checkpoint_connector._hpc_resume_path  # written where SLURM stopped it
+        resumes = bool(config["ckpt_path"] or (SLURMEnvironment.detect() and requeued))
+        for callback in trainer.callbacks:
+            if isinstance(callback, SaveRunConfig):
+                callback.resumes = resumes
+        if nothing or not config["validate_first"] or resumes:
             return
         # Logged here, and without callbacks: a validation ends by closing the event file, and
         # callbacks would take it for the run.
-        trainer: Any = self.trainer  # `callbacks` is there, but not declared
         loggers, callbacks = trainer.loggers, trainer.callbacks
         trainer.loggers = []
         trainer.callbacks = [item for item in callbacks if isinstance(item, ProgressBar)]

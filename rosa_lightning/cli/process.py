@@ -18,7 +18,6 @@ from lightning.pytorch.cli import SaveConfigCallback
 from rosa_lightning.cli.strict_yaml import read_configuration
 from rosa_lightning.utils.errors import ConfigurationError, explain
 from rosa_lightning.utils.files import writing
-from rosa_lightning.utils.stopping import requeued
 from rosa_lightning.utils.text import one_line
 
 
@@ -116,6 +115,9 @@ class SaveRunConfig(SaveConfigCallback):
     to run a second time.
     """
 
+    resumes = False
+    """Whether the run goes on from another, in whose folder it may log."""
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save it when training starts.
 
@@ -127,7 +129,7 @@ class SaveRunConfig(SaveConfigCallback):
         path = Path(trainer.log_dir or ".") / self.config_filename
         # Rank 0 says so for all: it may have written the file when the others look.
         taken = trainer.strategy.broadcast(path.exists())
-        if taken and self.config.get("ckpt_path") is None and not requeued(trainer):
+        if taken and not self.resumes:
             raise FileExistsError(
                 f"{path.parent} holds the logs of another run. Leave trainer.logger.version out "
                 "for a new folder, or go on with that run by --ckpt_path."

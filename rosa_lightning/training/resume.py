@@ -60,8 +60,7 @@ def due_validation(trainer: Trainer, loops: Mapping[str, Any]) -> dict[str, Any]
     None where none follows, or where a clock or a request to stop has made it due, of which a
     resumed run does not know.
     """
-    by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
-    if not _is_behind_batch(loops) or trainer.should_stop or by_clock:
+    if not _is_behind_batch(loops) or trainer.should_stop:
         return None
     return _validation_settings(trainer) if validation_is_due(trainer) else None
 

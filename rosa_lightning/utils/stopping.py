@@ -1,11 +1,8 @@
 """The end of a run: by a signal to any of its processes, or where another rank has failed.
 
 While a training runs, a signal is only noted: all ranks stop together after the optimizer step,
-with a checkpoint to go on from. Elsewhere a signal ends the process at once, and a thread of each
+with a checkpoint to resume from. Elsewhere a signal ends the process at once, and a thread of each
 rank looks whether another one has left.
-
-Private members of Lightning 2.6: `_signal_connector` (the handlers that it registers), the cluster
-environment of `_accelerator_connector`, `_hpc_resume_path`, and `_should_check_val_fx`.
 """
 
 from __future__ import annotations
@@ -16,16 +13,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -64,7 +61,8 @@ class Stopping(Callback):
         self._key = ""
         self._news: dict[str, Any] | None = None
         self._done = threading.Event()
-        self._before: dict[int, Any] = {}
+        self._before: Any = None
+        self._requeue: Callable[[], None] | None = None
         self._group: Any = None
         self._common_batches = 0
 
@@ -79,21 +77,15 @@ class Stopping(Callback):
         """A new one for the run that a trainer begins, in place of that of the run before."""
         trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, cls)]
         new = cls()
-        # Lightning's own waits, within the handler, for what other ranks will not do.
-        trainer._signal_connector._sigterm_notifier_fn = new._on_signal
         if trainer.world_size > 1:
             new._key = f"rosa/left/{new_run()}"
-            if _in_main_thread():
-                new._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, new._on_signal)
+            new._before = signal.getsignal(signal.SIGTERM)
+            _handle([signal.SIGTERM], new._on_signal)
             threading.Thread(target=new._look, name="other-ranks", daemon=True).start()
         return new
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Stopping:
-        """The same: it is of a process, and callbacks that copy a module copy its trainer."""
-        return self
-
     def __reduce__(self) -> tuple[type[Stopping], tuple[()]]:
-        """A new one: another process has its own signals."""
+        """A new one: a copied trainer, or one in another process, has no signals of its own."""
         return type(self), ()
 
     # Comparing the ranks.
@@ -113,8 +105,17 @@ class Stopping(Callback):
         if several_ranks():
             agree("optimizers", optimization(trainer))
 
+    # Signals.
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of Lightning's handler, which waits for what other ranks will not do."""
+        _handle([signal.SIGTERM], self._on_signal)
+
+    on_predict_start = on_test_start
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the batches that all ranks have, and set right what a resumed one has counted."""
+        """Count the batches that all ranks have, and correct what a resumed one has counted."""
+        _handle([signal.SIGTERM], self._on_signal)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             loop = trainer.fit_loop.epoch_loop.val_loop
             number = min(sum(loop.max_batches), 2**31)
@@ -122,25 +123,26 @@ class Stopping(Callback):
             total: Any = loop.batch_progress.total
             total.ready = total.started = total.processed = total.completed
 
-    # Signals.
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on signals wait for the end of a step."""
         if several_ranks() and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")  # no wait for the device
         self._training = True
-        numbers: list[int | None] = [signal.SIGTERM, _requeue_signal(trainer)]
+        numbers: list[int] = [signal.SIGTERM]
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             numbers.append(signal.SIGINT)
-        for number in numbers if _in_main_thread() else ():
-            if number is not None:
-                signal.signal(number, self._on_signal)  # Lightning puts the former ones back
+        for number in signal.valid_signals() - {signal.SIGTERM}:
+            handler: Any = signal.getsignal(number)
+            # Lightning's, which asks SLURM to requeue the job; the number is a setting.
+            if type(handler).__module__ == signal_connector.__name__:
+                self._requeue = lambda number=number, handler=handler: handler(number, None)
+                numbers.append(number)
+        _handle(numbers, self._on_signal)  # Lightning puts the former ones back
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._over:
-            before = self._before.get(number)
-            if callable(before):
-                before(number, frame)
+            if callable(self._before):
+                self._before(number, frame)
             return
         if self._news is not None:
             _follow(self._news)
@@ -180,10 +182,8 @@ class Stopping(Callback):
 
     def _obey(self, trainer: Trainer, asked: int) -> None:
         self._asked = 0
-        if asked == _REQUEUE:
-            # All of it here: a checkpoint in the midst of a step would be of no state.
-            connector: Any = trainer._signal_connector
-            connector._slurm_sigusr_handler_fn(_requeue_signal(trainer), None)
+        if asked == _REQUEUE and self._requeue is not None:
+            self._requeue()  # here, as a checkpoint in the midst of a step would be of no state
             return
         path = _save(trainer)
         name = "SIGTERM" if asked == _TERMINATE else "Ctrl-C"
@@ -248,13 +248,12 @@ class Stopping(Callback):
 
     def _tell(self, exception: BaseException) -> dict[str, Any] | None:
         """Tell that this rank leaves; returns what another one told before."""
-        said = str(exception).strip().splitlines()
         status = 1
         if isinstance(exception, SystemExit) and isinstance(exception.code, int):
             status = exception.code or 1
         elif isinstance(exception, KeyboardInterrupt):
             status = 128 + signal.SIGINT
-        reason = said[0] if said else type(exception).__name__
+        reason, *_ = [*str(exception).strip().splitlines(), type(exception).__name__]
         own = {"rank": dist.get_rank(), "status": status, "reason": reason}
         with suppress(Exception):  # the store may be gone
             store = shared_store()
@@ -275,13 +274,15 @@ class Stopping(Callback):
         if several_ranks():
             trainer.strategy.barrier("ended")
         self._over = True
-        for number, handler in self._before.items() if _in_main_thread() else ():
+        if self._before is not None:
+            _handle([signal.SIGTERM], self._before)
+
+
+def _handle(numbers: list[int], handler: Any) -> None:
+    """Handle signals, where that can be set."""
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
             signal.signal(number, handler)
-
-
-def _in_main_thread() -> bool:
-    """Whether signal handlers can be set here."""
-    return threading.current_thread() is threading.main_thread()
 
 
 def _follow(news: dict[str, Any], cause: BaseException | None = None) -> NoReturn:
@@ -297,25 +298,24 @@ def _in_words(news: dict[str, Any]) -> str:
     return f"rank {news['rank']} failed: {news['reason']}"
 
 
-def _requeue_signal(trainer: Trainer) -> int | None:
-    """The signal by which SLURM asks for a checkpoint to go on from, if it may."""
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        return environment.requeue_signal
-    return None
-
-
-def requeued(trainer: Trainer) -> bool:
-    """Whether this training goes on from where SLURM has stopped it."""
-    hpc = trainer._checkpoint_connector._hpc_resume_path
-    return SLURMEnvironment.detect() and hpc is not None
-
-
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation follows on the batch that has been trained."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    validates = sum(trainer.num_val_batches) > 0
-    return validates and bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+    """Whether a validation follows on the batch that has been trained, but for one by the clock."""
+    fit: Any = trainer.fit_loop
+    every = trainer.check_val_every_n_epoch
+    interval: Any = trainer.val_check_batch  # None by the clock, infinite without a known length
+    if not sum(trainer.num_val_batches) or (every and (trainer.current_epoch + 1) % every):
+        return False
+    if interval is None:
+        return False
+    epochs = fit.epoch_progress.current.processed
+    can_stop = epochs >= (fit.min_epochs or 0) and trainer.global_step >= (fit.min_steps or 0)
+    if trainer.should_stop and can_stop:
+        return True
+    batch = fit.epoch_loop.batch_idx + 1
+    if interval == float("inf"):
+        return bool(trainer.is_last_batch or batch >= trainer.num_training_batches)
+    count = fit.epoch_loop.total_batch_idx + 1 if every is None else batch
+    return bool(count % interval == 0)
 
 
 @contextmanager

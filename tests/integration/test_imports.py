@@ -107,17 +107,6 @@ STILL: dict[str, set[str]] = {
     "inspection/run_monitor.py": {"_prefix"},
     "models/meta.py": {"_grouped_mm", "_python_dispatch", "_pytree", "_subclasses", "_to_copy"},
     "models/quantization.py": {"_weight_conversions"},
-    "training/resume.py": {"_val_check_time_interval"},
-    "utils/stopping.py": {
-        "_accelerator_connector",
-        "_checkpoint_connector",
-        "_data_fetcher",
-        "_hpc_resume_path",
-        "_should_check_val_fx",
-        "_signal_connector",
-        "_sigterm_notifier_fn",
-        "_slurm_sigusr_handler_fn",
-    },
 }
 """What is still to be replaced or moved."""
 
