@@ -11,30 +11,20 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import zipfile
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from uuid import uuid4
 
 SETTINGS_BYTES = 2**26
 """Largest file of settings that is read."""
 LINE_BYTES = 2**26
 """Longest line of a file that is read line by line."""
-
-# A pipe without a writer would block already when it is opened.
-_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-_KINDS = {
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
+_KINDS = {"p": "a pipe", "s": "a socket", "c": "a device", "b": "a device", "d": "a folder"}
+"""What is no regular file, by the letter of `stat.filemode`."""
 
 
 # Reading.
@@ -48,35 +38,23 @@ def check_input(path: str | Path) -> None:
         ValueError: The path holds a null character.
     """
     check_name(path)
-    _check_regular(path, os.stat(path).st_mode)
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.filemode(mode)[0], "something else")
+        error = IsADirectoryError if stat.S_ISDIR(mode) else OSError
+        raise error(f"{path} is {kind}, and a regular file is expected. Name a file.")
 
 
 def check_name(path: str | Path) -> None:
     """Raise ValueError for a path with a null character, which no file can have."""
     if "\0" in os.fspath(path):
-        raise ValueError(
-            f"the path {os.fspath(path)!r} holds a null character, which no file name can. Take it "
-            "out."
-        )
-
-
-def _check_regular(path: str | Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        error = IsADirectoryError if stat.S_ISDIR(mode) else OSError
-        raise error(f"{path} is {kind}, and a regular file is expected. Name a file.")
+        raise ValueError(f"the path {os.fspath(path)!r} holds a null character. Take it out.")
 
 
 def open_input(path: str | Path) -> BufferedReader:
     """Open a regular file to read bytes from; errors as `check_input`."""
     check_input(path)
-    file = os.fdopen(os.open(path, _READ), "rb")
-    try:
-        _check_regular(path, os.fstat(file.fileno()).st_mode)  # it may have been exchanged since
-    except OSError:
-        file.close()
-        raise
-    return file
+    return open(path, "rb")
 
 
 def read_bytes(path: str | Path, most: int | None = None) -> bytes:
@@ -88,13 +66,11 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
     limit = memory_bytes() // 2 if most is None else most
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > limit else file.read(limit + 1)
-    if max(size, len(content)) > limit:
-        raise ValueError(
-            f"{path} has {max(size, len(content)):,} bytes, and at most {limit:,} are read. Give a "
-            "smaller file."
-        )
-    return content
+        if size > limit:
+            raise ValueError(
+                f"{path} has {size:,} bytes, and at most {limit:,} are read. Give a smaller file."
+            )
+        return file.read()
 
 
 def read_text(path: str | Path, most: int = SETTINGS_BYTES) -> str:
@@ -109,9 +85,8 @@ def read_text(path: str | Path, most: int = SETTINGS_BYTES) -> str:
 
 def read_lines(file: IO[bytes], name: str | Path) -> Iterator[bytes]:
     """The lines of an open file with their line breaks; ValueError for one beyond `LINE_BYTES`."""
-    number = 0
-    while line := file.readline(LINE_BYTES + 1):
-        number += 1
+    lines = iter(lambda: file.readline(LINE_BYTES + 1), b"")
+    for number, line in enumerate(lines, start=1):
         if len(line) > LINE_BYTES:
             raise ValueError(
                 f"{name}, line {number} has more than {LINE_BYTES:,} bytes. Give a text file of "
@@ -126,9 +101,7 @@ def check_archive(file: IO[bytes], name: str | Path) -> None:
     torch stores the parts of a file uncompressed. It would also read compressed ones, which may
     unpack to thousands of times their size, and its format from before 2020, which may claim any.
 
-    Args:
-        file: Open, at its start; is left there.
-        name: What messages call it.
+    The file is open at its start, and is left there; messages call it by the name.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -175,30 +148,16 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         OSError: It cannot be written to, or the disk is full.
     """
     check_name(path)
-    # Resolved, so that nothing is made for the sake of `a/../b`.
-    target = Path(path).resolve()
+    target = Path(path).resolve()  # so that nothing is made for the sake of `a/../b`
     if target.exists() or Path(path).is_symlink():
         raise ValueError(f"{path} exists already. Give a folder that does not, or remove it first.")
-    made = [parent for parent in target.parents if not parent.exists()]
-    written = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        with writing(path):
-            yield written
-        _give_usual_permissions(written)
-        written.rename(target)
-    except BaseException:
-        if written is not None:
-            _remove(written)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
+    with part_beside(target, is_folder=True) as part, writing(path):
+        yield part
+        part.rename(target)
 
 
-def atomic_write(path: Path, *content: bytes | memoryview | array[Any]) -> None:
-    """Write a file that is never seen half-written; when this returns, it is on the disk.
+def atomic_write(path: Path, *content: bytes | memoryview) -> None:
+    """Write a file that is never seen half-written, nor found so after a power failure.
 
     Raises:
         OSError: It cannot be written, or the disk is full; names the file. An older one of that
@@ -212,7 +171,6 @@ def atomic_write(path: Path, *content: bytes | memoryview | array[Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        _sync(path.parent)
 
 
 def check_writable(folder: Path, what: str, remedy: str) -> None:
@@ -221,7 +179,6 @@ def check_writable(folder: Path, what: str, remedy: str) -> None:
     Raises:
         OSError: They cannot; says what would be written, and the remedy.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with part_beside(folder / "any") as part:
             part.write_bytes(bytes(4096))
@@ -231,35 +188,38 @@ def check_writable(folder: Path, what: str, remedy: str) -> None:
         )
         said.errno = error.errno
         raise said from error
-    finally:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
 
 
 @contextmanager
 def part_beside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
     """Give an empty file or folder beside another path, to be written and renamed to it.
 
-    Folders on the way are made. What is still there at the end is removed, and so is what processes
-    left in this folder that were killed while writing. A lock tells those from what is in use.
+    Folders on the way are made, and removed if they are empty at the end. What is still there at
+    the end is removed, and so is what processes left in this folder that were killed while writing.
+    A lock tells those from what is in use.
     """
     from filelock import FileLock, Timeout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for lock in path.parent.glob(".rosa-????????.part.lock"):
-        with suppress(OSError, Timeout), FileLock(lock, timeout=0):
-            _remove(lock.with_suffix(""))
-            lock.unlink()
+    made = [parent for parent in path.parents if not parent.exists()]
     part = path.with_name(f".rosa-{uuid4().hex[:8]}.part")  # short, whatever the name
     lock = part.with_name(f"{part.name}.lock")
-    with FileLock(lock):
-        try:
-            part.mkdir() if is_folder else part.touch(exist_ok=False)
-            yield part
-        finally:
-            _remove(part)
-            _remove(lock)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(".rosa-????????.part.lock"):
+            with suppress(OSError, Timeout), FileLock(left, timeout=0):
+                _remove(left.with_suffix(""))
+                left.unlink()
+        with FileLock(lock):
+            try:
+                part.mkdir() if is_folder else part.touch(exist_ok=False)
+                yield part
+            finally:
+                _remove(part)
+                _remove(lock)
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def put_in_place(part: Path, path: Path) -> None:
@@ -272,13 +232,14 @@ def put_in_place(part: Path, path: Path) -> None:
     """
     with writing(path, beside=True):
         for inner in (*part.rglob("*"), part):
-            _sync(inner)
+            if inner.is_file():
+                with inner.open("r+b") as file:
+                    os.fsync(file.fileno())
         older = path.with_name(f".{path.name}.old-{uuid4().hex[:8]}")
         if path.exists() or path.is_symlink():
             path.rename(older)
         part.rename(path)
         _remove(older)
-        _sync(path.parent)
 
 
 @contextmanager
@@ -305,24 +266,3 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    with suppress(PermissionError, IsADirectoryError):  # folders cannot be opened on Windows
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system that cannot
-                raise
-        finally:
-            os.close(number)
-
-
-def _give_usual_permissions(folder: Path) -> None:
-    """Give what was written the permissions of the user's mask; a temporary folder is private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
