@@ -15,8 +15,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,8 +38,7 @@ from torch.optim import AdamW
 
 from rosa_lightning.data.collators import IGNORE_INDEX, is_packed_batch
 from rosa_lightning.data.datamodule import ReasoningDataModule
-from rosa_lightning.dls.layers import find_layers
-from rosa_lightning.inspection.throughput import batch_counts, lowest_active
+from rosa_lightning.inspection.throughput import batch_counts, decoder_blocks, lowest_active
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import remove_roae
@@ -54,7 +52,8 @@ Batch = dict[str, Any]
 
 LORA_RANK = 16
 LORA_TARGETS: tuple[Target, ...] = ("q", "k", "v", "up", "down")
-OURS, LORA, FLOOR = "as configured", "PEFT LoRA, plain", "frozen base"
+OURS, LORA, FROZEN = "as configured", "PEFT LoRA, plain", "frozen base"
+METHODS = (OURS, LORA, FROZEN)
 _WARM_UP = 2
 """Batches at the start that are not counted."""
 _KEPT = (
@@ -67,35 +66,27 @@ _LEFT_OUT = (Checkpoint, EarlyStopping, LearningRateMonitor, ModelSummary, Progr
 
 
 @dataclass
-class Contender:
-    """One way to train, and what it took."""
-
-    seconds: list[float] = field(default_factory=list)
-    """Of each round."""
-    peak_mib: float | None = None
-    """Most memory beside the other two; on a CUDA device only."""
-
-
-@dataclass
 class Bench:
-    """What was measured."""
+    """What was measured, by method and round."""
 
     rounds: list[dict[str, int]] = field(default_factory=list)
-    """Examples, tokens and the like of each round, the same for all ways."""
-    contenders: dict[str, Contender] = field(default_factory=dict)
+    """Examples, tokens and the like of each round, the same for all methods."""
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in METHODS})
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    """Most memory of a method beside the other two; on a CUDA device only."""
     lowest: list[int] = field(default_factory=list)
     """The lowest layer that trained, of each step as configured."""
 
-    def per_second(self, way: str, what: str) -> float:
+    def per_second(self, method: str, what: str) -> float:
         """Median over the rounds of the examples or tokens a second."""
-        pairs = zip(self.rounds, self.contenders[way].seconds, strict=True)
+        pairs = zip(self.rounds, self.seconds[method], strict=True)
         return statistics.median(counts[what] / seconds for counts, seconds in pairs)
 
-    def times(self, way: str, other: str) -> tuple[float, float, float]:
-        """How many times as long another way takes: median of the rounds, lowest, highest."""
-        pairs = zip(self.contenders[way].seconds, self.contenders[other].seconds, strict=True)
+    def ratio(self, method: str, other: str) -> str:
+        """How many times as long another method takes: median of the rounds, lowest, highest."""
+        pairs = zip(self.seconds[method], self.seconds[other], strict=True)
         ratios = [others / own for own, others in pairs]
-        return statistics.median(ratios), min(ratios), max(ratios)
+        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def run_bench(
@@ -106,61 +97,42 @@ def run_bench(
     steps: int,
     rounds: int,
 ) -> Bench:
-    """Train as configured on one device, and in between the two other ways.
+    """Train as configured on one device, and in between by the two other methods.
 
     Of ``settings``, the trainer's arguments with callbacks instantiated, the ones that a step
-    depends on are taken. ``steps`` is the batches of each turn, ``rounds`` the turns of each way.
+    depends on are taken. ``steps`` is the batches of each turn, ``rounds`` the turns of a method.
     """
-    for name, value in (("steps", steps), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is below 1. Set {name} to 1 or more.")
     lora = plain_lora(module)
-    with _quiet():
-        turns = Turns(lora, frozen_floor(_alike(module)), steps, rounds)
-        _trainer(settings, turns).fit(module, data)
+    # A training from the command line has other hyperparameters beside its arguments.
+    known = inspect.signature(RoSAModule).parameters.keys() - {"roae"}
+    alike = {name: module.hparams[name] for name in known & module.hparams.keys()}
+    callbacks = settings.get("callbacks") or []
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.disabled, before = True, log.disabled  # there are two trainings here to tell of
+    try:
+        turns = Turns(lora, frozen_base(RoSAModule(**alike)), steps, rounds)
+        Trainer(
+            **{name: settings[name] for name in _KEPT if settings.get(name) is not None},
+            callbacks=[*(c for c in callbacks if not isinstance(c, _LEFT_OUT)), turns],
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            max_epochs=-1,
+            max_steps=_WARM_UP + steps * rounds,
+        ).fit(module, data)
+    finally:
+        log.disabled = before
     return turns.bench
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what Lightning tells of a training, of which there are two here."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
+def frozen_base(module: RoSAModule) -> RoSAModule:
+    """The frozen-base baseline: a module without adapters, in which nothing trains.
 
-
-def _trainer(settings: Mapping[str, Any], turns: Turns) -> Trainer:
-    """A trainer with what of the settings a step depends on, for as long as the turns last."""
-    callbacks = settings.get("callbacks") or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    return Trainer(
-        **{name: settings[name] for name in _KEPT if settings.get(name) is not None},
-        callbacks=[*(c for c in callbacks if not isinstance(c, _LEFT_OUT)), turns],
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        max_epochs=-1,
-        max_steps=_WARM_UP + turns.steps * turns.rounds,
-    )
-
-
-def _alike(module: RoSAModule) -> RoSAModule:
-    """A module like another, on the same base, without an adapter of its own."""
-    # A training from the command line has other hyperparameters beside its arguments.
-    known = inspect.signature(RoSAModule).parameters.keys() - {"roae"}
-    return RoSAModule(**{name: module.hparams[name] for name in known & module.hparams.keys()})
-
-
-def frozen_floor(module: RoSAModule) -> RoSAModule:
-    """Make a module the least that any training of low layers takes: its base, nothing trained.
-
-    The input of the first layer requires a gradient, so that the backward pass goes down to it.
+    The input of the first layer requires a gradient, so that the backward pass goes down to it:
+    the least that any training of low layers takes.
     """
     module.configure_model()
     model = cast(Any, module.model)
@@ -180,8 +152,8 @@ def plain_lora(module: RoSAModule) -> nn.Module:
         ) from error
     base = load_base(module.base, quantization=module.quantization, **module.loading)
     wanted = RoAEConfig(targets=LORA_TARGETS, low_freq_ratio=1.0)
-    terms, _ = select_projections(base, wanted, strict=False)
-    names = sorted({term.projection for term in terms})
+    projections, _ = select_projections(base, wanted, strict=False)
+    names = sorted({found.projection for found in projections})
     config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=names)
     with warnings.catch_warnings():
         # It asks transformers for an attribute by its older name.
@@ -190,31 +162,30 @@ def plain_lora(module: RoSAModule) -> nn.Module:
 
 
 class Turns(Callback):
-    """Trains the other ways, some batches each, between the batches of the configured training.
+    """Trains by the other methods, some batches each, between batches of the configured training.
 
     The LoRA trains on the same records in random order, padded on the right to the longest of a
     batch, with logits at every token; the frozen base takes the same batches forward and backward.
     """
 
-    def __init__(self, lora: nn.Module, floor: RoSAModule, steps: int, rounds: int) -> None:
+    def __init__(self, lora: nn.Module, frozen: RoSAModule, steps: int, rounds: int) -> None:
         super().__init__()
-        self.bench = Bench(contenders={name: Contender() for name in (OURS, LORA, FLOOR)})
-        self.lora, self.floor = lora, floor
+        self.bench = Bench()
+        self.lora, self.frozen = lora, frozen
         self.steps, self.rounds = steps, rounds
         self._batches: list[Batch] = []
         self._blocks: list[nn.Module] = []
         self._order = Random(0)
         self._optimizer = AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-3)
         self._warm = False
-        self._since = 0.0
+        self._since, self._held = 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the other ways to the device, and start the clock."""
+        """Bring the other models to the device, and start the clock."""
         self.lora.to(pl_module.device).train()
-        self.floor.to(pl_module.device)
-        path = find_layers(pl_module)[0].name.rpartition(".")[0]
-        self._blocks = list(pl_module.get_submodule(path).children())
-        self._begin(pl_module.device)
+        self.frozen.to(pl_module.device)
+        self._blocks = decoder_blocks(pl_module)
+        self._start_clock(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -226,65 +197,67 @@ class Turns(Callback):
             self.bench.lowest.append(lowest)
         if len(self._batches) < (self.steps if self._warm else _WARM_UP):
             return
-        device, context = pl_module.device, trainer.precision_plugin.forward_context
-        self._end(OURS, pl_module, device)
+        self._stop_clock(OURS, pl_module, pl_module.device)
         rows = [row for batch in self._batches for row in rows_of(batch)]
         self._order.shuffle(rows)
         size = -(-len(rows) // len(self._batches))
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        self._begin(device)
-        self._train_lora(parts, context)
-        self._end(LORA, self.lora, device)
-        self._begin(device)
-        self._pass_floor(context)
-        self._end(FLOOR, self.floor, device)
+        self._start_clock(pl_module.device)
+        self.train_lora(parts, trainer)
+        self._stop_clock(LORA, self.lora, pl_module.device)
+        self._start_clock(pl_module.device)
+        self.pass_frozen(self._batches, trainer)
+        self._stop_clock(FROZEN, self.frozen, pl_module.device)
         if self._warm:
-            self.bench.rounds.append(total_counts(self._batches))
+            counts = [batch_counts(batch) for batch in self._batches]
+            self.bench.rounds.append(
+                {name: sum(int(count[name]) for count in counts) for name in counts[0]}
+            )
         self._warm = True
         self._batches = []
         trainer.should_stop = len(self.bench.rounds) == self.rounds
-        self._begin(device)
+        self._start_clock(pl_module.device)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the models."""
-        del self.lora, self.floor, self._optimizer
+        del self.lora, self.frozen, self._optimizer
         self._blocks, self._batches = [], []
 
-    def _train_lora(
-        self, parts: list[list[Row]], context: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
+    def train_lora(self, parts: Sequence[Sequence[Row]], trainer: Trainer) -> None:
+        """A step of the LoRA on each part of the records."""
         for rows in parts:
-            with context():
+            with trainer.precision_plugin.forward_context():
                 loss = self.lora(**padded(rows)).loss
             loss.backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
 
-    def _pass_floor(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
-        for batch in self._batches:
-            with context():
-                loss = self.floor.loss(batch)
+    def pass_frozen(self, batches: Sequence[Batch], trainer: Trainer) -> None:
+        """The frozen base forward and backward on each batch."""
+        for batch in batches:
+            with trainer.precision_plugin.forward_context():
+                loss = self.frozen.loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def _begin(self, device: torch.device) -> None:
+    def _start_clock(self, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             self._held = torch.cuda.memory_allocated(device)
         self._since = time.perf_counter()
 
-    def _end(self, name: str, model: nn.Module, device: torch.device) -> None:
+    def _stop_clock(self, method: str, model: nn.Module, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if not self._warm:
             return
-        contender = self.bench.contenders[name]
-        contender.seconds.append(time.perf_counter() - self._since)
+        self.bench.seconds[method].append(time.perf_counter() - self._since)
         if device.type == "cuda":
             # All three are there: what this one took, and its weights.
             taken = torch.cuda.max_memory_allocated(device) - self._held
             own = sum(p.numel() * p.element_size() for p in model.parameters())
-            contender.peak_mib = max(contender.peak_mib or 0.0, (taken + own) / 2**20)
+            before = self.bench.peak_mib.get(method, 0.0)
+            self.bench.peak_mib[method] = max(before, (taken + own) / 2**20)
 
 
 def rows_of(batch: Batch) -> Iterator[Row]:
@@ -311,27 +284,19 @@ def padded(rows: Sequence[Row]) -> dict[str, Tensor]:
     }
 
 
-def total_counts(batches: Sequence[Batch]) -> dict[str, int]:
-    """What several batches hold, as `batch_counts` names it."""
-    counts = [batch_counts(batch) for batch in batches]
-    return {name: sum(int(count[name]) for count in counts) for name in counts[0]}
-
-
 def bench_tables(bench: Bench) -> Group:
     """What was measured, for `rich` to print, and the machine it was measured on."""
-    has_memory = bench.contenders[OURS].peak_mib is not None
     names = ["examples/s", "tokens/s", "speed, LoRA = 1", "time, frozen = 1"]
-    table = text_table(None, "Training", *names, *(["peak MiB"] if has_memory else []))
-    spread = "{:.2f} ({:.2f}-{:.2f})"
-    for name, contender in bench.contenders.items():
-        cells = [
-            f"{bench.per_second(name, 'examples'):,.1f}",
-            f"{bench.per_second(name, 'tokens'):,.0f}",
-            "1" if name == LORA else spread.format(*bench.times(name, LORA)),
-            "1" if name == FLOOR else spread.format(*bench.times(FLOOR, name)),
-        ]
-        cells += [] if contender.peak_mib is None else [f"{contender.peak_mib:,.0f}"]
-        table.add_row(name, *cells)
+    table = text_table(None, "Training", *names, *(["peak MiB"] if bench.peak_mib else []))
+    for method in METHODS:
+        table.add_row(
+            method,
+            f"{bench.per_second(method, 'examples'):,.1f}",
+            f"{bench.per_second(method, 'tokens'):,.0f}",
+            "1" if method == LORA else bench.ratio(method, LORA),
+            "1" if method == FROZEN else bench.ratio(FROZEN, method),
+            *([f"{bench.peak_mib[method]:,.0f}"] if bench.peak_mib else []),
+        )
     lowest = f"{statistics.mean(bench.lowest):.3g}" if bench.lowest else "none"
     return Group(
         table,

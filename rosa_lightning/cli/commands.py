@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
@@ -149,7 +150,7 @@ def inspect(
     ckpt_path: str | None = None,
     response_length: int | None = None,
     activations: str | None = None,
-    num_batches: int = 4,
+    num_batches: PositiveInt = 4,
 ) -> None:
     """Show what RoAE adapts in each layer, and the memory that training takes, loading no weights.
 
@@ -171,7 +172,7 @@ def inspect(
     rows = data.longest_rows
     check_batch(rows, data.max_length, length)
     if activations is not None:
-        _check_picture(Path(activations), num_batches)
+        _check_picture(Path(activations))
     precision = str(context.trainer.get("precision"))
     model = _skeleton(module, double=precision in ("64", "64-true"))
     tables = parameter_tables(model)
@@ -285,7 +286,11 @@ def audit_tables(audit: Audit) -> Group:
 
 
 def bench(
-    context: CommandContext, *, ckpt_path: str | None = None, steps: int = 8, rounds: int = 5
+    context: CommandContext,
+    *,
+    ckpt_path: str | None = None,
+    steps: PositiveInt = 8,
+    rounds: PositiveInt = 5,
 ) -> None:
     """Measure a training as configured, beside PEFT LoRA in the plain way and the frozen base.
 
@@ -316,7 +321,7 @@ def _check_base(module: RoSAModule) -> None:
         raise ValueError(NO_BASE)
 
 
-def _check_picture(png: Path, num_batches: int) -> None:
+def _check_picture(png: Path) -> None:
     """Refuse early what would fail after minutes of loading, or overwrite something."""
     problem = None
     folder = next(path for path in png.absolute().parents if path.exists())
@@ -328,8 +333,6 @@ def _check_picture(png: Path, num_batches: int) -> None:
         problem = f"{folder} is no folder. Give another name."
     if problem is not None:
         raise ValueError(f"activations={png}: {problem}")
-    if num_batches < 1:
-        raise ValueError(f"num_batches={num_batches} is below 1. Set num_batches; 4 is usual.")
 
 
 def _skeleton(module: RoSAModule, *, double: bool) -> Any:

@@ -74,10 +74,9 @@ class TokenThroughputMonitor(Callback):
         self._reset()
         self.latest = {}
         try:
-            path = find_layers(pl_module)[0].name.rpartition(".")[0]
+            self._blocks = decoder_blocks(pl_module)
         except ValueError:  # of another shape: nothing to say of layers
             return
-        self._blocks = list(pl_module.get_submodule(path).children())
         peak = peak_flops(trainer, self._blocks)
         model = next((m for m in pl_module.modules() if hasattr(m, "get_output_embeddings")), None)
         if peak is not None and model is not None:
@@ -137,6 +136,12 @@ class TokenThroughputMonitor(Callback):
             bar["lowest layer"] = lowest
         pl_module.log_dict(bar, prog_bar=True, logger=False)
         self._restart()
+
+
+def decoder_blocks(module: nn.Module) -> list[nn.Module]:
+    """The layers of the list in which layers train, frozen ones too; ValueError without one."""
+    path = find_layers(module)[0].name.rpartition(".")[0]
+    return list(module.get_submodule(path).children())
 
 
 def batch_counts(batch: Any) -> Counts:

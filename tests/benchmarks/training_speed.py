@@ -245,10 +245,10 @@ def compare_floor(job: Job, turns: Turns) -> None:
     import torch
 
     from rosa_lightning import ReasoningDataModule, RoSAModule
-    from rosa_lightning.cli.bench import frozen_floor
+    from rosa_lightning.cli.bench import frozen_base
 
     torch.manual_seed(0)
-    adapted, floor = RoSAModule(job.base), frozen_floor(RoSAModule(job.base))
+    adapted, floor = RoSAModule(job.base), frozen_base(RoSAModule(job.base))
     adapted.configure_model()
     data = ReasoningDataModule(
         sources=job.paths,
@@ -540,7 +540,7 @@ def main() -> None:
 
 
 def on_cpu(options: argparse.Namespace) -> None:
-    from rosa_lightning.cli.bench_tables import machine
+    from rosa_lightning.cli.bench import machine
 
     print(f"{machine()}, {options.threads} threads a process")
     print(f"{options.records} records, batches of {options.batch_size}, {options.rounds} rounds")

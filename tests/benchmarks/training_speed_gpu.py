@@ -17,10 +17,10 @@ import peft
 import torch
 import transformers
 from lightning.fabric.utilities.throughput import get_available_flops
-from rosa_lightning.cli.bench_tables import machine
 from torch import nn
 
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
+from rosa_lightning.cli.bench import machine
 from rosa_lightning.inspection.throughput import flops_per_token, head_flops
 from rosa_lightning.training.loss import LossComputer
 
