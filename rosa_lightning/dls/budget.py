@@ -15,14 +15,16 @@ from torch import Tensor
 _ROUNDING = 1e-9  # of sums of costs, in full backwards
 
 
-def layer_costs(num_above: Sequence[int], always_active: Sequence[int] = ()) -> tuple[float, ...]:
-    """What a step costs whose lowest selected layer is this one: (L - l) / L for layer l of L.
+def layer_costs(
+    candidate_layers: Sequence[int], num_layers: int, always_active: Sequence[int] = ()
+) -> tuple[float, ...]:
+    """What a step costs whose lowest active candidate is this one: (L - l) / L for layer l of L.
 
-    Args:
-        num_above: How many layers lie above each one, descending.
-        always_active: Indices of layers that train whatever is selected.
+    Indices of always_active are those of candidates, which train whatever is selected.
     """
-    costs = [(above + 1) / (num_above[0] + 1) for above in num_above]
+    costs = [
+        (num_layers - layer) / (num_layers - candidate_layers[0]) for layer in candidate_layers
+    ]
     least = max((costs[index] for index in always_active), default=0.0)
     return tuple(max(cost, least) for cost in costs)
 
@@ -41,11 +43,8 @@ def steps_share(
         interval: Steps from one selection to the next; the first of them costs a full backward.
         costs: What each layer costs as the lowest one.
         total_steps: Steps of the whole run; infinite if unknown.
-        full_steps: How many of them train all layers, at the start and at the end. They are paid
-            for over the whole run, and for nothing where its length is unknown.
-
-    Raises:
-        ValueError: Nothing would be left to share, in a run of this length or of any.
+        full_steps: How many of them train all layers. They are paid for over the whole run, and
+            for nothing where its length is unknown.
     """
     if math.isinf(total_steps):
         full, between = 1.0, interval - 1.0
@@ -53,17 +52,14 @@ def steps_share(
         selected = max(0, total_steps - full_steps)
         between = selected - math.ceil(selected / interval)
         full = total_steps - between
-    cheapest = min(costs)
-    least = (full + between * cheapest) / (full + between) if full + between else 1.0
+    least = (full + between * min(costs)) / (full + between) if full + between else 1.0
     if budget <= least:
-        run = "any run"
-        if not math.isinf(total_steps):
-            run = f"a run of {total_steps} optimizer steps, {full:.0f} of them with all layers"
         raise ValueError(
-            f"backward_budget={budget} leaves nothing to share in {run}: these and the top layer "
-            f"or always_active alone cost {least:.3g} of a full backward. Set it above that, "
-            "interval higher, fewer layers always_active or less warmup_steps and final_steps_all, "
-            "or train for longer; for a trial such as fast_dev_run set backward_budget to 1."
+            f"backward_budget={budget} leaves nothing to share in a run of {total_steps} optimizer "
+            f"steps: those with all layers and the top layer or always_active alone cost "
+            f"{least:.3g} of a full backward. Set it above that, interval higher, fewer layers "
+            "always_active or less warmup_steps and final_steps_all, or train for longer; for a "
+            "trial such as fast_dev_run set backward_budget to 1."
         )
     return (budget * (full + between) - full) / between
 
@@ -73,19 +69,14 @@ class BackwardBudget:
 
     Each layer has a claim: its shares of the total score, summed over the selections since it last
     trained, and what it carries over from before. Policies choose by the claims. What is not spent
-    is saved up:
-
-    - If the layer with the highest claim can be afforded, all that can be may be selected.
-    - If not, the interval saves for it: only layers may be selected that cost no more than half
-      way from the cheapest to the mean.
+    is saved up. If the layer with the highest claim can be afforded, all that can be may be
+    selected; if not, the interval saves for it, and only layers may be selected that cost no more
+    than half way from the cheapest to the mean.
 
     A layer that trains pays the highest claim that goes without, and carries over the rest, but no
-    more than it has earned since it last trained. So layers that the budget does not hold back
-    train about in proportion to their scores, the others so among themselves, and no layer with a
-    score above zero waits forever.
-
-    Where every interval has its full length, the cost of all steps so far is within the budget at
-    the end of each interval, and within it, above by less than one full backward.
+    more than it has earned since it last trained. So layers train about in proportion to their
+    scores, those that the budget holds back among themselves, and none with a score waits forever.
+    Over full intervals the mean cost stays within the budget.
 
     Args:
         share: Mean cost that the steps may have, above the lowest of the costs.
@@ -117,9 +108,9 @@ class BackwardBudget:
         """Choose the layers of one interval and pay for it.
 
         Args:
-            scores: Scores of 0 or above, shape (num_layers,).
+            scores: Scores of 0 or above, shape (num_candidates,).
             steps: Steps until the next selection, without the one that selects.
-            choose: A policy: takes claims, shape (num_layers,), and the lowest index allowed.
+            choose: A policy: takes claims, shape (num_candidates,), and the lowest index allowed.
         """
         weights = scores.tolist() if self._by_score else [1.0] * len(self._costs)
         earned = zip(self._earned, _shares(weights), strict=True)

@@ -1,15 +1,15 @@
 """Dynamic Layer Selection, the callback: every few optimizer steps, choose which layers train.
 
-It freezes and thaws parameters and scores layers; `selector.py` and `policies.py` decide. It knows
-nothing of language models or adapters: it selects among whatever trains inside the repeated layers
-of a LightningModule.
+It freezes and thaws parameters and collects gradients; `selector.py` and `policies.py` decide. It
+knows nothing of language models or adapters: it selects among whatever trains inside the repeated
+layers of a LightningModule.
 """
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
-from typing import Any, get_args
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,28 +19,24 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from .checks import (
+    check_graph,
     check_module,
     check_optimizers,
     check_published,
-    check_resumed,
     check_sole_owner,
     check_strategy,
-    check_wrapped,
     publish_settings,
 )
 from .layers import Layer, find_layers
 from .optimizer_state import (
     OptimizerState,
-    check_optimizer_state,
     fill_state,
-    free_state,
-    freeze,
+    forget_state,
     global_gradients,
     num_elements,
-    reset_state,
 )
 from .policies import Policy, layer_scores
-from .selector import LayerSelector, PolicyOptions, SelectionConfig, check_choice
+from .selector import LayerSelector, PolicyOptions, SelectionConfig, check_settings
 
 _DEFAULT_OPTIONS = PolicyOptions()
 
@@ -51,11 +47,11 @@ class DynamicLayerSelection(Callback):
     Pan et al., "RoSA: Enhancing Parameter-Efficient Fine-Tuning via RoPE-aware Selective
     Adaptation in Large Language Models", AAAI-26, https://doi.org/10.1609/aaai.v40i18.38589
 
-    Every `interval` optimizer steps one step runs with the gradients of all layers. From those of
-    the norm weights, accumulated over its micro-batches, each layer gets a score; a policy selects
-    the active layers. Until the next selection the others neither move nor take gradients, and
-    autograd stops below the lowest active layer. After the fit every parameter requires a gradient
-    or not as before.
+    Every `interval` optimizer steps one step runs with the gradients of all layers. Those of the
+    norm weights, accumulated over its micro-batches, score the layers; a policy selects the active
+    ones. Until the next selection the others neither move nor take gradients, and autograd stops
+    below the lowest active layer. After the fit every parameter requires a gradient or not as
+    before.
 
     It works on one device, under DDP with find_unused_parameters=True, and under FSDP in both forms
     (`FSDPStrategy`, `ModelParallelStrategy`): scores are of the global batch, before clipping and
@@ -70,15 +66,17 @@ class DynamicLayerSelection(Callback):
     _probes: Sequence[nn.Parameter] = ()
     _scoring: bool = False
     _ends_window: bool = False
+    _checked_graph: bool = False
     _warned: bool = False
     # A checkpoint's state, until training starts.
     _pending: dict[str, Any] | None = None
     # Of the last fit.
-    _names: tuple[str, ...] = ()
-    _positions: tuple[int, ...] = ()
-    _num_blocks: int = 0
     _selector: LayerSelector | None = None
-    _steps: int = 0
+    _step: int = 0
+    candidate_layers: tuple[int, ...] = ()
+    """Indices of the layers that can be selected, in which something trains; empty before a fit."""
+    num_layers: int = 0
+    """All layers of the list; 0 before a fit."""
 
     def __init__(
         self,
@@ -106,10 +104,9 @@ class DynamicLayerSelection(Callback):
                 of the total score; random and fixed are controls that ignore scores; all trains
                 every layer, as without selection, unless there is a backward_budget.
             policy_options: What a policy reads besides.
-            backward_budget: Mean share of a full backward pass that a step of the run may cost, in
-                (0, 1]; a step costs the layers from the top to the lowest active one, and all in
-                a step that scores. Below 1, scores add up while a layer waits: intervals that
-                train low layers alternate with intervals that save for them.
+            backward_budget: Mean share of a full backward pass, in layers, that a step of the run
+                may cost, in (0, 1]; a step that scores costs a full one. Below 1, scores add up
+                while a layer waits: intervals that train low layers alternate with others.
             optimizer_state: What becomes of the optimizer's state of a frozen layer: keep leaves it
                 as it is; reset zeroes it when the layer trains again; free gives its memory back
                 until then (one device and DDP).
@@ -130,15 +127,12 @@ class DynamicLayerSelection(Callback):
         self.warmup_steps, self.final_steps_all = warmup_steps, final_steps_all
         self.layers, self.norms, self.trainable = layers, norms, trainable
         self.seed = seed
-        _ = self.config  # SelectionConfig checks the settings
-        check_choice("optimizer_state", optimizer_state, get_args(OptimizerState))
-        for name, path in (("layers", layers), ("norms", norms), ("trainable", trainable)):
-            if not isinstance(path, str | None):
-                raise ValueError(f"{name}={path!r} is a {type(path).__name__}. Set a path as text.")
+        check_settings(self)
+        _ = self.config  # checks them together
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; AttributeError for a setting while a fit runs, which has read it."""
-        if self._layers and name in inspect.signature(type(self).__init__).parameters:
+        if self._layers and name in _SETTINGS:
             raise AttributeError(
                 f"{name} cannot be changed while a fit runs, which has read it. Set it before."
             )
@@ -157,30 +151,18 @@ class DynamicLayerSelection(Callback):
         return name if self.layers is None else f"{name}{ {'layers': self.layers}!r}"
 
     @property
+    def num_candidates(self) -> int:
+        """Number of layers that can be selected; 0 before a fit."""
+        return len(self.candidate_layers)
+
+    @property
     def active(self) -> tuple[int, ...]:
-        """Positions of the layers that train; all candidates until the first selection."""
-        if self._selector is None:
-            return self._positions
-        return tuple(self._positions[index] for index in self._selector.active)
-
-    @property
-    def positions(self) -> tuple[int, ...]:
-        """Positions, in the list of layers, of those selected among; empty before a fit."""
-        return self._positions
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers selected among, those with something to train; 0 before a fit."""
-        return len(self._positions)
-
-    @property
-    def num_blocks(self) -> int:
-        """Length of the list of layers, those with nothing to train included; 0 before a fit."""
-        return self._num_blocks
+        """Indices of the layers that train; all candidates until the first selection."""
+        return self.candidate_layers if self._selector is None else self._selector.active_layers
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """Each layer's score at the last selection, as measured; None before the first."""
+        """Each candidate's score at the last selection, as measured; None before the first."""
         return None if self._selector is None else self._selector.scores
 
     @property
@@ -190,14 +172,14 @@ class DynamicLayerSelection(Callback):
 
     @property
     def selection_counts(self) -> tuple[int, ...]:
-        """How often each layer was selected so far in this run."""
-        none = (0,) * len(self._positions)
-        return none if self._selector is None else tuple(self._selector.counts)
+        """How often each candidate was selected so far in this run."""
+        none = (0,) * self.num_candidates
+        return none if self._selector is None else self._selector.selection_counts
 
     @property
     def backward_share(self) -> float:
         """Mean share of a full backward pass, in layers, that a step has cost in this run."""
-        return 1.0 if self._selector is None else self._selector.backward_share(self._steps)
+        return 1.0 if self._selector is None else self._selector.backward_share(self._step)
 
     @property
     def selects(self) -> bool:
@@ -208,30 +190,29 @@ class DynamicLayerSelection(Callback):
         """Refuse what is not supported, before anything is built."""
         if stage == "fit":
             # Behind the barrier that follows, each rank that has this callback has told its own.
-            names = ("optimizer_state", "layers", "norms", "trainable")
-            options = {name: getattr(self, name) for name in names}
-            publish_settings(self.state_key, asdict(self.config) | options)
+            publish_settings(self.state_key, {name: getattr(self, name) for name in _SETTINGS})
             if self.selects:
                 check_strategy(trainer.strategy, frees_state=self.optimizer_state == "free")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the ranks, find the layers and remember what trains."""
         check_published(self.state_key, type(self).__name__)
-        self._selector, self._names, self._positions = None, (), ()
+        self._selector, self.candidate_layers, self.num_layers = None, (), 0
         if not self.selects:
             return
-        check_module(pl_module)
-        check_wrapped(trainer.strategy.model or pl_module)
-        self._layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
-        self.config.resolve(self._layers)
-        check_sole_owner(self._layers, [c._layers for c in _selections(trainer) if c is not self])
-        self._names = tuple(layer.name for layer in self._layers)
-        self._positions = tuple(layer.index for layer in self._layers)
-        self._num_blocks = self._layers[0].index + self._layers[0].num_above + 1
-        norms = [norm for layer in self._layers for norm in layer.norms]
+        check_module(pl_module, trainer.strategy.model or pl_module)
+        layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
+        self.candidate_layers = tuple(layer.index for layer in layers)
+        self.num_layers = layers[0].num_layers
+        check_sole_owner(
+            layers, [x for c in _selections(trainer) if c is not self for x in c._layers]
+        )
+        norms = [norm for layer in layers for norm in layer.norms]
         self._probes = [norm for norm in norms if not norm.requires_grad]
-        touched = {*norms, *(p for layer in self._layers for p in layer.candidates.values())}
+        touched = {*norms, *(p for layer in layers for p in layer.candidates.values())}
         self._found = [(parameter, parameter.requires_grad) for parameter in touched]
+        self._scoring = self._checked_graph = self._warned = False
+        self._layers = layers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizer and start afresh, or where the checkpoint stopped."""
@@ -240,23 +221,17 @@ class DynamicLayerSelection(Callback):
         if not self._layers:
             return
         candidates = {n: p for layer in self._layers for n, p in layer.candidates.items()}
-        check_optimizers(trainer.optimizers, candidates)
-        check_optimizer_state(self.optimizer_state, trainer.optimizers)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            for optimizer in trainer.optimizers:
-                fill_state(optimizer)
+        check_optimizers(trainer.optimizers, candidates, self.optimizer_state == "keep")
         # Without a path the state was loaded for another purpose, a validation before this fit.
         state = state if trainer.ckpt_path is not None else None
-        first_step = trainer.global_step if state is None else state["first_step"]
+        self._step = trainer.global_step
+        first_step = self._step if state is None else state["first_step"]
         total = total_optimizer_steps(trainer) if self.config.needs_length else math.inf
         sizes = num_elements([layer.norms for layer in self._layers], *_wrapped(trainer))
         self._selector = LayerSelector(self.config, self._layers, sizes, total, first_step)
-        self._scoring = self._warned = False
-        self._steps = trainer.global_step
         if state is not None:
-            check_resumed(state["layers"], self._names)
             self._selector.load_state_dict(state)
-        self._freeze_inactive(self._selector)
+        self._apply(self._selector, self._selector.active, trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -278,24 +253,33 @@ class DynamicLayerSelection(Callback):
                 norm.grad = None  # those outside the optimizer are zeroed by nobody else
         if self._scoring:
             for layer in self._layers:
-                _require_grad([*layer.candidates.values(), *layer.norms], True)
+                layer.set_active(True)
+            for norm in self._probes:
+                norm.requires_grad_(True)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Refuse a loss that the active layers have no part in, before autograd does."""
-        if len(self.active) < len(self._positions) and not loss.requires_grad:
+        if not self._layers:
+            return
+        if not loss.requires_grad:
             raise ValueError(
                 f"The active layers {list(self.active)} took no part in this loss, and nothing "
                 "else trains, so there is no gradient. Set always_active (or fixed_layers) to "
-                "layers that every forward pass runs through, or raise num_active."
+                "layers that every forward pass runs through, raise num_active, or enable "
+                "activation checkpointing with use_reentrant=False."
             )
+        if not self._checked_graph:
+            self._checked_graph = True
+            check_graph(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the last micro-batch of a scoring step, select."""
         if self._scoring:
             # Between micro-batches too, where a checkpoint may be saved.
-            _require_grad(self._probes, False)
+            for norm in self._probes:
+                norm.requires_grad_(False)
             if self._ends_window:
                 self._select(trainer)
 
@@ -310,29 +294,32 @@ class DynamicLayerSelection(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember how far the run has come."""
-        self._steps = trainer.global_step
+        self._step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as found."""
-        self._restore()
+        for parameter, required_grad in self._found:
+            parameter.requires_grad_(required_grad)
+            if not required_grad:
+                parameter.grad = None
+        self._layers, self._found, self._probes = (), (), ()
+        self._scoring = False
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave the model as found."""
-        self._restore()
+        self.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the model as found."""
-        self._restore()
+        """Leave the model as found, where no training came of the fit."""
+        self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to select as if it had never stopped."""
         if self._pending is not None:
             return self._pending
-        if self._selector is None:
-            return {}
-        return {"layers": list(self._names), **self._selector.state_dict()}
+        return {} if self._selector is None else self._selector.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
@@ -365,42 +352,34 @@ class DynamicLayerSelection(Callback):
             )
         self._apply(selector, previous, trainer)
 
-    def _apply(self, selector: LayerSelector, previous: Sequence[int], trainer: Trainer) -> None:
+    def _apply(self, selector: LayerSelector, previous: Collection[int], trainer: Trainer) -> None:
         """Freeze and thaw, and treat what optimizers remember of layers that were frozen."""
-        optimizers, mode = trainer.optimizers, self.optimizer_state
         for index, layer in enumerate(self._layers):
-            parameters = list(layer.candidates.values())
-            if mode == "free" and index not in selector.active:
-                free_state(optimizers, parameters)
-            if mode == "reset" and index in set(selector.active) - set(previous):
-                reset_state(optimizers, parameters)
-        self._freeze_inactive(selector)
-
-    def _freeze_inactive(self, selector: LayerSelector) -> None:
-        freeze(self._probes)
-        for index, layer in enumerate(self._layers):
-            if index in selector.active:
-                _require_grad(layer.candidates.values(), True)
-            else:
-                freeze(layer.candidates.values())
-
-    def _restore(self) -> None:
-        for parameter, required_grad in self._found:
-            parameter.requires_grad_(required_grad)
-            if not required_grad:
-                parameter.grad = None
-        self._layers, self._found, self._probes = (), (), ()
-        self._scoring = False
+            active = index in selector.active
+            layer.set_active(active)
+            frees = self.optimizer_state == "free" and not active
+            resets = self.optimizer_state == "reset" and active and index not in previous
+            if frees or resets:
+                forget_state(trainer.optimizers, layer.candidates.values())
+        for norm in self._probes:
+            norm.requires_grad_(False)
+            norm.grad = None
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            for optimizer in trainer.optimizers:
+                fill_state(optimizer)
 
     def _log(self, selector: LayerSelector, trainer: Trainer) -> None:
         # The first callback's tags are those of the dashboard and the report.
         first = _selections(trainer)[0] is self
-        start = "dls/" if first else f"dls/{self._names[0].rpartition('.')[0]}/"
-        metrics = selector.metrics(self._positions, trainer.global_step)
+        start = "dls/" if first else f"dls/{self._layers[0].name.rpartition('.')[0]}/"
+        metrics = selector.metrics(trainer.global_step)
         # Through the loggers: self.log would keep only every log_every_n_steps-th step.
         for logger in trainer.loggers:
             tagged = {f"{start}{name}": value for name, value in metrics.items()}
             logger.log_metrics(tagged, step=trainer.global_step)
+
+
+_SETTINGS = [*inspect.signature(DynamicLayerSelection).parameters]
 
 
 def total_optimizer_steps(trainer: Trainer) -> float:
@@ -432,8 +411,3 @@ def _wrapped(trainer: Trainer) -> tuple[nn.Module, torch.device]:
     model = trainer.strategy.model
     assert model is not None, "training goes on"
     return model, trainer.strategy.root_device
-
-
-def _require_grad(parameters: Iterable[nn.Parameter], required: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(required)

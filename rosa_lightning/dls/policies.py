@@ -19,7 +19,7 @@ Normalization = Literal["none", "sqrt_size", "running_mean"]
 
 
 def layer_scores(gradients: Sequence[Sequence[Tensor | None]], scale: float = 1.0) -> Tensor:
-    """L2 norm over each layer's gradients, shape (num_layers,), float64 on the CPU.
+    """L2 norm over each layer's gradients, shape (num_candidates,), float64 on the CPU.
 
     Args:
         gradients: For each layer the gradients of its norm weights; None counts as zero.
@@ -76,7 +76,7 @@ def sample(
 
     The draw is the Gumbel form of drawing one layer after another, in log space: neither tiny
     scores nor tiny temperatures underflow. A layer that scores zero is drawn only when no other
-    is left, and then with equal chances. Every call takes num_layers numbers from the generator.
+    is left, and then with equal chances.
     """
     values = scores.tolist()
     logs_L = scores.double().log()
@@ -96,24 +96,20 @@ def threshold(scores: Tensor, share: float, held: Sequence[int] = ()) -> tuple[i
     """The smallest set of layers, sorted, that holds at least this share of the total score.
 
     The highest-scoring layers come first, of equal scores the lower index; at least one is taken.
-
-    Args:
-        scores: No score below 0.
-        share: In (0, 1], taken as the decimal number that it prints as, and summed exactly.
-        held: Layers that are in the set in any case, and count.
+    Held layers are in the set in any case, and count.
     """
     values = scores.tolist()
     exact = [Fraction(value) for value in values]
-    wanted = Fraction(str(share)) * sum(exact)
+    wanted = Fraction(str(share)) * sum(exact)  # 0.9 is nine tenths
     order = [*sorted(set(held)), *(index for index in _ranked(values) if index not in held)]
     sums = accumulate(exact[index] for index in order)
     needed = next(count for count, held_so_far in enumerate(sums, 1) if held_so_far >= wanted)
     return tuple(sorted(order[: max(needed, len(set(held)))]))
 
 
-def random_subset(num_layers: int, num_active: int, generator: Generator) -> tuple[int, ...]:
-    """num_active of num_layers layers, every subset equally likely: the control for scores."""
-    return tuple(sorted(torch.randperm(num_layers, generator=generator)[:num_active].tolist()))
+def random_subset(num_candidates: int, num_active: int, generator: Generator) -> tuple[int, ...]:
+    """num_active of num_candidates layers, every subset equally likely: the control for scores."""
+    return tuple(sorted(torch.randperm(num_candidates, generator=generator)[:num_active].tolist()))
 
 
 def select_layers(
@@ -156,42 +152,35 @@ def select_layers(
     return tuple(sorted({*always, *chosen}))
 
 
-def resolve_num_active(num_active: int | float, num_layers: int | None = None) -> int:
+def resolve_num_active(num_active: int | float, num_candidates: int | None = None) -> int:
     """The number of active layers that a count or a fraction in (0, 1] means.
 
     A fraction is rounded to the nearest count, halves up, and never below one layer. Without
-    num_layers only what can be known without a model is checked, and a fraction gives 1.
+    num_candidates only what can be known without a model is checked, and a fraction gives 1.
     """
-    if isinstance(num_active, bool) or not isinstance(num_active, int | float):
-        problem = f"is a {type(num_active).__name__}, not a number"
-    elif isinstance(num_active, float):
-        if 0 < num_active <= 1:
-            return max(1, math.floor(num_active * (num_layers or 1) + 0.5))
-        problem = "is a fraction outside (0, 1]"
-    elif num_active < 1:
-        problem = "leaves no layer to train"
-    elif num_layers is not None and num_active > num_layers:
-        problem = f"is above the model's {num_layers} layers"
-    else:
-        return num_active
+    if isinstance(num_active, float) and 0 < num_active <= 1:
+        return max(1, math.floor(num_active * (num_candidates or 1) + 0.5))
+    whole = isinstance(num_active, int) and not isinstance(num_active, bool)
+    if whole and 1 <= num_active <= (num_candidates or math.inf):
+        return int(num_active)
+    most = f" and at most the model's {num_candidates}" if num_candidates else ""
     raise ValueError(
-        f"num_active={num_active!r} {problem}. Set a count of layers, 1 or more, or a fraction in "
-        "(0, 1] such as 0.5."
+        f"num_active={num_active!r} is out of range. Set a count of layers, at least 1{most}, or a "
+        "fraction in (0, 1] such as 0.5."
     )
 
 
-def resolve_indices(name: str, given: Sequence[int], positions: Sequence[int]) -> tuple[int, ...]:
-    """Where the given layers stand among the positions that can be selected, ascending.
-
-    Negative ones count from the last; ``name`` is what an error calls them.
-    """
-    wanted = {index + positions[-1] + 1 if index < 0 else index for index in given}
-    if not wanted <= set(positions):
+def resolve_indices(
+    name: str, given: Sequence[int], candidate_layers: Sequence[int]
+) -> tuple[int, ...]:
+    """Where the given layers stand among the candidates, ascending; -1 is the last of those."""
+    wanted = {layer + candidate_layers[-1] + 1 if layer < 0 else layer for layer in given}
+    if not wanted <= set(candidate_layers):
         raise ValueError(
             f"{name}={list(given)} names a layer that cannot be selected. Set any of "
-            f"{list(positions)}, or count from the last layer with -1."
+            f"{list(candidate_layers)}, or count from the last layer with -1."
         )
-    return tuple(sorted(positions.index(index) for index in wanted))
+    return tuple(sorted(candidate_layers.index(layer) for layer in wanted))
 
 
 def _ranked(values: Sequence[float]) -> list[int]:

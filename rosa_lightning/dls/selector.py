@@ -4,7 +4,9 @@ Pure torch, no trainer: ties scores, a policy and a budget together.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -13,6 +15,7 @@ from torch import Generator, Tensor
 
 from .budget import BackwardBudget, layer_costs, steps_share
 from .layers import Layer
+from .optimizer_state import OptimizerState
 from .policies import (
     Normalization,
     Policy,
@@ -22,36 +25,52 @@ from .policies import (
     select_layers,
 )
 
+Indices = tuple[int, ...]
+
+
+def _one_of(names: Any) -> tuple[Any, Callable[[Any], bool], str]:
+    return object, lambda given: given in get_args(names), f"one of {', '.join(get_args(names))}"
+
+
+def _whole(given: list[object]) -> bool:
+    return all(isinstance(index, Integral) for index in given)
+
+
+_STEPS = (Integral, lambda n: n >= 0, "a whole number of steps, 0 for none")
+_PATH = (str | None, lambda path: True, "a path or pattern as text")
 _RANGES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "interval": (Integral, lambda n: n >= 1, "a whole number of steps, at least 1"),
-    "warmup_steps": (Integral, lambda n: n >= 0, "a whole number of steps, 0 for none"),
-    "final_steps_all": (Integral, lambda n: n >= 0, "a whole number of steps, 0 for none"),
+    "warmup_steps": _STEPS,
+    "final_steps_all": _STEPS,
     "seed": (Integral, lambda n: True, "a whole number"),
+    "policy": _one_of(Policy),
+    "optimizer_state": _one_of(OptimizerState),
     "backward_budget": (Real, lambda x: 0 < x <= 1, "a share in (0, 1], 1 for no budget"),
+    "layers": _PATH,
+    "norms": _PATH,
+    "trainable": _PATH,
     "temperature": (Real, lambda x: 0 < x < math.inf, "a number above 0, 1 for shares by score"),
     "score_share": (Real, lambda x: 0 < x <= 1, "a share of the total score, in (0, 1]"),
     "score_smoothing": (Real, lambda x: 0 <= x < 1, "a weight in [0, 1), 0 for no memory"),
-    "always_active": (list | tuple, lambda given: _whole(given), "a list of whole numbers"),
-    "fixed_layers": (list | tuple, lambda given: _whole(given), "a list of whole numbers"),
+    "score_normalization": _one_of(Normalization),
+    "always_active": (list | tuple, _whole, "a list of whole numbers"),
+    "fixed_layers": (list | tuple, _whole, "a list of whole numbers"),
 }
 """The type and range of each setting, and what to set."""
 
+_STATE = (
+    *("active", "scores", "num_selections", "selection_counts"),
+    *("spent", "first_step", "counted_steps"),
+)
+"""Attributes of `LayerSelector` that a checkpoint holds under the same names."""
 
-def _whole(given: Sequence[object]) -> bool:
-    return all(isinstance(index, Integral) and not isinstance(index, bool) for index in given)
 
-
-def _check(config: object, *names: str) -> None:
-    for name in names:
+def check_settings(config: object) -> None:
+    """Refuse attributes of a config that are out of range."""
+    for name in _RANGES.keys() & vars(config).keys():
         (kind, holds, advice), given = _RANGES[name], getattr(config, name)
         if isinstance(given, bool) or not isinstance(given, kind) or not holds(given):
             raise ValueError(f"{name}={given!r} is out of range. Set {advice}.")
-
-
-def check_choice(name: str, given: object, known: Sequence[str]) -> None:
-    """Refuse a name that is none of those known."""
-    if given not in known:
-        raise ValueError(f"{name}={given!r} is unknown. Set one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +95,7 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        _check(self, "temperature", "score_share", "score_smoothing")
-        _check(self, "always_active", "fixed_layers")
-        check_choice("score_normalization", self.score_normalization, get_args(Normalization))
+        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +114,7 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
         resolve_num_active(self.num_active)
-        _check(self, "interval", "warmup_steps", "final_steps_all", "backward_budget", "seed")
-        check_choice("policy", self.policy, get_args(Policy))
+        check_settings(self)
         fixed = self.policy_options.fixed_layers
         if (self.policy == "fixed") != bool(fixed):
             raise ValueError(
@@ -107,8 +123,7 @@ class SelectionConfig:
             )
         if fixed and self.backward_budget < 1:
             raise ValueError(
-                f"backward_budget={self.backward_budget} has nothing to share under policy "
-                "'fixed'. Set another policy, or fixed_layers that cost no more."
+                "Policy 'fixed' leaves a backward_budget nothing to share. Set it to 1."
             )
 
     @property
@@ -116,34 +131,35 @@ class SelectionConfig:
         """Whether selecting depends on how many steps the run will have."""
         return self.final_steps_all > 0 or self.backward_budget < 1
 
-    def resolve(self, layers: Sequence[Layer]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """What the settings mean for these layers: num_active, always_active and fixed_layers."""
-        positions, options = [layer.index for layer in layers], self.policy_options
-        count = resolve_num_active(self.num_active, len(layers))
-        always = resolve_indices("always_active", options.always_active, positions)
+    def resolve(self, candidate_layers: Sequence[int]) -> tuple[int, Indices, Indices]:
+        """num_active, always_active and fixed_layers among the layers that can be selected."""
+        options = self.policy_options
+        count = resolve_num_active(self.num_active, len(candidate_layers))
+        always = resolve_indices("always_active", options.always_active, candidate_layers)
+        fixed = resolve_indices("fixed_layers", options.fixed_layers, candidate_layers)
         if len(always) > count and self.policy in ("top_k", "sample", "random"):
             raise ValueError(
                 f"always_active={options.always_active} holds more layers than num_active="
                 f"{self.num_active} lets train ({count}). Raise num_active or shorten it."
             )
-        return count, always, resolve_indices("fixed_layers", options.fixed_layers, positions)
+        return count, always, fixed
 
 
 class LayerSelector:
-    """The selections of a run; layers are counted from 0 among those that can be selected.
+    """The selections of a run.
 
     Args:
         config: The settings.
-        layers: The layers that can be selected.
+        layers: The layers that can be selected: the candidates, counted from 0.
         num_weights: How many norm weights each has.
         total_steps: The optimizer step at which the run ends; infinite if unknown.
         first_step: The one at which it begins, later than 0 in a second fit.
 
     Attributes:
-        active: Sorted indices of the layers that train; all before the first selection.
-        scores: Each layer's score at the last selection, as measured; None before the first.
+        active: Sorted indices of the candidates that train; all before the first selection.
+        scores: Each candidate's score at the last selection, as measured; None before the first.
         num_selections: Selections so far.
-        counts: How often each layer was selected.
+        selection_counts: How often each candidate was selected.
     """
 
     def __init__(
@@ -160,14 +176,16 @@ class LayerSelector:
                 "trainer.max_steps, or trainer.max_epochs with a data set that has a length."
             )
         self.config = config
-        self._num_active, self._always, self._fixed = config.resolve(layers)
+        self._names = [layer.name for layer in layers]
+        self._candidate_layers = [layer.index for layer in layers]
+        self._num_active, self._always, self._fixed = config.resolve(self._candidate_layers)
         self._num_weights = tuple(num_weights)
-        above = [layer.num_above for layer in layers]
-        self._costs = layer_costs(above)
+        num_layers = layers[0].num_layers
+        self._costs = layer_costs(self._candidate_layers, num_layers)
         self._end = total_steps - config.final_steps_all
         self._budget: BackwardBudget | None = None
         if config.backward_budget < 1:
-            costs = layer_costs(above, self._always)
+            costs = layer_costs(self._candidate_layers, num_layers, self._always)
             full_steps = max(0, config.warmup_steps - first_step) + config.final_steps_all
             share = steps_share(
                 *(config.backward_budget, config.interval, costs),
@@ -176,14 +194,20 @@ class LayerSelector:
             by_score = config.policy in ("top_k", "sample", "threshold")
             self._budget = BackwardBudget(share, costs, self._always, by_score=by_score)
         self._generator = Generator().manual_seed(config.seed)
-        self.active: tuple[int, ...] = tuple(range(len(layers)))
+        self.active: Indices = tuple(range(len(layers)))
         self.scores: tuple[float, ...] | None = None
         self.num_selections = 0
-        self.counts = [0] * len(layers)
-        self._recent = _DecayingMean(config.policy_options.score_smoothing, len(layers))
-        self._ever = _DecayingMean(1.0, len(layers))
-        self._spent = 0.0
-        self._first_step = self._counted_steps = first_step
+        self.selection_counts = (0,) * len(layers)
+        self.history = {
+            name: {"weight": 0.0, "sums": [0.0] * len(layers)} for name in ("recent", "ever")
+        }
+        self.spent = 0.0
+        self.first_step = self.counted_steps = first_step
+
+    @property
+    def active_layers(self) -> Indices:
+        """The active candidates by their indices in the list of layers."""
+        return tuple(self._candidate_layers[index] for index in self.active)
 
     def is_due(self, step: int) -> bool:
         """Whether this optimizer step, counted from 0, selects."""
@@ -200,28 +224,27 @@ class LayerSelector:
         return int(min(whole, self._end - step)) - 1
 
     def select(self, scores: Tensor, step: int) -> None:
-        """Choose anew by finite scores of 0 or above, shape (num_layers,), at an optimizer step."""
-        self._count_cost(step, 1.0)
-        values: list[float] = scores.tolist()
-        smoothed, means = self._recent.update(values), self._ever.update(values)
-        comparable = normalize_scores(
-            smoothed,
-            self.config.policy_options.score_normalization,
-            self._num_weights,
-            means if self._ever.weight > 1 else None,
-        )
+        """Choose anew by finite scores of 0 or above, shape (num_candidates,)."""
+        self._count_cost(step)
+        values, options = scores.tolist(), self.config.policy_options
+        smoothed = _update_mean(self.history["recent"], values, options.score_smoothing)
+        means = _update_mean(self.history["ever"], values, 1.0)
+        usual = means if self.num_selections > 0 else None
+        kind = options.score_normalization
+        comparable = normalize_scores(smoothed, kind, self._num_weights, usual)
         if self._budget is None:
-            self.active = self._take(comparable, 0)
+            self.active = self._apply_policy(comparable, 0)
         else:
-            self.active = self._budget.select(comparable, self.steps_ahead(step), self._take)
+            ahead = self.steps_ahead(step)
+            self.active = self._budget.select(comparable, ahead, self._apply_policy)
         self.scores = tuple(values)
         self.num_selections += 1
-        for index in self.active:
-            self.counts[index] += 1
+        chosen = (int(index in self.active) for index in range(len(values)))
+        self.selection_counts = tuple(map(operator.add, self.selection_counts, chosen))
 
     def keep(self, step: int) -> None:
         """Go on with the active layers, where scores cannot be used."""
-        self._count_cost(step, 1.0)
+        self._count_cost(step)
         # Before the first selection the next step scores again.
         if self._budget is not None and self.num_selections > 0:
             self._budget.spend(self.active, self.steps_ahead(step))
@@ -231,30 +254,30 @@ class LayerSelector:
         everything = tuple(range(len(self._costs)))
         if step < self._end or self.active == everything:
             return False
-        self._count_cost(step, 1.0)
+        self._count_cost(step)
         self.active = everything
         return True
 
     def backward_share(self, step: int) -> float:
         """Mean share of a full backward that the steps before this one have cost."""
-        since = (step - self._counted_steps) * self._costs[min(self.active)]
-        return (self._spent + since) / max(1, step - self._first_step)
+        since = (step - self.counted_steps) * self._costs[min(self.active)]
+        return (self.spent + since) / max(1, step - self.first_step)
 
-    def metrics(self, positions: Sequence[int], step: int) -> dict[str, float]:
-        """What to log of the choice of this step, by name; layers go by their positions."""
-        active = {positions[index] for index in self.active}
+    def metrics(self, step: int) -> dict[str, float]:
+        """What to log of the choice of this step, by name; layers go by their own indices."""
+        active = self.active_layers
         metrics: dict[str, float] = {
             "lowest_active": min(active),
             "num_active": len(active),
             "backward_share": self.backward_share(step + 1),
         }
-        width = max(2, len(str(positions[-1])))
-        for position, score in zip(positions, self.scores or (), strict=True):
-            metrics[f"score/{position:0{width}d}"] = score
-            metrics[f"active/{position:0{width}d}"] = float(position in active)
+        width = max(2, len(str(self._candidate_layers[-1])))
+        for layer, score in zip(self._candidate_layers, self.scores or (), strict=True):
+            metrics[f"score/{layer:0{width}d}"] = score
+            metrics[f"active/{layer:0{width}d}"] = float(layer in active)
         return metrics
 
-    def _take(self, scores: Tensor, floor: int) -> tuple[int, ...]:
+    def _apply_policy(self, scores: Tensor, floor: int) -> Indices:
         return select_layers(
             self.config.policy,
             scores,
@@ -267,62 +290,42 @@ class LayerSelector:
             floor=floor,
         )
 
-    def _count_cost(self, step: int, cost: float) -> None:
-        """Add what the steps up to this one have cost, and the cost of this one."""
-        self._spent += (step - self._counted_steps) * self._costs[min(self.active)] + cost
-        self._counted_steps = step + 1
+    def _count_cost(self, step: int) -> None:
+        """Add what the steps up to this one have cost, and a full backward for this one."""
+        self.spent += (step - self.counted_steps) * self._costs[min(self.active)] + 1.0
+        self.counted_steps = step + 1
 
     def state_dict(self) -> dict[str, Any]:
         """All that later selections depend on, as plain numbers and one tensor."""
         return {
-            "active": list(self.active),
-            "scores": None if self.scores is None else list(self.scores),
-            "num_selections": self.num_selections,
-            "selection_counts": list(self.counts),
+            **{name: getattr(self, name) for name in _STATE},
+            "layers": self._names,
             "generator": self._generator.get_state(),
-            "history": {"recent": self._recent.state_dict(), "ever": self._ever.state_dict()},
+            "history": deepcopy(self.history),
             "budget": None if self._budget is None else self._budget.state_dict(),
-            "spent": self._spent,
-            "first_step": self._first_step,
-            "counted_steps": self._counted_steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from such a state; a budget that it does not know starts afresh."""
-        self.active = tuple(state_dict["active"])
-        self.scores = None if state_dict["scores"] is None else tuple(state_dict["scores"])
-        self.num_selections = state_dict["num_selections"]
-        self.counts = list(state_dict["selection_counts"])
+        saved = state_dict["layers"]
+        if saved != self._names:
+            raise ValueError(
+                f"The checkpoint selects among {len(saved)} layers, {saved[0]} to {saved[-1]}; "
+                f"this model has {len(self._names)}, {self._names[0]} to {self._names[-1]}. Resume "
+                "with the model and layers= that wrote it."
+            )
+        for name in _STATE:
+            value = state_dict[name]
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self._generator.set_state(state_dict["generator"].cpu())
-        self._recent.load_state_dict(state_dict["history"]["recent"])
-        self._ever.load_state_dict(state_dict["history"]["ever"])
+        self.history = deepcopy(state_dict["history"])
         if self._budget is not None and state_dict["budget"] is not None:
             self._budget.load_state_dict(state_dict["budget"])
-        self._spent = state_dict["spent"]
-        self._first_step = state_dict["first_step"]
-        self._counted_steps = state_dict["counted_steps"]
 
 
-class _DecayingMean:
-    """The mean of all lists so far, each weighing `decay` times the one after it.
-
-    After t lists the weights are decay**(t - i): an exponential moving average, bias corrected.
-    """
-
-    def __init__(self, decay: float, length: int) -> None:
-        self.decay = decay
-        self.weight = 0.0
-        self.sums = [0.0] * length
-
-    def update(self, values: Sequence[float]) -> list[float]:
-        self.weight = self.decay * self.weight + 1
-        pairs = zip(self.sums, values, strict=True)
-        self.sums = [self.decay * total + value for total, value in pairs]
-        return [total / self.weight for total in self.sums]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"weight": self.weight, "sums": list(self.sums)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.weight = state_dict["weight"]
-        self.sums = list(state_dict["sums"])
+def _update_mean(mean: dict[str, Any], values: Sequence[float], decay: float) -> list[float]:
+    """The mean of all lists so far, each weighing `decay` times the one after it."""
+    mean["weight"] = decay * mean["weight"] + 1
+    pairs = zip(mean["sums"], values, strict=True)
+    mean["sums"] = [decay * total + value for total, value in pairs]
+    return [total / mean["weight"] for total in mean["sums"]]

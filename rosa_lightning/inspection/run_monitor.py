@@ -94,7 +94,7 @@ class RunMonitor(Callback):
         # Not at the start: the other callback may come later, and load its state only then.
         if self._selection is not None and self._seen is None:
             self._seen = _choice(self._selection)
-            self._layers = list(self._selection.positions)
+            self._layers = list(self._selection.candidate_layers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,7 +112,7 @@ class RunMonitor(Callback):
             metrics: dict[str, float] = {
                 f"dls/selection_count/{_number(n, self._layers)}": count for n, count in counts
             }
-            metrics["dls/backward_saved"] = min(selection.active) / selection.num_blocks
+            metrics["dls/backward_saved"] = min(selection.active) / selection.num_layers
             self._log(trainer, metrics)
             if self.raster_interval and len(self._steps) % self.raster_interval == 0:
                 self._draw(trainer)

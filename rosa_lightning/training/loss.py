@@ -27,7 +27,6 @@ from rosa_lightning.data.collators import (
     num_rows,
     row_of,
 )
-from rosa_lightning.dls.checks import is_reentrant
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
 from rosa_lightning.training import head, shared_prefix
 from rosa_lightning.training.microbatches import (
@@ -36,7 +35,12 @@ from rosa_lightning.training.microbatches import (
     microbatches,
 )
 from rosa_lightning.training.packing import check_can_pack
-from rosa_lightning.training.recompute import has_gradient_hooks, recomputable, recomputed
+from rosa_lightning.training.recompute import (
+    has_gradient_hooks,
+    is_reentrant,
+    recomputable,
+    recomputed,
+)
 from rosa_lightning.training.speed import SpeedConfig
 
 if TYPE_CHECKING:

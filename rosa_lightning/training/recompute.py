@@ -4,7 +4,8 @@ A gated feed-forward block saves both input and output of its activation functio
 a float32 copy of a 16-bit input. To recompute these takes a few operations an element and no matrix
 product. Megatron-LM has ``CheckpointWithoutOutput`` for this; here hooks on saved tensors do it,
 whatever the model's code. Uses `Tensor._version` and `_backward_hooks`, a module's
-`_forward_hooks`, and `UntypedStorage._cdata` (torch 2.13).
+`_forward_hooks`, and `UntypedStorage._cdata` (torch 2.13), and a module's
+`_gradient_checkpointing_func` (transformers 5.24).
 """
 
 from __future__ import annotations
@@ -43,6 +44,16 @@ def recomputable(model: nn.Module) -> list[nn.Module]:
 def has_gradient_hooks(model: nn.Module) -> bool:
     """Whether a trained parameter has a hook on its gradient."""
     return any(weight.requires_grad and weight._backward_hooks for weight in model.parameters())
+
+
+def is_reentrant(module: nn.Module) -> bool:
+    """Whether a module's activations are checkpointed in the reentrant way."""
+    # transformers' layers; torch's own default is reentrant.
+    call = getattr(module, "_gradient_checkpointing_func", None)
+    if getattr(module, "gradient_checkpointing", False) and isinstance(call, partial):
+        return bool(call.keywords.get("use_reentrant", True))
+    # torch's checkpoint_wrapper.
+    return getattr(getattr(module, "checkpoint_impl", None), "name", None) == "REENTRANT"
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
@@ -22,24 +22,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 
 LIMIT_S = 1800.0
 """How long a rank waits for another, in seconds: as long as a process group does by default."""
 
-_SHOWN = 6
-"""Most differences that a message names."""
+_SHOWN = 6  # differences in a message
 _RELEASES = ("rosa-lightning", "torch", "lightning", "transformers")
-_TRAINER = (
-    *("max_steps", "max_epochs", "min_steps", "min_epochs", "accumulate_grad_batches"),
-    *("precision", "gradient_clip_val", "gradient_clip_algorithm", "val_check_interval"),
-    *("check_val_every_n_epoch", "limit_train_batches", "limit_val_batches", "limit_test_batches"),
-    *("limit_predict_batches", "overfit_batches", "log_every_n_steps", "num_sanity_val_steps"),
-    *("reload_dataloaders_every_n_epochs", "fast_dev_run", "world_size"),
-)
-_OF_A_NODE = {"dirpath", "path", "folder", "save_dir", "root_dir", "cache_dir", "verbose"}
-"""Settings of callbacks that may differ from node to node."""
+_OWN = {"dirpath", "path", "folder", "save_dir", "root_dir", "default_root_dir", "cache_dir"}
+_OWN |= {"verbose", "logger", "profiler", "callbacks"}
+"""Settings that may differ from rank to rank or from node to node."""
 
 _run = 0
 _rounds: Counter[str] = Counter()
@@ -79,7 +72,7 @@ def exchange(name: str, value: object, limit_s: float = LIMIT_S) -> list[Any]:
     keys = [f"{key}/{other}" for other in range(world)]
     store.set(keys[rank], json.dumps(value))
     store.add(f"{key}/told", 1)
-    if not _wait_until(lambda: int(store.add(f"{key}/told", 0)) >= world, limit_s):
+    if not _counts_to(world, f"{key}/told", limit_s):
         missing = [other for other in range(world) if not store.check([keys[other]])]
         raise RanksError(
             f"{_ranks(missing)} did not get to the {name} within {limit_s:.0f} s. See its own log."
@@ -87,14 +80,14 @@ def exchange(name: str, value: object, limit_s: float = LIMIT_S) -> list[Any]:
     told = [json.loads(store.get(one)) for one in keys]
     store.add(f"{key}/read", 1)
     if rank == 0:  # whose store this is: it must not end before all have read
-        _wait_until(lambda: int(store.add(f"{key}/read", 0)) >= world, 10.0)
+        _counts_to(world, f"{key}/read", 10.0)
     return told
 
 
-def _wait_until(done: Callable[[], bool], limit_s: float) -> bool:
-    """Wait until something is so; false if it is not in time. Signals are handled meanwhile."""
+def _counts_to(world: int, key: str, limit_s: float) -> bool:
+    """Wait until all ranks have counted; False if not in time. Signals are handled meanwhile."""
     until = time.monotonic() + limit_s
-    while not done():
+    while int(shared_store().add(key, 0)) < world:
         if time.monotonic() > until:
             return False
         time.sleep(0.01)
@@ -108,7 +101,6 @@ def agree(name: str, told: Mapping[str, Any]) -> None:
     """
     if not several_ranks():
         return
-    # Objects are compared by their class alone.
     plain = json.loads(json.dumps(told, default=_plain, skipkeys=True))
     ranks = exchange(name, dict(_leaves("", plain)))
     found = []
@@ -116,9 +108,9 @@ def agree(name: str, told: Mapping[str, Any]) -> None:
         where: dict[str, list[int]] = {}
         for rank, one in enumerate(ranks):
             if key in one:
-                where.setdefault(json.dumps(one[key]), []).append(rank)
+                where.setdefault(json.dumps(one[key]).strip('"'), []).append(rank)
         if len(where) > 1:
-            said = (f"{_short(value)} on {_ranks(numbers)}" for value, numbers in where.items())
+            said = [f"{v:.60} on {_ranks(numbers)}" for v, numbers in where.items()]
             found.append(f"{key} ({', '.join(said)})")
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
@@ -129,44 +121,33 @@ def agree(name: str, told: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it, the same on every rank."""
+    """A value as JSON has it, the same on every rank; objects by their class alone."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    if isinstance(value, Mapping):
-        return dict(value)
     if isinstance(value, set | frozenset):
         return sorted(value, key=str)
     if isinstance(value, Path | timedelta | torch.dtype | torch.device):
         return str(value)
     if isinstance(value, torch.Tensor):
-        return value.tolist() if value.numel() <= 64 else list(value.shape)
+        return value.tolist()
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Plain values by dotted keys, lists of settings by their positions too."""
-    items: list[tuple[Any, Any]] = []
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         yield f"number of {key}", len(value)
-        items = list(enumerate(value))
-    else:
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
         yield key, value
-    for name, item in items:
-        yield from _leaves(f"{key}.{name}" if key else str(name), item)
-
-
-def _short(value: str) -> str:
-    text = value.strip('"')
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return
+    for name, item in value.items():
+        yield from _leaves(f"{key}.{name}".removeprefix("."), item)
 
 
 def _ranks(numbers: Sequence[int]) -> str:
-    """The ranks in words: the first few of many."""
-    shown = ", ".join(map(str, numbers[:4]))
     more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
-    return f"rank{'s' if len(numbers) > 1 else ''} {shown}{more}"
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:4]))}{more}"
 
 
 @contextmanager
@@ -190,12 +171,13 @@ def together(name: str) -> Iterator[None]:
     failed = [rank for rank, message in enumerate(told) if message is not None]
     if not failed:
         return
-    first = told[failed[0]]
-    alike = len(failed) == len(told) and all(message == first for message in told)
-    if error is not None and (alike or not isinstance(error, ValueError | OSError | TypeError)):
-        mark_told(error)
-        raise error
-    raise RanksError(f"{_ranks(failed)} failed: {first.partition(': ')[2]}") from error
+    if error is not None:
+        alike = len(set(told)) == 1
+        if alike or not isinstance(error, ValueError | OSError | TypeError):
+            mark_told(error)
+            raise error
+    reason = told[failed[0]].partition(": ")[2]
+    raise RanksError(f"{_ranks(failed)} failed: {reason}") from error
 
 
 def mark_told(error: BaseException) -> None:
@@ -208,56 +190,45 @@ def is_told(error: BaseException) -> bool:
     return isinstance(error, RanksError) or getattr(error, "told_to_all_ranks", False)
 
 
-# What is compared.
-
-
 def configuration(trainer: Trainer) -> dict[str, Any]:
-    """All that the ranks of a run must have in common, by setting, as far as it is known here.
+    """All settings that the ranks of a run must have in common.
 
-    The module and the data module add what ``agreed_settings()`` of theirs gives.
+    Module and data module add what ``agreed_settings()`` of theirs gives.
     """
-    module: Any = trainer.lightning_module
-    datamodule: Any = getattr(trainer, "datamodule", None)
+    parts: list[Any] = [trainer.lightning_module, getattr(trainer, "datamodule", None)]
+    callbacks = [c for c in trainer.callbacks if _is_compared(c)]  # type: ignore[attr-defined]
     told: dict[str, Any] = {
         "command": trainer.state.fn,
-        "model": type(module).__name__,
-        "data": type(datamodule).__name__,
-        "trainer.strategy": type(trainer.strategy).__name__,
+        "model and data": [type(part).__name__ for part in parts],
+        "trainer.callbacks": [callback.state_key for callback in callbacks],
         "seed_everything": os.environ.get("PL_GLOBAL_SEED"),
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: _release(name) for name in _RELEASES},
-        **{f"trainer.{name}": getattr(trainer, name, None) for name in _TRAINER},
+        **_settings("trainer", trainer),
     }
-    names: list[str] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        package = type(callback).__module__.partition(".")[0]
-        shows = isinstance(callback, ProgressBar | ModelSummary)
-        if package in ("rosa_lightning", "lightning", "pytorch_lightning") and not shows:
-            name = type(callback).__name__
-            names.append(name)
-            number = f" {names.count(name)}" if names.count(name) > 1 else ""
-            told |= {f"{name}{number}.{k}": v for k, v in settings_of(callback).items()}
-    told["trainer.callbacks"] = names
-    for part in (module, datamodule):
+    for callback in callbacks:
+        told |= _settings(callback.state_key, callback)
+    for part in parts:
         told |= part.agreed_settings() if hasattr(part, "agreed_settings") else {}
     return told
+
+
+def _is_compared(callback: Callback) -> bool:
+    ours = ("rosa_lightning", "lightning", "pytorch_lightning")
+    shows = isinstance(callback, ProgressBar | ModelSummary)
+    return type(callback).__module__.partition(".")[0] in ours and not shows
+
+
+def _settings(key: str, made: object) -> dict[str, Any]:
+    """What an object was made with, as far as it shows that under the names of its arguments."""
+    names = inspect.signature(type(made)).parameters.keys() - _OWN
+    return {f"{key}.{name}": getattr(made, name) for name in names if hasattr(made, name)}
 
 
 def _release(name: str) -> str | None:
     with suppress(PackageNotFoundError):
         return version(name)
     return None
-
-
-def settings_of(made: object) -> dict[str, Any]:
-    """What an object was made with, as far as it keeps that under the names of its arguments."""
-    found = {}
-    for name in inspect.signature(type(made).__init__).parameters.keys() - _OF_A_NODE:
-        for holder in (made, getattr(made, "config", None)):
-            for attribute in (name, f"_{name}"):
-                if hasattr(holder, attribute) and name not in found:
-                    found[name] = getattr(holder, attribute)
-    return found
 
 
 def optimization(trainer: Trainer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def tensor(values):
 
 
 def costs_of(num_layers, always=()):
-    return layer_costs(range(num_layers - 1, -1, -1), always)
+    return layer_costs(range(num_layers), num_layers, always)
 
 
 class Run:
@@ -67,13 +67,10 @@ def positive_scores(num_layers):
     return st.lists(st.floats(0.01, 1.0), min_size=num_layers, max_size=num_layers)
 
 
-# --- costs ----------------------------------------------------------------------------------
-
-
 def test_a_step_costs_the_layers_that_its_backward_runs_through():
     assert costs_of(4) == (1.0, 0.75, 0.5, 0.25)
-    # Blocks in which nothing trains are run through, but not below the lowest that can train.
-    assert layer_costs([5, 4, 2, 1]) == pytest.approx((1.0, 5 / 6, 3 / 6, 2 / 6))
+    # Layers in which nothing trains are run through, but not below the lowest that can train.
+    assert layer_costs([1, 2, 4, 5], 7) == pytest.approx((1.0, 5 / 6, 3 / 6, 2 / 6))
     assert costs_of(4, always=[2]) == (1.0, 0.75, 0.5, 0.5)
 
 
@@ -134,9 +131,6 @@ def test_the_mean_cost_never_exceeds_the_budget_whatever_is_chosen(set_up, data)
         assert spent <= budget * step + due + 1e-6
     # No floor is higher than where the layers that always train end the backward anyway.
     assert all(floor <= min(always, default=num_layers) for floor in floors)
-
-
-# --- who trains -----------------------------------------------------------------------------
 
 
 @given(set_ups(), st.data())

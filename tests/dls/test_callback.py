@@ -94,20 +94,6 @@ def test_drawn_layers_depend_on_the_seed_and_not_on_the_global_generator(policy)
     assert histories[0] == histories[1] != histories[2]
 
 
-# --- freezing -----------------------------------------------------------------------------------
-
-
-def test_frozen_layers_have_no_gradient_and_stay_bit_identical_under_weight_decay():
-    run = record(Toy(), select(num_active=2, interval=2), batches(8))
-    for step, grads in enumerate(run.grads):
-        before, after, active = run.parameters[step], run.parameters[step + 1], run.active[step + 1]
-        for name, grad in grads.items():
-            if name.startswith("layers."):
-                trains = int(name.split(".")[1]) in active and "norm" not in name
-                assert (grad is not None) == trains
-                assert torch.equal(before[name], after[name]) != trains
-
-
 @pytest.mark.parametrize("build", [Toy, Checkpointed])
 def test_backward_stops_below_the_lowest_active_layer(build):
     module = build()
@@ -148,9 +134,6 @@ def nothing_repeated():
     module = Toy(1)
     module.layers.requires_grad_(False)
     return module
-
-
-# --- a budget -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["top_k", "sample", "threshold", "random", "all"])
@@ -195,9 +178,6 @@ def test_a_budget_holds_where_the_accumulation_changes_between_epochs(max_steps)
     assert full == [True] * 2 + [False] * (steps - 5) + [True] * 3
     assert sum(costs.seen) / steps == pytest.approx(dls.backward_share)
     assert 0.5 < dls.backward_share <= 0.6 + 1e-9
-
-
-# --- time ----------------------------------------------------------------------------------------
 
 
 class Times(Callback):
@@ -295,9 +275,6 @@ def test_a_step_without_any_gradient_keeps_the_layers_and_the_next_one_selects()
     with pytest.warns(UserWarning, match="no norm weight got a gradient"):
         run = record(SkipsLoss({0}), dls, batches(3))
     assert [len(active) for active in run.active] == [5, 5, 2, 2]
-
-
-# --- scores -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train_norms", [False, True])
@@ -408,45 +385,44 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path, step, train_no
     assert resumed_dls.backward_share == dls.backward_share
 
 
-# --- wrong set-ups ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_active": 1.5},
+        {"interval": 0},
+        {"interval": 2.5},
+        {"interval": True},
+        {"policy": "topk"},
+        {"warmup_steps": -1},
+        {"temperature": math.nan},
+        {"temperature": "x"},
+        {"score_share": 0.0},
+        {"score_smoothing": 1.0},
+        {"score_normalization": "mean"},
+        {"backward_budget": None},
+        {"optimizer_state": "forget"},
+        {"always_active": 3},
+        {"always_active": ["a"]},
+        {"norms": ["*ln"]},
+    ],
+)
+def test_settings_out_of_range_are_refused_at_construction(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"^{name}=.* is out of range. Set .*\.$"):
+        select(**options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_active": 0}, "num_active=0"),
-        ({"num_active": 1.5}, r"num_active=1\.5"),
-        ({"interval": 0}, "interval=0 is out of range. Set a whole number of steps, at least 1"),
-        ({"interval": 2.5}, r"interval=2\.5"),
-        ({"interval": True}, "interval=True"),
-        ({"policy": "topk"}, "policy='topk' is unknown.*top_k, sample"),
-        ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"final_steps_all": -1}, "final_steps_all=-1"),
-        ({"temperature": 0.0}, r"temperature=0\.0"),
-        ({"temperature": math.nan}, "temperature=nan"),
-        ({"temperature": "x"}, "temperature='x' is out of range. Set a number"),
-        ({"score_share": 0.0}, r"score_share=0\.0 .* in \(0, 1\]"),
-        ({"score_smoothing": 1.0}, r"score_smoothing=1\.0 .* in \[0, 1\)"),
-        ({"score_normalization": "mean"}, "score_normalization='mean' is unknown.*running_mean"),
-        ({"backward_budget": 1.5}, r"backward_budget=1\.5 .* in \(0, 1\]"),
-        ({"backward_budget": None}, "backward_budget=None"),
-        ({"optimizer_state": "forget"}, "optimizer_state='forget' is unknown.*keep, reset, free"),
-        ({"always_active": 3}, "always_active=3 is out of range. Set a list"),
-        ({"always_active": ["a"]}, r"always_active=\['a'\] .* whole numbers"),
-        ({"layers": 3}, "layers=3 is a int"),
-        ({"norms": ["*ln"]}, r"norms=\['\*ln'\] is a list"),
         ({"policy": "fixed"}, "needs fixed_layers"),
         ({"fixed_layers": [1]}, "needs fixed_layers"),
-        (
-            {"policy": "fixed", "fixed_layers": [1], "backward_budget": 0.5},
-            "backward_budget=0.5 has nothing to share",
-        ),
+        ({"policy": "fixed", "fixed_layers": [1], "backward_budget": 0.5}, "nothing to share"),
     ],
 )
-def test_impossible_arguments_are_refused_at_construction(options, message):
-    with pytest.raises(ValueError, match=message) as error:
+def test_settings_that_contradict_each_other_are_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
         select(**options)
-    assert "\n" not in str(error.value)
 
 
 class Manual(Toy):
@@ -473,8 +449,8 @@ def quasi_newton():
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (Toy, {"num_active": 6}, "num_active=6 is above the model's 5 layers"),
-        (Toy, {"layers": "layer"}, "layers='layer' matches nothing.*Nearest: layers"),
+        (Toy, {"num_active": 6}, "num_active=6 .* at most the model's 5"),
+        (Toy, {"layers": "layer"}, "layers='layer' matches 0.*such as layers"),
         (Toy, {"trainable": "*lora*"}, r"nothing to train in 'layers'.*\*lora\*"),
         (Toy, {"norms": "*ln*"}, "'layers.0' has no norm weight.*inside it: norm"),
         (Toy, {"always_active": [5]}, r"always_active=\[5\].*cannot be selected"),
@@ -584,9 +560,6 @@ def test_the_command_line_knows_every_argument(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "Optimizer steps from one selection to the next." in text
     assert len(inspect.signature(DynamicLayerSelection).parameters) <= 12
-
-
-# --- left as found, logged, refused ---------------------------------------------------------------
 
 
 class Fails(Toy):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from lightning.pytorch.strategies import (
@@ -11,13 +9,12 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    checkpoint_wrapper,
-)
+from torch.distributed.fsdp import FlatParameter
+from torch.utils.checkpoint import checkpoint
 
-from rosa_lightning.dls.checks import check_module, check_strategy, check_wrapped
+from rosa_lightning.dls.checks import check_graph, check_module, check_strategy
 from tests.conftest import build
+from tests.dls.toys import Toy
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy])
@@ -39,37 +36,29 @@ def test_state_that_sharded_checkpoints_need_is_not_freed():
 
 def test_fsdp_that_joins_the_parameters_is_refused():
     model = nn.Linear(2, 2)
-    model._flat_param = nn.Parameter(torch.zeros(1))
+    model.joined = FlatParameter(torch.zeros(1))
     with pytest.raises(ValueError, match=r"use_orig_params=False.*Leave use_orig_params out"):
-        check_wrapped(model)
+        check_module(Toy(), model)
 
 
-def enabled(**options) -> nn.Module:
-    model = build("llama")
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable(options)
-    return model
+def loss_of(**options) -> torch.Tensor:
+    """Of a frozen Llama with activation checkpointing, of which one layer trains."""
+    model = build("llama").requires_grad_(False).train()
+    model.activation_checkpointing_enable(options)
+    model.enable_input_require_grads()
+    model.model.layers[-1].requires_grad_(True)
+    return model(input_ids=torch.arange(3, 9)[None]).logits.sum()
 
 
-@pytest.mark.filterwarnings("ignore:A hook of enable_input_require_grads")
-@pytest.mark.parametrize(
-    "model",
-    [
-        partial(enabled, use_reentrant=True),
-        lambda: nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2), CheckpointImpl.REENTRANT)),
-    ],
-    ids=["transformers", "torch"],
-)
-def test_reentrant_checkpointing_is_refused(model):
-    with pytest.raises(ValueError, match=r"reentrant.*Enable it with use_reentrant=False") as error:
-        check_module(model())
-    assert "\n" not in str(error.value)
+def test_reentrant_checkpointing_is_refused_wherever_it_is_called():
+    x = torch.randn(2, 2, requires_grad=True)
+    own = checkpoint(nn.Linear(2, 2), x, use_reentrant=True).sum()
+    for loss in (loss_of(use_reentrant=True), own):
+        with pytest.raises(ValueError, match=r"reentrant.*Enable it with use_reentrant=False"):
+            check_graph(loss)
 
 
-def test_the_hook_that_checkpointing_leaves_on_the_embeddings_is_warned_of():
-    model = enabled(use_reentrant=False)
+def test_activations_that_require_gradients_are_warned_of():
     with pytest.warns(UserWarning, match=r"saves no time\. Call disable_input_require_grads\(\)"):
-        check_module(model)
-    model.disable_input_require_grads()
-    check_module(model)
-    check_module(nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2))))
+        check_graph(loss_of(use_reentrant=False))
+    check_graph(checkpoint(nn.Linear(2, 2), torch.randn(2, 2), use_reentrant=False).sum())
