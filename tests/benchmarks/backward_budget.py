@@ -1,4 +1,4 @@
-"""Hold what a backward budget promises against measured times.
+"""Compare the share of the backward pass that a backward budget promises with measured times.
 
 python tests/benchmarks/backward_budget.py
 
@@ -11,20 +11,20 @@ measured share is off the counted one, or above the budget, by more than 5 %.
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
-import warnings
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
+from timing import lightning_trainer, quiet, random_llama
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosa_lightning import DynamicLayerSelection, RoAEConfig, inject_roae
 
 STEPS, INTERVAL = 200, 20
+SHAPE = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 688}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
 RUNS = {
     "all layers": {"policy": "all"},
     "budget 0.75": {"backward_budget": 0.75},
@@ -38,16 +38,7 @@ RUNS = {
 class RandomLlama(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=512,
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=12,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-        )
-        self.model = LlamaForCausalLM(config)
+        self.model = random_llama(**SHAPE, **HEADS)
         inject_roae(self.model, RoAEConfig(rank=8))
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
@@ -81,27 +72,16 @@ class Turns(Callback):
 def fit(index: int, turns: Turns, module: RandomLlama, selection: DynamicLayerSelection) -> None:
     turns.place.index = index
     source = torch.Generator().manual_seed(1)
-    batches = torch.randint(512, (STEPS, 2, 128), generator=source)
-    Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[turns, selection],
-    ).fit(module, DataLoader(batches, batch_size=None))
+    batches = DataLoader(torch.randint(512, (STEPS, 2, 128), generator=source), batch_size=None)
+    lightning_trainer(max_steps=STEPS, callbacks=[turns, selection]).fit(module, batches)
 
 
 def main() -> int:
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    quiet()
     turns = Turns(len(RUNS))
-    selections = [
-        DynamicLayerSelection(num_active=0.25, interval=INTERVAL, **options)
-        for options in RUNS.values()
-    ]
+    shared = {"num_active": 0.25, "interval": INTERVAL}
+    selections = [DynamicLayerSelection(**shared, **options) for options in RUNS.values()]
     threads = [
         # Models are built here: finding the projections patches functions of torch.
         threading.Thread(target=fit, args=(index, turns, RandomLlama(), selection), daemon=True)

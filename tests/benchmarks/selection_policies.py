@@ -10,22 +10,19 @@ without validation, on one thread. Seconds are processor time: other programs ch
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
-import warnings
 from functools import partial
 from statistics import mean
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from timing import lightning_trainer, quiet
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
 from rosa_lightning.dls import PolicyOptions
 
 SEEDS = (0, 1, 2)
-HALF = {"num_active": 0.5, "interval": 20}
-UPPER = PolicyOptions(fixed_layers=[2, 3])
 POLICIES = {
     "top_k, the paper's": {},
     "top_k, running_mean": {"policy_options": PolicyOptions(score_normalization="running_mean")},
@@ -45,17 +42,19 @@ POLICIES = {
     "top_k, backward_budget 0.5": {"backward_budget": 0.5},
     "all, backward_budget 0.5": {"policy": "all", "backward_budget": 0.5},
 }
-DRAWN = {"policy": "random"}
 STATES = {
-    "keep": DRAWN | {"optimizer_state": "keep"},
-    "keep, twice the learning rate": DRAWN | {"optimizer_state": "keep", "lr": 6e-3},
-    "reset": DRAWN | {"optimizer_state": "reset"},
-    "reset, half the learning rate": DRAWN | {"optimizer_state": "reset", "lr": 1.5e-3},
-    "free": DRAWN | {"optimizer_state": "free"},
-    "keep, interval 5": DRAWN | {"optimizer_state": "keep", "interval": 5},
-    "reset, interval 5": DRAWN | {"optimizer_state": "reset", "interval": 5},
+    "keep": {"optimizer_state": "keep"},
+    "keep, twice the learning rate": {"optimizer_state": "keep", "lr": 6e-3},
+    "reset": {"optimizer_state": "reset"},
+    "reset, half the learning rate": {"optimizer_state": "reset", "lr": 1.5e-3},
+    "free": {"optimizer_state": "free"},
+    "keep, interval 5": {"optimizer_state": "keep", "interval": 5},
+    "reset, interval 5": {"optimizer_state": "reset", "interval": 5},
 }
-TABLES = {"policies": POLICIES, "optimizer_state": STATES}
+TABLES = {
+    "policies": POLICIES,
+    "optimizer_state": {name: {"policy": "random", **one} for name, one in STATES.items()},
+}
 
 
 class Watch(Callback):
@@ -77,23 +76,16 @@ class Watch(Callback):
 
 def run(seed: int, lr: float = 3e-3, **options: object) -> tuple[list[float], float, float]:
     seed_everything(seed, verbose=False)
-    module = RoSAModule(
-        "tiny",
-        RoAEConfig(rank=16, alpha=32.0, low_freq_ratio=0.5),
-    )
+    module = RoSAModule("tiny", RoAEConfig(rank=16, alpha=32.0, low_freq_ratio=0.5))
     module.make_optimizer = partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
-    selection, watch = DynamicLayerSelection(**(HALF | options)), Watch()
-    trainer = Trainer(
-        accelerator="cpu",
+    selection = DynamicLayerSelection(**{"num_active": 0.5, "interval": 20, **options})
+    watch = Watch()
+    trainer = lightning_trainer(
         max_steps=160,
         max_epochs=1,
         val_check_interval=40,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[watch, selection],
     )
     data = ReasoningDataModule(sources="demo", batch_size=16, batching="random", val_fraction=0.05)
@@ -103,8 +95,7 @@ def run(seed: int, lr: float = 3e-3, **options: object) -> tuple[list[float], fl
 
 def main(table: str) -> None:
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    quiet()
     print("| selection | 40 | 80 | 120 | 160 | backward | seconds |\n|---|---|---|---|---|---|---|")
     for name, options in TABLES[table].items():
         losses, shares, seconds = zip(*(run(seed, **options) for seed in SEEDS), strict=True)

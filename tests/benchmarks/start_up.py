@@ -21,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training_speed import LORA, SHAPE, encoded
+from timing import LORA_TARGETS, encoded, hf_trainer, in_turn, lora_on, random_llama, ratios
 
 HERE = Path(__file__).parent
 CONFIG = """
@@ -52,50 +53,27 @@ data:
 def baseline(base: str, data: str, batch_size: int) -> None:
     """The script that a user would write, up to the end of the first step."""
     from datasets import load_from_disk
-    from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     class Stop(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             os._exit(0)
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LORA, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = lora_on(model, r=16, lora_alpha=32, target_modules=LORA_TARGETS)
+    settings = {"per_device_train_batch_size": batch_size, "max_steps": 10}
     with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=batch_size,
-            max_steps=10,
-            report_to="none",
-            use_cpu=True,
-        )
-        Trainer(
-            model=model,
-            args=settings,
-            train_dataset=load_from_disk(data),
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-            callbacks=[Stop()],
-        ).train()
+        hf_trainer(model, folder, load_from_disk(data), tokenizer, Stop(), **settings).train()
 
 
 def save_base(folder: Path) -> Path:
     """A Llama with random weights and the tokenizer of the embedded base."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoTokenizer
 
     from rosa_lightning.models import tiny
 
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32_000, **SHAPE)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    random_llama().save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny.folder()).save_pretrained(folder)
     return folder
 
@@ -111,63 +89,15 @@ def save_tokenised(records: Path, base: Path, folder: Path) -> Path:
     return folder
 
 
-def seconds(command: list[str]) -> float:
-    """Wall time of a process, which must succeed."""
+def run(command: list[str]) -> None:
+    """Run a process, which must succeed."""
     paths = [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    since = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
+        [sys.executable, *command], env=environment, capture_output=True, text=True
     )
-    took = time.perf_counter() - since
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return took
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("records", type=Path)
-    parser.add_argument("--base", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument(
-        "--json", type=Path, help="file for what has a bar, as training_speed.py reads"
-    )
-    parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)  # its tokenised data
-    options = parser.parse_args()
-    if options.baseline:
-        baseline(str(options.base), str(options.baseline), options.batch_size)
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = options.base or save_base(folder / "base")
-        data = save_tokenised(options.records, base, folder / "tokenised")
-        config = folder / "config.yaml"
-        config.write_text(
-            CONFIG.format(
-                folder=folder,
-                base=base,
-                records=options.records.resolve(),
-                batch_size=options.batch_size,
-            )
-        )
-        size = ["--base", str(base), "--batch-size", str(options.batch_size)]
-        ways = {
-            "LoRA, HF Trainer": [__file__, str(options.records), "--baseline", str(data), *size],
-            "fit": ["-m", "rosa_lightning", "fit", "--config", str(config)],
-            "--help": ["-m", "rosa_lightning", "--help"],
-            "import torch": ["-c", "import torch"],
-            "import lightning.pytorch": ["-c", "import lightning.pytorch"],
-        }
-        ratios = compare(ways, options.rounds)
-        tokenise(options.records, base, folder / "anew")
-        if options.json:
-            name = "start of fit to the end of step 1 over LoRA's"
-            figure = {"name": name, "values": ratios["fit"], "bar": 1.0}
-            options.json.write_text(json.dumps([figure]))
 
 
 def tokenise(records: Path, base: Path, cache: Path) -> None:
@@ -188,24 +118,53 @@ def tokenise(records: Path, base: Path, cache: Path) -> None:
         print(f"{len(data.train_dataloader().dataset)} records {name}: {took:.2f} s")
 
 
-def compare(ways: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
+def compare(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
     """Print the median seconds of each way, and its ratio to the first, with the ratios' range."""
-    ratios: dict[str, list[float]] = {}
-    took: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, command in ways.items():
-            since = seconds(command)
-            if number:  # the first round fills the caches, the disk's too
-                took[name].append(since)
+    ways = {name: partial(run, command) for name, command in commands.items()}
+    took = in_turn(ways, rounds)  # the first round fills the caches, the disk's too
     first = next(iter(took.values()))
+    found = {name: sorted(ratios(values, first)) for name, values in took.items()}
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     for name, values in took.items():
-        own = ratios[name] = sorted(a / b for a, b in zip(values, first, strict=True))
-        print(
-            f"{name:26} {statistics.median(values):6.2f} s   "
-            f"{statistics.median(own):5.2f}  ({own[0]:.2f} to {own[-1]:.2f})"
-        )
-    return ratios
+        low, middle, high = found[name][0], statistics.median(found[name]), found[name][-1]
+        median = statistics.median(values)
+        print(f"{name:26} {median:6.2f} s   {middle:5.2f}  ({low:.2f} to {high:.2f})")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="file for the figures of training_speed.py")
+    parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)  # its tokenised data
+    options = parser.parse_args()
+    if options.baseline:
+        baseline(str(options.base), str(options.baseline), options.batch_size)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = options.base or save_base(folder / "base")
+        data = save_tokenised(options.records, base, folder / "tokenised")
+        config = folder / "config.yaml"
+        places = {"folder": folder, "base": base, "records": options.records.resolve()}
+        config.write_text(CONFIG.format(**places, batch_size=options.batch_size))
+        size = ["--base", str(base), "--batch-size", str(options.batch_size)]
+        commands = {
+            "LoRA, HF Trainer": [__file__, str(options.records), "--baseline", str(data), *size],
+            "fit": ["-m", "rosa_lightning", "fit", "--config", str(config)],
+            "--help": ["-m", "rosa_lightning", "--help"],
+            "import torch": ["-c", "import torch"],
+            "import lightning.pytorch": ["-c", "import lightning.pytorch"],
+        }
+        found = compare(commands, options.rounds)
+        tokenise(options.records, base, folder / "anew")
+        if options.json:
+            name = "start of fit to the end of step 1 over LoRA's"
+            figure = {"name": name, "values": found["fit"], "bar": 1.0}
+            options.json.write_text(json.dumps([figure]))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import statistics
 import time
 from typing import Any
 
-import peft
 import torch
 import transformers
 from lightning.fabric.utilities.throughput import get_available_flops
+from timing import lora_on, ratios, spread
 from torch import nn
 
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
@@ -24,6 +24,12 @@ from rosa_lightning.cli.bench import machine
 from rosa_lightning.inspection.throughput import flops_per_token, head_flops
 from rosa_lightning.training.loss import LossComputer
 
+COMMON = {
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-0.6B": (
         "Qwen3Config",
@@ -31,11 +37,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 151_936,
             "hidden_size": 1024,
             "intermediate_size": 3072,
-            "num_hidden_layers": 28,
             "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "tie_word_embeddings": True,
         },
     ),
     "Llama-3.2-3B": (
@@ -44,11 +46,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 128_256,
             "hidden_size": 3072,
             "intermediate_size": 8192,
-            "num_hidden_layers": 28,
             "num_attention_heads": 24,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "tie_word_embeddings": True,
         },
     ),
 }
@@ -67,7 +65,7 @@ LORA, ALL, UPPER = "PEFT LoRA r=32 on q, v", "RoSA, all layers", "RoSA, upper ha
 
 def new_model(shape: str, small: bool, device: str) -> Any:
     name, settings = SHAPES[shape]
-    config = getattr(transformers, name)(**{**settings, **(TINY if small else {})})
+    config = getattr(transformers, name)(**{**COMMON, **settings, **(TINY if small else {})})
     torch.manual_seed(0)
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -124,11 +122,8 @@ def layers_of(model: Any) -> list[nn.Module]:
 
 
 def ways_of(shape: str, small: bool, device: str) -> dict[str, Way]:
-    lora = peft.get_peft_model(
-        new_model(shape, small, device),
-        peft.LoraConfig(r=32, lora_alpha=64, target_modules=["q_proj", "v_proj"]),
-    )
-    ways = {LORA: Way(lora, None)}
+    settings = {"r": 32, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"]}
+    ways = {LORA: Way(lora_on(new_model(shape, small, device), **settings), None)}
     for name in (ALL, UPPER):
         model = new_model(shape, small, device)
         inject_roae(model, RoAEConfig(rank=32))
@@ -174,14 +169,12 @@ def compare_on_gpu(options: argparse.Namespace, device: str = "cuda") -> None:
         print("|---|---|---|---|---|---|")
         for name, way in ways.items():
             seconds = way.seconds[1:]  # the first turn warms up
-            pairs = zip(seconds, ways[LORA].seconds[1:], strict=True)
-            ratios = [own / lora for own, lora in pairs]
             middle = statistics.median(seconds) / steps
             memory = [f"{way.peak_mib:,.0f}", f"{way.peak_mib / (ways[LORA].peak_mib or 1):.2f}"]
             mfu = f"{way.flops(layers_of(way.model)) / middle / peak:.1%}" if peak else "unknown"
             print(
-                f"| {name} | {BATCH_SIZE * TOKENS / middle:,.0f} | {statistics.median(ratios):.2f} "
-                f"({min(ratios):.2f} to {max(ratios):.2f}) | "
+                f"| {name} | {BATCH_SIZE * TOKENS / middle:,.0f} | "
+                f"{spread(ratios(seconds, ways[LORA].seconds[1:]))} | "
                 f"{' | '.join(memory if device == 'cuda' else ['', ''])} | {mfu} |"
             )
         del ways
