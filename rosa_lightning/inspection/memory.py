@@ -24,13 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_indices
-from rosa_lightning.models.meta import fake_tensors, replaced_tensors
 from rosa_lightning.models.quantization import Quantization
 from rosa_lightning.roae.inject import is_adapter_key, roae_report
+from rosa_lightning.roae.tracing import fake_tensors
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import accumulate_loss, rows_at_once
 from rosa_lightning.training.speed import SpeedConfig
-from rosa_lightning.utils.modules import in_mode
+from rosa_lightning.utils.modules import in_mode, replaced_tensors
 from rosa_lightning.utils.text import one_line
 
 _FOUR_BITS = 4 + 8 / 64 + 32 / (64 * 256)

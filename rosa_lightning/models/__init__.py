@@ -1,1 +1,1 @@
-"""The frozen base: how it is loaded, quantized, run without data, and read with a cache."""
+"""The frozen base: how it is loaded, quantised, and read with a cache."""

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_lightning.models.meta import run_on_meta
 from rosa_lightning.roae.rope import PairTable, read_pair_table
 from rosa_lightning.roae.tracing import (
     AttentionCall,
@@ -26,9 +25,10 @@ from rosa_lightning.roae.tracing import (
     Trace,
     hidden_states,
     intercept_attention,
-    replaced,
+    run_on_meta,
     trace,
 )
+from rosa_lightning.utils.modules import replaced
 from rosa_lightning.utils.text import one_line
 
 NO_ROW = -1

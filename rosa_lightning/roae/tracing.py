@@ -2,14 +2,16 @@
 
 Whichever module passes queries and keys on is an attention module, whatever its name or its parts'
 names. Nearly all models pass them to the attention interface of `transformers`; the others multiply
-them by hand, which a torch function mode sees.
+them by hand, which a torch function mode sees. Models without weights run too.
 
-Internals of `transformers` (read in 5.24), used here alone: ``AttentionInterface.get_interface``,
+Internals of `transformers` (read in 5.24): ``AttentionInterface.get_interface``,
 ``masking_utils.eager_mask``, and the ``_attn_implementation`` and ``sub_configs`` of its configs.
+Of torch 2.13: ``_subclasses.fake_tensor``, ``utils._python_dispatch``, ``utils._pytree``.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,9 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rosa_lightning.utils.modules import in_mode
+from rosa_lightning.utils.modules import in_mode, replaced, replaced_tensors
 from rosa_lightning.utils.text import one_line
 
 _PROBE = "rosa_probe"
@@ -32,28 +37,12 @@ _MATMULS = (
 
 
 @contextmanager
-def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of an object or class, and put its own one back, or none."""
-    own = name in vars(holder)
-    before = getattr(holder, name)
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(holder, name, before)
-        else:
-            delattr(holder, name)
-
-
-@contextmanager
 def intercept_attention(
     module: nn.Module, attend: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
     """Let every attention module inside call ``attend`` instead of a kernel.
 
-    ``attend`` takes an attention module and its queries, keys and values, (N, H, T, D) each, and
-    returns its output, (N, T, H, D).
+    ``attend`` takes the module, queries, keys and values, (N, H, T, D); it returns (N, T, H, D).
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
@@ -71,7 +60,7 @@ def intercept_attention(
     try:
         yield
     finally:
-        # The setter reaches down into sub-configs, which stand later in the list.
+        # The setter sets sub-configs too, which stand later in the list.
         for config, value in before:
             config._attn_implementation = value
 
@@ -112,11 +101,8 @@ def watch_attention(see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
 class MatmulTracer(TorchFunctionMode):
     """Sees queries multiplied with keys, and attention scores with values, in plain products.
 
-    Args:
-        on_scores: Called with queries and keys.
-        on_values: Called with values, which follow the scores.
-        num_tokens: T. Where it is the size of a head as well, scores and values look alike, and
-            ``on_scores`` is called for both.
+    Where ``num_tokens`` is the size of a head as well, scores and values look alike, and
+    ``on_scores`` is called for both.
     """
 
     def __init__(
@@ -281,7 +267,7 @@ class _Recorder:
             self.leaves.append(Leaf(self.paths[module], module, given, output))
 
     def attentions(self) -> tuple[AttentionCall, ...]:
-        """The modules seen at the interface; only where there are none, those seen multiplying."""
+        """The modules seen at the interface; where there are none, those seen multiplying."""
         by_interface = bool(self.at_interface)
         projections = [leaf for leaf in self.leaves if leaf.is_projection]
         found = {}
@@ -347,21 +333,18 @@ def _float32_arguments(
 def _is_rotary(module: nn.Module) -> bool:
     """A rotary module holds frequencies: a floating buffer, no weights and no children."""
     has_parts = any(True for _ in module.children()) or any(True for _ in module.parameters())
-    # A quantised linear layer may hold its scales in buffers.
-    is_linear = hasattr(module, "out_features")
+    is_linear = hasattr(module, "out_features")  # a quantised one may hold scales in buffers
     floats = any(buffer.is_floating_point() for buffer in module.buffers())
     return floats and not has_parts and not is_linear
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast all floating tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value
+def _cast(values: Any, dtype: torch.dtype | None, device: str | None = None) -> Any:
+    """Cast all floating tensors in nested containers, and move all tensors."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    return tree_map_only(Tensor, cast, values)
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -371,3 +354,97 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
             return value
     raise ValueError("it is called without hidden states of shape (batch, tokens, width).")
+
+
+# Models without their weights: on the meta device, or as fake tensors.
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {
+    *(_ATEN.mm, _ATEN.addmm, _ATEN.mv, _ATEN.addmv, _ATEN.bmm, _ATEN.baddbmm, _ATEN._grouped_mm),
+    *(_ATEN.convolution, _ATEN.embedding),
+}
+_COPIES = {_ATEN._to_copy, _ATEN.clone, _ATEN.index, _ATEN.index_select}
+
+
+@contextmanager
+def run_on_meta(model: nn.Module) -> Iterator[None]:
+    """Let a model whose parameters are on the meta device run on the CPU, without gradients.
+
+    Each such parameter becomes one number expanded to its shape, which takes no memory. Products
+    with it are random numbers, no two alike. ValueError for a buffer on the meta device.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        yield
+        return
+    lost = next((name for name, buffer in model.named_buffers() if buffer.is_meta), None)
+    if lost is not None:
+        raise ValueError(
+            f"{type(model).__name__}: buffer {lost} is on the meta device, so its rotation cannot "
+            "be read. Make the model with load_skeleton, which computes its buffers."
+        )
+    mode = _RandomProducts()
+    with replaced_tensors(model, mode.parameter), mode:
+        yield
+
+
+class _RandomProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Replaces meta parameters; products with them are random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generator = torch.Generator().manual_seed(0)
+        self.numbers: dict[torch.dtype, Tensor] = {}
+
+    def parameter(self, tensor: Tensor) -> Tensor:
+        return nn.Parameter(self.like(tensor), requires_grad=False) if tensor.is_meta else tensor
+
+    def like(self, tensor: Tensor) -> Tensor:
+        one = self.numbers.setdefault(tensor.dtype, torch.ones((), dtype=tensor.dtype))
+        return one.expand(tensor.shape)
+
+    def is_replacement(self, tensor: Tensor) -> bool:
+        one = self.numbers.get(tensor.dtype)
+        return one is not None and (
+            tensor.untyped_storage().data_ptr() == one.untyped_storage().data_ptr()
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = func.overloadpacket
+        if kind not in _PRODUCTS | _COPIES:
+            return func(*args, **kwargs)
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        replacement = next((value for value in given if self.is_replacement(value)), None)
+        if replacement is None:
+            return func(*args, **kwargs)
+        # Some products are declared for bfloat16 alone.
+        dtype = None if kind in _COPIES else torch.bfloat16
+        args, kwargs = _cast((args, kwargs), dtype, "meta")
+        result = func(*args, **kwargs)
+        if kind in _COPIES:
+            return self.like(result)
+        return torch.empty(result.shape, dtype=replacement.dtype).normal_(generator=self.generator)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Compute shapes and data types alone; new tensors hold no numbers."""
+    # It logs a traceback of every error, even of those that are handled.
+    logger = logging.getLogger(fake_tensor.__name__)
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with fake_tensor.FakeTensorMode(), _GroupedProducts():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        logger.disabled = disabled
+
+
+class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Products of experts in any data type and width; torch has few of them for fake tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket == _ATEN._grouped_mm:
+            rows_ND, experts_EDF = args[:2]
+            if (rows_ND.ndim, experts_EDF.ndim) == (2, 3):
+                return rows_ND.new_empty(rows_ND.shape[0], experts_EDF.shape[2])
+        return func(*args, **(kwargs or {}))

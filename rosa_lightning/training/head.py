@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from rosa_lightning.dls.layers import outermost_lists
 from rosa_lightning.roae.layer import RoAELinear
-from rosa_lightning.roae.tracing import replaced
 from rosa_lightning.training.compile import is_compiled
-from rosa_lightning.utils.modules import in_mode, is_checkpointed
+from rosa_lightning.utils.modules import in_mode, is_checkpointed, replaced
 from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor, nn
 
 from rosa_lightning.dls.layers import is_norm, outermost_lists
-from rosa_lightning.models.meta import replaced_tensors
 from rosa_lightning.models.quantization import is_packed
 from rosa_lightning.roae.layer import RoAELinear
 from rosa_lightning.utils.agreement import several_ranks, together
+from rosa_lightning.utils.modules import replaced_tensors
 
 Loaded = TypeVar("Loaded", bound=tuple[Any, ...])
 

@@ -1,9 +1,10 @@
-"""Training mode and gradients of a module, parameter by parameter."""
+"""Training mode, tensors and gradients of a module, one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +25,46 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 def is_checkpointed(model: nn.Module) -> bool:
     """Whether any module of a `transformers` model recomputes its activations in the backward."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextmanager
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object or class, and put its own one back, or none."""
+    own = name in vars(holder)
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(holder, name, before)
+        else:
+            delattr(holder, name)
+
+
+@contextmanager
+def replaced_tensors(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Exchange a model's parameters and buffers for others, and put them back at the end.
+
+    `replace` is called once for a tensor that several modules share, and maps parameters to
+    parameters.
+    """
+    held = [
+        (module, name, tensor)
+        for module in model.modules()
+        for tensors in (module.named_parameters, module.named_buffers)
+        for name, tensor in tensors(recurse=False, remove_duplicate=False)
+    ]
+    made: dict[int, Tensor] = {}
+    try:
+        for module, name, tensor in held:
+            if id(tensor) not in made:
+                made[id(tensor)] = replace(tensor)
+            setattr(module, name, made[id(tensor)])
+        yield
+    finally:
+        for module, name, tensor in held:
+            setattr(module, name, tensor)
 
 
 def held_gradients(module: nn.Module) -> dict[str, Tensor]:

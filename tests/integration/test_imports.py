@@ -105,7 +105,6 @@ STILL: dict[str, set[str]] = {
     "dls/checks.py": {"_gradient_checkpointing_func"},
     "inspection/memory.py": {"_python_dispatch"},
     "inspection/run_monitor.py": {"_prefix"},
-    "models/meta.py": {"_grouped_mm", "_python_dispatch", "_pytree", "_subclasses", "_to_copy"},
     "models/quantization.py": {"_weight_conversions"},
 }
 """What is still to be replaced or moved."""

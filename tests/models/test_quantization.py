@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import utils
 
 from rosa_lightning import (
-    DynamicLayerSelection,
     ReasoningDataModule,
     RoAEConfig,
     RoSAModule,
@@ -31,11 +29,10 @@ from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.files import load_adapter
 from rosa_lightning.adapters.metadata import fingerprint
 from rosa_lightning.models.loading import load_base
-from rosa_lightning.models.quantization import (
-    ready_four_bit_layers,
-)
+from rosa_lightning.models.quantization import ready_four_bit_layers
 from rosa_lightning.roae.inject import is_adapter_key, remove_roae, roae_layers
 from tests.conftest import FAMILIES, SMALL, rosa_module, save_base
+from tests.test_module import trainer
 
 needs_torchao = pytest.mark.skipif(
     not utils.is_torchao_available(), reason="torchao is not installed"
@@ -341,21 +338,6 @@ def test_a_base_is_known_again_quantised_or_not(scheme, family):
 # --- training -----------------------------------------------------------------------------------
 
 
-def trainer(folder: Path, **options) -> Trainer:
-    settings = {
-        "default_root_dir": folder,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "log_every_n_steps": 1,
-        "limit_val_batches": 1,
-        "max_epochs": 1,
-    }
-    return Trainer(**{**settings, **options})
-
-
 def module(folder: Path, scheme: str | None = "int8", **options) -> RoSAModule:
     return rosa_module(
         str(folder),
@@ -391,7 +373,7 @@ def test_adapters_train_in_float32_and_the_base_stays(
     built = module(folder, scheme, dtype=dtype)
     built.configure_model()
     before, start = bits(built), loss_of(built, batches)
-    trainer(tmp_path, precision=precision).fit(built, batches, batches)
+    trainer(tmp_path, precision=precision, max_steps=8).fit(built, batches, batches)
     assert loss_of(built, batches) < start - 0.01
     assert {p.dtype for n, p in built.named_parameters() if is_adapter_key(n)} == {torch.float32}
     after = bits(built)
@@ -400,34 +382,22 @@ def test_adapters_train_in_float32_and_the_base_stays(
 
 
 @needs_torchao
-def test_layer_selection_and_checkpointing_train_the_chosen_layers_alone(folder, batches, tmp_path):
-    built = module(folder, gradient_checkpointing=True)
-    built.configure_model()
-    start = loss_of(built, batches)
-    before = {n: p.detach().clone() for n, p in built.named_parameters() if is_adapter_key(n)}
-    dls = DynamicLayerSelection(num_active=2, interval=100)
-    trainer(tmp_path, callbacks=[dls]).fit(built, batches, batches)
-    changed = {n.split(".")[3] for n, p in built.named_parameters() if not same(before, n, p)}
-    assert {int(index) for index in changed} == set(dls.active)
-    assert loss_of(built, batches) < start
-
-
-def same(before: dict[str, Tensor], name: str, parameter: Tensor) -> bool:
-    return name not in before or torch.equal(before[name], parameter)
-
-
-@needs_torchao
 def test_a_run_goes_on_after_a_stop_as_if_there_had_been_none(folder, batches, tmp_path):
     schedule = partial(WarmupCosine, total_steps=16)
     whole = module(folder, lr_scheduler=schedule)
     torch.manual_seed(1)
-    trainer(tmp_path, max_epochs=2).fit(whole, batches, batches)
+    trainer(tmp_path, max_epochs=2, max_steps=-1).fit(whole, batches, batches)
     torch.manual_seed(1)
-    first, stopped = trainer(tmp_path), module(folder, lr_scheduler=schedule)
+    first, stopped = (
+        trainer(tmp_path, max_epochs=1, max_steps=-1),
+        module(folder, lr_scheduler=schedule),
+    )
     first.fit(stopped, batches, batches)
     first.save_checkpoint(tmp_path / "c.ckpt")
     resumed = module(folder, lr_scheduler=schedule)
-    trainer(tmp_path, max_epochs=2).fit(resumed, batches, batches, ckpt_path=tmp_path / "c.ckpt")
+    trainer(tmp_path, max_epochs=2, max_steps=-1).fit(
+        resumed, batches, batches, ckpt_path=tmp_path / "c.ckpt"
+    )
     for name, weight in whole.named_parameters():
         if is_adapter_key(name):
             assert torch.equal(weight, resumed.get_parameter(name))
@@ -436,7 +406,7 @@ def test_a_run_goes_on_after_a_stop_as_if_there_had_been_none(folder, batches, t
 @needs_torchao
 def test_an_adapter_of_a_quantised_base_loads_on_the_plain_one(folder, batches, tmp_path):
     built = module(folder)
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, limit_val_batches=0)
     run.fit(built, batches, batches)
     run.save_checkpoint(tmp_path / "c.ckpt")
     assert (tmp_path / "c.ckpt").stat().st_size < 200_000
@@ -479,11 +449,6 @@ def test_a_base_without_a_backward_pass_is_refused_when_it_is_to_be_trained(
     with pytest.raises(ValueError, match=r"\(torchao\) in a way that has no backward") as error:
         run.fit(built, batches, batches)
     assert "\n" not in str(error.value)
-
-
-# --- the command line ---------------------------------------------------------------------------
-
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 @needs_torchao

@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Trainer
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, default_data_collator
+from transformers import DataCollatorForSeq2Seq
 
 from rosa_lightning import RoSAModule
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import build, byte_tokenizer
+from tests.test_module import trainer
 from tests.training.test_loss import adapted, gradients
 
 TOKENIZER = byte_tokenizer()
@@ -62,16 +62,6 @@ def test_loss_of_a_collated_batch_is_that_of_transformers(side, options):
     check(dict(collated(side)), **options)
 
 
-def test_loss_of_rows_of_equal_length_needs_no_mask():
-    rows = features([("What is 2? ", "4"), ("What is 3? ", "9"), ("When is it? ", "")])
-    batch = default_data_collator(rows)
-    check(batch)
-    without = {name: batch[name] for name in ("input_ids", "labels")}
-    assert_close(LossComputer(MODEL).loss(without), LossComputer(MODEL).loss(batch))
-    # All tokens with loss, as language models are trained.
-    check({"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()})
-
-
 @settings(max_examples=25)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=5),
@@ -96,33 +86,11 @@ def test_loss_is_that_of_transformers_whatever_the_rows(lengths, shared, side, m
     assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_what_rows_begin_with_is_computed_once():
-    texts = [("An instruction for all of the rows: ", reply) for reply in ("a", "bb", "c" * 9)]
-    widths = []
-    hook = MODEL.get_input_embeddings().register_forward_pre_hook(
-        lambda _, args: widths.append(tuple(args[0].shape))
-    )
-    run = LossComputer(MODEL)
-    run.loss(collated(texts=texts))
-    widths.clear()
-    run.loss(collated(texts=texts))
-    hook.remove()
-    assert widths == [(1, 35), (3, 11)]  # all but the last token, which predicts
-
-
 def test_positions_of_ones_own_are_kept():
     texts = [("An instruction for all of the rows: ", reply) for reply in ("a", "bb", "c" * 9)]
     batch = collated("right", texts)
     places = torch.arange(batch["input_ids"].shape[1])[None].expand_as(batch["input_ids"])
     check({**batch, "position_ids": places * 3})
-
-
-def test_padding_may_have_any_id():
-    batch = collated("left")
-    padded = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 999)
-    assert_close(
-        LossComputer(MODEL).loss({**batch, "input_ids": padded}), LossComputer(MODEL).loss(batch)
-    )
 
 
 def test_first_token_is_not_predicted_from_padding():
@@ -154,22 +122,25 @@ def test_a_plain_loader_trains_and_validates(base_folder, tmp_path, side):
     collator = DataCollatorForSeq2Seq(tokenizer)
     loader = DataLoader(features(TEXTS * 2), batch_size=3, collate_fn=collator)
     module = RoSAModule(str(base_folder))
-    trainer = Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(module, loader, loader)
+    run = trainer(tmp_path)
+    run.fit(module, loader, loader)
     module.model.eval()
     with torch.no_grad():
         losses = [(module.model(**batch).loss, (batch["labels"] != -100).sum()) for batch in loader]
     wanted = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-    (metrics,) = trainer.validate(module, loader, verbose=False)
+    (metrics,) = run.validate(module, loader, verbose=False)
     assert metrics["val/loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def with_a_hole(batch):
+    mask = batch["attention_mask"].index_fill(1, torch.tensor(3), 0)
+    return {**batch, "attention_mask": mask}
+
+
+def starting_again(batch):
+    ids = batch["input_ids"]
+    positions = torch.arange(ids.shape[1]).expand(3, -1) % 8
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
 
 
 @pytest.mark.parametrize(
@@ -184,21 +155,8 @@ def test_a_plain_loader_trains_and_validates(base_folder, tmp_path, side):
         (lambda b: {**b, "labels": b["input_ids"]}, "train on padding, in row 0 first"),
         (lambda b: {**b, "input_ids": b["input_ids"] + 5}, "token id 261, but .* rows 0 to 257"),
         (lambda b: {**b, "input_ids": b["input_ids"] - 300}, "token id -"),
-        (
-            lambda b: {
-                **b,
-                "attention_mask": b["attention_mask"].index_fill(1, torch.tensor(3), 0),
-            },
-            "in the midst of row 0",
-        ),
-        (
-            lambda b: {
-                "input_ids": b["input_ids"],
-                "labels": b["input_ids"],
-                "position_ids": torch.arange(b["input_ids"].shape[1]).expand(3, -1) % 8,
-            },
-            "start again within a row",
-        ),
+        (with_a_hole, "in the midst of row 0"),
+        (starting_again, "start again within a row"),
         (lambda b: {**b, "labels": b["labels"] * 0 - 100}, "no token that carries loss"),
     ],
 )

@@ -22,7 +22,7 @@ from tests.conftest import rosa_module, save_base, write_records
 from tests.test_module import data, module, trainer
 
 LOSSES = {"loss nan": math.nan, "loss inf": math.inf}
-GRADIENTS = {"gradient nan": math.nan, "gradient -inf": -math.inf, "gradient too large": 1e30}
+GRADIENTS = {"gradient -inf": -math.inf, "gradient nan": math.nan, "gradient too large": 1e30}
 
 
 class Faults(Callback):
@@ -120,10 +120,8 @@ def test_a_step_left_out_changes_nothing_and_is_counted(fault, base_folder, sour
     assert not same(built.state_dict(), faults.states[3]["weights"])
     lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
     column = lines[0].split(",").index("train/nonfinite_steps")
-    assert [line.split(",")[column] for line in lines[1:] if line.split(",")[column]] == [
-        "1",
-        "2",
-    ]
+    cells = [line.split(",")[column] for line in lines[1:]]
+    assert list(filter(None, cells)) == ["1", "2"]
     # A resumed run has as many left as the stopped one.
     run.save_checkpoint(tmp_path / "c.ckpt")
     again = module(base_folder, max_nonfinite_steps=2)
@@ -190,12 +188,6 @@ def test_gradients_that_will_stop_the_run_are_not_saved(fault, base_folder, sour
     again = trainer(tmp_path, **options)
     again.fit(module(base_folder), data(sources), ckpt_path=saves.path)
     assert again.global_step == 3
-    # Where the step may be left out, a resumed run leaves it out too.
-    kept = SavesEveryBatch(tmp_path / "d.ckpt")
-    skips = module(base_folder, max_nonfinite_steps=1)
-    options |= {"max_steps": 2}
-    trainer(tmp_path, callbacks=[Faults(fault, 2), kept], **options).fit(skips, data(sources))
-    assert skips._guard.skipped == 1
 
 
 @pytest.mark.parametrize("value", [-1, -1e-9, math.nan])

@@ -20,7 +20,7 @@ from tests.conftest import FAMILIES, SMALL, build, rosa_module
 from tests.model_zoo.small import build_small, causal_models
 
 RESTS = ((9, 3), (4, 2), (14, 7))
-"""Tokens of each row behind the beginning, and how many of them are the response."""
+"""Tokens of each row after the beginning, and how many of them are the response."""
 
 
 def batch_of(num_shared: int = 20, rests=RESTS, vocab: int = 96) -> dict[str, Any]:
@@ -114,10 +114,8 @@ def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, ch
     batch = batch_of()
     check(model, batch, share_prefix=False, loss_chunk=chunk)
     assert not said
-    widths, run = (
-        Widths(model),
-        LossComputer(model, SpeedConfig(share_prefix=False, loss_chunk=chunk)),
-    )
+    widths = Widths(model)
+    run = LossComputer(model, SpeedConfig(share_prefix=False, loss_chunk=chunk))
     run.loss(batch)
     widths.head.clear()
     run.loss(batch).backward()
@@ -126,7 +124,7 @@ def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, ch
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "neox"])
-def test_behind_the_last_attention_only_supervised_positions_are_computed(family):
+def test_after_the_last_attention_only_supervised_positions_are_computed(family):
     model, batch, counts = adapted(build(family)), batch_of(), []
     layers = (model.base_model.layers[0].mlp, model.base_model.layers[-1].mlp)
     run = LossComputer(model)
@@ -150,13 +148,11 @@ def test_a_last_block_that_looks_at_other_tokens_is_computed_whole(monkeypatch):
 def test_answers_are_scored_as_the_whole_head_scores_them(chunk):
     model = adapted(build("llama")).eval()
     batch = batch_of(rests=((9, 3), (8, 2), (14, 7), (6, 2)))
-    for row, response in ((0, 3), (2, 7), (3, 2)):
+    for row, num in ((0, 3), (2, 7), (3, 2)):
         mask = batch["attention_mask"][row].bool()
-        prompt = batch["input_ids"][row][mask][None, :-response]
-        written = model.generate(prompt, max_new_tokens=response, do_sample=False, eos_token_id=95)
-        batch["labels"][row, -response:] = batch["input_ids"][row, -response:] = written[
-            0, -response:
-        ]
+        prompt = batch["input_ids"][row][mask][None, :-num]
+        written = model.generate(prompt, max_new_tokens=num, do_sample=False, eos_token_id=95)
+        batch["labels"][row, -num:] = batch["input_ids"][row, -num:] = written[0, -num:]
     batch["labels"][2, -1] = batch["input_ids"][2, -1] = 3 + (batch["labels"][2, -1] - 2) % 90
     batch["labels"][3, -2] = batch["input_ids"][3, -2] = 3 + (batch["labels"][3, -2] - 2) % 90
     batch["answer_mask"][3, -2] = False  # wrong, and no part of the answer
@@ -187,7 +183,7 @@ def test_a_head_that_looks_at_other_positions_is_given_all_of_them(said):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_behind_a_shared_prefix_loss_and_gradients_are_those_of_single_rows(family, dtype, said):
+def test_after_a_shared_prefix_loss_and_gradients_are_those_of_single_rows(family, dtype, said):
     model = adapted(build(family)).to(dtype)
     widths, batch = Widths(model), batch_of()
     run = LossComputer(model)
@@ -200,7 +196,7 @@ def test_behind_a_shared_prefix_loss_and_gradients_are_those_of_single_rows(fami
     check(model, batch, loss_chunk=5)
 
 
-def test_frozen_low_layers_build_no_graph_behind_a_shared_prefix():
+def test_frozen_low_layers_build_no_graph_before_a_shared_prefix():
     model = adapted(build("llama", num_hidden_layers=4))
     for weight in model.model.layers[:2].parameters():
         weight.requires_grad_(False)
@@ -239,47 +235,14 @@ def test_a_model_in_shards_is_run_once_over_whole_rows(said):
     assert any("in spite of model.speed.loss_chunk" in line for line in said)
 
 
-def test_a_model_that_was_changed_is_looked_at_anew(said):
-    model, batch = adapted(build("llama")), batch_of()
-    run = LossComputer(model)
-    run.loss(batch)
-    enable_checkpointing(model)
-    run.reset()
-    wanted = gradients(model, single_rows(model, batch))
-    assert_close(gradients(model, run.loss(batch)), wanted, rtol=1e-5, atol=1e-6)
-    assert any("checkpointing" in line for line in said)
-
-
-def unsafe(model, batch) -> Tensor:
-    """The loss behind a shared beginning, whatever speaks against it."""
-    run = LossComputer(model)
-    run._can_share = lambda batch: True  # type: ignore[method-assign]
-    return run.loss(batch)
-
-
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 FALL_BACKS = {
     "a window of 24": lambda: build("mistral", sliding_window=24),
-    "a window of 16": lambda: build(
-        "gemma3", sliding_window=16, layer_types=["sliding_attention"] * 2
-    ),
     "keeps more than keys": lambda: build_small("Qwen3NextConfig"),
-    "length of a text": lambda: build(
-        "llama",
-        rope_parameters={
-            "rope_type": "dynamic",
-            "factor": 4.0,
-            "rope_theta": 10000.0,
-        },
-        max_position_embeddings=16,
-    ),
+    "length of a text": lambda: build("llama", rope_parameters=DYNAMIC, max_position_embeddings=16),
     "counts positions by columns": lambda: build_small("RoFormerConfig"),
-    "drop their keys and values": lambda: checkpointed(build("llama")),
+    "drop their keys and values": lambda: build("llama"),
 }
-
-
-def checkpointed(model):
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -288,6 +251,8 @@ def test_what_cannot_be_shared_is_computed_whole_and_said_once(reason, said):
     model = adapted(FALL_BACKS[reason]())
     if "positions" in reason:
         model.eval()  # its dropout speaks first
+    if reason == "drop their keys and values":
+        enable_checkpointing(model)
     rests = [(9, 3), (9, 2), (9, 7)] if "length" in reason else RESTS
     batch = batch_of(rests=rests)  # without padding where that changes lengths
     check(model, batch)
@@ -298,13 +263,6 @@ def test_what_cannot_be_shared_is_computed_whole_and_said_once(reason, said):
     run.loss(batch)
     run.loss(batch)
     assert len(said) == 2
-    # Sharing all the same would have been wrong.
-    wanted = gradients(model, single_rows(model, batch))
-    try:
-        wrong = gradients(model, unsafe(model, batch))
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return
-    assert len(wrong) != len(wanted) or (wrong - wanted).norm() > 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize(
@@ -349,9 +307,6 @@ def test_a_model_whose_cache_is_without_gradients_computes_whole_rows(said, monk
     monkeypatch.setattr("rosa_lightning.training.shared_prefix.rows_after_prefix", detached)
     check(model, batch_of())
     assert "the gradients of LlamaForCausalLM differ" in said[0]
-    batch = batch_of()
-    wrong = gradients(model, unsafe(model, batch))
-    assert (wrong - gradients(model, single_rows(model, batch))).norm() > 1e-3 * wrong.norm()
 
 
 @pytest.mark.slow

@@ -7,22 +7,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule
 from rosa_lightning.inspection.memory import MemoryTracker
-from rosa_lightning.training import loss as forward
 from rosa_lightning.training.loss import LossComputer
-from rosa_lightning.training.microbatches import (
-    microbatches,
-)
+from rosa_lightning.training.microbatches import microbatches
 from rosa_lightning.training.speed import SpeedConfig
 from tests import ranks
 from tests.conftest import FAMILIES, build, rosa_module
 from tests.model_zoo.small import build_small
+from tests.test_module import trainer
 from tests.training.test_loss import (
     HEADS,
     Widths,
@@ -35,7 +33,7 @@ from tests.training.test_loss import (
 )
 
 RESTS = ((9, 3), (4, 2), (14, 7), (5, 1), (4, 3), (12, 2))
-"""Tokens of each row behind the beginning, and how many of them are the response."""
+"""Tokens of each row after the beginning, and how many of them are the response."""
 
 
 def rows_of(batch: dict[str, Any]) -> list[tuple[list[int], ...]]:
@@ -96,16 +94,14 @@ def test_parts_hold_every_row_once_and_are_few_and_small(rests, num_tokens, num_
 KINDS = (*FAMILIES, "soft-capped", "without logits_to_keep", "experts")
 
 
-@pytest.mark.parametrize(
-    ("kind", "share_prefix"), [*((kind, True) for kind in KINDS), ("llama", False)]
-)
-def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_its_rows(kind, share_prefix):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_its_rows(kind):
     if kind == "experts":
         model = adapted(build_small("MixtralConfig"))
     else:
         model = adapted(HEADS[kind]() if kind in HEADS else build(kind)).eval()
     batch = batch_of(rests=RESTS)
-    check(model, batch, microbatch_tokens=70, share_prefix=share_prefix)
+    check(model, batch, microbatch_tokens=70, share_prefix=kind != "llama")
 
 
 def test_a_packed_batch_is_taken_in_parts_of_whole_rows():
@@ -155,19 +151,6 @@ def test_the_graphs_of_parts_are_never_alive_together():
     assert peaks[40] < 0.3 * peaks[None]
 
 
-def test_a_beginning_that_is_computed_once_counts_once(said):
-    model, batch = adapted(build("llama")), batch_of(rests=RESTS)  # 20 + 6 x 14 tokens
-    for share_prefix, num_tokens, wanted in ((True, 104, 1), (True, 103, 2), (False, 104, 2)):
-        run = LossComputer(
-            model, SpeedConfig(share_prefix=share_prefix, microbatch_tokens=num_tokens)
-        )
-        run.loss(batch)
-        widths = Widths(model)
-        run.loss(batch)
-        assert len(widths.decoder) == wanted * (2 if share_prefix else 1)
-    assert not said
-
-
 def test_a_loss_in_parts_goes_on_into_any_graph_and_backward_twice():
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     wanted = gradients(model, single_rows(model, batch))
@@ -212,10 +195,6 @@ def test_under_autocast_the_gradients_are_those_of_the_parts_one_by_one(dtype):
         assert_close(grad, weight.grad, rtol=1e-5, atol=1e-6)
 
 
-def in_shards(run: LossComputer) -> None:
-    run.sharded = True
-
-
 def with_a_hook(run: LossComputer) -> None:
     weight = next(weight for weight in run.model.parameters() if weight.requires_grad)
     weight.register_hook(lambda gradient: 2 * gradient)
@@ -229,21 +208,18 @@ def reentrant(run: LossComputer) -> None:
 
 
 OBSTACLES = {
-    "shards": in_shards,
+    "shards": lambda run: setattr(run, "sharded", True),
     "16-mixed": lambda run: None,
     "hooks on parameters": with_a_hook,
     "reentrant": reentrant,
 }
 
 
-@pytest.mark.parametrize("num_tokens", [40, "auto"])
 @pytest.mark.parametrize("why", OBSTACLES)
-def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, num_tokens, said, monkeypatch):
-    monkeypatch.setattr(forward, "default_microbatch_tokens", lambda *_: 40)
+def test_where_parts_would_be_wrong_a_batch_is_run_whole(why, said):
     model, batch = adapted(build("llama")), batch_of(rests=RESTS)
     widths = Widths(model)
-    speed = SpeedConfig(share_prefix=False, microbatch_tokens=num_tokens)
-    run = LossComputer(model, speed)
+    run = LossComputer(model, SpeedConfig(share_prefix=False, microbatch_tokens=40))
     OBSTACLES[why](run)
     for _ in range(2):
         with torch.autocast("cpu", torch.float16, enabled=why == "16-mixed"):
@@ -280,22 +256,11 @@ def adapters_after(num_tokens: int | None, folder) -> tuple[list[Tensor], list[T
     module = rosa_module("tiny", microbatch_tokens=num_tokens, share_prefix=False)
     data = ReasoningDataModule(batch_size=4)
     dls, norms = DynamicLayerSelection(num_active=2, interval=2), NormGradients()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=ranks.ddp(),
-        max_steps=3,
-        limit_val_batches=0,
-        callbacks=[norms, dls],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    options = {"devices": 2, "strategy": ranks.ddp(), "max_steps": 3, "limit_val_batches": 0}
+    run = trainer(folder, callbacks=[norms, dls], **options)
     module.configure_model()
     widths = Widths(module.model)
-    trainer.fit(module, data)
+    run.fit(module, data)
     trained = [p.detach().clone() for n, p in module.named_parameters() if "roae" in n]
     return trained, norms.seen, len(widths.decoder)
 

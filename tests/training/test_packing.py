@@ -11,6 +11,7 @@ from rosa_lightning.training import loss as forward
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.packing import check_can_pack
 from tests.conftest import FAMILIES, build
+from tests.model_zoo.small import build_small
 from tests.training.test_loss import adapted, gradients
 
 LENGTHS = [(3, 2), (14, 5), (1, 1), (8, 9)]
@@ -39,25 +40,20 @@ def padded_loss(model, batch):
 KERNELS = ["eager", "sdpa"]
 NO_SUCH = ("gemma2", "sdpa")
 SLIDING = {"sliding_window": 6}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "long_factor": [4.0] * 8,
+    "short_factor": [1.0] * 8,
+    "original_max_position_embeddings": 12,
+}
 CASES = [
     *((family, {}) for family in FAMILIES),
     ("gemma2", SLIDING),
     ("gemma3", SLIDING),
     ("mistral", SLIDING),
     # Frequencies that depend on the longest row: of the batch, padded or packed.
-    (
-        "phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "long_factor": [4.0] * 8,
-                "short_factor": [1.0] * 8,
-                "original_max_position_embeddings": 12,
-            },
-            "original_max_position_embeddings": 12,
-        },
-    ),
+    ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12}),
 ]
 
 
@@ -101,31 +97,12 @@ def test_answers_are_right_row_by_row():
 # Models that cannot.
 
 
-def mixing(name, **changes):
-    import transformers
-
-    from tests.conftest import SMALL
-
-    config = getattr(transformers, name)(**{**SMALL, **changes})
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+MIXING = ("JambaConfig", "Qwen3NextConfig", "FalconH1Config", "BloomConfig")
 
 
-HYBRIDS = {
-    "JambaConfig": {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2},
-    "Qwen3NextConfig": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-    },
-    "Lfm2Config": {"layer_types": ["conv", "full_attention"]},
-    "FalconH1Config": {},
-    "BloomConfig": {},
-}
-
-
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", MIXING)
 def test_model_with_a_state_across_rows_is_refused_in_one_line(name):
-    model = mixing(name, **HYBRIDS[name])
+    model = build_small(name)
     with pytest.raises(ValueError, match=r"it mixes packed rows.*Set data\.batching: len") as e:
         check_can_pack(model, "it")
     assert "\n" not in str(e.value)

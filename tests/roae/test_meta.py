@@ -13,9 +13,10 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rosa_lightning.models.loading import load_skeleton
-from rosa_lightning.models.meta import fake_tensors, replaced_tensors, run_on_meta
 from rosa_lightning.roae.inject import RoAEReport, inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.roae.tracing import fake_tensors, run_on_meta
+from rosa_lightning.utils.modules import replaced_tensors
 from tests.conftest import build
 from tests.model_zoo.small import build_small, causal_models
 
