@@ -1,9 +1,7 @@
 r"""Answers in text: found, written plainly, compared.
 
-Pure functions of an answer's format and, for labels and letters, of the answers that there are.
 Two sets of rules: `strict` takes the last answer that a text states; `paper` are the rules of
-LLM-Adapters' `evaluate.py` and `commonsense_evaluate.py`, with their errors, for numbers that
-compare with the field's.
+LLM-Adapters' `evaluate.py` and `commonsense_evaluate.py`, errors included.
 
 Numbers may have a sign, thousands separators, decimals, an exponent, a currency or percent sign, a
 unit; they may be fractions (3/4, 1 1/2, 1 and 1/2, \frac{3}{4}, \frac34) and stand after `####` or
@@ -20,8 +18,6 @@ Rules = Literal["strict", "paper"]
 
 NUMBER_TOLERANCE = 1e-3
 """Two numeric answers at most this far apart are the same."""
-
-# --- what a number looks like ---------------------------------------------------------------
 
 # Thousands: 1,234, and LaTeX's 1{,}234 and 1\,234.
 _INTEGER = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)"
@@ -42,8 +38,6 @@ _SIGN = rf"(?:(?<![\w)\]}}%.]){_SIGNS})?"
 _CURRENCY = r"\\?[$€£]\s?"
 _BEFORE = rf"(?:{_SIGN}(?:{_CURRENCY})?|{_CURRENCY}{_SIGNS})(?<!\w)"
 _NUMBER = rf"{_BEFORE}(?:{_FRACTION}|{_SPACED}|{_DECIMAL})"
-
-# --- where an answer is stated --------------------------------------------------------------
 
 _SAYS = r"\s*(?:is|are|was|(?:would|should|must|will) be|equals|=|:)|####|\\boxed\s*\{"
 _STATED = rf"\b(?:answer|option|choice){_SAYS}"
@@ -99,12 +93,10 @@ def find(form: AnswerFormat, labels: tuple[str, ...], text: str) -> tuple[int, i
 def extract(
     form: AnswerFormat, labels: tuple[str, ...], text: str, rules: Rules = "strict"
 ) -> str | None:
-    """The answer that `text` gives by the rules, written plainly, or None.
+    """The answer that `text` gives by the rules, or None.
 
     Labels and letters come as they stand in `labels`, numbers without currency sign and thousands
     separators; for `text` it is the text without outer white space.
-
-    Raises ValueError for rules that do not exist.
     """
     if rules not in ("strict", "paper"):
         raise ValueError(f"rules={rules!r} are none of strict, paper. Name one of these.")
@@ -138,9 +130,6 @@ def _plain_number(written: str) -> str:
     plain = re.sub(rf"\\[dt]?frac\s*{above}\s*{below}", r" \1\2/\3\4", plain)
     plain = " ".join(plain.split()).replace("- ", "-")
     return plain if "/" in plain else plain.replace(" ", "")
-
-
-# --- comparison -----------------------------------------------------------------------------
 
 
 def number(text: str) -> Fraction | None:

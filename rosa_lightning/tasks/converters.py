@@ -1,7 +1,6 @@
-"""Rows of the benchmarks' hub data sets as samples in the words of LLM-Adapters.
+"""Rows of the benchmarks' hub data sets as samples, worded to the letter as in LLM-Adapters.
 
-One pure function a schema; its docstring shows a row. The wording is that of LLM-Adapters' files,
-to the letter. Where a data set has a worked solution, the output is that.
+One function a schema; its docstring shows a row.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from string import Formatter
 from typing import Any, get_args
@@ -13,100 +13,78 @@ from rosa_lightning.tasks.records import find_task, plain_name
 from rosa_lightning.tasks.registry import TASKS, Task
 
 _KEYS = ("name", "format", "labels", "aliases", "response", "prompt", "answer")
+_RESPONSES = {"label": "the correct answer is {answer}", "letter": "The answer is ({answer})."}
 
 
 def with_own_tasks(definitions: Sequence[Mapping[str, Any]] | None) -> dict[str, Task]:
     """`TASKS` and the tasks that a configuration defines under `data.tasks`.
 
-    A definition is a mapping: `name`; `format`, one of label, letter, number, text; for the first
-    two `labels`, the answers that there are; `aliases`, other names; `response`, the wording of a
-    response with `{answer}` in it, by default the benchmarks' own; `prompt`, what is asked with the
-    rows' fields in braces, and `answer`, the field of the gold answer. Without a `prompt` rows have
-    the fields that `sources.py` knows.
-
-    Raises TypeError or ValueError that names the key.
+    `ReasoningDataModule` says what a definition holds. Raises ValueError that names the key.
     """
     tasks = dict(TASKS)
     for number, definition in enumerate(definitions or []):
-        task = _own_task(definition, f"data.tasks[{number}]")
+        where = f"data.tasks[{number}]"
+        task = _own_task(definition, where)
         for name in (task.name, *task.aliases):
             taken = find_task(name, tasks)
             if taken is not None or not plain_name(name):
                 why = f"taken by task {taken}" if taken else "without a letter or digit"
-                raise ValueError(
-                    f"data.tasks[{number}]: the name {name!r} is {why}. Choose another name."
-                )
+                raise ValueError(f"{where}: the name {name!r} is {why}. Choose another name.")
         tasks[task.name] = task
     return tasks
 
 
 def _own_task(definition: Any, where: str) -> Task:
     if not isinstance(definition, Mapping):
-        raise TypeError(
+        raise ValueError(
             f"{where} is {definition!r}; expected a mapping such as "
             "{name: mytask, format: label, labels: [good, bad]}."
         )
     for key in definition:
         if key not in _KEYS:
-            raise TypeError(
-                f"{where} has no key {key!r}{nearest(str(key), _KEYS)}. "
-                f"Its keys are {', '.join(_KEYS)}."
-            )
+            hint = nearest(str(key), _KEYS)
+            raise ValueError(f"{where} has no key {key!r}{hint}. Its keys are {', '.join(_KEYS)}.")
     name: Any = definition.get("name")
-    form: Any = definition.get("format")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}.name is {name!r}; expected a name, which sources give as task.")
+        raise _wrong(where, "name", name, "a name, which sources give as task")
+    form: Any = definition.get("format")
     if form not in get_args(AnswerFormat):
-        hint = nearest(str(form), get_args(AnswerFormat))
-        raise ValueError(
-            f"{where}.format is {form!r}{hint}; expected {', '.join(get_args(AnswerFormat))}."
-        )
-    labels = _own_labels(definition, form, where)
-    aliases = _texts(definition, "aliases", where)
-    response = _own_response(definition, form, labels, where)
-    fields, convert = _own_rows(definition, labels, where)
+        raise _wrong(where, "format", form, ", ".join(get_args(AnswerFormat)))
+    labels = _own_labels(_texts(definition, "labels", where), form, where)
+    response = definition.get("response", _RESPONSES.get(form, "{answer}"))
     return Task(
         name=name,
         format=form,
         labels=labels,
-        aliases=aliases,
-        response=response,
-        fields=fields,
-        convert=convert,
+        aliases=_texts(definition, "aliases", where),
+        response=_own_response(response, form, labels, where),
+        **_own_rows(definition, labels, where),
     )
 
 
-def _own_rows(
-    definition: Mapping[str, Any], labels: tuple[str, ...], where: str
-) -> tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Sample] | None]:
-    """The fields that the rows must have, the answer's last, and how to read them."""
-    prompt, answer = definition.get("prompt"), definition.get("answer")
-    if prompt is None:
-        if answer is not None:
-            raise ValueError(f"{where}.answer is given without a prompt. Give both, or neither.")
-        return (), None
-    answer = "answer" if answer is None else answer
+def _wrong(where: str, key: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{where}.{key} is {value!r}; expected {expected}.")
+
+
+def _own_rows(definition: Mapping[str, Any], labels: tuple[str, ...], where: str) -> dict[str, Any]:
+    """How the task's own rows are read: the fields, the answer's last, and what converts them."""
+    prompt: Any = definition.get("prompt")
+    answer = definition.get("answer")
+    if prompt is None and answer is None:
+        return {}
     try:
-        parts = list(Formatter().parse(prompt))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}.prompt is {prompt!r} ({error}); expected text with fields in braces, such as "
-            "'Is this review good or bad? {text}'."
-        ) from error
-    fields = [name for _, name, spec, how in parts if name is not None and not spec and not how]
-    braces = sum(name is not None for _, name, _, _ in parts)
-    if not fields or len(fields) < braces or not all(map(str.isidentifier, fields)):
-        raise ValueError(
-            f"{where}.prompt is {prompt!r}; expected names of fields alone in braces, one at "
-            "least, such as {text}. Write {{ and }} for braces themselves."
-        )
-    if not isinstance(answer, str) or not answer:
-        raise TypeError(f"{where}.answer is {answer!r}; expected the name of a field.")
-    names = tuple(dict.fromkeys(name for name in fields if name != answer))
+        parts = [part[1:] for part in Formatter().parse(prompt or "") if part[1] is not None]
+    except (TypeError, ValueError):  # no text, or a brace without its other
+        parts = []
+    names = tuple(dict.fromkeys(str(name) for name, _, _ in parts))
+    if not parts or not all(str(name).isidentifier() and not (a or b) for name, a, b in parts):
+        example = "'Is this review good or bad? {text}'; {{ and }} write braces themselves"
+        raise _wrong(where, "prompt", prompt, f"names of fields alone in braces: {example}")
+    answer = "answer" if answer is None else answer
+    if not isinstance(answer, str) or not answer or answer in names:
+        raise _wrong(where, "answer", answer, "the name of a field that the prompt does not show")
     read = partial(_own_sample, prompt=prompt, fields=names, answer=answer, labels=labels)
-    if len(names) < len(set(fields)):
-        raise ValueError(f"{where}.prompt shows {{{answer}}}, the field of the answer.")
-    return (*names, answer), read
+    return {"fields": (*names, answer), "convert": read}
 
 
 def _own_sample(
@@ -117,10 +95,6 @@ def _own_sample(
     answer: str,
     labels: Sequence[str],
 ) -> Sample:
-    """What a row asks, by the task's definition.
-
-    Raises ValueError for a number that counts no label.
-    """
     asked = prompt.format_map({name: row[name] for name in fields})
     gold = row.get(answer)
     if gold is None or gold == "":
@@ -136,42 +110,23 @@ def _own_sample(
     return Sample(asked, str(gold).strip())
 
 
-def _own_labels(definition: Mapping[str, Any], form: AnswerFormat, where: str) -> tuple[str, ...]:
-    labels = _texts(definition, "labels", where)
+def _own_labels(labels: tuple[str, ...], form: AnswerFormat, where: str) -> tuple[str, ...]:
+    shown = list(labels)
     if form in ("number", "text"):
         if labels:
-            raise ValueError(
-                f"{where}.labels is given, but answers of format {form} are not listed. Leave it "
-                "out, or set format: label."
-            )
+            raise _wrong(where, "labels", shown, f"none for format {form}; format label has some")
         return ()
-    if len(labels) < 2:
-        raise ValueError(
-            f"{where}.labels is {list(labels)}; format {form} needs the answers that there are, "
-            "two at least: labels: [good, bad]."
-        )
-    plain = [" ".join(label.casefold().split()) for label in labels]
-    for label, key in zip(labels, plain, strict=True):
-        if plain.count(key) > 1:
-            raise ValueError(f"{where}.labels names {label!r} twice. Answers must differ.")
-        if form == "letter" and not re.fullmatch("[A-Z]", label):
-            raise ValueError(
-                f"{where}.labels has {label!r}; format letter takes single capitals. Set format: "
-                "label for words."
-            )
+    if len({" ".join(label.casefold().split()) for label in labels}) < max(2, len(labels)):
+        raise _wrong(where, "labels", shown, "two different answers at least: [good, bad]")
+    if form == "letter" and not all(re.fullmatch("[A-Z]", label) for label in labels):
+        raise _wrong(where, "labels", shown, "single capitals for format letter; label takes words")
     return labels
 
 
-def _own_response(
-    definition: Mapping[str, Any], form: AnswerFormat, labels: tuple[str, ...], where: str
-) -> str:
-    default = {"label": "the correct answer is {answer}", "letter": "The answer is ({answer})."}
-    given = definition.get("response", default.get(form, "{answer}"))
+def _own_response(given: Any, form: AnswerFormat, labels: tuple[str, ...], where: str) -> str:
     if not isinstance(given, str) or given.count("{answer}") != 1:
-        raise ValueError(
-            f"{where}.response is {given!r}; expected text with {{answer}} in it once, such as "
-            "'the correct answer is {answer}'."
-        )
+        expected = "text with {answer} in it once, such as 'the correct answer is {answer}'"
+        raise _wrong(where, "response", given, expected)
     for label in labels:
         read = extract(form, labels, given.replace("{answer}", label))
         if read != label:
@@ -185,11 +140,10 @@ def _own_response(
 def _texts(definition: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     values = definition.get(key) or []
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"{where}.{key} is {values!r}; expected a list of texts.")
-    # YAML reads an unquoted yes or no as a truth value, and 1 as a number.
+        raise _wrong(where, key, values, "a list of texts")
     for value in values:
         if not isinstance(value, str) or not value.strip():
-            raise TypeError(
+            raise ValueError(
                 f"{where}.{key} holds {value!r}, which is no text. Put it in quotes: YAML reads a "
                 "bare yes or no as a truth value."
             )

@@ -1,8 +1,4 @@
-"""What a record asks, teaches and holds for right: prompt, response, candidates, answer.
-
-Pure functions over `TASKS`, the table of benchmarks, and over tasks of the user's own, which a
-configuration defines (own_tasks.py). Nothing here loads a file or a model.
-"""
+"""A record: what is asked, the response to train on, the candidates and the gold answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -38,9 +34,6 @@ class Record:
     """The task itself, where it is the user's own; None for those in `TASKS`."""
 
 
-# --- names ----------------------------------------------------------------------------------
-
-
 def plain_name(name: str) -> str:
     """A task's name without case and punctuation, as names are compared."""
     return re.sub(r"[^a-z0-9]", "", name.casefold())
@@ -69,9 +62,6 @@ def _task(task: str | Task) -> Task:
     return TASKS[task]
 
 
-# --- gold answers and candidates -------------------------------------------------------------
-
-
 def reference(record: Record) -> str | None:
     """The gold answer: the record's own, else the one that its output states, else None."""
     return record.answer or extract_answer(task_of(record), record.output)
@@ -81,9 +71,7 @@ def candidates(record: Record) -> tuple[str, ...]:
     """The responses that `likelihood` scores, one an answer that the record's prompt offers.
 
     In the order of the task's labels and in the wording of its responses; () for tasks whose
-    answers cannot be listed.
-
-    Raises ValueError where the prompt offers an answer twice; the caller adds which record it is.
+    answers cannot be listed. Raises ValueError where the prompt offers an answer twice.
     """
     task = task_of(record)
     return tuple(task.response.replace("{answer}", label) for label in _offered(task, record))
@@ -102,48 +90,18 @@ def needs_end(texts: Sequence[str]) -> bool:
 def _offered(task: Task, record: Record) -> tuple[str, ...]:
     """The labels that the prompt names as its answer format or choices; else all."""
     if task.format == "letter":
-        _, listed, choices = record.instruction.rpartition("Answer Choices:")
-        named = re.findall(r"\(([A-Z])\) ", choices)
-        twice = _listed_twice(task.labels, choices) if listed else None
+        named = re.findall(r"\(([A-Z])\) ", record.instruction.rpartition("Answer Choices:")[2])
     else:
         named = record.instruction.rpartition("Answer format:")[2].strip().split("/")
         twice = next((label for label in task.labels if named.count(label) > 1), None)
-    if twice is not None:
-        raise ValueError(f"the prompt offers {twice!r} twice as an answer")
+        if twice is not None:
+            raise ValueError(f"the prompt offers {twice!r} twice as an answer")
     offered = tuple(label for label in task.labels if label in named)
     return offered if len(offered) > 1 else task.labels
 
 
-# "both (A) and (B)": a letter joined to others stands in a choice's text and begins none.
-_JOINED = re.compile(
-    r"\b(?:and|or|nor|both|either|neither|than|as|of) \([A-Z]\)|\([A-Z]\) (?=(?:and|or|nor)\b)",
-    re.IGNORECASE,
-)
-
-
-def _listed_twice(labels: Sequence[str], choices: str) -> str | None:
-    """The letter that begins two of the choices "(A) 5 (B) 6 (A) 7", or None.
-
-    The text of a choice may name another's letter: the list then goes on after it in order.
-    """
-    named: list[str] = re.findall(r"\(([A-Z])\) ", _JOINED.sub("", choices))
-    letters = [letter for letter in named if letter in labels]
-    listed: list[str] = []
-    for place, letter in enumerate(letters):
-        if letter not in listed:
-            listed.append(letter)
-            continue
-        following = labels[labels.index(listed[-1]) + 1 :][:1]
-        if letter == listed[-1] or not set(following) & set(letters[place:]):
-            return letter
-    return None
-
-
 def check_gold(record: Record) -> None:
-    """Checks that the gold answer is one that the task's format, and the prompt, allow.
-
-    Raises ValueError, to be completed with where the record is.
-    """
+    """Raise ValueError unless the gold answer is one that task and prompt allow."""
     task, gold = task_of(record), reference(record)
     offered = _offered(task, record)
     if gold is None or answers.expresses(task.format, offered, gold):
@@ -152,26 +110,14 @@ def check_gold(record: Record) -> None:
     raise ValueError(f"the gold answer is {gold[:40]!r}; its prompt asks for {wanted}")
 
 
-# --- answers --------------------------------------------------------------------------------
-
-
 def extract_answer(task: str | Task, text: str, rules: Rules = "strict") -> str | None:
-    """The answer that `text` gives in the task's format, or None.
-
-    Args:
-        task: A key of `TASKS`, or a task itself.
-        text: What a model wrote.
-        rules: `strict`, the last stated answer, or `paper`, LLM-Adapters' own rules.
-    """
+    """The answer that `text` gives by the rules, in the format of a task or key of `TASKS`."""
     task = _task(task)
     return answers.extract(task.format, task.labels, text, rules)
 
 
 def same_answer(task: str | Task, first: str | None, second: str | None) -> bool:
-    """Whether two answers agree: numbers within 1e-3, others but for case and white space.
-
-    None, for no answer found, agrees with nothing.
-    """
+    """Whether two answers agree, as `answers.same` has it."""
     return answers.same(_task(task).format, first, second)
 
 

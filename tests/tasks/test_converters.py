@@ -9,7 +9,6 @@ import pytest
 
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source
-from rosa_lightning.tasks.converters import written
 from rosa_lightning.tasks.registry import TASKS
 
 QUESTION = "Please choose the correct answer to the question: "
@@ -64,10 +63,7 @@ ROWS = {
     ),
     "hellaswag": (
         {
-            "ind": 24,
             "activity_label": "Roof shingle removal",
-            "ctx_a": "A man is sitting on a roof.",
-            "ctx_b": "he",
             "ctx": "A man is sitting on a roof. he",
             "endings": [
                 "is using wrap to wrap a pair of skis.",
@@ -75,9 +71,6 @@ ROWS = {
                 "is holding a rubik's cube.",
                 "starts pulling up roofing on a roof.",
             ],
-            "source_id": "activitynet~v_-JhWjGDPHMY",
-            "split": "val",
-            "split_type": "indomain",
             "label": "3",
         },
         (  # as in LLM-Adapters' hellaswag/test.json, to the letter
@@ -106,7 +99,6 @@ ROWS = {
     ),
     "openbookqa": (
         {
-            "id": "7-980",
             "question_stem": "The sun is responsible for",
             "choices": {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]},
             "answerKey": "D",
@@ -127,13 +119,7 @@ ROWS = {
         ("How many clips?", "48/2 = <<48/2=24>>24\n#### 24", "24"),
     ),
     "addsub": (
-        {
-            "input": "Ada had 3 . How many now ?",
-            "output_program": "print(3)",
-            "output_answer": "3",
-            "split": "test",
-            "dataset": "addsub.json",
-        },
+        {"input": "Ada had 3 . How many now ?", "output_answer": "3"},
         ("Ada had 3 . How many now ?", "The answer is 3.", "3"),
     ),
     "aqua": (
@@ -156,24 +142,18 @@ ROWS = {
     ),
     "svamp": (
         {
-            "ID": "chal-1",
             "Body": "He had 32 crackers. ",
             "Question": "How many did each eat?",
-            "Equation": "( 32.0 / 4.0 )",
             "Answer": "8.0",
-            "Type": "Common-Division",
         },
         ("He had 32 crackers. How many did each eat?", "The answer is 8.", "8.0"),
     ),
     "mawps": (
         {
-            "id": "mawps__1",
             "question": "How many pencils?",
             "chain": '<gadget id="calculator">1_000</gadget>\n<result>1_000</result>',
             "result": "1_000",
             "result_float": 1000.0,
-            "equation": "X=1_000",
-            "expression": "1_000",
         },
         ("How many pencils?", "The answer is 1000.", "1000.0"),
     ),
@@ -219,13 +199,10 @@ def test_hub_rows_become_records_in_the_fields_words(records, task, purpose):
 def test_rows_without_a_gold_answer_are_refused_by_name(records, task, hidden):
     row = {**ROWS[task][0], **hidden}
     for purpose in ("train", "test"):
-        with pytest.raises(ValueError, match=r"rows.jsonl, record 2 \(task") as caught:
+        with pytest.raises(ValueError, match=rf"rows.jsonl, record 2 \(task {task}") as caught:
             records(task, [ROWS[task][0], row], purpose)
-        text = str(caught.value)
-        assert "\n" not in text
-        assert f"task {task}" in text
-        assert f"{next(iter(hidden))} is {next(iter(hidden.values()))!r}" in text
-        assert f"split {TASKS[task].split}" in text
+        ((field, value),) = hidden.items()
+        assert f"{field} is {value!r}" in str(caught.value)
     (asked,) = records(task, [row], "predict")
     assert (asked.answer, asked.output) == (None, "")
 
@@ -238,7 +215,6 @@ def test_rows_without_a_gold_answer_are_refused_by_name(records, task, hidden):
         ("arc_easy", {"answerKey": "E"}, "the gold answer is 'E'"),
         ("arc_easy", {"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, "a label twice"),
         ("arc_easy", {"choices": None}, "is no row of arc_easy (allenai/ai2_arc)"),
-        ("aqua", {"correct": "F"}, "the gold answer is 'F'; its prompt asks for one of A, B, C"),
         ("svamp", {"Answer": "many"}, "the gold answer is 'many'; its prompt asks for a number"),
     ],
 )
@@ -254,11 +230,6 @@ def test_rows_that_cannot_be_judged_are_named(records, task, change, words):
 def test_a_row_with_too_few_fields_is_told_which_there_are(records):
     with pytest.raises(ValueError, match=r"fields goal, sol1; .* piqa's goal, sol1, sol2, label"):
         records("piqa", [{"goal": "a", "sol1": "b"}])
-
-
-@pytest.mark.parametrize(("answer", "text"), [("8.0", "8"), ("8.50", "8.50"), ("10", "10")])
-def test_whole_numbers_are_written_without_decimals(answer, text):
-    assert written(answer) == text
 
 
 # --- the field's files, taken apart to hub rows and put together again -------------------------

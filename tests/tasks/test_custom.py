@@ -37,104 +37,6 @@ def test_own_labels_are_found_compared_and_listed():
     assert same_answer(task, "Good", "good")
 
 
-@pytest.mark.parametrize(
-    ("definition", "text", "answer"),
-    [
-        ({"format": "number"}, "It is 1,200 in all.", "1200"),
-        ({"format": "letter", "labels": ["A", "B"]}, "The answer is (B).", "B"),
-        ({"format": "text"}, " as it is\n", "as it is"),
-        ({"format": "label", "labels": ["c++", "c"]}, "answer: c++", "c++"),
-    ],
-)
-def test_every_format_serves_own_tasks(definition, text, answer):
-    task = with_own_tasks([{"name": "mine", **definition}])["mine"]
-    assert extract_answer(task, text) == answer
-
-
-@pytest.mark.parametrize(
-    ("definition", "error", "words"),
-    [
-        ("mood", TypeError, "data.tasks[0] is 'mood'; expected a mapping"),
-        ({**MOOD, "label": ["a"]}, TypeError, "no key 'label' (did you mean labels?)"),
-        ({"format": "number"}, ValueError, "data.tasks[0].name is None"),
-        (
-            {**MOOD, "format": "lable"},
-            ValueError,
-            "data.tasks[0].format is 'lable' (did you mean l",
-        ),
-        ({"name": "mood"}, ValueError, "data.tasks[0].format is None; expected label, letter"),
-        (
-            {"name": "mood", "format": "label"},
-            ValueError,
-            "data.tasks[0].labels is []; format label",
-        ),
-        ({**MOOD, "labels": ["good"]}, ValueError, "two at least"),
-        ({**MOOD, "labels": ["good", "Good"]}, ValueError, "labels names 'good' twice"),
-        (
-            {**MOOD, "labels": "good bad"},
-            TypeError,
-            "data.tasks[0].labels is 'good bad'; expected a",
-        ),
-        (
-            {**MOOD, "labels": [True, False]},
-            TypeError,
-            "labels holds True, which is no text. Put it in quotes",
-        ),
-        ({**MOOD, "format": "letter"}, ValueError, "format letter takes single capitals"),
-        ({**MOOD, "format": "number"}, ValueError, "answers of format number are not listed"),
-        ({**MOOD, "name": "ARC-Easy"}, ValueError, "the name 'ARC-Easy' is taken by task arc_easy"),
-        ({**MOOD, "aliases": ["gsm8k"]}, ValueError, "the name 'gsm8k' is taken by task gsm8k"),
-        ({**MOOD, "name": "!"}, ValueError, "is without a letter or digit"),
-        ({**MOOD, "response": "it is so"}, ValueError, "with {answer} in it once"),
-        (
-            {
-                "name": "pick",
-                "format": "letter",
-                "labels": ["A", "B"],
-                "response": "I take {answer}",
-            },
-            ValueError,
-            "with 'A' in it, None would be read as the answer",
-        ),
-        ({**MOOD, "response": "{answer}, not good"}, ValueError, "'not good' would be read"),
-    ],
-)
-def test_definitions_that_make_no_sense_are_named(definition, error, words):
-    with pytest.raises(error) as caught:
-        with_own_tasks([definition])
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"instruction": "How?", "output": "I feel: good", "answer": "good"}]
-    path.write_text("".join(json.dumps(row) for row in rows))
-    return {"path": str(path)}
-
-
-def test_a_source_names_an_own_task_and_its_records_know_it(source):
-    tasks = with_own_tasks([{**MOOD, "response": "I {feel}: {answer}"}])
-    (named,) = source_list("sources", [{**source, "task": "Temper"}], "train", tasks)
-    (record,) = load_records(named, "test", tasks)
-    assert named.benchmark == record.task == "mood"
-    assert candidates(record) == ("I {feel}: good", "I {feel}: not good")
-    assert reference(record) == "good"
-
-
-def test_a_source_that_is_named_as_an_own_task_is_of_it(source):
-    tasks = with_own_tasks([{**MOOD, "name": "rows"}])
-    (named,) = source_list("sources", [source], "train", tasks)
-    assert named.benchmark == "rows"
-
-
-def test_gold_answers_are_checked_against_own_labels(source):
-    tasks = with_own_tasks([{**MOOD, "labels": ["bad", "worse"]}])
-    with pytest.raises(ValueError, match=r"record 1 \(task mood\): the gold answer is 'good'"):
-        load_records(Source(**source, task="mood"), "test", tasks)
-
-
 REVIEW = {
     "name": "mood",
     "format": "label",
@@ -142,20 +44,78 @@ REVIEW = {
     "prompt": "Good or bad? {text} ({{by}} {author})",
     "answer": "label",
 }
+PICK = {"name": "pick", "format": "letter", "labels": ["A", "B"]}
 
 
-def written_rows(tmp_path, *rows):
+@pytest.mark.parametrize(
+    ("definition", "words"),
+    [
+        ("mood", " is 'mood'; expected a mapping"),
+        ({**MOOD, "label": ["a"]}, "no key 'label' (did you mean labels?)"),
+        ({"format": "number"}, ".name is None"),
+        ({**MOOD, "format": "lable"}, ".format is 'lable'; expected label, letter"),
+        ({**MOOD, "labels": ["good"]}, ".labels is ['good']; expected two different"),
+        (
+            {**MOOD, "labels": ["good", "Good"]},
+            ".labels is ['good', 'Good']; expected",
+        ),
+        ({**MOOD, "labels": "good bad"}, ".labels is 'good bad'; expected a list"),
+        (
+            {**MOOD, "labels": [True, False]},
+            ".labels holds True, which is no text. Put it",
+        ),
+        ({**MOOD, "format": "letter"}, "expected single capitals"),
+        ({**MOOD, "format": "number"}, "expected none for format number"),
+        ({**MOOD, "name": "ARC-Easy"}, "the name 'ARC-Easy' is taken by task arc_easy"),
+        ({**MOOD, "aliases": ["gsm8k"]}, "the name 'gsm8k' is taken by task gsm8k"),
+        ({**MOOD, "name": "!"}, "is without a letter or digit"),
+        ({**MOOD, "response": "it is so"}, "with {answer} in it once"),
+        ({**PICK, "response": "I take {answer}"}, "with 'A' in it, None would be read"),
+        ({**MOOD, "response": "{answer}, not good"}, "'not good' would be read"),
+        ({**REVIEW, "prompt": None}, ".prompt is None"),
+        ({**REVIEW, "prompt": "Good?"}, "expected names of fields alone"),
+        ({**REVIEW, "prompt": "{text.__class__}"}, "expected names of fields alone"),
+        ({**REVIEW, "prompt": "{text!r}"}, "expected names of fields alone"),
+        ({**REVIEW, "prompt": "{text:>9}"}, "expected names of fields alone"),
+        ({**REVIEW, "prompt": "{}"}, "expected names of fields alone"),
+        ({**REVIEW, "prompt": "{text"}, "expected names of fields alone"),
+        (
+            {**REVIEW, "prompt": "{text} {label}"},
+            ".answer is 'label'; expected the name",
+        ),
+        ({**REVIEW, "answer": ["a"]}, ".answer is ['a']; expected the name of a field"),
+    ],
+)
+def test_definitions_that_make_no_sense_are_named(definition, words):
+    with pytest.raises(ValueError, match=r"data\.tasks\[0\]") as caught:
+        with_own_tasks([definition])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def rows_file(tmp_path, *rows, **fields):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Source(path=str(path), task="mood")
+    return Source(path=str(path), **fields)
+
+
+@pytest.mark.parametrize(("name", "task"), [("mood", "Temper"), ("rows", None)])
+def test_a_source_is_of_the_own_task_that_it_names_or_is_named_as(name, task, tmp_path):
+    tasks = with_own_tasks([{**MOOD, "name": name, "response": "I {feel}: {answer}"}])
+    row = {"instruction": "How?", "output": "I feel: good", "answer": "good"}
+    source = rows_file(tmp_path, row, task=task)
+    (named,) = source_list("sources", [source], "train", tasks)
+    (record,) = load_records(named, "test", tasks)
+    assert named.benchmark == record.task == name
+    assert candidates(record) == ("I {feel}: good", "I {feel}: not good")
+    assert reference(record) == "good"
 
 
 def test_rows_with_fields_of_their_own_are_asked_as_the_task_says(tmp_path):
     tasks = with_own_tasks([REVIEW])
     fine = {"text": "Fine.", "author": "Ann", "instruction": "not read"}
-    source = written_rows(
-        tmp_path, {**fine, "label": 1}, {**fine, "label": "bad"}, {**fine, "label": "0"}
-    )
+    rows = ({**fine, "label": label} for label in (1, "bad", "0"))
+    source = rows_file(tmp_path, *rows, task="mood")
     *read, last = load_records(source, "audit", tasks)
     assert [record.instruction for record in read] == ["Good or bad? Fine. ({by} Ann)"] * 2
     assert [record.answer for record in read] == ["good", "bad"]
@@ -163,54 +123,42 @@ def test_rows_with_fields_of_their_own_are_asked_as_the_task_says(tmp_path):
     assert last.answer == "0"
     with pytest.raises(ValueError, match=r"record 3 \(task mood\): the gold answer is '0'"):
         load_records(source, "test", tasks)
-    asked = load_records(written_rows(tmp_path, fine), "predict", tasks)
+    asked = load_records(rows_file(tmp_path, fine, task="mood"), "predict", tasks)
     assert asked[0].instruction.startswith("Good or bad? Fine.")
 
 
-def test_an_own_task_may_count_what_is_true_or_be_a_number(tmp_path):
-    sum_ = {"name": "mood", "format": "number", "prompt": "{a} + {b}", "answer": "sum"}
-    (record,) = load_records(
-        written_rows(tmp_path, {"a": 1, "b": 2, "sum": 3}), "test", with_own_tasks([sum_])
-    )
-    assert (record.instruction, record.answer) == ("1 + 2", "3")
-    true = {**REVIEW, "labels": ["true", "false"], "prompt": "{text}"}
-    (record,) = load_records(
-        written_rows(tmp_path, {"text": "x", "label": False}), "test", with_own_tasks([true])
-    )
-    assert record.answer == "false"
+@pytest.mark.parametrize(
+    ("changes", "row", "asked", "answer"),
+    [
+        (
+            {"format": "number", "labels": None, "prompt": "{a} + {b}", "answer": "sum"},
+            {"a": 1, "b": 2, "sum": 3},
+            "1 + 2",
+            "3",
+        ),
+        (
+            {"labels": ["true", "false"], "prompt": "{text}"},
+            {"text": "x", "label": False},
+            "x",
+            "false",
+        ),
+    ],
+)
+def test_an_own_task_may_count_what_is_true_or_be_a_number(changes, row, asked, answer, tmp_path):
+    tasks = with_own_tasks([{**REVIEW, **changes}])
+    (record,) = load_records(rows_file(tmp_path, row, task="mood"), "test", tasks)
+    assert (record.instruction, record.answer) == (asked, answer)
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"text": "x", "label": 1}, "has the fields text, label; expected mood's text, author"),
-        ({"question": "x", "answer": "#### 1"}, "expected mood's text, author, label"),
         ({"text": "x", "author": "y", "label": 2}, "label is 2, and labels are counted 0 to 1"),
         ({"text": "x", "author": "y", "label": None}, "label is None, as in splits that hide"),
     ],
 )
 def test_rows_that_do_not_fit_an_own_prompt_are_named(tmp_path, row, words):
     with pytest.raises(ValueError, match="record 1") as caught:
-        load_records(written_rows(tmp_path, row), "test", with_own_tasks([REVIEW]))
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"prompt": None}, "answer is given without a prompt"),
-        ({"prompt": "Good?"}, "expected names of fields alone"),
-        ({"prompt": "{text.__class__}"}, "expected names of fields alone"),
-        ({"prompt": "{text!r}"}, "expected names of fields alone"),
-        ({"prompt": "{text:>9}"}, "expected names of fields alone"),
-        ({"prompt": "{}"}, "expected names of fields alone"),
-        ({"prompt": "{text"}, "expected text with fields in braces"),
-        ({"prompt": 3}, "expected text with fields in braces"),
-        ({"prompt": "{text} {label}"}, "shows {label}, the field of the answer"),
-        ({"answer": ["a"]}, "expected the name of a field"),
-    ],
-)
-def test_prompts_that_cannot_be_asked_are_refused(change, words):
-    with pytest.raises((TypeError, ValueError), match=r"data\.tasks\[0\]") as caught:
-        with_own_tasks([{**REVIEW, **change}])
+        load_records(rows_file(tmp_path, row, task="mood"), "test", with_own_tasks([REVIEW]))
     assert words in str(caught.value)

@@ -15,7 +15,6 @@ from rosa_lightning.tasks.records import (
     find_task,
     needs_end,
     reference,
-    same_answer,
 )
 
 LABEL_TASKS = [name for name, task in TASKS.items() if task.format == "label"]
@@ -25,35 +24,11 @@ def record(instruction="What is 2 + 2?", context="", output="4", answer="4", tas
     return Record(instruction, context, output, answer, task, "source", 1)
 
 
-def test_table_holds_eight_commonsense_and_seven_arithmetic_benchmarks():
-    groups = [task.group for task in TASKS.values()]
-    assert groups.count("commonsense") == 8
-    assert groups.count("arithmetic") == 7
-
-
-@pytest.mark.parametrize(
-    ("given_name", "name"),
-    [
-        ("ARC-Easy", "arc_easy"),
-        ("arc_easy", "arc_easy"),
-        ("ARC-c", "arc_challenge"),
-        ("OBQA", "openbookqa"),
-        ("SIQA", "social_i_qa"),
-        ("WinoGrande", "winogrande"),
-        ("GSM8K", "gsm8k"),
-        ("AQuA-RAT", "aqua"),
-        ("my notes", None),
-    ],
-)
-def test_names_of_tasks_are_found_however_they_are_spelt(given_name, name):
-    assert find_task(given_name) == name
-
-
-@pytest.mark.parametrize("task", LABEL_TASKS)
-def test_every_label_is_found_in_the_sentence_of_the_training_data(task):
-    for label in TASKS[task].labels:
-        assert extract_answer(task, f"the correct answer is {label}") == label
-        assert extract_answer(task, f"The correct answer is {label.title()}.") == label
+def test_names_of_tasks_are_found_however_they_are_spelt():
+    names = {"ARC-Easy": "arc_easy", "ARC-c": "arc_challenge", "OBQA": "openbookqa"}
+    names |= {"SIQA": "social_i_qa", "WinoGrande": "winogrande", "AQuA-RAT": "aqua"}
+    assert {name: find_task(name) for name in names} == names
+    assert find_task("my notes") is None
 
 
 @pytest.mark.parametrize(
@@ -100,21 +75,6 @@ def test_a_prompt_that_offers_an_answer_twice_has_no_candidates():
         candidates(asked("Which?\n\nAnswer format: answer1/answer2/answer2"))
 
 
-@pytest.mark.parametrize(
-    ("choices", "letter"),
-    [
-        ("(A) 5 (A) 6", "A"),
-        ("(A) 5 (A) 6 (B) 7 (C) 8", "A"),
-        ("(A) 5 (A) 6 (C) 7 (D) 8 (E) 9", "A"),
-        ("(A) 5 (B) 6 (C) 7 (D) 8 (A) 9", "A"),
-        ("(A) 5 (B) 6 (C) 7 (D) 8 (D) 9", "D"),
-    ],
-)
-def test_choices_that_use_a_letter_twice_are_refused(choices, letter):
-    with pytest.raises(ValueError, match=f"offers '{letter}' twice"):
-        candidates(asked(f"What? Answer Choices: {choices}", "aqua"))
-
-
 @given(st.lists(st.text("ab", max_size=4)))
 def test_an_end_is_needed_as_comparing_all_pairs_says(texts):
     pairs = [one != other and other.startswith(one) for one in texts for other in texts]
@@ -126,45 +86,23 @@ def test_a_task_that_is_not_known_is_named():
         extract_answer("mine", "5")
 
 
-class TestTable:
-    def test_responses_state_the_answer_that_they_are_made_of(self):
-        for name, task in TASKS.items():
-            for answer in task.labels or ("12.5",):
-                assert extract_answer(name, task.response.replace("{answer}", answer)) == answer
+def test_responses_state_the_answer_that_they_are_made_of():
+    for name, task in TASKS.items():
+        for answer in task.labels or ("12.5",):
+            assert extract_answer(name, task.response.replace("{answer}", answer)) == answer
 
-    def test_test_sets_have_the_published_sizes(self, real_data):
-        """The shared files hold the first 60 % of each."""
-        seen = 0
-        for name, task in TASKS.items():
-            file = real_data / "test" / f"{name}.json"
-            if file.exists():
-                assert len(json.loads(file.read_text("utf-8"))) == task.test_size * 3 // 5
-                seen += 1
-        assert seen == 14
 
-    def test_every_benchmark_says_where_it_comes_from(self):
-        for task in TASKS.values():
-            known = (task.hub, task.split, task.fields, task.test_size, task.source, task.licence)
-            assert all(known) is (task.group != "other")
+def test_each_of_the_fifteen_benchmarks_says_where_it_comes_from():
+    groups = [task.group for task in TASKS.values()]
+    assert (groups.count("commonsense"), groups.count("arithmetic")) == (8, 7)
+    for task in TASKS.values():
+        assert all((task.hub, task.split, task.fields)) is (task.group != "other")
 
 
 class TestOnRealData:
     @pytest.fixture
     def rows(self, real_data):
         return lambda task: json.loads((real_data / "test" / f"{task}.json").read_text("utf-8"))
-
-    @pytest.mark.parametrize("task", [name for name in LABEL_TASKS if name != "hellaswag"])
-    def test_commonsense_outputs_state_their_gold_answers(self, rows, task):
-        for row in rows(task):
-            assert extract_answer(task, row["output"]) == row["answer"]
-
-    def test_aqua_letters_are_found_where_one_is_stated(self, rows):
-        found = [(row["output"], extract_answer("aqua", row["output"])) for row in rows("aqua")]
-        stated = [(output, letter) for output, letter in found if "he answer is (" in output]
-        assert len(stated) == 150
-        for output, letter in stated:
-            assert output.rstrip().endswith(f"({letter}).")
-        assert [letter for output, letter in found if "he answer is (" not in output] == [None] * 2
 
     @pytest.mark.parametrize("task", ["addsub", "gsm8k", "multiarith", "singleeq", "svamp"])
     def test_number_that_follows_the_answer_is_returned(self, rows, task):
@@ -191,8 +129,3 @@ class TestOnRealData:
         assert len(asks) > 150
         for instruction in asks:
             assert len(candidates(asked(instruction, "aqua"))) == 5
-
-    @pytest.mark.parametrize("task", ["mawps", "gsm8k", "multiarith", "aqua"])
-    def test_gold_answers_fit_the_format(self, rows, task):
-        for row in rows(task):
-            assert same_answer(task, row["answer"], row["answer"])
