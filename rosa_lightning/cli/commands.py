@@ -193,7 +193,7 @@ def inspect(
     selection = [c for c in callbacks if isinstance(c, DynamicLayerSelection)]
     estimates = compare_memory(
         model,
-        num_active=selection[0].num_active if selection[0].selects else None,
+        selection=selection[0].config if selection[0].selects else None,
         batch_size=rows,
         length=data.max_length,
         response_length=length,

@@ -14,12 +14,14 @@ from rich.text import Text
 from torch import nn
 
 from rosa_lightning.dls.layers import find_layers
-from rosa_lightning.dls.policies import resolve_num_active
+from rosa_lightning.dls.selector import SelectionConfig
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.roae.inject import roae_report
 from rosa_lightning.roae.layer import spans
 from rosa_lightning.roae.targets import AdaptedProjection
 from rosa_lightning.utils.tables import note, text_table
+
+_HALF = SelectionConfig()
 
 
 @dataclass(frozen=True)
@@ -148,15 +150,16 @@ def _cells(trainable: int, total: int) -> tuple[str, str, str]:
 
 
 def compare_memory(
-    model: nn.Module, *, num_active: int | float | None = 0.5, **step: Any
+    model: nn.Module, *, selection: SelectionConfig | None = _HALF, **step: Any
 ) -> dict[str, MemoryEstimate | str]:
     """What Dynamic Layer Selection saves: estimates of three kinds of training step.
 
     Args:
         model: As for `estimate_memory`.
-        num_active: Layers that train at a time, a count or a share; the highest ones here, which
-            is the most that selection can save. The last kind of step, in which it selects, comes
-            once an interval and takes the memory of all layers again. None selects nothing.
+        selection: How layers are selected; None selects nothing. The highest num_active layers, or
+            those of policy fixed, train in the second kind of step: the most that selection can
+            save. The last kind, in which it selects, comes once an interval and takes the memory
+            of all layers again.
         step: The other arguments of `estimate_memory`.
 
     Returns:
@@ -165,11 +168,12 @@ def compare_memory(
     kinds: dict[str, dict[str, Any]] = {"all layers": {}}
     estimates: dict[str, MemoryEstimate | str] = {}
     try:
-        if num_active is not None:
-            positions = [layer.index for layer in find_layers(model)]
-            active = positions[-resolve_num_active(num_active, len(positions)) :]
-            word = "layers" if len(active) > 1 else "layer"
-            kinds |= {f"{word} {spans(active)}": {"active_layers": active}}
+        if selection is not None:
+            layers = [layer.index for layer in find_layers(model)]
+            count, _, fixed = selection.resolve(layers)
+            active = [layers[index] for index in fixed] or layers[-count:]
+            kind = f"{'fixed ' * bool(fixed)}layer{'s' * (len(active) > 1)} {spans(active)}"
+            kinds |= {kind: {"active_layers": active}}
             kinds |= {"selecting": {"scoring": True}}
     except ValueError as error:
         estimates["selecting"] = str(error)

@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from rosa_lightning.dls.selector import PolicyOptions, SelectionConfig
 from rosa_lightning.inspection.memory import MemoryEstimate
 from rosa_lightning.inspection.parameters import (
     compare_memory,
@@ -130,6 +131,15 @@ def test_memory_of_the_kinds_of_steps_is_compared():
     assert all(len(line) <= 80 for line in text.splitlines())
     for line in ("weights, float32", "adapter", "gradients", "optimizer", "logits", "peak"):
         assert re.search(rf"^ {line} +(\S+ KiB +){{2}}\S+ KiB|^ {line} .*MiB", text, re.M)
+
+
+def test_the_layers_of_policy_fixed_are_those_estimated():
+    options = PolicyOptions(fixed_layers=[0, 3])
+    fixed = SelectionConfig(policy="fixed", policy_options=options)
+    estimates = compare_memory(adapted("llama", num_hidden_layers=4), selection=fixed, **STEP)
+    assert list(estimates) == ["all layers", "fixed layers 0, 3", "selecting"]
+    # The backward runs down to layer 0.
+    assert estimates["fixed layers 0, 3"].activations > 0.9 * estimates["all layers"].activations
 
 
 def test_what_cannot_be_estimated_is_told_and_the_rest_shown():
