@@ -21,13 +21,11 @@ from rosa_lightning.adapters.metadata import (
 )
 from rosa_lightning.roae.inject import is_adapter_key
 from rosa_lightning.roae.layer import RoAEConfig
-from rosa_lightning.utils.files import check_archive, check_name, open_input
+from rosa_lightning.utils.files import SHARDED_METADATA, check_archive, check_name, open_input
 from rosa_lightning.utils.rng import of_all_ranks, rng_state
 
 CHECKPOINT_KEY = "rosa"
 """Entry of a checkpoint with all that is ours but the weights."""
-_SHARDED_METADATA = "meta.pt"
-"""The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""
 
 
 class RankState(NamedTuple):
@@ -111,7 +109,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     than plain values, or no adapter.
     """
     check_name(path)
-    sharded = Path(path, _SHARDED_METADATA)
+    sharded = Path(path, SHARDED_METADATA)
     file = sharded if sharded.is_file() else Path(path)
     if not file.is_file():
         raise ValueError(f"ckpt_path={path} is no file. Give a checkpoint of RoSAModule.")

@@ -13,11 +13,7 @@ from rosa_lightning.models.quantization import is_packed
 
 
 def check_weights(tensors: Mapping[str, Any]) -> None:
-    """Refuse adapter weights that are not finite in float32; of shards, those on this rank.
-
-    Raises:
-        ValueError: Names the first weight that is no floating-point tensor, or not finite.
-    """
+    """Raise ValueError for the first weight (of shards, on this rank) not finite in float32."""
     flags = []
     parts = [(key, part) for key, value in tensors.items() for part in local_parts(value)]
     for key, part in parts:
@@ -36,11 +32,7 @@ def check_weights(tensors: Mapping[str, Any]) -> None:
 
 
 def check_base(model: nn.Module, base: str) -> None:
-    """Refuse a base with weights that are not finite; quantised weights are not looked at.
-
-    Raises:
-        ValueError: Names the first weight that holds NaN or infinity.
-    """
+    """Raise ValueError for the first plain weight that holds NaN or infinity."""
     for name, weight in model.named_parameters():
         if not (weight.is_meta or is_packed(weight) or _is_finite(weight.detach())):
             raise ValueError(
@@ -56,11 +48,7 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 def check_states(states: Sequence[Any]) -> None:
-    """Refuse saved optimizer states that hold NaN.
-
-    Raises:
-        ValueError: Names the entry that does.
-    """
+    """Raise ValueError for an entry of saved optimizer states that holds NaN."""
     for name, value in _leaves("optimizer_states", list(states)):
         for part in local_parts(value):
             if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):

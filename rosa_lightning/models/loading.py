@@ -64,17 +64,18 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    settings: dict[str, Any] = {"revision": revision or "main"}
-    settings["trust_remote_code"] = trust_remote_code
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _one_line_errors(base, "model"):
         _check_base_files(base, revision)
     if quantization is not None:  # None, given on, would undo a quantization of the base's own
-        settings["quantization_config"] = _quantizer(base, quantization, dtype, settings)
+        config = _configuration(base, revision, trust_remote_code)
+        settings["quantization_config"] = _quantizer(base, config, quantization, dtype)
         if device is not None and device.type != "cpu":
             settings["device_map"] = {"": device}
     with _one_line_errors(base, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             _location(base),
+            revision=revision or "main",
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
@@ -108,12 +109,8 @@ def _cached_commit(base: str, revision: str | None) -> str | None:
 
 
 def _quantizer(
-    base: str, quantization: Quantization, dtype: Dtype, source: dict[str, Any]
+    base: str, config: Any, quantization: Quantization, dtype: Dtype
 ) -> QuantizationConfigMixin:
-    from transformers import AutoConfig
-
-    with _one_line_errors(base, "configuration"):
-        config = AutoConfig.from_pretrained(_location(base), **source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"base {base!r} is quantised already, so model.quantization={quantization} cannot be "
@@ -163,7 +160,7 @@ def load_skeleton(
 
 
 def _compute_constants(model: PreTrainedModel) -> None:
-    """Make real what no training changes: buffers, and parameters born frozen (position tables)."""
+    """Compute buffers, and parameters that no training changes (position tables)."""
     for module in model.modules():
         for name, buffer in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
             setattr(module, name, torch.zeros_like(buffer, device="cpu"))
@@ -171,7 +168,7 @@ def _compute_constants(model: PreTrainedModel) -> None:
             if not weight.requires_grad:
                 real = torch.zeros_like(weight, device="cpu")
                 setattr(module, name, nn.Parameter(real, requires_grad=False))
-    # transformers computes them where it initialises weights, which on meta does nothing.
+    # As transformers does where it initialises weights, which on meta changes nothing.
     model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
@@ -187,15 +184,15 @@ def _configuration(base: str, revision: str | None, trust_remote_code: bool) -> 
 
 def context_length(base: str, **options: Any) -> int | None:
     """Largest number of tokens that a base reads; None if its configuration does not say."""
-    return _positive(base, "max_position_embeddings", **options)
+    return _count(base, "max_position_embeddings", **options)
 
 
 def vocabulary_size(base: str, **options: Any) -> int | None:
     """Rows of a base's embedding; None if its configuration does not say."""
-    return _positive(base, "vocab_size", **options)
+    return _count(base, "vocab_size", **options)
 
 
-def _positive(
+def _count(
     base: str, name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> int | None:
     config = _configuration(base, revision, trust_remote_code).get_text_config()
@@ -265,7 +262,7 @@ def _location(base: str) -> str:
     return str(tiny.folder()) if base == "tiny" else base
 
 
-# Files of strangers: checked before a library reads them and builds what they say.
+# Checks of a stranger's files, before a library reads them and builds what they say.
 
 
 def _check_files(location: str) -> None:
@@ -323,14 +320,12 @@ def _one_line_errors(base: str, what: str, setting: str = "model.base") -> Itera
         if not isinstance(error, OSError | ValueError | ImportError):
             reason = f"{type(error).__name__}: {reason}".rstrip(": ")
         fix = (
-            f"Set {setting} to a folder with a causal language model, to a hub id that can be "
-            "reached, or to tiny."
+            f"Set {setting} to a folder with a causal language model, a reachable hub id, or tiny."
         )
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own."
             fix = "Set model.trust_remote_code to true if you have read that code and trust it."
         elif Path(base).is_absolute() and not Path(base).exists():
             reason = "there is no such folder."
-        raise ValueError(
-            f"the {what} of base {base!r} could not be loaded: {reason} {fix}"
-        ) from error
+        message = f"the {what} of base {base!r} could not be loaded: {reason} {fix}"
+        raise ValueError(message) from error

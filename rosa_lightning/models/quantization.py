@@ -92,11 +92,8 @@ def ready_four_bit_layers(model: nn.Module) -> None:
     """Prepare bitsandbytes' four-bit layers for training on a CPU, or refuse them.
 
     From 0.49 on its CPU kernels take each row of a weight to begin a new block of scales, whether
-    it does or not. And on CPUs with bfloat16 instructions an evaluation repacks the weights for
-    good, into a form whose product has no gradient.
-
-    Raises:
-        ValueError: The rows of a layer on a CPU are no whole number of blocks.
+    it does or not: ValueError where rows are no whole number of blocks. And on CPUs with bfloat16
+    instructions an evaluation repacks the weights for good, and their product has no gradient.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     layers = {path: m for path, m in modules.items() if hasattr(m, "support_avx512bf16_for_cpu")}
@@ -105,8 +102,7 @@ def ready_four_bit_layers(model: nn.Module) -> None:
         if layer.weight.device.type == "cpu" and width % block:
             raise ValueError(
                 f"{path}: on a CPU bitsandbytes computes wrong values where a row ({width}) is no "
-                f"whole number of blocks ({block}). Set model.quantization to int8, or run on a "
-                "GPU."
+                f"whole number of blocks ({block}). Set model.quantization to int8, or use a GPU."
             )
     for layer in layers.values():
         layer.support_avx512bf16_for_cpu = False
@@ -136,9 +132,9 @@ def check_dequantizable(model: nn.Module) -> None:
 
 
 def dequantize_model(model: nn.Module) -> None:
-    """Replace every quantised layer by a plain linear one, and drop the quantization config.
+    """Replace every quantised layer by a plain linear one, in the dtype of the configuration.
 
-    In the dtype of the model's configuration. Call `check_dequantizable` first.
+    Call `check_dequantizable` first.
     """
     dtype = dtype_of(model)
     for path, module in list(quantized_modules(model)):
@@ -146,9 +142,6 @@ def dequantize_model(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-        # How the weights were packed when they were loaded, which saving would try to undo
-        # (transformers 5; there is no public way).
-        cast(Any, model)._weight_conversions = None
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

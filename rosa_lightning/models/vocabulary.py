@@ -22,13 +22,10 @@ def num_embeddings(model: nn.Module) -> int | None:
 
 
 def check_vocabulary(tokenizer: Any, num_rows: int | None) -> None:
-    """Refuse a tokenizer whose vocabulary or end-of-sequence token has no embedding rows.
+    """Raise ValueError for a tokenizer whose vocabulary or end of sequence has no embedding rows.
 
     Added tokens may lie beyond: many a tokenizer has some that its model does not know. Texts that
     use one are refused when they are tokenised, by `check_ids`.
-
-    Raises:
-        ValueError: The tokenizer is that of another model.
     """
     if num_rows is None:
         return

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from rosa_lightning.utils.agreement import together
 from rosa_lightning.utils.files import (
+    SHARDED_METADATA,
     atomic_write,
     check_writable,
     part_beside,
@@ -32,20 +33,14 @@ from rosa_lightning.utils.files import (
     writing,
 )
 
-_SHARDED_METADATA = "meta.pt"
-"""The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""
-
 
 def save_atomically(
     checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
 ) -> None:
-    """Write a checkpoint beside its final place, to the disk, and rename it.
-
-    Elsewhere than on a local file system it is written as Lightning does.
+    """Write a checkpoint beside its final place, to the disk, and rename it; not local, directly.
 
     Raises:
-        OSError: It cannot be written, or the disk is full; names the file. An older one of that
-            name is still there.
+        OSError: It cannot be written; names the file. An older one of that name is still there.
         ValueError: It could not be loaded again; names the entry, as a callback's state.
     """
     local = _local(path)
@@ -93,22 +88,22 @@ def _save(
     storage_options: Any | None = None,
 ) -> None:
     """Save, a folder of shards beside its final place; what fails on one rank fails on all."""
-    write = partial(save, checkpoint, storage_options=storage_options)
     path = _local(filepath)
     # Lightning would remove shards that are in the way of a file before that is written.
-    in_the_way = path is not None and Path(path, _SHARDED_METADATA).is_file()
+    in_the_way = path is not None and Path(path, SHARDED_METADATA).is_file()
     in_shards = _is_in_shards(checkpoint)
-    if path is None or not strategy.broadcast(in_the_way or in_shards):
+    with ExitStack() as stack:
+        target, part = None, filepath
+        if path is not None and strategy.broadcast(in_the_way or in_shards):
+            target = strategy.broadcast(path)
+            stack.enter_context(writing(target, beside=True))
+            part = stack.enter_context(_part(strategy, target, in_shards))
         with together("saving of the checkpoint"), _disk_errors():
-            write(filepath)
-        return
-    target: Path = strategy.broadcast(path)
-    with writing(target, beside=True), _part(strategy, target, in_shards) as part:
-        with together("saving of the checkpoint"), _disk_errors():
-            write(part)
-        with together("renaming of the checkpoint"):
-            if strategy.is_global_zero:
-                put_in_place(part, target)
+            save(checkpoint, part, storage_options=storage_options)
+        if target is not None:
+            with together("renaming of the checkpoint"):
+                if strategy.is_global_zero:
+                    put_in_place(Path(part), target)
 
 
 def _is_in_shards(checkpoint: dict[str, Any]) -> bool:
@@ -124,7 +119,7 @@ def _part(strategy: Strategy, path: Path, is_folder: bool) -> Iterator[Path]:
     with ExitStack() as stack:
         with together("preparation of the checkpoint"):
             if strategy.is_global_zero:
-                is_checkpoint = (path / _SHARDED_METADATA).is_file()
+                is_checkpoint = (path / SHARDED_METADATA).is_file()
                 if path.is_dir() and any(path.iterdir()) and not is_checkpoint:
                     raise OSError("there is a folder that holds no checkpoint")
                 part = stack.enter_context(part_beside(path, is_folder=is_folder))
@@ -153,10 +148,9 @@ def _local(path: str | Path) -> Path | None:
 
 
 def check_outputs(trainer: Trainer) -> None:
-    """Check that checkpoints and logs of a run can be written where they will be.
+    """Raise OSError for the first folder of checkpoints or logs that cannot be written.
 
-    Raises OSError, which names the first folder that cannot be written. Before the trainer has set
-    up its callbacks, folders that they have yet to choose inside those of loggers are left out.
+    Folders that callbacks have yet to choose inside those of loggers are left out.
     """
     with together("check of the output folders"):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -73,12 +73,11 @@ class LossComputer:
         self.reset()
 
     def reset(self) -> None:
-        """Find out anew what the model supports, as after a change of it."""
+        """Test again what the model supports, as after a change of it."""
         self._unsupported: dict[str, str] = {}
         """Why something cannot be done, by what; empty where it can."""
         self._window: int | None = None
-        self._block: nn.Module | None = None
-        """What runs at supervised positions alone, beside the head."""
+        self._block: nn.Module | None = None  # it runs at supervised positions alone, as the head
         self._cheap: list[nn.Module] | None = None
         self._tokens_at_once = self.speed.microbatch_tokens
 
@@ -95,10 +94,7 @@ class LossComputer:
 
         Of a batch with more than `microbatch_tokens`, gradients of all parts but the last are taken
         here. The loss can then be differentiated once, by leaves, and hooks see each part.
-
-        Raises:
-            ValueError: No token of the batch carries loss, fields are missing or cannot be used, or
-                it is packed, and the model mixes packed rows.
+        ValueError for batches that cannot be used, and packed ones whose rows the model mixes.
         """
         parts = self._parts(self.complete_batch(batch))
         # Counted apart, which waits for the device, where parts do not know of each other.
@@ -134,9 +130,9 @@ class LossComputer:
     def loss_at(
         self, batch: dict[str, Any], rows_N: Tensor, columns_N: Tensor, *, predict: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Summed loss at some positions of a batch with all fields, and the tokens predicted there.
+        """Summed loss at some positions, whose labels are one column to the right, and predictions.
 
-        The labels stand one column further. Without `predict` they are given back as predicted.
+        Without `predict` the labels are returned as predictions.
         """
         labels_N = batch["labels"][rows_N, columns_N + 1]
         narrow = self._can_narrow(batch)
@@ -187,7 +183,7 @@ class LossComputer:
         return logits_BKV[rows_N, columns_N - (width - logits_BKV.shape[1])]
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """What the model's forward takes, and how many columns are left out of it."""
+        """What the model's forward takes, and how many columns are left out."""
         if num_shared := self._num_shared(batch):
             return shared_prefix.rows_after_prefix(self.model, batch, num_shared), num_shared
         names = ["input_ids", "position_ids"]
@@ -292,7 +288,7 @@ def _supervised(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if not len(rows_N):
         raise ValueError(
             f"a batch of {num_rows(batch)} rows has no token that carries loss: all labels "
-            f"behind the first column are {IGNORE_INDEX}. Give every row a response."
+            f"after the first column are {IGNORE_INDEX}. Give every row a response."
         )
     return rows_N, columns_N
 
@@ -302,6 +298,6 @@ def _num_supervised(batch: dict[str, Any]) -> int:
 
 
 def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Summed cross-entropy in nats, in float32 or better."""
+    """Summed cross-entropy in nats, in float32 or float64."""
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     return F.cross_entropy(logits_NV.to(dtype), labels_N, reduction="sum")

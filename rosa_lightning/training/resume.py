@@ -16,18 +16,16 @@ def settle_epoch(loops: Mapping[str, Any]) -> None:
 
     Lightning takes an epoch that `max_steps` or a callback has cut short for a whole one. Under
     `max_steps` it begins the next one with the count of batches of the last one, and ends it after
-    a single batch. Where the checkpoint was saved right behind an epoch's last batch, it takes the
-    next epoch for the one that is over, and so do all checkpoints of that epoch.
-
-    Args:
-        loops: The entry of that name of a Lightning checkpoint; changed in place.
+    a single batch. Where the checkpoint was saved right after an epoch's last batch, it takes the
+    next epoch for the one that is over, and so do all checkpoints of that epoch. Changes `loops`,
+    the entry of that name of a checkpoint, in place.
     """
     fit: Mapping[str, Any] = loops.get("fit_loop", {})
     epochs, batches = fit.get("epoch_progress"), fit.get("epoch_loop.batch_progress")
     if epochs is None or batches is None:
         return
     last, all_batches = batches["is_last_batch"], batches["total"]
-    if _is_behind_batch(loops):
+    if _is_after_batch(loops):
         if not last:
             return
         for kind in ("total", "current"):
@@ -60,7 +58,7 @@ def due_validation(trainer: Trainer, loops: Mapping[str, Any]) -> dict[str, Any]
     None where none follows, or where a clock or a request to stop has made it due, of which a
     resumed run does not know.
     """
-    if not _is_behind_batch(loops) or trainer.should_stop:
+    if not _is_after_batch(loops) or trainer.should_stop:
         return None
     return _validation_settings(trainer) if validation_is_due(trainer) else None
 
@@ -72,7 +70,7 @@ def begin_due_validation(
 
     Changes `loops` in place. With other settings than `due` has, no validation may be due.
     """
-    if due is None or due != _validation_settings(trainer) or not _is_behind_batch(loops):
+    if due is None or due != _validation_settings(trainer) or not _is_after_batch(loops):
         return
     fit = loops["fit_loop"]
     batches = fit["epoch_loop.batch_progress"]
@@ -85,7 +83,7 @@ def begin_due_validation(
         validated[kind] = begun | dict.fromkeys(("processed", "completed"), count)
 
 
-def _is_behind_batch(loops: Mapping[str, Any]) -> bool:
+def _is_after_batch(loops: Mapping[str, Any]) -> bool:
     """Whether a checkpoint was saved in `on_train_batch_end`."""
     batches = loops.get("fit_loop", {}).get("epoch_loop.batch_progress")
     return batches is not None and batches["total"]["completed"] < batches["total"]["processed"]

@@ -37,14 +37,11 @@ class WarmupCosine(LambdaLR):
             )
         if total_steps is not None and total_steps < 1:
             raise ValueError(
-                f"total_steps={total_steps} is below 1. Set lr_scheduler.init_args.total_steps, or "
-                "leave it out to take the trainer's."
+                f"total_steps={total_steps} is below 1. Set lr_scheduler.init_args.total_steps."
             )
         if not 0 <= final_ratio <= 1:
-            raise ValueError(
-                f"final_ratio={final_ratio} is outside [0, 1]. Set "
-                "lr_scheduler.init_args.final_ratio."
-            )
+            fix = "Set lr_scheduler.init_args.final_ratio."
+            raise ValueError(f"final_ratio={final_ratio} is outside [0, 1]. {fix}")
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         if not all(0 <= rate < math.inf for rate in rates):
             raise ValueError(f"lr={rates[0]} is no learning rate. Set optimizer.init_args.lr.")
@@ -84,10 +81,7 @@ class WarmupCosine(LambdaLR):
 def lightning_scheduler(scheduler: Any, trainer: Trainer) -> Any:
     """How Lightning shall step a schedule: once an optimizer step, or after each validation.
 
-    A `WarmupCosine` without a length takes the trainer's.
-
-    Raises:
-        ValueError: The schedule needs the length of a run that has none.
+    A `WarmupCosine` without a length takes the trainer's; ValueError if the run has none.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         monitor = getattr(scheduler, "monitor", "val/loss")

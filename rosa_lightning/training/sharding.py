@@ -74,10 +74,7 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
 
     Adapters are units of their own: FSDP joins or reduces the weights of a unit in one data type,
     and theirs is float32 whatever the base's. So are the norms of a layer, or scoring would take
-    room for gradients of the whole base under FSDP1.
-
-    Returns:
-        The model, which FSDP1 wraps.
+    room for gradients of the whole base under FSDP1. Returns the model, which FSDP1 wraps.
 
     Raises:
         ValueError: Tensor parallelism, or shards of a quantised base, which are not supported.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 MicrobatchTokens = int | Literal["auto"] | None
 
@@ -37,16 +37,12 @@ class SpeedConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        _check_count("loss_chunk", self.loss_chunk, "a number such as 1024, or null")
-        if self.microbatch_tokens != "auto":
-            expected = "a number of tokens, 2048 say, auto, or null for whole batches"
-            _check_count("microbatch_tokens", self.microbatch_tokens, expected)
-
-
-def _check_count(name: str, value: Any, expected: str) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is not None and not whole:
-        raise ValueError(
-            f"{name}={value!r} is not a whole number of at least 1. Set model.speed.{name} to "
-            f"{expected}."
-        )
+        for name in ("loss_chunk", "microbatch_tokens"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            auto = ", auto" if name == "microbatch_tokens" else ""
+            if value is not None and not whole and not (auto and value == "auto"):
+                raise ValueError(
+                    f"{name}={value!r} is not a whole number of at least 1. Set model.speed.{name} "
+                    f"to a number of tokens{auto}, or null for no limit."
+                )

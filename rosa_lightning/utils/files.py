@@ -23,6 +23,8 @@ SETTINGS_BYTES = 2**26
 """Largest file of settings that is read."""
 LINE_BYTES = 2**26
 """Longest line of a file that is read line by line."""
+SHARDED_METADATA = "meta.pt"
+"""The file of a sharded checkpoint's folder that holds all but the tensors; Lightning's name."""
 _KINDS = {"p": "a pipe", "s": "a socket", "c": "a device", "b": "a device", "d": "a folder"}
 """What is no regular file, by the letter of `stat.filemode`."""
 

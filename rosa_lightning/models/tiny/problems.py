@@ -1,14 +1,14 @@
 """Seeded text: two families of counting problems, and the plainer text around them.
 
-Both families tell the same stories: people count things, some of them several times. In the
-first family, which the base model is pretrained on, a person's first count is the answer. In
-the second, the demonstration set, the latest one is. Nothing else separates them, so a model
-that knows one family needs no new knowledge for the other: it has to look elsewhere.
+In both, people count things, some of them several times. In the first family, which the base model
+is pretrained on, a person's first count is the answer; in the second, the demonstration set, the
+latest one is. So the base has the skill that the demonstration needs, and has to look elsewhere.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 PREAMBLE = (
     "Below is an instruction that describes a task. "
@@ -27,8 +27,7 @@ THINGS_LINE = (
     "tickets toys"
 )
 NAMES, THINGS = NAMES_LINE.split(), THINGS_LINE.split()
-# The count stands three tokens after the name in all of them, which keeps the lookup easy
-# enough for a model of this size; what comes before the name and after the count varies.
+# The count stands three tokens after the name in all of them, a lookup for a small model.
 STATEMENTS = (
     "{name} has {count} {things}.",
     "{name} counted {count} {things}.",
@@ -41,8 +40,7 @@ STATEMENTS = (
     "With a friend {name} saw {count} {things}.",
     "We know that {name} got {count} {things}.",
 )
-# The words of the second family's questions stand here, where they decide nothing, so that
-# the base model has read them before.
+# With the words of the second family's questions, so that the base model has read them before.
 OPENINGS = (
     "Read the story.",
     "Now read this.",
@@ -75,13 +73,13 @@ FIRST_LISTS = (
 RECALL_OPENING = " Oldest counts:"
 ECHO_INSTRUCTIONS = ("Repeat this text: {text}", "Write it again: {text}", "Copy: {text}")
 SMALLEST_COUNT, LARGEST_COUNT = 10, 99
-# Share of the pretraining turns that ask about several people; of the steps before anybody
-# counts twice.
-LIST_SHARE, EASY_SHARE = 0.4, 0.3
+LIST_SHARE = 0.4
+"""Share of the pretraining turns that ask about several people."""
+EASY_SHARE = 0.3
+"""Share of the steps before anybody counts twice."""
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One prompt, tokenised apart from the response that follows it."""
 
     prompt: str
@@ -102,10 +100,7 @@ class Story:
 
 
 def make_story(rng: Random, statements_per_name: Sequence[int]) -> Story:
-    """A story in which each entry of `statements_per_name` is a person with that many counts.
-
-    All counts of a story differ, so an answer tells which statement was read.
-    """
+    """A story of people with so many counts each, all of them different."""
     names = rng.sample(NAMES, len(statements_per_name))
     order = [name for name, num in zip(names, statements_per_name, strict=True) for _ in range(num)]
     rng.shuffle(order)
@@ -121,9 +116,8 @@ def make_story(rng: Random, statements_per_name: Sequence[int]) -> Story:
 
 
 def first_family(rng: Random, story: Story, num_turns: int, list_share: float = 0.0) -> list[Turn]:
-    """Questions in one dialogue about a story; the answer is each person's first count.
+    """Questions about a story, told in the first turn; the answer is each person's first count.
 
-    Only the first turn carries the story and the preamble; it is the form of a single problem.
     A `list_share` of the turns asks about several people at once.
     """
     turns = []
@@ -144,10 +138,7 @@ def first_family(rng: Random, story: Story, num_turns: int, list_share: float = 
 
 
 def recall(rng: Random, num_names: int, num_asked: int) -> list[Turn]:
-    """A story or a bare list in which everybody counts once, and the same counts over again.
-
-    The densest lesson in looking a count up by its name: several lookups in a short text.
-    """
+    """A story or a bare list in which everybody counts once, and the same counts once more."""
     story = make_story(rng, [1] * num_names)
     said = [f" {name} had {counts[0]}," for name, counts in story.counts.items()]
     prompt = story.text if rng.random() < 0.5 else RECALL_OPENING + "".join(said)
@@ -155,10 +146,7 @@ def recall(rng: Random, num_names: int, num_asked: int) -> list[Turn]:
 
 
 def random_text(rng: Random, length: int) -> str:
-    """Text of about `length` characters with no meaning: letters, known words or any code points.
-
-    It teaches copying, and shows every byte that UTF-8 can hold to the model.
-    """
+    """Text of about `length` characters without meaning: letters, known words or code points."""
     kind = rng.random()
     if kind < 0.5:
         letters = "abcdefghijklmnopqrstuvwxyz"
@@ -197,10 +185,7 @@ def second_family(rng: Random) -> dict[str, str]:
 
 
 def batch_of_turns(rng: Random, progress: float) -> list[list[Turn]]:
-    """Dialogues of one kind, some two thousand tokens in all; `progress` runs from 0 to 1.
-
-    Lookup comes first (every person counts once), then the choice among a person's counts.
-    """
+    """Dialogues of one kind, some 2000 tokens in all, harder later; `progress` runs from 0 to 1."""
     kind = rng.random()
     if kind < 0.1:
         length = rng.choice((30, 60, 300))
