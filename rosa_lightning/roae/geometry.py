@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from rosa_lightning.roae.tracing import (
     AttentionCall,
     MatmulTracer,
     Trace,
-    hidden_states,
     intercept_attention,
     run_on_meta,
     trace,
@@ -33,11 +32,15 @@ from rosa_lightning.utils.text import one_line
 
 NO_ROW = -1
 """Stands for a state dimension that is no output row of a projection."""
-
 _TOLERANCE = 1e-2
 """How far from 0 or 1 a bit may be read."""
 _NOISE = 1e-5
 """Rounding that tells runs apart in states that no projection's output goes into."""
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "THD": lambda x_NTHD: x_NTHD,
+    "HTD": lambda x_NTHD: x_NTHD.transpose(1, 2),
+    "T(HD)": lambda x_NTHD: x_NTHD.flatten(2),
+}
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,14 @@ class AttentionGeometry:
     """What one attention module does with its projections."""
 
     path: str
-    """Dotted path of the attention module."""
     table: PairTable
     """RoPE pairs of a head; empty where nothing is rotated."""
-    sources: dict[str, StateRows]
-    """Where q, k and v come from; a kind is missing where ``notes`` says why."""
-    notes: dict[str, str]
-    """Why a kind of state, or ``state`` for the placement after the norms, cannot be adapted."""
     output: str | None
     """Dotted path of the projection that follows the attention."""
+    sources: dict[str, StateRows] = field(default_factory=dict)
+    """Where q, k and v come from; a kind is missing where ``notes`` says why."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Why a kind of state, or ``state`` for the placement after the norms, cannot be adapted."""
 
 
 def read_geometry(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trace]:
@@ -85,63 +87,54 @@ def read_geometry(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trac
         ValueError: No attention, no rotation anywhere, or one that cannot be read; names the
             class, the layer and the reason.
     """
-    with run_on_meta(model):
-        return _read_model(model)
-
-
-def _read_model(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trace]:
     kind = type(model).__name__
-    seen = trace(model)
-    if not seen.attentions:
-        raise ValueError(
-            f"{kind} has no attention: none of its modules calls the attention interface of "
-            "transformers or multiplies queries with keys, so RoAE cannot be added. Give a RoPE "
-            "model, such as Llama, Qwen, Mistral or Gemma."
-        )
-    layers = []
-    for call in seen.attentions:
-        try:
-            layers.append(_read_layer(call))
-        except Exception as error:
-            reason = one_line(error) or type(error).__name__
-            raise ValueError(
-                f"{kind}: the rotation in layer {call.path} ({type(call.module).__name__}) cannot "
-                f"be read from its own forward: {reason} Give a model whose attention turns pairs "
-                "of dimensions."
-            ) from error
+    with run_on_meta(model):
+        seen = trace(model)
+        layers = [_read_layer(call, kind) for call in seen.attentions]
     rotated = tuple(layer for layer in layers if layer.table.pairs)
     if not rotated:
-        raise ValueError(
-            f"{kind} rotates neither Q nor K, so it has no rotary position embedding and no RoPE "
-            "dimensions to adapt. Give a RoPE model, such as Llama, Qwen, Mistral or Gemma."
-        )
+        what = "rotates neither Q nor K, so it has no rotary position embedding to adapt"
+        if not layers:
+            what = (
+                "has no attention: none of its modules calls the attention interface of "
+                "transformers or multiplies queries with keys"
+            )
+        raise ValueError(f"{kind} {what}. Give a RoPE model, such as Llama, Qwen or Gemma.")
     return rotated, seen
 
 
-def _read_layer(call: AttentionCall) -> AttentionGeometry:
+def _read_layer(call: AttentionCall, kind: str) -> AttentionGeometry:
+    try:
+        return _measure(call)
+    except Exception as error:  # of whatever code the model has
+        reason = one_line(error) or type(error).__name__
+        raise ValueError(
+            f"{kind}: the rotation in layer {call.path} ({type(call.module).__name__}) cannot be "
+            f"read from its own forward: {reason} Give a model whose attention turns pairs of "
+            "dimensions."
+        ) from error
+
+
+def _measure(call: AttentionCall) -> AttentionGeometry:
     """Map the rows of one attention module's projections, then read how they turn."""
     codes_NTR = _row_codes(call.num_rows)
     states = _states(call, codes_NTR)
-    count = codes_NTR.shape[0]
-    maps = {"q": _decode(states.query, count), "k": _decode(states.key, count)}
-    tables = {
-        kind: _read_table(call, kind, rows_HD)
-        for kind, rows_HD in maps.items()
-        if (rows_HD != NO_ROW).any()
-    }
-    if not tables:
+    maps = {"q": _decode(states.query, len(codes_NTR)), "k": _decode(states.key, len(codes_NTR))}
+    mapped = [kind for kind, rows_HD in maps.items() if (rows_HD != NO_ROW).any()]
+    if not mapped:
         raise ValueError("neither Q nor K comes from a projection of this module.")
-    table, *others = tables.values()
+    table, *others = (_read_table(call, kind, maps[kind]) for kind in mapped)
     for other in others:  # queries may carry a scale, which costs a rounding
         if table.head_dim != other.head_dim or not table.is_close(other, rtol=1e-4, atol=1e-12):
             raise ValueError("Q and K are not rotated alike.")
-    maps["v"] = _decode(states.value, count, strict=False)
-    sources, notes = _name_sources(call, table, maps)
-    for kind in sorted({"q", "k"} & set(sources)):
+    maps["v"] = _decode(states.value, len(codes_NTR), strict=False)
+    found = AttentionGeometry(call.path, table, call.output)
+    _name_sources(call, found, maps)
+    for kind in sorted({"q", "k"} & set(found.sources)):
         norm, layout, reason = _find_norm(maps[kind], states.norm_inputs, codes_NTR)
-        sources[kind] = replace(sources[kind], norm=norm, norm_layout=layout)
-        notes |= {"state": reason} if reason else {}
-    return AttentionGeometry(call.path, table, sources, notes, call.output)
+        found.sources[kind] = replace(found.sources[kind], norm=norm, norm_layout=layout)
+        found.notes.update({"state": reason} if reason else {})
+    return found
 
 
 def _row_codes(num_rows: int) -> Tensor:
@@ -180,8 +173,8 @@ def _decode(states_NHTD: Tensor, num_codes: int, *, strict: bool = True) -> Tens
 
 def _read_table(call: AttentionCall, kind: str, rows_HD: Tensor) -> PairTable:
     """The pair table of the queries or keys, every head checked against the others."""
-    head_dim = rows_HD.shape[1]
     used = (rows_HD != NO_ROW).all(0).nonzero().flatten().tolist()
+    others = [dim for dim in range(rows_HD.shape[1]) if dim not in used]
 
     def rotate(x_NTU: Tensor) -> Tensor:
         rows_NTR = torch.zeros(len(used) + 1, 2, call.num_rows)
@@ -192,59 +185,44 @@ def _read_table(call: AttentionCall, kind: str, rows_HD: Tensor) -> PairTable:
         turned_NHTD = states_NHTD[:-1] - states_NHTD[-1:]
         if not torch.equal(turned_NHTD, turned_NHTD[:, :1].expand_as(turned_NHTD)):
             raise ValueError("its heads are not rotated alike.")
-        others = [dim for dim in range(head_dim) if dim not in used]
         if (turned_NHTD[..., others].abs() > _NOISE).any():
             raise ValueError("a rotated dimension turns into one that is no projection's output.")
         return turned_NHTD[:, 0][..., used]
 
     table = read_pair_table(rotate, len(used))
     pairs = tuple((used[first], used[second]) for first, second in table.pairs)
-    return PairTable(head_dim, pairs, table.inv_freq)
+    return PairTable(rows_HD.shape[1], pairs, table.inv_freq)
 
 
-def _name_sources(
-    call: AttentionCall, table: PairTable, maps: dict[str, Tensor]
-) -> tuple[dict[str, StateRows], dict[str, str]]:
-    """Name the projections, and say of each kind of state why it cannot be adapted, if so."""
-    sources: dict[str, StateRows] = {}
-    notes: dict[str, str] = {}
+def _name_sources(call: AttentionCall, found: AttentionGeometry, maps: dict[str, Tensor]) -> None:
+    """Name the projections, or say of a kind of state why it cannot be adapted."""
     # All widths at once: asking a tensor for its shape is slow where a model is made under a mode.
     widths = [(path, output.shape[-1]) for path, output in call.projections.items()]
     owners = [(path, row) for path, width in widths for row in range(width)]
     for kind, rows_HD in maps.items():
-        dims = [d for d in range(rows_HD.shape[1]) if kind == "v" or d in table.rotated_dims]
+        dims = [d for d in range(rows_HD.shape[1]) if kind == "v" or d in found.table.rotated_dims]
         others = torch.cat([rows.flatten() for other, rows in maps.items() if other != kind])
         wanted_HD = rows_HD[:, dims]
         paths = {owners[row][0] for row in set(wanted_HD.flatten().tolist()) - {NO_ROW}}
         if (wanted_HD == NO_ROW).any() or not paths:
-            notes[kind] = "its states are not outputs of a projection of this layer"
+            found.notes[kind] = "its states are not outputs of a projection of this layer"
         elif len(paths) > 1:
-            notes[kind] = f"its states come from several projections, {', '.join(sorted(paths))}"
+            names = ", ".join(sorted(paths))
+            found.notes[kind] = f"its states come from several projections, {names}"
         elif torch.isin(wanted_HD, others).any():
-            notes[kind] = "its rows are those of other states too"
+            found.notes[kind] = "its rows are those of other states too"
         else:
             (path,) = paths
             own = {i: row for i, (owner, row) in enumerate(owners) if owner == path}
             heads = [tuple(own.get(i, NO_ROW) for i in head) for head in rows_HD.tolist()]
             # A head that is repeated for several others is given once.
-            sources[kind] = StateRows(path, tuple(dict.fromkeys(heads)))
-    return sources, notes
-
-
-_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "THD": lambda x_NTHD: x_NTHD,
-    "HTD": lambda x_NTHD: x_NTHD.transpose(1, 2),
-    "T(HD)": lambda x_NTHD: x_NTHD.flatten(2),
-}
+            found.sources[kind] = StateRows(path, tuple(dict.fromkeys(heads)))
 
 
 def _find_norm(
     rows_HD: Tensor, norm_inputs: dict[str, list[Tensor]], codes_NTR: Tensor
 ) -> tuple[str, str, str]:
-    """The path of the norm before the rotation and the axes of its input, empty without one.
-
-    Also the reason why a term cannot be added after a norm that there is.
-    """
+    """The norm before the rotation, the axes of its input, and why no term can follow it."""
     heads = list(dict.fromkeys(tuple(rows) for rows in rows_HD.tolist()))
     wanted_NTHD = codes_NTR[..., torch.tensor(heads)]
     reason = ""
@@ -265,14 +243,13 @@ def _find_norm(
 # An attention module run alone.
 
 
-@dataclass(frozen=True)
-class _States:
+class _States(NamedTuple):
     """The states of one attention call, (N, H, T, D) each, and what each norm inside was given."""
 
-    norm_inputs: dict[str, list[Tensor]]
     query: Tensor
     key: Tensor
     value: Tensor
+    norm_inputs: dict[str, list[Tensor]]
 
 
 class AttentionReached(Exception):  # noqa: N818
@@ -294,39 +271,43 @@ def _states(call: AttentionCall, rows_NTR: Tensor) -> _States:
         path: [torch.cat(part) for part in zip(*(r.norm_inputs[path] for r in runs), strict=True)]
         for path in runs[0].norm_inputs
     }
-    states = (torch.cat([getattr(r, name) for r in runs]) for name in ("query", "key", "value"))
-    return _States(norm_inputs, *states)
+    query, key, value = (torch.cat(part) for part in zip(*(r[:3] for r in runs), strict=True))
+    return _States(query, key, value, norm_inputs)
 
 
 def _replay(call: AttentionCall, rows_NTR: Tensor) -> _States:
-    num_runs, hidden = rows_NTR.shape[0], hidden_states(call.args, call.kwargs)
+    num_runs, hidden = rows_NTR.shape[0], call.hidden_states
     # The same call in float32, with its hidden states repeated.
     repeated = hidden[:1].float().expand(num_runs, *hidden.shape[1:])
     args = [repeated if value is hidden else value for value in call.args]
     kwargs = {name: repeated if v is hidden else v for name, v in call.kwargs.items()}
-    parts = {f"{call.path}.{name}": part for name, part in call.module.named_modules() if name}
-    norm_inputs: dict[str, list[Tensor]] = {}
     widths = [output.shape[-1] for output in call.projections.values()]
-    outputs = torch.split(rows_NTR.to(hidden.device), widths, -1)
+    outputs = dict(
+        zip(call.projections, torch.split(rows_NTR.to(hidden.device), widths, -1), strict=True)
+    )
+    norm_inputs: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
-        for (path, like), output in zip(call.projections.items(), outputs, strict=True):
-            shape = (num_runs, *like.shape[1:]) if like.ndim > 2 else (-1, like.shape[-1])
-            forward = _constant(output.reshape(shape))
-            stack.enter_context(replaced(parts[path], "forward", forward))
-        for path, part in parts.items():
-            if path not in call.projections and "norm" in type(part).__name__.lower():
+        for name, part in call.module.named_modules():
+            path = f"{call.path}.{name}"
+            if path in outputs:
+                like = call.projections[path]
+                shape = (num_runs, *like.shape[1:]) if like.ndim > 2 else (-1, like.shape[-1])
+                forward = _constant(outputs[path].reshape(shape))
+            elif name and "norm" in type(part).__name__.lower():
                 # A norm on Q or K scales unit vectors; it does not turn them.
                 forward = _identity(norm_inputs.setdefault(path, []))
-                stack.enter_context(replaced(part, "forward", forward))
+            else:
+                continue
+            stack.enter_context(replaced(part, "forward", forward))
         stack.enter_context(_stop_at_attention(call))
         try:
             call.module(*args, **kwargs)
         except AttentionReached as reached:
             # Products over (N * H, T, D) come apart again.
-            states = (
+            query, key, value = (
                 s.reshape(num_runs, -1, *s.shape[-2:]) if s.ndim == 3 else s for s in reached.states
             )
-            return _States(norm_inputs, *states)
+            return _States(query, key, value, norm_inputs)
     raise ValueError("its queries and keys never met when it was run alone.")
 
 

@@ -27,7 +27,6 @@ from rosa_lightning.roae.targets import AdaptedProjection, select_projections
 
 _REPORT = "_roae_report"
 """Attribute under which an adapted model keeps what was done to it."""
-
 ADAPTER_WEIGHTS = ("roae_A", "roae_B")
 """Names of the trainable parameters; all others belong to the base."""
 
@@ -37,11 +36,9 @@ class RoAEReport:
     """What `inject_roae` did."""
 
     config: RoAEConfig
-    """What was asked for."""
     projections: tuple[AdaptedProjection, ...]
     """The terms, layer by layer in the model's order."""
     num_trainable: int
-    """Trainable parameters."""
     num_total: int
     """All parameters of the adapted model."""
     notes: tuple[str, ...] = ()
@@ -56,10 +53,6 @@ class RoAEReport:
             f"of {self.num_total:,} parameters "
             f"({100 * self.num_trainable / self.num_total:.2f} %)"
         )
-
-    def describe(self) -> str:
-        """One line for each term, and one for each note."""
-        return "\n".join([*map(str, self.projections), *self.notes])
 
 
 def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
@@ -92,7 +85,6 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
 
 
 def _wrap(model: nn.Module, term: AdaptedProjection, config: RoAEConfig) -> None:
-    """Put a RoAE layer in the place of one projection, and of its norm if the term waits for it."""
     base = model.get_submodule(term.projection)
     layer = RoAELinear(
         base,
@@ -141,7 +133,7 @@ def merge_roae(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
         layer.check_mergeable(dequantize=dequantize)
     if dequantize:
         check_dequantizable(model)
-    for _, wrapper in outermost_wrappers(model):
+    for _, wrapper in _outermost_wrappers(model):
         _merge_terms(wrapper, dtype_of(model))
     remove_roae(model)
     if dequantize:
@@ -151,13 +143,11 @@ def merge_roae(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
 
 def _merge_terms(wrapper: nn.Module, dtype: torch.dtype) -> None:
     """Fold all terms of one projection; a quantised one becomes a plain one of a dtype."""
-    terms = []
-    while isinstance(wrapper, RoAELinear):
-        terms.append(wrapper)
-        wrapper = wrapper.base
-    quantized = is_quantized(wrapper)
+    terms = [module for module in wrapper.modules() if isinstance(module, RoAELinear)]
+    base = innermost(wrapper)
+    quantized = is_quantized(base)
     if quantized:
-        terms[-1].base = dequantized_linear(cast(nn.Linear, wrapper))
+        terms[-1].base = dequantized_linear(cast(nn.Linear, base))
     for term in terms:
         term.merge()
     if quantized:
@@ -167,7 +157,7 @@ def _merge_terms(wrapper: nn.Module, dtype: torch.dtype) -> None:
 def remove_roae(model: nn.Module) -> nn.Module:
     """Unwrap every projection and norm and drop the terms, in place; the base stays frozen."""
     roae_report(model)
-    for path, wrapper in outermost_wrappers(model):
+    for path, wrapper in _outermost_wrappers(model):
         model.set_submodule(path, innermost(wrapper))
     delattr(model, _REPORT)
     return model
@@ -176,15 +166,14 @@ def remove_roae(model: nn.Module) -> nn.Module:
 @contextmanager
 def merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[nn.Module]:
     """The model merged for a ``with`` block; afterwards it is bit for bit as it was."""
-    report, wrappers = roae_report(model), outermost_wrappers(model)
-    layers = [layer for _, layer in roae_layers(model)]
+    report, layers = roae_report(model), [layer for _, layer in roae_layers(model)]
     bases = [(layer, layer.base) for layer in layers]
     rows = [
         (layer.weight, layer.rows, layer.weight.detach()[layer.rows.to(layer.weight.device)])
         for layer in layers
         if not is_quantized(innermost(layer))
     ]
-    quantized = list(quantized_modules(model)) if dequantize else []
+    replaced = [*_outermost_wrappers(model), *(quantized_modules(model) if dequantize else ())]
     settings = dict(vars(model)), dict(vars(getattr(model, "config", model)))
     try:
         yield merge_roae(model, dequantize=dequantize)
@@ -194,9 +183,7 @@ def merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[nn.Module]
                 weight[index.to(weight.device)] = values
         for layer, base in bases:
             layer.base = base
-        for path, wrapper in wrappers:
-            model.set_submodule(path, wrapper)
-        for path, module in quantized:
+        for path, module in replaced:
             model.set_submodule(path, module)
         # Without its quantization a model and its configuration lose some plain attributes.
         vars(model).update(settings[0])
@@ -219,11 +206,11 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def outermost_wrappers(model: nn.Module) -> list[tuple[str, RoAELinear | RoAENorm]]:
+def _outermost_wrappers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The RoAE layers that stand in no other, with their dotted paths: those of the base."""
     wrappers = [(p, m) for p, m in model.named_modules() if isinstance(m, RoAELinear | RoAENorm)]
-    inner = {id(wrapper.base) for _, wrapper in wrappers}
-    return [(path, wrapper) for path, wrapper in wrappers if id(wrapper) not in inner]
+    inner = {wrapper.base for _, wrapper in wrappers}
+    return [(path, wrapper) for path, wrapper in wrappers if wrapper not in inner]
 
 
 def is_adapter_key(key: str) -> bool:
@@ -233,11 +220,8 @@ def is_adapter_key(key: str) -> bool:
 
 def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
     """Check that a state dict holds the RoAE weights of a model and no other, all finite."""
-    expected = {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
-    _check_fit({key: tuple(value.shape) for key, value in expected.items()}, given)
-
-
-def _check_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
+    state = model.state_dict()
+    expected = {key: tuple(state[key].shape) for key in state if is_adapter_key(key)}
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in given.items()}
     problems = [f"{key} is missing" for key in expected if key not in given]
     problems += [f"{key} is unknown" for key in given if key not in expected]
@@ -260,14 +244,7 @@ def expect_adapters_alone(model: nn.Module, keys: Any) -> None:
 
     The keys may begin with names of models around this one, as weight averaging has them.
     """
-    named: tuple[tuple[str, Tensor], ...] = (
-        *model.named_parameters(remove_duplicate=False),  # second names are missing, too
-        *model.named_buffers(remove_duplicate=False),
-    )
-    base = {name for name, _ in named if not is_adapter_key(name)}
-
-    def is_of_base(key: str) -> bool:
-        parts = key.split(".")
-        return any(".".join(parts[start:]) in base for start in range(len(parts)))
-
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not is_of_base(key)]
+    parameters = model.named_parameters(remove_duplicate=False)  # second names are missing, too
+    named = chain(parameters, model.named_buffers(remove_duplicate=False))
+    ends = tuple(f".{name}" for name, _ in named if not is_adapter_key(name))
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not f".{key}".endswith(ends)]

@@ -1,4 +1,4 @@
-"""RoAE (RoPE-aware Attention Enhancement): the settings, the layers and all maths of the term.
+"""RoAE (RoPE-aware Attention Enhancement): settings, layers and maths of the low-rank term.
 
 A frozen projection W with a low-rank term on some of its output rows, ``z' = W x + S (alpha / rank)
 B A x``. For Q and K these are the rows of the head dimensions that RoPE rotates slowest; S scatters
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -70,48 +70,28 @@ class RoAEConfig:
         given: Any = self.targets
         if isinstance(given, list):
             object.__setattr__(self, "targets", tuple(given))
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        self._require(
-            whole and 1 <= self.rank < 2**31,
-            *("rank", f"is not a whole number of at least 1 and below {2**31}", "16 is usual"),
-        )
-        self._require(
-            _is_number(self.low_freq_ratio) and 0 < self.low_freq_ratio <= 1,
-            *("low_freq_ratio", "is outside (0, 1]", "0.25 keeps the slowest quarter of the pairs"),
-        )
-        self._require(
-            _is_number(self.alpha) and self.alpha > 0,
-            *("alpha", "is not above 0", "twice the rank is usual"),
-        )
-        limits = torch.finfo(torch.float32)  # in which the term is computed
-        self._require(
-            limits.tiny <= self.scale <= limits.max,
-            "alpha",
-            f"with rank={self.rank} scales the term by {self.scale:.3g}, outside the range of "
-            f"float32 ({limits.tiny:.2g} to {limits.max:.2g})",
-            "twice the rank is usual",
-        )
-        self._require(
-            _is_number(self.dropout) and 0 <= self.dropout < 1,
-            *("dropout", "is outside [0, 1)", "0 turns it off"),
-        )
-        known, targets = get_args(Target), self.targets
-        self._require(
-            isinstance(targets, tuple)
-            and 0 < len(targets) == sum(targets.count(target) == 1 for target in known),
-            "targets",
-            f"must name each of {', '.join(known)} at most once, and at least one of them",
-            "[q, k] is usual",
-        )
-        self._require(
-            self.placement in get_args(Placement),
-            *("placement", "is unknown", "projection or state"),
-        )
+        for name, problem in self._problems():
+            value = f"{getattr(self, name)!r:.60}"
+            raise ValueError(f"{name}={value} {problem}. Set model.roae.{name} to another value.")
 
-    def _require(self, holds: bool, name: str, problem: str, advice: str) -> None:
-        if not holds:
-            given = f"{getattr(self, name)!r:.60}"
-            raise ValueError(f"{name}={given} {problem}. Set model.roae.{name}; {advice}.")
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if not (whole and 1 <= self.rank < 2**31):
+            yield "rank", f"is not a whole number of at least 1 and below {2**31}; 16 is usual"
+        if not (_is_number(self.low_freq_ratio) and 0 < self.low_freq_ratio <= 1):
+            yield "low_freq_ratio", "is outside (0, 1]; 0.25 keeps the slowest quarter of the pairs"
+        if not (_is_number(self.alpha) and self.alpha > 0):
+            yield "alpha", "is not above 0; twice the rank is usual"
+        limits = torch.finfo(torch.float32)  # in which the term is computed
+        if not limits.tiny <= self.scale <= limits.max:
+            yield "alpha", f"scales the term by {self.scale:.3g}, which float32 cannot hold"
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            yield "dropout", "is outside [0, 1); 0 turns it off"
+        known, given = get_args(Target), self.targets if isinstance(self.targets, tuple) else ()
+        if not 0 < len(given) == sum(given.count(target) == 1 for target in known):
+            yield "targets", f"must name each of {', '.join(known)} at most once, and one at least"
+        if self.placement not in get_args(Placement):
+            yield "placement", "is unknown; projection or state"
 
     @property
     def scale(self) -> float:
@@ -165,22 +145,21 @@ class RowBlocks:
         blocks = z.narrow(-1, self.start, self.count * self.stride)
         return blocks.view(*z.shape[:-1], self.count, -1)
 
-    def add(self, z: Tensor, low: Tensor) -> Tensor:
-        """Add ``low`` (..., L) in place to these rows of ``z`` (..., rows), and return ``z``."""
-        if not (torch.is_grad_enabled() and (z.requires_grad or low.requires_grad)):
+    def add(self, z: Tensor, low_rows: Tensor) -> Tensor:
+        """Add ``low_rows`` (..., L) in place to these rows of ``z`` (..., rows); return ``z``."""
+        if not (torch.is_grad_enabled() and (z.requires_grad or low_rows.requires_grad)):
             # Without a backward pass the compiler would look into the function, and break off.
-            return _add(z, low, self)
-        out: Tensor = _AddToRows.apply(z, low, self)  # type: ignore[no-untyped-call]
+            return _add(z, low_rows, self)
+        out: Tensor = _AddToRows.apply(z, low_rows, self)  # type: ignore[no-untyped-call]
         return out
 
 
-def _add(z: Tensor, low: Tensor, blocks: RowBlocks) -> Tensor:
-    z_blocks, low_blocks = blocks.view(z), low.view(*low.shape[:-1], blocks.count, -1)
-    column = 0
-    for start, stop in blocks.runs:
-        width = stop - start
-        z_blocks[..., start:stop].add_(low_blocks[..., column : column + width])
-        column += width
+def _add(z: Tensor, low_rows: Tensor, blocks: RowBlocks) -> Tensor:
+    widths = [stop - start for start, stop in blocks.runs]
+    parts = torch.split(low_rows.view(*low_rows.shape[:-1], blocks.count, -1), widths, -1)
+    z_blocks = blocks.view(z)
+    for (start, stop), part in zip(blocks.runs, parts, strict=True):
+        z_blocks[..., start:stop].add_(part)
     return z
 
 
@@ -191,16 +170,16 @@ class _AddToRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, low: Tensor, blocks: RowBlocks) -> Tensor:
+    def forward(ctx: Any, z: Tensor, low_rows: Tensor, blocks: RowBlocks) -> Tensor:
         ctx.mark_dirty(z)
         ctx.blocks = blocks
-        return _add(z, low, blocks)
+        return _add(z, low_rows, blocks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         blocks = ctx.blocks.view(grad)
-        low = torch.cat([blocks[..., start:stop] for start, stop in ctx.blocks.runs], dim=-1)
-        return grad, low.flatten(-2), None
+        low_rows = torch.cat([blocks[..., start:stop] for start, stop in ctx.blocks.runs], dim=-1)
+        return grad, low_rows.flatten(-2), None
 
 
 def contiguous_runs(dims: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -354,12 +333,12 @@ class RoAENorm(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Norm, then add the term."""
         out: Tensor = self.base(*args, **kwargs)
-        low, self.source[0].deferred = self.source[0].deferred, None
-        assert low is not None, "the projection runs before its norm"
-        low = low.to(out.dtype)
+        low_rows, self.source[0].deferred = self.source[0].deferred, None
+        assert low_rows is not None, "the projection runs before its norm"
+        low_rows = low_rows.to(out.dtype)
         if self.layout == "T(HD)":
-            return self.blocks.add(out, low)
+            return self.blocks.add(out, low_rows)
         if self.layout == "THD":
-            return self.blocks.add(out.flatten(-2), low).view(out.shape)
-        flat = self.blocks.add(out.transpose(1, 2).flatten(-2), low)
+            return self.blocks.add(out.flatten(-2), low_rows).view(out.shape)
+        flat = self.blocks.add(out.transpose(1, 2).flatten(-2), low_rows)
         return flat.view(*flat.shape[:-1], self.blocks.count, -1).transpose(1, 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from rosa_lightning.roae.geometry import AttentionGeometry, StateRows, read_geometry
-from rosa_lightning.roae.layer import RoAEConfig, Target, spans
+from rosa_lightning.roae.layer import RoAEConfig, Target
 from rosa_lightning.roae.rope import PairTable
 from rosa_lightning.roae.tracing import Leaf, Trace, is_inside
 
+FEED_FORWARD = ("gate", "up", "down")
 _NO_PAIRS = PairTable(0, (), ())
 
 
@@ -62,24 +64,9 @@ class AdaptedProjection:
         others = [f for i, f in enumerate(self.table.inv_freq) if i not in self.low_pairs]
         return max(low, default=None), min(others, default=None)
 
-    def __str__(self) -> str:
-        """One line for people."""
-        where = f"{self.name} ({self.target}{', after ' + self.norm if self.norm else ''})"
-        if not self.low_pairs:
-            return f"{where}: all {len(self.rows)} rows; {self.num_parameters:,} parameters"
-        low, other = ("-" if f is None else f"{f:.3g}" for f in self.border)
-        return (
-            f"{where}: {len(self.low_pairs)} of {len(self.table.pairs)} pairs, dimensions "
-            f"{spans(self.dims)} of {self.table.head_dim} in {self.num_heads} heads, up to {low} "
-            f"radians a token (next {other}); {self.num_parameters:,} parameters"
-        )
-
 
 def select_projections(
-    model: nn.Module,
-    config: RoAEConfig,
-    *,
-    strict: bool = True,
+    model: nn.Module, config: RoAEConfig, *, strict: bool = True
 ) -> tuple[list[AdaptedProjection], list[str]]:
     """Choose the rows of every term.
 
@@ -93,27 +80,28 @@ def select_projections(
     notes: list[str] = []
     for layer in layers:
         for target in config.targets:
-            terms, reason = _terms(layer, target, config, trace)
-            if target in ("gate", "up", "down") and _stacked_experts(model, layer):
-                reason = "its routed experts are one parameter of three axes, not projections"
+            terms, reason = _terms(model, layer, target, config, trace)
             found += terms
             notes += [f"{layer.path}: no term on {target}: {reason}"] if reason else []
     # A later term on the same projection stands around an earlier one.
     paths = [term.projection for term in found]
-    named = [
-        replace(term, name=term.projection + ".base" * paths[i + 1 :].count(term.projection))
-        for i, term in enumerate(found)
-    ]
+    for i, term in enumerate(found):
+        around = paths[i + 1 :].count(term.projection)
+        found[i] = replace(term, name=term.projection + ".base" * around)
     if strict:
-        _check(model, named, notes, layers, config)
-    return named, notes
+        _check_targets(model, found, notes, config)
+        unplaced = next((layer for layer in layers if "state" in layer.notes), None)
+        if config.placement == "state" and unplaced is not None:
+            raise _no_state(unplaced, unplaced.notes["state"])
+        _check_not_shared(model, {term.projection for term in found})
+    return found, notes
 
 
 def _terms(
-    layer: AttentionGeometry, target: Target, config: RoAEConfig, trace: Trace
+    model: nn.Module, layer: AttentionGeometry, target: Target, config: RoAEConfig, trace: Trace
 ) -> tuple[list[AdaptedProjection], str]:
     """The terms of one target in one layer, or the reason why there is none."""
-    found: list[tuple[str, tuple[int, ...]]] = []
+    found: list[tuple[str, Sequence[int]]] = []
     rotation: dict[str, Any] = {}
     if target in layer.sources:
         source = layer.sources[target]
@@ -123,16 +111,16 @@ def _terms(
             dims = layer.table.dims_of(rotation["low_pairs"])
         found = [(source.projection, source.rows_of(dims))]
     elif target == "o" and layer.output:
-        found = [(layer.output, tuple(range(trace.widths[layer.output][1])))]
-    elif target in ("gate", "up", "down"):
-        found = feed_forward_rows(trace, layer.path).get(target, [])
+        found = [(layer.output, range(trace.widths[layer.output][1]))]
+    elif target in FEED_FORWARD:
+        found = [row[1:] for row in feed_forward_rows(trace, layer.path) if row[0] == target]
     terms = [
         AdaptedProjection(
             name="",
             target=target,
             projection=path,
             layer=layer.path,
-            rows=rows,
+            rows=tuple(rows),
             in_features=trace.widths[path][0],
             num_rows=trace.widths[path][1],
             rank=config.rank,
@@ -140,7 +128,10 @@ def _terms(
         )
         for path, rows in found
     ]
-    return terms, "" if terms else layer.notes.get(target, "no projection of that kind was seen")
+    reason = layer.notes.get(target, "no projection of that kind was seen")
+    if target in FEED_FORWARD and _has_stacked_experts(model.get_submodule(layer_of(layer.path))):
+        return terms, "its routed experts are one parameter of three axes, not projections"
+    return terms, "" if terms else reason
 
 
 def _rotation(layer: AttentionGeometry, source: StateRows, config: RoAEConfig) -> dict[str, Any]:
@@ -151,27 +142,25 @@ def _rotation(layer: AttentionGeometry, source: StateRows, config: RoAEConfig) -
     if config.placement == "projection" or not source.norm:
         return found
     if source.rows_of(dims) != tuple(head[dim] for head in source.rows for dim in dims):
-        raise ValueError(
-            f"placement=state cannot be had in layer {layer.path}: {source.norm} orders the heads "
-            "otherwise than its projection. Set model.roae.placement to projection."
-        )
+        raise _no_state(layer, f"{source.norm} orders the heads otherwise than its projection")
     return {**found, "norm": source.norm, "norm_layout": source.norm_layout}
 
 
-def _stacked_experts(model: nn.Module, layer: AttentionGeometry) -> bool:
-    """Whether the layer around an attention module holds all experts in one parameter."""
-    parts = model.get_submodule(layer_of(layer.path)).named_parameters()
-    return any(parameter.ndim == 3 and "weight" not in name for name, parameter in parts)
+def _no_state(layer: AttentionGeometry, reason: str) -> ValueError:
+    return ValueError(
+        f"placement=state cannot be had in layer {layer.path}: {reason}. Set model.roae.placement "
+        "to projection."
+    )
 
 
-def _check(
-    model: nn.Module,
-    terms: Sequence[AdaptedProjection],
-    notes: Sequence[str],
-    layers: Sequence[AttentionGeometry],
-    config: RoAEConfig,
+def _has_stacked_experts(layer: nn.Module) -> bool:
+    return any(p.ndim == 3 and "weight" not in name for name, p in layer.named_parameters())
+
+
+def _check_targets(
+    model: nn.Module, terms: Sequence[AdaptedProjection], notes: Sequence[str], config: RoAEConfig
 ) -> None:
-    """Refuse targets and placements that the model has no room for, and shared projections."""
+    """Refuse targets that no layer has, and a rank above a projection's inputs."""
     kind = type(model).__name__
     for target in config.targets:
         if not any(term.target == target for term in terms):
@@ -180,40 +169,27 @@ def _check(
                 f"{kind}: {target} can be adapted in no layer; {reason}. Take it out of "
                 "model.roae.targets."
             )
-    unplaced = [layer for layer in layers if "state" in layer.notes]
-    if config.placement == "state" and unplaced:
-        raise ValueError(
-            f"{kind}: placement=state cannot be had in layer {unplaced[0].path}: "
-            f"{unplaced[0].notes['state']}. Set model.roae.placement to projection."
-        )
     for term in terms:
         if config.rank > term.in_features:
             raise ValueError(
                 f"{kind}: rank={config.rank} is above {term.in_features}, the inputs of "
                 f"{term.projection}, and no term needs as much. Lower model.roae.rank."
             )
-    wanted: set[object] = set()
-    for path in {term.projection for term in terms}:
-        module = model.get_submodule(path)
-        wanted |= {module, *module.parameters(recurse=False)}
-    seen: set[object] = set()
-    # A part held under two names of one module, or by two modules, shows once for each.
-    for holder in model.modules():
-        parts: list[tuple[str, object]] = [
-            *(
-                (name, module)
-                for name, module in holder.named_modules(remove_duplicate=False)
-                if name and "." not in name
-            ),
-            *holder.named_parameters(recurse=False, remove_duplicate=False),
-        ]
-        for name, part in parts:
-            if part in wanted and part in seen:
+
+
+def _check_not_shared(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse a projection, or a weight of one, that several modules hold, or one by two names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parts = [*modules.items(), *model.named_parameters(remove_duplicate=False)]
+    held = {(modules[path.rpartition(".")[0]], path.rpartition(".")[2], p) for path, p in parts}
+    counts = Counter(part for *_, part in held)
+    for path in paths:
+        for name, part in (("", modules[path]), *modules[path].named_parameters(recurse=False)):
+            if counts[part] > 1:
                 raise ValueError(
-                    f"{kind}: the {name} of {type(holder).__name__} stands in several places of "
-                    "the model, so a term on it would act in all of them."
+                    f"{type(model).__name__}: {f'{path}.{name}'.rstrip('.')} stands in several "
+                    "places of the model, so a term on it would act in all of them."
                 )
-            seen.add(part)
 
 
 def layer_of(path: str) -> str:
@@ -224,61 +200,57 @@ def layer_of(path: str) -> str:
     return ".".join(parts)
 
 
-def feed_forward_rows(trace: Trace, attention: str) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Projections with their gate, up and down rows, in the layer around an attention module.
+def feed_forward_rows(trace: Trace, attention: str) -> list[tuple[str, str, Sequence[int]]]:
+    """Gate, up and down: target, projection and rows, in the layer around an attention module.
 
     What goes into the activation is the gate; what shares the gate's input and is multiplied with
     it is up; what takes their product back to the layer's width is down. Where nothing is
     multiplied, what goes into the activation is called up. Mixtures of experts show their shared
     experts only: routed ones are one parameter for all experts, or run on some tokens alone.
     """
-    layer = layer_of(attention)
-    attentions = [call.path for call in trace.attentions]
+    outside = [call.path for call in trace.attentions]
     leaves = [
         leaf
         for leaf in trace.leaves
-        if is_inside(leaf.path, layer) and not any(is_inside(leaf.path, a) for a in attentions)
+        if is_inside(leaf.path, layer_of(attention))
+        and not any(is_inside(leaf.path, path) for path in outside)
     ]
-    groups: dict[str, list[Leaf]] = {}
-    for leaf in leaves:
-        groups.setdefault(leaf.path.rpartition(".")[0], []).append(leaf)
     activated = [leaf.given for leaf in leaves if _is_activation(leaf)]
-    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for group in groups.values():
-        for target, path, rows in _read_group(group, activated):
-            found.setdefault(target, []).append((path, rows))
-    return found
+    blocks: dict[str, dict[str, Leaf]] = {}
+    for leaf in leaves:
+        if leaf.is_projection:
+            blocks.setdefault(leaf.path.rpartition(".")[0], {})[leaf.path] = leaf
+    return [row for block in blocks.values() for row in _read_block(block, activated)]
 
 
-def _read_group(
-    group: list[Leaf], activated: list[Tensor]
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """The rows of one feed-forward block; nothing if its activation is no module."""
-    projections = {leaf.path: leaf for leaf in group if leaf.is_projection}
-    gates = {
-        path: rows
-        for path, leaf in projections.items()
-        if (rows := _activated_rows(leaf.output, activated))
-    }
+def _read_block(
+    block: dict[str, Leaf], activated: list[Tensor]
+) -> list[tuple[str, str, Sequence[int]]]:
+    """The rows of one feed-forward block; none if its activation is no module."""
+    rows = {path: _activated_rows(leaf.output, activated) for path, leaf in block.items()}
+    gates = [path for path in block if rows[path]]
     if len(gates) != 1:
-        return
-    (path, gate), *_ = gates.items()
-    leaf = projections[path]
-    others = [other for other in projections.values() if other.path != path]
-    ups = [
-        (other.path, tuple(range(len(gate))))
-        for other in others
+        return []
+    path, gate = gates[0], rows[gates[0]]
+    leaf = block[path]
+    others = {name: other for name, other in block.items() if name != path}
+    ups: list[tuple[str, Sequence[int]]] = [
+        (name, range(len(gate)))
+        for name, other in others.items()
         if other.given is leaf.given and other.output.shape[-1] == len(gate)
     ]
-    rest = tuple(sorted(set(range(leaf.output.shape[-1])) - set(gate)))
+    rest = sorted(set(range(leaf.output.shape[-1])) - set(gate))
     ups += [(path, rest)] if rest else []
     if len(ups) > 1:
-        return
-    yield from [("gate", path, gate), ("up", *ups[0])] if ups else [("up", path, gate)]
-    for other in others:
-        widths = other.given.shape[-1], other.output.shape[-1]
-        if widths == (len(gate), leaf.given.shape[-1]) and other.given is not leaf.given:
-            yield "down", other.path, tuple(range(widths[1]))
+        return []
+    width = leaf.given.shape[-1]
+    downs = [
+        ("down", name, range(width))
+        for name, other in others.items()
+        if (other.given.shape[-1], other.output.shape[-1]) == (len(gate), width)
+        and other.given is not leaf.given
+    ]
+    return [("gate", path, gate), ("up", *ups[0]), *downs] if ups else [("up", path, gate), *downs]
 
 
 def _is_activation(leaf: Leaf) -> bool:
@@ -291,13 +263,12 @@ def _is_activation(leaf: Leaf) -> bool:
     )
 
 
-def _activated_rows(output: Tensor, activated: list[Tensor]) -> tuple[int, ...]:
+def _activated_rows(output: Tensor, activated: list[Tensor]) -> range:
     """The rows of a projection's output that are an activation's input: all, or one half."""
     width = output.shape[-1]
-    halves = [range(width), range(width // 2), range(width // 2, width)]
-    halves += [range(0, width, 2), range(1, width, 2)]
-    for rows in halves:
+    halves = (range(width), range(width // 2), range(width // 2, width))
+    for rows in (*halves, range(0, width, 2), range(1, width, 2)):
         part = output[..., rows.start : rows.stop : rows.step]
         if any(part.shape == given.shape and torch.equal(part, given) for given in activated):
-            return tuple(rows)
-    return ()
+            return rows
+    return range(0)

@@ -60,7 +60,7 @@ def intercept_attention(
     try:
         yield
     finally:
-        # The setter sets sub-configs too, which stand later in the list.
+        # The setter reaches down into sub-configs, which stand later in the list.
         for config, value in before:
             config._attn_implementation = value
 
@@ -127,13 +127,12 @@ class MatmulTracer(TorchFunctionMode):
 
     def _look(self, left: Tensor, right: Tensor) -> None:
         """Scores are (..., T, D) times (..., D, T); then come (..., T, T) times values."""
-        num_tokens = self.num_tokens
         outer = zip(left.shape[:-2], right.shape[:-2], strict=False)
         if left.ndim < 3 or left.ndim != right.ndim or any(a != b and b != 1 for a, b in outer):
             return
-        if left.shape[-2] == right.shape[-1] == num_tokens:
+        if left.shape[-2] == right.shape[-1] == self.num_tokens:
             self.on_scores(left, right.transpose(-1, -2))
-        elif left.shape[-2:] == (num_tokens, num_tokens):
+        elif left.shape[-2:] == (self.num_tokens, self.num_tokens):
             self.on_values(right)
 
 
@@ -152,8 +151,11 @@ class Leaf:
         weight = getattr(self.module, "weight", None)
         matrix = isinstance(weight, Tensor) and weight.ndim == 2
         # A quantised one may hold its matrix in parts that have other names.
-        named = hasattr(self.module, "out_features")
-        return (matrix or named) and self.given.is_floating_point()
+        return (matrix or _is_linear(self.module)) and self.given.is_floating_point()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "out_features")
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,15 @@ class AttentionCall:
     def num_rows(self) -> int:
         """R, all output rows of the projections."""
         return sum(output.shape[-1] for output in self.projections.values())
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """The hidden states among the arguments."""
+        given = (self.kwargs.get("hidden_states"), *self.args, *self.kwargs.values())
+        for value in given:
+            if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
+                return value
+        raise ValueError("it is called without hidden states of shape (batch, tokens, width).")
 
 
 @dataclass(frozen=True)
@@ -203,11 +214,7 @@ def trace(model: nn.Module) -> Trace:
         _run_two_tokens(model)
     attentions = recorder.attentions()
     if not all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
-        precise = _float32_arguments(model, {call.path: call.module for call in attentions})
-        attentions = tuple(
-            replace(call, args=precise[call.path][0], kwargs=precise[call.path][1])
-            for call in attentions
-        )
+        attentions = _with_float32_rotation(model, attentions)
     return Trace(attentions, tuple(recorder.leaves))
 
 
@@ -218,10 +225,9 @@ def _run_two_tokens(model: nn.Module) -> None:
         with in_mode(model, training=False):
             model(input_ids=ids, use_cache=False)
     except Exception as error:
-        reason = one_line(error)
         raise ValueError(
             f"{type(model).__name__} cannot be run on two token ids, so its attention cannot be "
-            f"measured: {type(error).__name__}: {reason[:200]}"
+            f"measured: {type(error).__name__}: {one_line(error, 200)}"
         ) from error
 
 
@@ -229,10 +235,9 @@ class _Recorder:
     """Keeps the calls of all modules, and in which of them queries meet keys."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.paths = {module: path for path, module in model.named_modules()}
         self.stack: list[nn.Module] = []
-        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.leaves: list[Leaf] = []
         # Each attention module with the number of leaves called before its queries met keys.
         self.at_interface: dict[nn.Module, int] = {}
@@ -258,7 +263,7 @@ class _Recorder:
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.stack.append(module)
-        self.calls.setdefault(self.paths[module], (args, kwargs))
+        self.calls.setdefault(module, (args, kwargs))
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.stack.pop()
@@ -267,27 +272,30 @@ class _Recorder:
             self.leaves.append(Leaf(self.paths[module], module, given, output))
 
     def attentions(self) -> tuple[AttentionCall, ...]:
-        """The modules seen at the interface; where there are none, those seen multiplying."""
-        by_interface = bool(self.at_interface)
-        projections = [leaf for leaf in self.leaves if leaf.is_projection]
+        """The modules seen at the interface; only where there are none, those seen multiplying."""
+        modules = {path: module for module, path in self.paths.items()}
         found = {}
         for module, moment in (self.at_interface or self.by_hand).items():
             path = self.paths[module]
             # The nearest module around it that holds a projection.
-            while path and not any(is_inside(leaf.path, path) for leaf in projections):
+            while path and not any(_is_part(leaf, path) for leaf in self.leaves):
                 path = path.rpartition(".")[0]
-            inside = [leaf for leaf in projections if is_inside(leaf.path, path)]
-            before = {id(leaf) for leaf in self.leaves[:moment]}
-            after = [leaf.path for leaf in inside if id(leaf) not in before]
+            before = [leaf for leaf in self.leaves[:moment] if _is_part(leaf, path)]
+            after = [leaf for leaf in self.leaves[moment:] if _is_part(leaf, path)]
             found[path] = AttentionCall(
                 path,
-                self.model.get_submodule(path),
-                by_interface,
-                *self.calls[path],
-                projections={leaf.path: leaf.output for leaf in inside if id(leaf) in before},
-                output=after[-1] if after else None,
+                modules[path],
+                bool(self.at_interface),
+                *self.calls[modules[path]],
+                projections={leaf.path: leaf.output for leaf in before},
+                output=after[-1].path if after else None,
             )
         return tuple(found.values())
+
+
+def _is_part(leaf: Leaf, path: str) -> bool:
+    """Whether a projection lies below a module."""
+    return is_inside(leaf.path, path) and leaf.is_projection
 
 
 def _no_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -300,42 +308,43 @@ def is_inside(path: str, parent: str) -> bool:
     return not parent or path.startswith(f"{parent}.")
 
 
-def _float32_arguments(
-    model: nn.Module, attentions: dict[str, nn.Module]
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What each attention module is called with, its cosines and sines in float32.
+def _with_float32_rotation(
+    model: nn.Module, attentions: tuple[AttentionCall, ...]
+) -> tuple[AttentionCall, ...]:
+    """The calls of a second run, whose rotary modules answer in float32.
 
-    Rotary modules are made to answer in float32, since a half-precision cosine cannot tell the
-    slowest pairs apart; the model itself goes on in its own dtype.
+    A half-precision cosine cannot tell the slowest pairs apart. The model itself goes on in its own
+    dtype.
     """
-    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def keep(path: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            arguments.setdefault(path, (args, kwargs))
-            return _cast((args, kwargs), hidden_states(args, kwargs).dtype)
-
-        return hook
+    precise = dict.fromkeys(call.module for call in attentions)
 
     def to_float32(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return _cast((args, kwargs), torch.float32)
 
+    def keep(call: AttentionCall) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            seen = replace(call, args=args, kwargs=kwargs)
+            precise[module] = precise[module] or seen
+            return _cast((args, kwargs), seen.hidden_states.dtype)
+
+        return hook
+
+    hooks = [(module, to_float32) for module in model.modules() if _is_rotary(module)]
+    hooks += [(call.module, keep(call)) for call in attentions]
     with ExitStack() as stack:
-        hooks = [(module, to_float32) for module in model.modules() if _is_rotary(module)]
-        hooks += [(module, keep(path)) for path, module in attentions.items()]
         for module, hook in hooks:
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         stack.enter_context(intercept_attention(model, _no_attention))
         _run_two_tokens(model)
-    return arguments
+    return tuple(precise[call.module] or call for call in attentions)
 
 
 def _is_rotary(module: nn.Module) -> bool:
     """A rotary module holds frequencies: a floating buffer, no weights and no children."""
-    has_parts = any(True for _ in module.children()) or any(True for _ in module.parameters())
-    is_linear = hasattr(module, "out_features")  # a quantised one may hold scales in buffers
+    has_parts = any(True for _ in (*module.children(), *module.parameters()))
     floats = any(buffer.is_floating_point() for buffer in module.buffers())
-    return floats and not has_parts and not is_linear
+    # A quantised linear layer may hold its scales in buffers.
+    return floats and not has_parts and not _is_linear(module)
 
 
 def _cast(values: Any, dtype: torch.dtype | None, device: str | None = None) -> Any:
@@ -345,15 +354,6 @@ def _cast(values: Any, dtype: torch.dtype | None, device: str | None = None) -> 
         return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
     return tree_map_only(Tensor, cast, values)
-
-
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of an attention module."""
-    first = [kwargs["hidden_states"]] if "hidden_states" in kwargs else []
-    for value in (*first, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
-            return value
-    raise ValueError("it is called without hidden states of shape (batch, tokens, width).")
 
 
 # Models without their weights: on the meta device, or as fake tensors.

@@ -274,17 +274,6 @@ def test_keys_that_are_values_too_take_no_term_and_the_report_says_so():
         inject_roae(build_small("DeepseekV4Config"), RoAEConfig(rank=4))
 
 
-def test_the_description_has_a_line_for_each_term():
-    report = inject_roae(build("llama"), RoAEConfig(rank=4, targets=("q", "v")))
-    lines = report.describe().splitlines()
-    assert len(lines) == 4
-    assert lines[0] == (
-        "model.layers.0.self_attn.q_proj (q): 2 of 8 pairs, dimensions 6-7, 14-15 of 16 in 4 "
-        "heads, up to 0.001 radians a token (next 0.00316); 320 parameters"
-    )
-    assert lines[1] == "model.layers.0.self_attn.v_proj (v): all 32 rows; 384 parameters"
-
-
 def test_only_adapters_take_gradients(ids_BT):
     model = build("llama")
     report = inject_roae(model, RoAEConfig(rank=4))
@@ -386,7 +375,7 @@ def test_a_projection_that_two_layers_share_is_refused():
     model = build("llama")
     first, second = (layer.self_attn for layer in model.model.layers)
     second.q_proj = first.q_proj
-    with pytest.raises(ValueError, match="q_proj of LlamaAttention stands in several places"):
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj stands in several places"):
         inject_roae(model, RoAEConfig(rank=4))
 
 
@@ -394,7 +383,7 @@ def test_a_weight_that_two_projections_share_is_refused():
     model = build("llama")
     first, second = (layer.self_attn for layer in model.model.layers)
     second.k_proj.weight = first.k_proj.weight
-    with pytest.raises(ValueError, match="the weight of Linear stands in several places"):
+    with pytest.raises(ValueError, match=r"k_proj\.weight stands in several places"):
         inject_roae(model, RoAEConfig(rank=4))
 
 
