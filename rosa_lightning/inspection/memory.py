@@ -1,18 +1,13 @@
-"""Memory that a training step takes, measured on tensors without data.
+"""Memory that a training step takes, measured on fake tensors, which have shapes and no data.
 
-The adapted model runs forward and backward, and the optimizer steps, on fake tensors: operations
-give shapes and dtypes alone, and the storages that are alive are counted. So whatever the
-architecture, the attention kernel, the dtypes and gradient checkpointing do is in the figures.
+The adapted model runs forward and backward, and the optimizer steps; the storages that are alive
+are counted. So all that architecture, attention kernel, dtypes and checkpointing do is included.
 
-`TorchDispatchMode` is the one way to see every tensor of the backward pass; torch 2.13 documents
-it, in a module whose name begins with an underscore.
-
-Axes: B batch, T tokens, K supervised positions of a row.
+Axes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_indices
@@ -29,6 +23,7 @@ from rosa_lightning.roae.inject import is_adapter_key, roae_report
 from rosa_lightning.roae.tracing import fake_tensors
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import accumulate_loss, rows_at_once
+from rosa_lightning.training.recompute import MemoryTracker
 from rosa_lightning.training.speed import SpeedConfig
 from rosa_lightning.utils.modules import in_mode, replaced_tensors
 from rosa_lightning.utils.text import one_line
@@ -101,15 +96,15 @@ def estimate_memory(
             scheme. What the library unpacks while a layer runs is left out.
         optimizer: Makes the optimizer from the adapters.
         autocast: The lower dtype of a ``-mixed`` precision.
-        active_layers: Positions of the layers that train, as `DynamicLayerSelection` counts them;
-            all by default. The optimizer keeps the state of the others, too.
-        scoring: A step in which `DynamicLayerSelection` selects: all layers take gradients, and
-            so do the norm weights that score them.
+        active_layers: Positions of the layers that train; all by default. The optimizer keeps the
+            state of the others, too.
+        scoring: A step in which `DynamicLayerSelection` selects: all layers and the norm weights
+            that score them take gradients.
         speed: As `RoSAModule` takes it; ``auto`` is for whole batches here, and so is none.
 
     Raises:
-        ValueError: The model carries no RoAE, there are no such layers, the batch makes no sense,
-            or the model or the optimizer asks for numbers, which fake tensors do not hold.
+        ValueError: No RoAE, no such layers, no batch, or a model or an optimizer that asks for
+            numbers, which fake tensors do not hold.
     """
     roae_report(model)
     check_batch(batch_size, length, response_length)
@@ -125,8 +120,11 @@ def estimate_memory(
     try:
         with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
             step = _Step(model, optimizer, speed)
-            rows = rows_at_once(batch_size, length, num_tokens)
-            step.run(_batch(batch_size, length, response_length), rows, autocast)
+            ids_BT = torch.zeros(batch_size, length, dtype=torch.int64)
+            names = ("input_ids", "attention_mask", "position_ids", "labels")
+            batch: dict[str, Any] = {name: ids_BT.clone() for name in names}
+            batch["num_label_positions"] = response_length
+            step.run(batch, rows_at_once(batch_size, length, num_tokens), autocast)
     except Exception as error:
         reason = one_line(error, 200)
         raise ValueError(
@@ -202,62 +200,6 @@ def _what_trains(
     return adapters - {p for layer in inactive for p in layer.candidates.values()}
 
 
-def _batch(batch_size: int, length: int, response_length: int) -> dict[str, Any]:
-    """What the data module's collator makes."""
-    ids_BT = torch.zeros(batch_size, length, dtype=torch.int64)
-    names = ("input_ids", "attention_mask", "position_ids", "labels")
-    return {**{name: ids_BT.clone() for name in names}, "num_label_positions": response_length}
-
-
-def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that are alive, and apart those that the head made.
-
-    Args:
-        tensors: What is alive from the start.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self.at_head = False
-        self.now_of_head = self.peak_of_head = 0
-        self._known: set[int] = set()
-        self.add(*tensors)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute, and count what is new."""
-        out = func(*args, **(kwargs or {}))
-        self.add(*(out if isinstance(out, tuple | list) else (out,)))
-        return out
-
-    def add(self, *values: Any) -> None:
-        """Count the storages of tensors until they are freed, those that are not counted yet."""
-        for value in values:
-            if isinstance(value, tuple | list):
-                self.add(*value)
-            elif isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                key, size = id(storage), storage.nbytes()
-                if key in self._known:
-                    continue
-                self._known.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                if self.at_head:
-                    self.now_of_head += size
-                    self.peak_of_head = max(self.peak_of_head, self.now_of_head)
-                weakref.finalize(storage, self._freed, key, size, self.at_head)
-
-    def _freed(self, key: int, size: int, of_head: bool) -> None:
-        self._known.discard(key)
-        self.now -= size
-        self.now_of_head -= size * of_head
-
-
 class _Step:
     """One training step as `RoSAModule` and Lightning run it."""
 
@@ -329,3 +271,7 @@ class _Step:
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

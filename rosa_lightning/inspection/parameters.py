@@ -7,21 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from rosa_lightning.dls.layers import find_layers
+from rosa_lightning.dls.layers import find_layers, outermost_lists
 from rosa_lightning.dls.selector import SelectionConfig
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.roae.inject import roae_report
-from rosa_lightning.roae.layer import spans
+from rosa_lightning.roae.layer import RoAELinear, spans
 from rosa_lightning.roae.targets import AdaptedProjection
 from rosa_lightning.utils.tables import note, text_table
 
 _HALF = SelectionConfig()
+_NUMBERS = ("Trainable", "Total", "%")
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class LayerSummary:
 
     stack: str
     """Dotted path of the list of layers."""
-    terms: tuple[AdaptedProjection, ...]
+    projections: tuple[AdaptedProjection, ...]
     projection_sizes: tuple[int, ...]
-    """Parameters of each term's projection, with all terms on it."""
+    """Parameters of each projection, with all that is added to it."""
     notes: tuple[str, ...]
     """What the layer does without, and why."""
     trainable: int
@@ -46,33 +45,33 @@ def summarize(model: nn.Module) -> dict[LayerSummary, list[int]]:
         ValueError: The model carries no RoAE.
     """
     report = roae_report(model)
+    lists = outermost_lists(model, lambda stack: any(map(_is_adapted, stack.modules())))
     kinds: dict[LayerSummary, list[int]] = {}
-    for stack in dict.fromkeys(_stack(term.layer) for term in report.projections):
-        for index, (name, block) in enumerate(model.get_submodule(stack).named_children()):
-            inside = f"{stack}.{name}."
-            terms = [p for p in report.projections if f"{p.layer}.".startswith(inside)]
+    for stack, layers in lists.items():
+        for index, layer in enumerate(layers):
+            inside = f"{stack}.{index}."
+            own = [p for p in report.projections if f"{p.layer}.".startswith(inside)]
             kind = LayerSummary(
                 stack=stack,
-                terms=tuple(_inside(term, inside) for term in terms),
-                projection_sizes=tuple(
-                    _count(model.get_submodule(term.projection)) for term in terms
-                ),
+                projections=tuple(_inside(projection, inside) for projection in own),
+                projection_sizes=tuple(_count(model.get_submodule(p.projection)) for p in own),
                 notes=tuple(n.replace(inside, "") for n in report.notes if n.startswith(inside)),
-                trainable=sum(term.num_parameters for term in terms),
-                total=_count(block),
+                trainable=sum(projection.num_parameters for projection in own),
+                total=_count(layer),
             )
             kinds.setdefault(kind, []).append(index)
     return kinds
 
 
-def _stack(path: str) -> str:
-    """The list of layers that a module stands in."""
-    return re.split(r"\.\d+(?:\.|$)", path, maxsplit=1)[0]
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, RoAELinear)
 
 
-def _inside(term: AdaptedProjection, prefix: str) -> AdaptedProjection:
+def _inside(projection: AdaptedProjection, prefix: str) -> AdaptedProjection:
     paths = ("name", "projection", "layer", "norm")
-    return replace(term, **{name: getattr(term, name).removeprefix(prefix) for name in paths})
+    return replace(
+        projection, **{name: getattr(projection, name).removeprefix(prefix) for name in paths}
+    )
 
 
 def _count(module: nn.Module) -> int:
@@ -85,7 +84,7 @@ def parameter_tables(model: nn.Module) -> Group:
     parts: list[RenderableType] = []
     for kind, indices in kinds.items():
         parts += [*_describe(kind, indices), ""]
-    table = _parameter_table(type(model).__name__)
+    table = text_table(None, type(model).__name__, *_NUMBERS)
     inside = sum(kind.total * len(indices) for kind, indices in kinds.items())
     num_layers = sum(map(len, kinds.values()))
     table.add_row(f"{num_layers} layers", *_cells(report.num_trainable, inside))
@@ -96,24 +95,24 @@ def parameter_tables(model: nn.Module) -> Group:
 
 def _describe(kind: LayerSummary, indices: Sequence[int]) -> Iterable[RenderableType]:
     title = f"{kind.stack} {spans(indices)}"
-    if not kind.terms:
+    if not kind.projections:
         title += f": no term, as no attention is rotated; {kind.total:,} parameters a layer"
     yield Text(title, style="bold")
-    if kind.terms:
-        table = _parameter_table("Target", "Projection", "Heads")
-        for term, total in zip(kind.terms, kind.projection_sizes, strict=True):
-            heads = str(term.num_heads) if term.dims else ""
-            cells = _cells(term.num_parameters, total)
-            table.add_row(term.target, term.projection, heads, *cells)
+    rotations: dict[str, list[str]] = {}
+    if kind.projections:
+        table = text_table(None, "Target", "Projection", "Heads", *_NUMBERS, names=2)
+        for projection, total in zip(kind.projections, kind.projection_sizes, strict=True):
+            heads = str(projection.num_heads) if projection.dims else ""
+            cells = _cells(projection.num_parameters, total)
+            table.add_row(projection.target, projection.projection, heads, *cells)
+            if projection.dims:
+                after = f" (after {projection.norm})" if projection.norm else ""
+                targets = rotations.setdefault(_rotation(projection), [])
+                targets.append(projection.target + after)
         # The projections above are parts of it, so their totals do not add up to it.
         table.add_row("", "one layer", "", *_cells(kind.trainable, kind.total), style="bold")
         yield table
-    lines: dict[str, list[str]] = {}
-    for term in kind.terms:
-        if term.dims:
-            after = f" (after {term.norm})" if term.norm else ""
-            lines.setdefault(_rotation(term), []).append(term.target + after)
-    yield from (note(f"{_join(targets)}: {rotation}") for rotation, targets in lines.items())
+    yield from (note(f"{_join(targets)}: {rotation}") for rotation, targets in rotations.items())
     reasons: dict[str, list[str]] = {}
     for text in kind.notes:
         _, target, reason = re.split(": (?:no term on )?", text, maxsplit=2)
@@ -121,28 +120,19 @@ def _describe(kind: LayerSummary, indices: Sequence[int]) -> Iterable[Renderable
     yield from (note(f"no term on {_join(t)}: {reason}") for reason, t in reasons.items())
 
 
-def _rotation(term: AdaptedProjection) -> str:
+def _rotation(projection: AdaptedProjection) -> str:
     """The adapted pairs and their frequencies."""
-    slowest, (fastest, other) = min(term.table.inv_freq), term.border
+    table, (fastest, other) = projection.table, projection.border
     border = "" if other is None else f", next {other:.2g}"
-    both = dict.fromkeys([f"{slowest:.2g}", f"{fastest:.2g}"])
+    both = dict.fromkeys([f"{min(table.inv_freq):.2g}", f"{fastest:.2g}"])
     return (
-        f"{len(term.low_pairs)} of {len(term.table.pairs)} pairs, dimensions {spans(term.dims)} of "
-        f"{term.table.head_dim}; {' to '.join(both)} radians a token{border}"
+        f"{len(projection.low_pairs)} of {len(table.pairs)} pairs, dimensions "
+        f"{spans(projection.dims)} of {table.head_dim}; {' to '.join(both)} radians a token{border}"
     )
 
 
 def _join(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
-
-
-def _parameter_table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column == "Heads" else "left")
-    for column in ("Trainable", "Total", "%"):
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def _cells(trainable: int, total: int) -> tuple[str, str, str]:
@@ -152,7 +142,7 @@ def _cells(trainable: int, total: int) -> tuple[str, str, str]:
 def compare_memory(
     model: nn.Module, *, selection: SelectionConfig | None = _HALF, **step: Any
 ) -> dict[str, MemoryEstimate | str]:
-    """What Dynamic Layer Selection saves: estimates of three kinds of training step.
+    """What Dynamic Layer Selection saves: an estimate, or why there is none, by kind of step.
 
     Args:
         model: As for `estimate_memory`.
@@ -161,9 +151,6 @@ def compare_memory(
             save. The last kind, in which it selects, comes once an interval and takes the memory
             of all layers again.
         step: The other arguments of `estimate_memory`.
-
-    Returns:
-        An estimate for each kind of step, or the reason why there is none.
     """
     kinds: dict[str, dict[str, Any]] = {"all layers": {}}
     estimates: dict[str, MemoryEstimate | str] = {}

@@ -6,13 +6,13 @@ Axes: R rank, D input width, L rows that take the term; in the raster S selectio
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -47,13 +47,8 @@ class RunMonitor(Callback):
         raster_interval: Selections from one picture to the next; 0 draws one at the end alone.
     """
 
-    def __init__(self, raster_interval: int = 10) -> None:
+    def __init__(self, raster_interval: NonNegativeInt = 10) -> None:
         super().__init__()
-        if raster_interval < 0:
-            raise ValueError(
-                f"raster_interval={raster_interval} is below 0. Set the selections from one "
-                "picture to the next, or 0 for one at the end of the fit."
-            )
         self.raster_interval = raster_interval
         self._reset()
 
@@ -82,9 +77,8 @@ class RunMonitor(Callback):
             rank_zero_info(f"RoAE update norms are not shown: {error}.")
         selects, targets = self._selection is not None, {u.target for u in self._updates}
         measures = any(isinstance(c, TokenThroughputMonitor) for c in callbacks)
-        for logger, prefix in _tensorboards(trainer):
-            layout = dashboard(selects, targets, prefix, measures=measures)
-            logger.experiment.add_custom_scalars(layout)
+        for board in _tensorboards(trainer):
+            board.experiment.add_custom_scalars(dashboard(selects, targets, measures=measures))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -145,20 +139,19 @@ class RunMonitor(Callback):
             return
         self._drawn = len(self._steps)
         active_SL, scores_SL = np.array(self._active), np.array(self._scores)
-        for logger, prefix in _tensorboards(trainer):
+        for board in _tensorboards(trainer):
             figure = raster_figure(self._steps, self._layers, active_SL, scores_SL)
-            logger.experiment.add_figure(f"{prefix}{RASTER}", figure, self._steps[-1], close=False)
+            board.experiment.add_figure(RASTER, figure, self._steps[-1], close=False)
 
 
 def dashboard(
-    selects: bool, targets: Collection[str], prefix: str = "", *, measures: bool = True
+    selects: bool, targets: Collection[str], *, measures: bool = True
 ) -> dict[str, dict[str, list[Any]]]:
     """The layout of TensorBoard's custom scalars: sections, their charts, and patterns of tags.
 
     Args:
         selects: Whether layers are selected.
         targets: The projections that carry RoAE.
-        prefix: What the logger puts before every tag.
         measures: Whether `TokenThroughputMonitor` runs beside.
     """
     charts = [(chart.section, chart.title, chart.unit, chart.tags) for chart in CURVES]
@@ -168,8 +161,8 @@ def dashboard(
     for section, title, unit, tags in charts:
         if shown.get(section, tags.rpartition("/")[2] in targets):
             name = f"{title}, {unit}" if unit else title
-            pattern = f"{re.escape(prefix)}{tags}$"
-            layout.setdefault(section, {})[name] = ["Multiline", [pattern]]
+            # After the prefix of the logger, if it has one.
+            layout.setdefault(section, {})[name] = ["Multiline", [f"(?:.+-)?{tags}$"]]
     return layout
 
 
@@ -178,10 +171,8 @@ def _choice(selection: DynamicLayerSelection) -> tuple[int, tuple[int, ...]]:
     return selection.num_selections, selection.active
 
 
-def _tensorboards(trainer: Trainer) -> list[tuple[TensorBoardLogger, str]]:
-    """The loggers that draw, and what each puts before every tag."""
-    boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return [(board, f"{board._prefix}-" if board._prefix else "") for board in boards]
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _number(layer: int, layers: Sequence[int]) -> str:

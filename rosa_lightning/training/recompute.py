@@ -6,12 +6,14 @@ product. Megatron-LM has ``CheckpointWithoutOutput`` for this; here hooks on sav
 whatever the model's code. Uses `Tensor._version` and `_backward_hooks`, a module's
 `_forward_hooks`, and `UntypedStorage._cdata` (torch 2.13), and a module's
 `_gradient_checkpointing_func` (transformers 5.24).
+`MemoryTracker` counts what is held, by `TorchDispatchMode`, the one way to see every tensor of a
+backward pass.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosa_lightning.training.compile import is_compiled
 
@@ -216,3 +219,44 @@ def _storage(tensor: Tensor) -> int:
     """Which storage a tensor lies in, as long as that is alive."""
     address: int = tensor.untyped_storage()._cdata
     return address
+
+
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that are alive, and apart those that the head made."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.at_head = False
+        self.now_of_head = self.peak_of_head = 0
+        self._known: set[int] = set()
+        self.add(*tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute, and count what is new."""
+        out = func(*args, **(kwargs or {}))
+        self.add(*(out if isinstance(out, tuple | list) else (out,)))
+        return out
+
+    def add(self, *values: Any) -> None:
+        """Count the storages of tensors until they are freed, those that are not counted yet."""
+        for value in values:
+            if isinstance(value, tuple | list):
+                self.add(*value)
+            elif isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                key, size = id(storage), storage.nbytes()
+                if key in self._known:
+                    continue
+                self._known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                if self.at_head:
+                    self.now_of_head += size
+                    self.peak_of_head = max(self.peak_of_head, self.now_of_head)
+                weakref.finalize(storage, self._freed, key, size, self.at_head)
+
+    def _freed(self, key: int, size: int, of_head: bool) -> None:
+        self._known.discard(key)
+        self.now -= size
+        self.now_of_head -= size * of_head

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich import box
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 
-def text_table(title: str | None, first: str, *numbers: str) -> Table:
-    """A table of a first column of names and others of numbers, aligned to the right."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column(first, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
+def text_table(title: str | None, *columns: str, names: int = 1) -> Table:
+    """A table whose first columns are names, and the others numbers, aligned to the right."""
+    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "pad_edge": False}
+    table = Table(title=title, box=box.SIMPLE_HEAD, **style)
+    for number, name in enumerate(columns):
+        if number < names:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -40,7 +40,7 @@ def test_every_layer_is_told_in_full():
     inject_roae(model, RoAEConfig(rank=16, low_freq_ratio=0.25, targets=("q", "up")))
     ((layer, indices),) = summarize(model).items()
     assert indices == [0, 1, 2, 3]
-    q, up = layer.terms
+    q, up = layer.projections
     assert (q.projection, q.target, q.num_heads) == ("self_attn.q_proj", "q", 5)
     assert q.dims == (*range(12, 16), *range(28, 32))
     assert (q.table.head_dim, len(q.low_pairs), len(q.table.pairs)) == (32, 4, 16)
@@ -87,7 +87,7 @@ def test_a_layer_without_a_term_says_so():
     text = printed(parameter_tables(adapted("smollm3")), width=200)
     assert re.search(r"layers 1: no term, as no attention is rotated; 3\d,\d{3} parameters", text)
     rotated, other = summarize(adapted("smollm3"))
-    assert (len(rotated.terms), other.terms, other.trainable) == (2, (), 0)
+    assert (len(rotated.projections), other.projections, other.trainable) == (2, (), 0)
 
 
 @pytest.mark.filterwarnings("ignore")

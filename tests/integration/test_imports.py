@@ -103,8 +103,6 @@ def private_names(path: Path) -> Iterator[str]:
 STILL: dict[str, set[str]] = {
     "cli/parser.py": {"_actions"},
     "dls/checks.py": {"_gradient_checkpointing_func"},
-    "inspection/memory.py": {"_python_dispatch"},
-    "inspection/run_monitor.py": {"_prefix"},
     "models/quantization.py": {"_weight_conversions"},
 }
 """What is still to be replaced or moved."""

@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule
-from rosa_lightning.inspection.memory import MemoryTracker
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import microbatches
+from rosa_lightning.training.recompute import MemoryTracker
 from rosa_lightning.training.speed import SpeedConfig
 from tests import ranks
 from tests.conftest import FAMILIES, build, rosa_module

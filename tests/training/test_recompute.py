@@ -8,11 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from rosa_lightning.inspection.memory import MemoryTracker
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.loss import LossComputer
-from rosa_lightning.training.recompute import recomputable, recomputed
+from rosa_lightning.training.recompute import MemoryTracker, recomputable, recomputed
 from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import FAMILIES, build
 from tests.model_zoo.small import build_small
