@@ -188,12 +188,11 @@ def inspect(
     console.print(
         f"Batch of {rows} x {data.max_length} tokens, {length} response tokens in each row{parts}"
     )
-    callbacks = context.trainer.get("callbacks") or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    selection = [c for c in callbacks if isinstance(c, DynamicLayerSelection)]
+    callbacks = context.trainer["callbacks"]
+    selection = next(c for c in callbacks if isinstance(c, DynamicLayerSelection))
     estimates = compare_memory(
         model,
-        selection=selection[0].config if selection[0].selects else None,
+        selection=selection.config if selection.selects else None,
         batch_size=rows,
         length=data.max_length,
         response_length=length,

@@ -63,21 +63,16 @@ def check_trainer_settings(trainer: Mapping[str, Any]) -> None:
 
 
 def check_groups(values: Any) -> None:
-    """Refuse a value where a group of settings belongs, such as ``model: 2``.
+    """Raise ConfigurationError for a value where a group of settings belongs, as ``model: 2``.
 
-    Args:
-        values: Of a configuration file, of one command or by commands.
-
-    Raises:
-        ConfigurationError: Names the group.
+    The values are those of a configuration file, of one command or by commands.
     """
     for settings in (values, *(values.values() if isinstance(values, dict) else ())):
         for group in _GROUPS:
-            value, known = settings, True
+            value = settings
             for name in group.split("."):
-                known = known and isinstance(value, dict) and name in value
-                value = value[name] if known else None
-            if known and not isinstance(value, dict):
+                value = value.get(name, {}) if isinstance(value, dict) else {}
+            if not isinstance(value, dict):
                 raise ConfigurationError(
                     f"{group} is {value!r}; expected a mapping of its settings. Write {group}: and "
                     "its settings below it, indented, one a line, or leave it out."
@@ -88,22 +83,20 @@ def check_classes(config: Mapping[str, Any]) -> None:
     """Refuse a ``class_path`` that is no class, or not one of the kind that its setting makes.
 
     jsonargparse checks most; it would call any function that stands where a callable is expected.
-
-    Args:
-        config: Of a command, parsed: what it names has been imported.
+    The configuration is that of a command, parsed: what it names has been imported.
 
     Raises:
         ConfigurationError: Names the setting and the class.
     """
-    for key, value in config.items():
-        kinds = _MADE.get(key)
-        made = value.get("class_path") if isinstance(value, Mapping) or _is_spec(value) else None
-        if kinds and made and not _is_of(named(made), kinds):
+    for key, kinds in _MADE.items():
+        made = _class_path(config.get(key))
+        if made and not (inspect.isclass(found := named(made)) and issubclass(found, kinds)):
             names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
             raise ConfigurationError(
                 f"{key}.class_path={made} is no subclass of {names}. Set {key} to one, such as "
                 f"{'torch.optim.AdamW' if key == 'optimizer' else 'ConstantLR'}."
             )
+    for key, value in _entries(config).items():
         _check_no_function(key, value)
 
 
@@ -111,42 +104,33 @@ def _check_no_function(key: str, value: Any) -> None:
     if isinstance(value, list | tuple):
         for inner in value:
             _check_no_function(key, inner)
-        return
-    if not isinstance(value, Mapping) and not _is_namespace(value):
-        return
-    if _is_spec(value):
-        found = named(value["class_path"])
+    elif isinstance(value, Mapping | Namespace):
+        path = _class_path(value)
+        found = named(path) if path else None
         if found is not None and not inspect.isclass(found):
             raise ConfigurationError(
-                f"{key}: class_path={value['class_path']} is no class. A configuration names "
-                "classes, and calls no functions."
+                f"{key}: class_path={path} is no class. A configuration names classes, and calls "
+                "no functions."
             )
-    for name, inner in vars(value).items() if _is_namespace(value) else value.items():
-        _check_no_function(f"{key}.{name}", inner)
+        for name, inner in _entries(value).items():
+            _check_no_function(f"{key}.{name}", inner)
+
+
+def _entries(value: Any) -> Mapping[str, Any]:
+    return vars(value) if isinstance(value, Namespace) else value
+
+
+def _class_path(value: Any) -> str | None:
+    path = value.get("class_path") if isinstance(value, Mapping | Namespace) else None
+    return path if isinstance(path, str) else None
 
 
 def named(path: str) -> Any:
     """What an import path names, if its module is loaded; None otherwise. Imports nothing."""
-    module, found = path, None
-    rest: list[str] = []
-    while module and found is None:
-        found = sys.modules.get(module)
-        if found is None:
-            module, _, name = module.rpartition(".")
-            rest.insert(0, name)
-    for name in rest:
-        found = getattr(found, name, None)
-    return found
-
-
-def _is_of(found: Any, kinds: tuple[type, ...]) -> bool:
-    return inspect.isclass(found) and issubclass(found, kinds)
-
-
-def _is_namespace(value: Any) -> bool:
-    return isinstance(value, Namespace)
-
-
-def _is_spec(value: Any) -> bool:
-    is_mapping = isinstance(value, Mapping) or _is_namespace(value)
-    return is_mapping and isinstance(value.get("class_path"), str)
+    parts = path.split(".")
+    for size in range(len(parts), 0, -1):
+        if (found := sys.modules.get(".".join(parts[:size]))) is not None:
+            for name in parts[size:]:
+                found = getattr(found, name, None)
+            return found
+    return None

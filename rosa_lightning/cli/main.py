@@ -17,6 +17,7 @@ import sys
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,10 @@ from rosa_lightning.cli.configuration import ONE_SELECTION, check_classes, check
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.cli.process import (
     SaveRunConfig,
+    configuration_errors,
     quiet_log_writers,
     quiet_quantizers,
     read_pipes,
-    refused,
     termination,
 )
 from rosa_lightning.cli.strict_yaml import check_yaml
@@ -160,13 +161,13 @@ class RoSACLI(LightningCLI):
 
         Where ckpt_path and adapter are set is known only after a first parse.
         """
-        with refused("the configuration cannot be read"):
+        with configuration_errors("the configuration cannot be read"):
             self.given = read_pipes(self.given)  # which can be read once
             quiet = [arg for arg in self.given if not arg.startswith("--print_config")]
             config = parser.parse_args(quiet)
         command = config.subcommand
         ckpt_path = config[command].get("ckpt_path")
-        if command not in TOOL_COMMANDS and ckpt_path is not None and found_by_trainer(ckpt_path):
+        if command not in TOOL_COMMANDS and ckpt_path is not None and is_checkpoint_word(ckpt_path):
             ckpt_path = None
         known: dict[str, Any] = {}
         if VISIBLE_KEYS.get(command) != ():
@@ -260,7 +261,7 @@ class RoSACLI(LightningCLI):
 
     def _set_seed(self) -> None:
         """Seed; in silence where nothing is trained."""
-        with refused("seed_everything cannot be used", "Set another number."):
+        with configuration_errors("seed_everything cannot be used", "Set another number."):
             if self.subcommand in TOOL_COMMANDS:
                 seed_everything(self._get(self.config, "seed_everything"), verbose=False)
             else:
@@ -269,7 +270,7 @@ class RoSACLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make what the command needs; the commands of this package get no Trainer."""
         config = self.config[self.subcommand]
-        with refused("the configuration cannot be used"):
+        with configuration_errors("the configuration cannot be used"):
             check_classes(config)
             if "trainer" in config:  # not for a command that takes no configuration
                 check_trainer_settings(config.trainer)
@@ -288,39 +289,28 @@ class RoSACLI(LightningCLI):
         config = self.config_init[subcommand]
         if subcommand not in TOOL_COMMANDS:
             with termination():
-                check_found(self.trainer, subcommand, config.get("ckpt_path"))
+                check_checkpoint_found(self.trainer, subcommand, config.get("ckpt_path"))
                 super()._run_subcommand(subcommand)
             return
         options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
         trainer = dict(config["trainer"])
-        callbacks = trainer.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        trainer["callbacks"] = [config["dls"], *callbacks]
+        trainer["callbacks"] = [config["dls"], *_listed(trainer.get("callbacks"))]
         context = CommandContext(config["model"], config["data"], trainer)
         with termination():
             TOOL_COMMANDS[subcommand](context, **options)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as the user gave it.
-
-        Lightning would overwrite it with the checkpoint's in silence. Here a checkpoint's settings
-        are defaults, and one that does not fit what was given is an error.
-        """
-
-    def _check_one_selection(self) -> None:
-        callbacks = self._get(self.config_init, "trainer.callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        selections = [one for one in callbacks if isinstance(one, DynamicLayerSelection)]
-        if any(one.layers is None for one in selections):
-            raise ConfigurationError(ONE_SELECTION)
+        """Leave the configuration as given; Lightning would overwrite it with the checkpoint's."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; what Lightning refuses is the user's to mend."""
         if self._get(self.config_init, "trainer.strategy") == ModelParallelStrategy.__name__:
             # Lightning knows the other strategies by short names, and this one by its class alone.
             kwargs["strategy"] = ModelParallelStrategy()
-        self._check_one_selection()
-        with refused("the trainer cannot be made", "Correct the settings under trainer."):
+        for callback in _listed(self._get(self.config_init, "trainer.callbacks")):
+            if isinstance(callback, DynamicLayerSelection) and callback.layers is None:
+                raise ConfigurationError(ONE_SELECTION)
+        with configuration_errors("the trainer cannot be made", "Correct the settings of trainer."):
             trainer = super().instantiate_trainer(**kwargs)
         # Layers are frozen before other callbacks look at them.
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -388,13 +378,13 @@ def _run(args: Sequence[str] | None) -> int:
             given=sys.argv[1:] if args is None else args,
             args=None if args is None else list(args),
         )
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 128 + signal.SIGINT
-    except SystemExit as ending:
-        if not isinstance(ending.__context__, KeyboardInterrupt):
+    except (KeyboardInterrupt, SystemExit) as ending:
+        # Lightning hands a Ctrl-C on as the other.
+        if not isinstance(ending, KeyboardInterrupt) and not isinstance(
+            ending.__context__, KeyboardInterrupt
+        ):
             raise
-        sys.stderr.write("interrupted\n")  # as Lightning hands it on
+        sys.stderr.write("interrupted\n")
         return 128 + signal.SIGINT
     except Exception as error:
         told = explain(error)
@@ -417,32 +407,31 @@ def wanted_commands(args: Sequence[str]) -> Collection[str]:
     return named if named or {"-h", "--help"} & set(args) else tuple(COMMANDS)
 
 
-def found_by_trainer(ckpt_path: str) -> bool:
+def _listed(callbacks: Any) -> list[Any]:
+    """Callbacks as Lightning takes them, one, several or none, as a list."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+
+
+def is_checkpoint_word(ckpt_path: str) -> bool:
     """Whether a checkpoint is one that the trainer finds: "last", or a file elsewhere, say."""
     is_word = ckpt_path.partition(":")[0] in ("best", "last", "hpc", "registry")
     return (is_word and not Path(ckpt_path).exists()) or "://" in ckpt_path
 
 
-def check_found(trainer: Trainer, command: str, ckpt_path: str | None) -> None:
-    """Check that there is a checkpoint where a word asks the trainer to find one.
+def check_checkpoint_found(trainer: Trainer, command: str, ckpt_path: str | None) -> None:
+    """Raise ValueError where a word asks the trainer for a checkpoint and there is none.
 
-    Lightning would evaluate the base if there is no last one. Of a training it says that it begins
-    anew, so that the command of the first run is that of the next.
-
-    Raises:
-        ValueError: There is none.
+    Lightning would evaluate the base if there is no last one. A training begins anew then, so that
+    the command of the first run is that of the next.
     """
     if ckpt_path not in ("best", "last", "hpc") or Path(ckpt_path).exists():
         return
-    connector = trainer._checkpoint_connector
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said in other words
-            found = connector._parse_ckpt_path(
-                TrainerFn(command), ckpt_path, model_provided=True, model_connected=False
-            )
-    except (ValueError, MisconfigurationException):
-        found = None
+    found = None
+    with suppress(ValueError, MisconfigurationException), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said in other words
+        found = trainer._checkpoint_connector._parse_ckpt_path(
+            TrainerFn(command), ckpt_path, model_provided=True, model_connected=False
+        )
     if found is None and not (command == "fit" and ckpt_path == "last"):
         callbacks: list[Any] = trainer.checkpoint_callbacks
         folders = [str(item.dirpath) for item in callbacks if getattr(item, "dirpath", None)]

@@ -82,7 +82,7 @@ class RoSAParser(LightningArgumentParser):
             message = ONE_SELECTION
         unknown = unknown_key(message)
         if unknown is not None and SUGGESTION not in message:
-            known = [action.dest for action in parser._actions]
+            known = [*parser.get_defaults(skip_validation=True).keys(branches=True)]
             near = [key for key in (RENAMED.get(unknown),) if key in known]
             near = near or difflib.get_close_matches(unknown, known, n=1)
             message = f"{message.rstrip('.')}.{SUGGESTION} {near[0]}?" if near else message

@@ -22,21 +22,17 @@ from rosa_lightning.utils.text import one_line
 
 
 @contextmanager
-def refused(what: str, mend: str = "") -> Iterator[None]:
-    """Take errors of parsing and of making objects for what they speak of: the configuration.
-
-    Raises:
-        ConfigurationError: In place of any error but those of files and of memory.
-    """
+def configuration_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Raise what parsing and making objects raises as ConfigurationError, but for the machine's."""
     try:
         yield
     except (ConfigurationError, OSError, MemoryError):
         raise
     except Exception as error:
         told = explain(error)
-        if told is None or mend:
+        if told is None or remedy:
             reason = one_line(told or f"{type(error).__name__}: {error}").rstrip(".;")
-            told = f"{what}: {reason}. {mend}"
+            told = f"{what}: {reason}. {remedy}"
         raise ConfigurationError(one_line(told)) from error
 
 
@@ -72,11 +68,7 @@ def quiet_log_writers() -> Iterator[None]:
 
 
 def quiet_quantizers() -> None:
-    """Leave out what quantization libraries log whoever imports them, and repeat nothing.
-
-    `transformers` imports torchao wherever it is installed. It says which kernels of other devices
-    it cannot load, and torch speaks to its authors. bitsandbytes names a cast at every product.
-    """
+    """Leave out what quantization libraries log whenever they are imported, and repeat nothing."""
     beside = ("Failed to load", "Skipping import of cpp extensions", "<enum '")
     said: set[str] = set()
 

@@ -12,6 +12,8 @@ import torch
 import transformers
 import yaml
 from lightning.pytorch import Callback, Trainer
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rosa_lightning import DynamicLayerSelection
 from rosa_lightning.cli.main import complete_strategy, main
@@ -25,7 +27,8 @@ def _as_a_command(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def config(base_folder: Path, sources, **trainer) -> dict:
+@pytest.fixture
+def settings(base_folder, sources) -> dict:
     return {
         "model": {"base": str(base_folder), "roae": {"rank": 4}},
         "data": {"sources": sources, "batch_size": 4, "val_fraction": 0.1},
@@ -36,14 +39,8 @@ def config(base_folder: Path, sources, **trainer) -> dict:
             "log_every_n_steps": 1,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            **trainer,
         },
     }
-
-
-@pytest.fixture
-def settings(base_folder, sources):
-    return config(base_folder, sources)
 
 
 def run(command: str, settings: dict, *arguments: str) -> int:
@@ -74,8 +71,6 @@ def test_fit_leaves_logs_and_an_adapter_only_checkpoint(settings):
 def test_the_curves_begin_with_the_base_when_asked_for(settings):
     settings["validate_first"] = True
     assert run("fit", settings) == 0
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     (events,) = Path("lightning_logs").rglob("events.out.tfevents.*")
     log = EventAccumulator(str(events))
     log.Reload()
@@ -168,28 +163,11 @@ def test_test_sets_that_cannot_be_judged_are_refused_before_the_base_is_loaded(
     assert words in refused(capsys, "test", settings)
 
 
-@pytest.mark.parametrize(
-    ("task", "words"),
-    [
-        ({"name": "mood", "format": "label"}, "data.tasks[0].labels is []"),
-        ({"name": "gsm8k", "format": "number"}, "the name 'gsm8k' is taken by task gsm8k"),
-        ({"name": "mood", "format": "lable"}, "data.tasks[0].format is 'lable'"),
-        ({"name": "m", "format": "label", "labels": ["a", "a"]}, "labels names 'a' twice"),
-        ({"name": "m", "format": "number", "lables": []}, "did you mean labels?"),
-    ],
-)
-def test_tasks_that_cannot_be_used_are_refused_in_one_line(settings, capsys, task, words):
-    settings["data"]["tasks"] = [task]
-    assert words in refused(capsys, "fit", settings)
-
-
 def test_optimizer_and_schedule_are_replaced_from_the_command_line(settings, capsys):
     arguments = ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--optimizer.momentum", "0.9"]
     schedule = ["--lr_scheduler", "ConstantLR", "--lr_scheduler.factor", "0.25"]
     settings["trainer"]["callbacks"] = None
     assert run("fit", settings, *arguments, *schedule) == 0
-    import torch
-
     (path,) = Path("lightning_logs").rglob("*.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     (group,) = checkpoint["optimizer_states"][0]["param_groups"]
@@ -226,16 +204,8 @@ def test_help_shows_what_the_attributes_of_nested_settings_mean(capsys):
         (lambda c: c["model"]["roae"].update(low_frq_ratio=0.5), "model.roae.low_freq_ratio"),
         (lambda c: c["data"].update(batchsize=4), "data.batch_size"),
         (lambda c: c["trainer"].update(max_stps=4), "trainer.max_steps"),
-        (
-            lambda c: c["dls"].update(intervall=4),
-            "dls.interval",
-        ),
-        (
-            lambda c: c.update(
-                optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lrr": 0.1}}
-            ),
-            "lr",
-        ),
+        (lambda c: c["dls"].update(intervall=4), "dls.interval"),
+        (lambda c: c.update(optimizer={"class_path": "AdamW", "init_args": {"lrr": 0.1}}), "lr"),
     ],
 )
 def test_a_mistyped_key_names_the_nearest_right_one(settings, change, nearest, capsys):
@@ -251,59 +221,14 @@ def test_a_mistyped_option_and_command_are_one_line(settings, capsys):
     assert "invalid choice: 'fitt'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model.roae.rank", "0"], "rank=0 is not a whole number of at least 1 and"),
-        (["--model.roae.low_freq_ratio", "0"], "low_freq_ratio=0.0 is outside (0, 1]"),
-        (["--model.roae.low_freq_ratio", "1.5"], "low_freq_ratio=1.5 is outside (0, 1]"),
-        (["--model.roae.rank", "x"], "Parser key \"model.roae.rank\": Expected a <class 'int'>"),
-        (["--model.base", "no/such-model"], "base 'no/such-model' could not be loaded"),
-        (["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
-        (["--data.sources", "[{path: missing.json}]"], "missing.json does not exist"),
-        (["--data.sources", "[{hub: nobody/nothing}]"], "nobody/nothing"),
-        (["--data.sources", "[]"], "data.sources names no source"),
-        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "the run has no end"),
-    ],
-)
-def test_a_value_that_cannot_be_is_one_line(settings, arguments, message, capsys):
-    assert message in refused(capsys, "fit", settings, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{not json", "broken.json"),
-        ("[]", "broken.json"),
-        ('[{"instruction": "a", "output": "b", "answer": "b"}, {"instruction": "a"}]', "output"),
-        ('{"instruction": "a"}', "broken.json"),
-    ],
-)
-def test_a_source_of_the_wrong_shape_is_one_line(settings, content, message, capsys):
-    Path("broken.json").write_text(content)
-    settings["data"]["sources"] = [{"path": "broken.json"}]
-    assert message in refused(capsys, "fit", settings)
-
-
-@pytest.mark.parametrize("name", ["GPT2", "OPT"])
-def test_a_base_without_rope_is_one_line(settings, name, tmp_path, capsys):
-    sizes = {"GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2}}.get(
-        name,
-        {
-            "hidden_size": 32,
-            "ffn_dim": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "word_embed_proj_dim": 32,
-        },
-    )
-    ends = {"bos_token_id": 1, "eos_token_id": 256, "pad_token_id": 257}
-    made = getattr(transformers, f"{name}Config")(vocab_size=258, **ends, **sizes)
+def test_a_base_without_rope_is_one_line(settings, tmp_path, capsys):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 258}
+    made = transformers.GPT2Config(bos_token_id=1, eos_token_id=256, pad_token_id=257, **sizes)
     transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     line = refused(capsys, "fit", settings, "--model.base", str(tmp_path / "base"))
     assert "RoPE" in line
-    assert name in line
+    assert "GPT2" in line
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])
@@ -312,37 +237,14 @@ def test_a_command_without_sources_names_the_setting(settings, command, capsys):
     assert f"nothing to {command}: data.{command}_sources" in line
 
 
-def lora(base_folder: Path, folder: Path, **options) -> Path:
-    """A LoRA that PEFT has made, on projections of all kinds, and changing what the base writes."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
-    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    model = get_peft_model(base, LoraConfig(**{"r": 3, "target_modules": targets, **options}))
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.4)
-    model.save_pretrained(folder)
-    return folder
-
-
-def answers_of(version: int) -> list[str]:
-    lines = Path(f"lightning_logs/version_{version}/predictions.jsonl").read_text().splitlines()
-    return [json.loads(line)["response"] for line in lines]
-
-
-def model_of(version: int) -> str:
-    return json.loads(Path(f"lightning_logs/version_{version}/results.json").read_text())["model"]
-
-
 def test_a_lora_of_peft_is_refused_in_one_line_that_says_how_to_evaluate_it(
     settings, base_folder, tmp_path, capsys
 ):
     settings["data"]["test_sources"] = "demo"
-    line = refused(capsys, "test", settings, "--model.adapter", str(lora(base_folder, tmp_path)))
-    assert "merge" in line
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    lora = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    lora.save_pretrained(tmp_path)
+    assert "merge" in refused(capsys, "test", settings, "--model.adapter", str(tmp_path))
 
 
 def test_exercises_that_cannot_be_answered_are_named_before_the_base_is_loaded(
@@ -359,33 +261,6 @@ def test_exercises_that_cannot_be_answered_are_named_before_the_base_is_loaded(
     line = refused(capsys, "test", settings)
     assert "task boolq: record 3 of source boolq has a prompt of" in line
     assert "Set data.max_length below 512" in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model.evaluation.num_beams", "0"], "num_beams=0 is not a whole number of at least 1"),
-        (["--model.evaluation.protocols", "[]"], "protocols=[]"),
-        (["--model.evaluation.protocols", "[guess]"], "guess"),
-    ],
-)
-def test_an_evaluation_that_cannot_be_is_one_line(settings, arguments, message, capsys):
-    assert message in refused(capsys, "test", settings, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--trainer.accelerator", "foo"], "the trainer cannot be made: .*'foo'"),
-        (["--trainer.strategy", "foo"], "the trainer cannot be made: .*'foo'"),
-        (["--optimizer.lr", "-1"], "the optimizer or its schedule cannot be made: .*-1"),
-    ],
-)
-def test_what_the_trainer_or_the_optimizer_refuses_is_one_line(
-    settings, arguments, message, capsys
-):
-    line = refused(capsys, "fit", settings, *arguments)
-    assert re.search(message, line), line
 
 
 def test_the_logs_of_another_run_are_kept_and_a_resumed_run_may_add_to_its_own(settings, capsys):
@@ -435,11 +310,6 @@ def test_the_module_runs_as_a_command():
     )
 
 
-def written(text: str) -> list[str]:
-    Path("more.yaml").write_text(text)
-    return ["--config", "more.yaml"]
-
-
 CALL = "{class_path: os.system, init_args: {command: touch called}}"
 
 
@@ -469,20 +339,10 @@ def test_a_configuration_calls_no_function(settings, capsys, given):
     assert not Path("called").exists()
 
 
-def test_a_tokenizer_object_is_taken_from_python():
-    from rosa_lightning import ReasoningDataModule
-
-    tokenizer = byte_tokenizer()
-    assert ReasoningDataModule(tokenizer=tokenizer).text_tokenizer is tokenizer
-
-
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (
-            "model:\n  dtype: auto\nmodel:\n  max_new_tokens: 4\n",
-            "more.yaml, line 3: the key model",
-        ),
+        ("model:\n  dtype: auto\nmodel:\n  base: a\n", "more.yaml, line 3: the key model"),
         ("model: 2\n", "model is 2"),
         ("model:\n  roae: 2\n", "model.roae is 2"),
         ("model:\n  base: 5\n", "model.base"),
@@ -496,8 +356,9 @@ def test_a_tokenizer_object_is_taken_from_python():
 def test_a_configuration_that_says_nothing_clear_ends_in_one_line_with_status_2(
     settings, capsys, more, words
 ):
+    Path("more.yaml").write_text(more)
     with pytest.raises(SystemExit) as exit_:
-        run("fit", settings, *written(more))
+        run("fit", settings, "--config", "more.yaml")
     assert exit_.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert words in line
@@ -506,27 +367,46 @@ def test_a_configuration_that_says_nothing_clear_ends_in_one_line_with_status_2(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--optimizer.lr", "1e-3x"], "optimizer: .*lr.*1e-3x is given; expected one of float"),
+        (["--model.roae.rank", "0"], "rank"),
+        (["--model.roae.low_freq_ratio", "1.5"], "low_freq_ratio"),
+        (["--model.roae.rank", "x"], "model.roae.rank.*int"),
         (["--model.roae", "2"], "model.roae: '2' is neither"),
-        (["--seed_everything", str(2**40)], "seed_everything cannot be used: 1099511627776"),
-        (["--data.seed", str(2**70)], "more than 64 bits. Set another data.seed"),
-        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches=0 is below 1"),
-        (["--trainer.val_check_interval", "0"], "val_check_interval=0 is no interval"),
-        (["--trainer.val_check_interval", "1000"], "less than or equal to the number"),
-        (["--data.sources", "[{path: 5}]"], "A data source has path 5; expected a text"),
-        (["--data.sources", "{path: a, name: [b]}"], r"A data source has name \['b'\]"),
-        (["--data.sources", "{path: a, stream: 'no'}"], "Source a has stream 'no'; expected true"),
-        (["--data.sources", "{path: '5'}"], "error: 5 does not exist"),
-        (["--data.sources", "{path: a, stream: 1}"], "Source a has stream 1; expected true"),
-        (["--data.sources", "{path: a, weight: true}"], "Source a has weight True"),
-        (["--data.sources", "{path: ''}"], "A data source has path ''"),
+        (["--model.base", "no/such-model"], "base 'no/such-model' could not be loaded"),
+        (["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
         (["--ckpt_path", "a\0b"], "null character"),
         (["--config", "a\0b"], "cannot be read"),
+        (["--data.sources", "[{path: missing.json}]"], "missing.json does not exist"),
+        (["--data.sources", "[{hub: nobody/nothing}]"], "nobody/nothing"),
+        (["--data.sources", "[]"], "data.sources names no source"),
+        (["--data.sources", "[{path: 5}]"], "A data source has path 5; expected a text"),
+        (["--data.sources", "{path: '5'}"], "error: 5 does not exist"),
+        (["--data.sources", "{path: a, stream: 'no'}"], "Source a has stream 'no'; expected true"),
+        (["--data.tasks", "[{name: mood, format: lable}]"], "data.tasks.*format.*lable"),
+        (["--data.seed", str(2**70)], "more than 64 bits. Set another data.seed"),
+        (["--seed_everything", str(2**40)], "seed_everything cannot be used: 1099511627776"),
+        (["--optimizer.lr", "1e-3x"], "optimizer: .*lr.*1e-3x is given; expected one of float"),
+        (["--optimizer.lr", "-1"], "the optimizer or its schedule cannot be made: .*-1"),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "the run has no end"),
+        (["--trainer.accelerator", "foo"], "the trainer cannot be made: .*'foo'"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches=0 is below 1"),
+        (["--trainer.val_check_interval", "1000"], "less than or equal to the number"),
     ],
 )
-def test_more_values_that_cannot_be_are_one_line(settings, given, words, capsys):
+def test_a_value_that_cannot_be_is_one_line(settings, given, words, capsys):
     line = refused(capsys, "fit", settings, *given)
     assert re.search(words, line), line
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model.evaluation.num_beams", "0"],
+        ["--model.evaluation.protocols", "[]"],
+        ["--model.evaluation.protocols", "[guess]"],
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_line(settings, given, capsys):
+    assert given[0].rpartition(".")[2] in refused(capsys, "test", settings, *given)
 
 
 def test_records_longer_than_the_base_reads_are_warned_of_in_a_training_too(settings):

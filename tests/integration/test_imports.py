@@ -101,7 +101,6 @@ def private_names(path: Path) -> Iterator[str]:
 
 
 STILL: dict[str, set[str]] = {
-    "cli/parser.py": {"_actions"},
     "dls/checks.py": {"_gradient_checkpointing_func"},
     "models/quantization.py": {"_weight_conversions"},
 }

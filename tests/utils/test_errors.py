@@ -77,10 +77,10 @@ def test_what_a_worker_refuses_is_told_as_if_there_were_none(broken):
 
 
 def test_a_configuration_error_is_told_wherever_it_comes_from():
-    from rosa_lightning.cli.main import refused
+    from rosa_lightning.cli.process import configuration_errors
 
     def make():
-        with refused("it cannot be made", "Mend it."):
+        with configuration_errors("it cannot be made", "Mend it."):
             raise ZeroDivisionError("by zero")
 
     error = raised(make)
