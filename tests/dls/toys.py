@@ -163,7 +163,7 @@ def fit(module, data, *callbacks, ckpt_path=None, **options):
         callbacks=list(callbacks),
         **{"enable_checkpointing": False, "logger": False, "max_epochs": 1} | options,
     )
-    loader = data if isinstance(data, Batches) else Batches(data)
+    loader = Batches(data) if isinstance(data, list) else data
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer
 

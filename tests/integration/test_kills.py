@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,23 +31,15 @@ def options(name: str, folder: Path) -> list[str]:
         {"path": str(numbers), "task": "gsm8k", "weight": 0.7},
         {"path": str(labels), "task": "boolq", "weight": 0.3},
     ]
-    tested = [{"path": str(write_records(folder / "test.json", 2, "No {}."))}]
-    machine = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
-    data = [
-        "--data.sources",
-        yaml.safe_dump(sources),
-        "--data.test_sources",
-        yaml.safe_dump(tested),
-    ]
-    return [
-        *config,
-        "--model.base",
-        "tiny",
-        *data,
-        "--data.loading.decontaminate",
-        "false",
-        *machine,
-    ]
+    values = {
+        "model.base": "tiny",
+        "data.sources": yaml.safe_dump(sources),
+        "data.test_sources": yaml.safe_dump([{"path": str(folder / "numbers.json")}]),
+        "data.loading.decontaminate": "false",
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+    }
+    return [*config, *(f"--{key}={value}" for key, value in values.items())]
 
 
 def last(folder: Path) -> Path | None:
@@ -93,11 +86,10 @@ def strike(commands: Commands, pid: int, moments: random.Random, folder: Path) -
     return True
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def commands() -> Iterator[Commands]:
-    warm = Commands(CONFIGS / "tiny.yaml")
-    yield warm
-    warm.close()
+    with closing(Commands(CONFIGS / "tiny.yaml")) as warm:
+        yield warm
 
 
 @pytest.mark.slow

@@ -108,16 +108,12 @@ def same(first: Any, second: Any) -> bool:
 def differences(straight: Path, resumed: Path) -> list[str]:
     """What is not the same at the ends of two runs, of all but what callbacks measure of time."""
     first, second = (torch.load(path, weights_only=True) for path in (straight, resumed))
-    names = ["state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"]
-    names += ["ReasoningDataModule"]
-    names += [name for name in first if name in ("current_model_state", "averaging_state")]
-    found = [name for name in names if not same(first[name], second.get(name))]
-    if not same(first["rosa"]["rng"], second["rosa"]["rng"]):
-        found.append("rng")
-    selections = [name for name in first["callbacks"] if "DynamicLayerSelection" in name]
-    return found + [
-        n for n in selections if not same(first["callbacks"][n], second["callbacks"][n])
-    ]
+    for checkpoint in (first, second):
+        checkpoint |= {"rng": checkpoint["rosa"]["rng"], **checkpoint["callbacks"]}
+    names = ["state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "rng"]
+    names += ["ReasoningDataModule", "current_model_state", "averaging_state"]
+    names += [name for name in first if "DynamicLayerSelection" in name]
+    return [name for name in names if not same(first.get(name), second.get(name))]
 
 
 def assert_resumes(config: dict[str, Any], moments: Sequence[str], again: str = "") -> None:
@@ -179,6 +175,16 @@ def test_a_step_that_had_some_of_its_batches_gets_the_others_when_resumed(source
     assert_resumes(config, ["batch-4", "validation-5"])
 
 
+def test_dropout_makes_runs_of_different_seeds_differ(sources):
+    """Without this, runs could resume exactly with generators that are never restored."""
+    ends = []
+    for seed in (3, 4):
+        dropout = {"model__roae": {"rank": 4, "dropout": 0.1}, "trainer__max_steps": 3}
+        _, end = fit(shipped("tiny", sources, **dropout) | {"seed_everything": seed})
+        ends.append(torch.load(end, weights_only=True)["state_dict"])
+    assert not same(*ends)
+
+
 AVERAGES = [
     {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.7}},
     {"class_path": "lightning.pytorch.callbacks.WeightAveraging"},
@@ -234,29 +240,24 @@ def finished(sources) -> dict[str, Any]:
 
 
 def test_going_on_with_a_finished_run_names_the_limit_in_the_way(finished, capsys):
-    ends = {"max_epochs": "trainer.max_epochs=1 is reached. Raise trainer.max_epochs to go on"}
-    ends["max_steps"] = "trainer.max_steps=8 is reached. Raise trainer.max_steps to go on"
-    ends["both"] = (
-        "trainer.max_steps=4 and trainer.max_epochs=1 are reached. Raise trainer.max_steps and "
-        "trainer.max_epochs to go on"
-    )
-    ends["max_time"] = "trainer.max_time is reached. Raise trainer.max_time to go on"
+    epochs = "trainer.max_epochs=1 is reached. Raise trainer.max_epochs to go on"
     no_end = {"max_steps": -1, "max_epochs": -1, "max_time": "00:00:00:00"}
     for limits, way in [
-        ({}, ends["max_epochs"]),
-        ({"max_steps": 300}, ends["max_epochs"]),
-        ({"max_steps": 8, "max_epochs": 3}, ends["max_steps"]),
-        ({"max_steps": 4}, ends["both"]),
-        (no_end, ends["max_time"]),
+        ({}, epochs),
+        ({"max_steps": 300}, epochs),
+        (
+            {"max_steps": 8, "max_epochs": 3},
+            "trainer.max_steps=8 is reached. Raise trainer.max_steps",
+        ),
+        ({"max_steps": 4}, "trainer.max_steps=4 and trainer.max_epochs=1 are reached. Raise"),
+        (no_end, "trainer.max_time is reached. Raise trainer.max_time to go on"),
     ]:
         config = {**finished, "trainer": {**finished["trainer"], **limits}}
         # A run without an end has no schedule of its length.
         config["lr_scheduler"] = {"class_path": "torch.optim.lr_scheduler.ConstantLR"}
         Path("further.yaml").write_text(yaml.safe_dump(config))
         assert main(["fit", "--config", "further.yaml", "--ckpt_path", "straight/end-8.ckpt"]) == 1
-        lines = capsys.readouterr().err.splitlines()
-        (line,) = [line for line in lines if line.startswith("error:")]
-        assert f"step 8 after 1 whole epochs, and {way}" in line
+        assert f"step 8 after 1 whole epochs, and {way}" in capsys.readouterr().err
 
 
 def test_going_on_with_a_finished_run_trains_where_its_limits_are_raised(finished):

@@ -13,18 +13,9 @@ import rosa_lightning.adapted
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
 from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import data_module, write_records
+from tests.integration.test_resume import same
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Rows(Callback):
-    """Notes how many rows each batch has."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.rows.append(len(batch["source"]))
 
 
 class Model(RoSAModule):
@@ -50,7 +41,7 @@ def data(sources):
     return data_module(sources=sources, batch_size=4, max_length=128)
 
 
-def first_batch(data, module=None):
+def first_batch(data):
     data.setup("fit")
     return next(iter(data.train_dataloader()))
 
@@ -124,34 +115,24 @@ def put(data, name, value):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("already_read", [False, True])
-def test_a_data_module_whose_setting_changed_is_one_made_with_it(
-    name, already_read, tmp_path, base_folder
-):
+def test_a_data_module_whose_setting_changed_is_one_made_with_it(name, tmp_path, base_folder):
     source = [{"path": str(write_records(tmp_path / "a.json", 40)), "task": "gsm8k"}]
     longer = write_records(tmp_path / "b.json", 20, "So long a text says: {}." + " Yes." * 5)
     source.append({"path": str(longer), "task": "svamp"})
     settings = {"sources": source, "batch_size": 8, "max_length": 256}
     settings |= {"tokenizer": str(base_folder), "cache_dir": None}
-    changed = data_module(**settings)
-    if already_read:
-        first_batch(changed)
+    changed, made = data_module(**settings), data_module(**{**settings, name: CHANGES[name]})
+    first_batch(changed)
     put(changed, name, CHANGES[name])
-    made = data_module(**{**settings, name: CHANGES[name]})
     ours, theirs = first_batch(changed), first_batch(made)
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        same = torch.equal(value, theirs[key]) if torch.is_tensor(value) else value == theirs[key]
-        assert same, key
+    assert same(ours, theirs)
     assert changed.state_dict() == made.state_dict()
     assert len(changed.val_dataloader()) == len(made.val_dataloader())
 
 
-@pytest.mark.parametrize("already_read", [False, True])
-def test_sources_that_change_are_read_anew(already_read, data, sources):
+def test_sources_that_change_are_read_anew(data, sources):
     data.tokenizer = "tiny"
-    if already_read:
-        first_batch(data)
+    first_batch(data)
     data.sources = [{**sources[0], "weight": None, "name": "alone"}]
     assert data.source_names == ["alone"]
     assert set(first_batch(data)["source"].tolist()) == {0}

@@ -128,21 +128,15 @@ def test_prompts_to_answer_are_spread_over_the_sources_with_answers(tmp_path, ba
         assert prompts[0]["reference"][row] == reference(held[key].record)
 
 
-def test_free_texts_and_val_generate_0_have_no_accuracy(tmp_path):
+def test_free_texts_records_without_an_answer_and_val_generate_0_have_no_accuracy(tmp_path):
     path = with_rationale(tmp_path / "own.json", "{}")
-    for options in ({"sources": [str(path)]}, {"val_generate": 0}):
+    refusals = [{"instruction": f"Say {n}.", "output": "I will not."} for n in range(40)]
+    (tmp_path / "refusals.json").write_text(json.dumps(refusals))
+    unanswered = [{"path": str(tmp_path / "refusals.json"), "task": "gsm8k"}]
+    for options in ({"sources": [str(path)]}, {"val_generate": 0}, {"sources": unanswered}):
         metrics = validated(tmp_path, demo(**options))
         assert not [name for name in metrics if "accuracy" in name]
         assert "val/loss" in metrics
-
-
-def test_records_without_an_answer_are_not_answered(tmp_path):
-    path = tmp_path / "own.json"
-    records = [{"instruction": f"Say {n}.", "output": "I will not."} for n in range(40)]
-    path.write_text(json.dumps(records))
-    sources = [{"path": str(path), "task": "gsm8k"}]
-    metrics = validated(tmp_path, demo(sources=sources, val_fraction=0.5))
-    assert not [name for name in metrics if "accuracy" in name]
 
 
 class Foreign(LightningModule):
