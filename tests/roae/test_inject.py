@@ -78,39 +78,25 @@ def _frequencies(model, layer_index: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", SEPARATE)
-def test_low_frequency_dimensions_agree_with_the_recurrence_of_rotations(family):
+def test_the_slowest_dimensions_by_the_recurrence_of_rotations_change_and_no_others(family):
     model = build(family)
     report = inject_roae(model, RoAEConfig(rank=2, low_freq_ratio=0.25))
-    queries = [p for p in report.projections if p.target == "q"]
-    assert len(queries) == (1 if family == "smollm3" else 2)
-    for projection in queries:
+    randomise(model)
+    assert len(report.projections) == (2 if family == "smollm3" else 4)
+    for projection in report.projections:
         theta = _frequencies(model, int(projection.name.split(".")[2]))
         rotated = [dim for dim in range(len(theta)) if float(theta[dim]) > 1e-8]
         count = 2 * max(1, round(0.25 * len(rotated) / 2))
         slowest = sorted(rotated, key=lambda dim: float(theta[dim]))[:count]
         assert projection.dims == tuple(sorted(slowest))
-        for (first, second), frequency in zip(
-            projection.table.pairs, projection.table.inv_freq, strict=True
-        ):
-            assert [float(theta[first]), float(theta[second])] == pytest.approx(
-                [frequency] * 2, rel=1e-3
-            )
-
-
-@pytest.mark.parametrize("family", SEPARATE)
-def test_only_low_frequency_outputs_of_each_projection_change(family):
-    model = build(family, torch.float64)
-    report = inject_roae(model, RoAEConfig(rank=4, low_freq_ratio=0.5))
-    model.double()
-    randomise(model)
-    for projection in report.projections:
+        for pair, frequency in zip(projection.table.pairs, projection.table.inv_freq, strict=True):
+            both = [float(theta[dim]) for dim in pair]
+            assert both == pytest.approx([frequency] * 2, rel=1e-3)
         layer = model.get_submodule(projection.name)
-        x = torch.randn(3, 7, layer.roae_A.shape[1], dtype=torch.float64)
-        delta = (layer(x) - layer.base(x)).unflatten(-1, (projection.num_heads, -1))
-        low = list(projection.dims)
-        high = [d for d in range(delta.shape[-1]) if d not in low]
-        assert (delta[..., low] != 0).all()
-        assert (delta[..., high] == 0).all()
+        x = torch.randn(3, 7, layer.roae_A.shape[1])
+        changed = (layer(x) != layer.base(x)).unflatten(-1, (projection.num_heads, -1))
+        assert changed[..., list(projection.dims)].all()
+        assert changed.any((0, 1, 2)).sum() == count
 
 
 @pytest.mark.parametrize(
@@ -186,18 +172,12 @@ def test_targets_of_fused_projections_are_their_own_rows():
 
 def test_a_target_that_no_layer_has_is_refused_by_name():
     model = build("phi")
-    with pytest.raises(
-        ValueError, match="PhiForCausalLM: gate can be adapted in no layer"
-    ) as error:
+    with pytest.raises(ValueError, match="PhiForCausalLM: gate can be adapted in no layer"):
         inject_roae(model, RoAEConfig(targets=("q", "gate")))
-    assert "\n" not in str(error.value)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-NORMED = {"qwen3": 4, "gemma3": 4, "olmo2": 4, "persimmon": 4}
-
-
-@pytest.mark.parametrize("family", NORMED)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "olmo2", "persimmon"])
 def test_placement_state_adds_after_the_norm_on_low_dimensions_alone(family, ids_BT):
     model = build(family)
     before = model(ids_BT).logits
@@ -231,14 +211,13 @@ def test_placement_state_adds_after_the_norm_on_low_dimensions_alone(family, ids
         assert layer.roae_B.grad.abs().sum() > 0
 
 
-def test_placement_state_refuses_to_merge_in_one_line_and_changes_nothing(ids_BT):
+def test_placement_state_refuses_to_merge_and_changes_nothing(ids_BT):
     model = build("qwen3")
     inject_roae(model, RoAEConfig(rank=4, placement="state"))
     randomise(model)
     before = model(ids_BT).logits
-    with pytest.raises(ValueError, match="placement=state") as error:
+    with pytest.raises(ValueError, match="placement=state"):
         merge_roae(model)
-    assert "\n" not in str(error.value)
     assert torch.equal(model(ids_BT).logits, before)
 
 
@@ -266,14 +245,6 @@ def test_a_fused_projection_holds_one_term_inside_the_other_and_merges_both():
     assert isinstance(model.gpt_neox.layers[0].attention.query_key_value, nn.Linear)
 
 
-def test_keys_that_are_values_too_take_no_term_and_the_report_says_so():
-    model = build_small("DeepseekV4Config")
-    report = inject_roae(model, RoAEConfig(rank=4, targets=("q",)))
-    assert {p.target for p in report.projections} == {"q"}
-    with pytest.raises(ValueError, match=r"k can be adapted in no layer.*its rows are those"):
-        inject_roae(build_small("DeepseekV4Config"), RoAEConfig(rank=4))
-
-
 def test_only_adapters_take_gradients(ids_BT):
     model = build("llama")
     report = inject_roae(model, RoAEConfig(rank=4))
@@ -289,16 +260,12 @@ def test_only_adapters_take_gradients(ids_BT):
 
 def test_the_report_says_what_stands_where():
     report = inject_roae(build("llama"), RoAEConfig(rank=4, low_freq_ratio=0.25))
-    assert [p.name for p in report.projections] == [
-        f"model.layers.{i}.self_attn.{t}_proj" for i in range(2) for t in "qk"
-    ]
+    names = [f"model.layers.{i}.self_attn.{t}_proj" for i in range(2) for t in "qk"]
+    assert [p.name for p in report.projections] == names
     q, k = report.projections[:2]
     # Eight pairs a head of 16, base 10000: frequency i is 10000 ** (-i / 8).
-    assert q.table.inv_freq == pytest.approx([10000 ** (-i / 8) for i in range(8)], rel=1e-4)
-    assert q.dims == (6, 7, 14, 15)
     assert q.border == pytest.approx((10000 ** (-6 / 8), 10000 ** (-5 / 8)), rel=1e-4)
-    assert (q.num_heads, k.num_heads) == (4, 2)
-    assert q.num_parameters == 4 * 64 + 4 * (4 * 4)
+    assert (q.dims, q.num_heads, k.num_heads) == ((6, 7, 14, 15), 4, 2)
     assert "4 of 16 dimensions a head" in str(report)
 
 
@@ -311,27 +278,11 @@ def test_the_slowest_pairs_of_a_half_precision_model_are_told_apart():
     assert report.projections[0].table.inv_freq == pytest.approx(wanted, rel=1e-5)
 
 
-REFUSED = {
-    "GPT2Config": {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4},
-    "OPTConfig": {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "ffn_dim": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": 64,
-    },
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_model_without_rope_is_refused_by_name_and_left_as_it_was(name):
-    config = getattr(transformers, name)(
-        **REFUSED[name], bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
+def test_a_model_without_rope_is_refused_by_name_and_left_as_it_was():
+    sizes = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     keys = set(model.state_dict())
-    with pytest.raises(ValueError, match=rf"{type(model).__name__} .*Give a RoPE model") as error:
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel .*Give a RoPE model") as error:
         inject_roae(model, RoAEConfig())
     assert "\n" not in str(error.value)
     assert set(model.state_dict()) == keys
@@ -371,20 +322,16 @@ def test_routed_experts_take_no_term_and_the_report_says_so():
         inject_roae(build_small("MixtralConfig"), RoAEConfig(rank=4, targets=("up",)))
 
 
-def test_a_projection_that_two_layers_share_is_refused():
-    model = build("llama")
-    first, second = (layer.self_attn for layer in model.model.layers)
-    second.q_proj = first.q_proj
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj stands in several places"):
-        inject_roae(model, RoAEConfig(rank=4))
-
-
-def test_a_weight_that_two_projections_share_is_refused():
-    model = build("llama")
-    first, second = (layer.self_attn for layer in model.model.layers)
-    second.k_proj.weight = first.k_proj.weight
-    with pytest.raises(ValueError, match=r"k_proj\.weight stands in several places"):
-        inject_roae(model, RoAEConfig(rank=4))
+def test_a_projection_or_weight_that_two_layers_share_is_refused():
+    for shared in ("q_proj", "k_proj.weight"):
+        model = build("llama")
+        first, second = (layer.self_attn for layer in model.model.layers)
+        if shared == "q_proj":
+            second.q_proj = first.q_proj
+        else:
+            second.k_proj.weight = first.k_proj.weight
+        with pytest.raises(ValueError, match=rf"self_attn\.{shared} stands in several places"):
+            inject_roae(model, RoAEConfig(rank=4))
 
 
 def test_a_layer_that_takes_its_keys_from_another_has_a_term_on_its_queries_alone():
