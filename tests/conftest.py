@@ -40,6 +40,12 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+SLIDING_FULL = ["sliding_attention", "full_attention"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+YARN["original_max_position_embeddings"] = 32
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
@@ -47,10 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {}),
     "gemma": ("GemmaConfig", {"head_dim": 32}),
     "gemma2": ("Gemma2Config", {"head_dim": 32}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "layer_types": SLIDING_FULL}),
     "cohere": ("CohereConfig", {}),
     "glm": ("GlmConfig", {"head_dim": 32}),
     "phi": ("PhiConfig", {}),
@@ -59,30 +62,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {}),
     "neox": ("GPTNeoXConfig", {"rotary_pct": 0.5}),
     "persimmon": ("PersimmonConfig", {}),
-    "yarn": (
-        "LlamaConfig",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "rope_theta": 10000.0,
-                "original_max_position_embeddings": 32,
-            }
-        },
-    ),
-    "llama3": (
-        "LlamaConfig",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "rope_theta": 500000.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
+    "yarn": ("LlamaConfig", {"rope_parameters": YARN}),
+    "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
 }
 
 
@@ -181,13 +162,8 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_records(path: Path, count: int, output: str = "{}", answer: str = "{}") -> Path:
     records = [
-        {
-            "instruction": f"Say {number}.",
-            "input": "",
-            "output": output.format(number),
-            "answer": answer.format(number),
-        }
-        for number in range(count)
+        {"instruction": f"Say {n}.", "output": output.format(n), "answer": answer.format(n)}
+        for n in range(count)
     ]
     path.write_text(json.dumps(records))
     return path

@@ -1,7 +1,9 @@
 """Every block of README.md and docs/ runs, or says what it needs and is then parsed.
 
 A block that cannot run here follows a comment, `<!-- needs: gpu -->` or `<!-- needs: hub -->`, in
-which a reason may stand. Models and data of the hub are replaced by the embedded ones.
+which a reason may stand. Models and data of the hub are replaced by the embedded ones. A command
+runs on the first page that shows it. Of commands that install, test, or run a benchmark only the
+files and options are checked.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import shlex
 import shutil
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,8 +42,7 @@ SMALL = {
     "bench": "--steps=1 --rounds=1",
 }
 """What keeps a command short."""
-RAN: set[tuple[str, ...]] = set()
-"""Commands that have run; on another page they are not run again."""
+Words = list[str]
 CHECKERS = ("pytest", "ruff", "mypy", "tensorboard")
 
 
@@ -57,20 +59,41 @@ def trained(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["rosa"])
-        command(["fit", "--config", "configs/tiny.yaml", "--data.sources=train.jsonl"], needs="")
+        run(["fit", "--config", "configs/tiny.yaml", "--data.sources=train.jsonl"])
     return folder
 
 
-def command(words: list[str], needs: str) -> None:
+def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
+    """What each block needs, its language and its text, with the embedded base in it."""
+    for needs, language, text in BLOCK.findall(page.read_text()):
+        yield needs, language, text if needs else re.sub("|".join(BASES), str(tiny.folder()), text)
+
+
+def commands(text: str) -> Iterator[Words]:
+    """The words of each command of a shell block."""
+    for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
+        if words:
+            yield words
+
+
+FIRST: dict[tuple[str, ...], Path] = {}
+"""The first page of each command."""
+for _page in PAGES:
+    for _needs, _language, _text in blocks(_page):
+        for _words in commands(_text) if _language == "bash" and not _needs else ():
+            FIRST.setdefault(tuple(_words), _page)
+
+
+def run(words: Words, needs: str = "") -> None:
     """Run a command of the package, a short form of it, or parse it only."""
     if needs or {"--help", "--print_config"} & set(words):
         with pytest.raises(SystemExit) as ending:
             main([*words, "--print_config"])
         assert ending.value.code == 0
         return
-    if tuple(words) in RAN:
-        return
-    RAN.add(tuple(words))
     short = SMALL.get(words[0], "").split()
     if words[0] == "fit" and "--ckpt_path" in words:
         short.append("--trainer.max_steps=3")
@@ -81,32 +104,28 @@ def command(words: list[str], needs: str) -> None:
     assert main([*words, *short]) == 0
 
 
-def run_shell(text: str, needs: str) -> None:
+def run_shell(text: str, needs: str, page: Path) -> None:
     """Run the commands of the package; check the files and options that other commands name."""
-    for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
-        words = shlex.split(line, comments=True)
-        while words and re.match(r"[A-Z_]+=", words[0]):
-            words.pop(0)
+    for words in commands(text):
         match words:
-            case []:
-                pass
             case ["python", "-m", "rosa_lightning", *rest]:
-                command(rest, needs)
+                if needs or FIRST[tuple(words)] == page:
+                    run(rest, needs)
             case ["python", script, *rest] if script.startswith("tests/"):
                 source = Path(script).read_text()
-                assert all(word in source for word in rest if word.startswith("--")), line
+                assert all(word in source for word in rest if word.startswith("--")), words
             case ["python", "-m", module, *_]:
-                assert Path(*module.split(".")).with_suffix(".py").exists(), line
+                assert Path(*module.split(".")).with_suffix(".py").exists(), words
             case ["pip", "install", "-e", target]:
                 extras = re.findall(r"[a-z]+", target)
                 known = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-                assert set(extras) <= known["optional-dependencies"].keys(), line
+                assert set(extras) <= known["optional-dependencies"].keys(), words
             case ["cp", "-r", source, target]:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             case [tool, *rest] if tool in CHECKERS:
-                assert all(Path(word).exists() for word in rest if word.startswith("tests/")), line
+                assert all(Path(word).exists() for word in rest if word.startswith("tests/")), words
             case _:
-                raise AssertionError(f"nothing runs {line!r}")
+                raise AssertionError(f"nothing runs {words!r}")
 
 
 @pytest.mark.filterwarnings("default")
@@ -117,9 +136,7 @@ def test_every_block_runs(page, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rosa"])
     monkeypatch.syspath_prepend(str(tmp_path))
     names: dict[str, object] = {"__name__": page.stem}
-    for needs, language, text in BLOCK.findall(page.read_text()):
-        if not needs:
-            text = re.sub("|".join(BASES), str(tiny.folder()), text)
+    for needs, language, text in blocks(page):
         if language == "python":
             code = compile(text, str(page), "exec")
             if not needs:
@@ -131,7 +148,7 @@ def test_every_block_runs(page, trained, tmp_path, monkeypatch):
         elif language == "json":
             [json.loads(line) for line in text.splitlines()]
         elif language == "bash":
-            run_shell(text, needs)
+            run_shell(text, needs, page)
         else:
             assert language in ("text", "bibtex", "mermaid"), language
 
