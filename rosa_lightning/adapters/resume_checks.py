@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rosa_lightning.utils.rng import rng_state, set_rng_state
+from rosa_lightning.utils.text import one_line
 
 _DATA = "ReasoningDataModule"
 _OF_A_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
@@ -58,11 +59,11 @@ def _match(name: str, value: Any, like: Any) -> Any:
     kinds = {float: (int, float, Tensor), tuple: (tuple, list)}.get(type(like), (type(like),))
     if not isinstance(value, kinds) or (isinstance(value, bool) and type(like) is not bool):
         what = "number" if len(kinds) > 2 else kinds[0].__name__
-        raise _damaged(name, f"is {_short(value)}, and no {what}")
+        raise _damaged(name, f"is {one_line(repr(value), 60)}, and no {what}")
     if type(like) is int and value < -1:
         raise _damaged(name, f"is {value}, and no count")
     if type(like) is tuple and len(value) != len(like):
-        raise _damaged(name, f"is {_short(value)}, and not {len(like)} values")
+        raise _damaged(name, f"is {one_line(repr(value), 60)}, and not {len(like)} values")
     for key in like if isinstance(like, dict) else ():
         if key in value:
             _match(f"{name}.{key}", value[key], like[key])
@@ -84,9 +85,8 @@ def _check_steps(steps: int, loop: Mapping[str, Any]) -> None:
 
 def _check_data(state: Any) -> None:
     _match(_DATA, state, {"seen": {}, "order": {}})
-    _match(f"{_DATA}.seen", state["seen"], dict.fromkeys(state["seen"], 0))
     sources = _match(f"{_DATA}.order.sources", state["order"].get("sources", {}), {})
-    _match(f"{_DATA}.seen", state["seen"], dict.fromkeys(sources, 0))
+    _match(f"{_DATA}.seen", state["seen"], dict.fromkeys([*state["seen"], *sources], 0))
     _match(f"{_DATA}.trained_on", state.get("trained_on", []), [{}])
 
 
@@ -102,12 +102,12 @@ def _check_rank_states(about: Any, parameters: Collection[str]) -> None:
     finally:
         set_rng_state(own)
     _match("rosa.nonfinite_steps", about.get("nonfinite_steps", 0), 0)
-    gradients = about.get("gradients")
-    if gradients is not None and len(_match("rosa.gradients", gradients, [{}])) != len(
-        about["rng"]
-    ):
-        raise _damaged("rosa.gradients", f"holds {len(gradients)} of {len(about['rng'])} ranks")
-    for name, value in (item for held in gradients or () for item in held.items()):
+    if about.get("gradients") is None:
+        return
+    gradients, ranks = _match("rosa.gradients", about["gradients"], [{}]), len(about["rng"])
+    if len(gradients) != ranks:
+        raise _damaged("rosa.gradients", f"holds {len(gradients)} of {ranks} ranks")
+    for name, value in (item for held in gradients for item in held.items()):
         if name not in parameters or not isinstance(value, Tensor):
             raise _damaged("rosa.gradients", f"holds {name}, which is no gradient of a weight")
 
@@ -129,10 +129,10 @@ def check_states_fit(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
         name, state = f"optimizer_states[{number}]", checkpoint["optimizer_states"][number]
         _match(name, state, {"state": {}, "param_groups": [{}]})
         for group, fresh in zip(state["param_groups"], optimizer.param_groups, strict=False):
-            numbers = {k: float(v) for k, v in fresh.items() if type(v) in (int, float)}
-            pairs = {k: v for k, v in fresh.items() if isinstance(v, tuple)}
-            known = {k: v for k, v in {**numbers, **pairs}.items() if k in group or k == "lr"}
-            _match(f"{name}.param_groups", group, known)
+            given = {k: v for k, v in fresh.items() if k in group or k == "lr"}
+            numbers = {k: float(v) for k, v in given.items() if type(v) in (int, float)}
+            pairs = {k: v for k, v in given.items() if isinstance(v, tuple)}
+            _match(f"{name}.param_groups", group, {**numbers, **pairs})
         _check_moments(f"{name}.state", state["state"], optimizer)
         if steps > 0 and not state["state"] and _keeps_state(optimizer):
             raise _damaged(f"{name}.state", f"is empty after {steps} steps")
@@ -152,7 +152,7 @@ def _check_moments(name: str, states: dict[Any, Any], optimizer: Optimizer) -> N
         for key in own.keys() & set(_OF_A_WEIGHT) if number in range(len(weights)) else ():
             shape = tuple(getattr(own[key], "shape", (None,)))
             if shape not in ((), tuple(weights[number].shape)):
-                raise _damaged(f"{name}.{number}.{key}", f"is {_short(own[key])}")
+                raise _damaged(f"{name}.{number}.{key}", f"is {one_line(repr(own[key]), 60)}")
 
 
 def _keeps_state(optimizer: Optimizer) -> bool:
@@ -167,8 +167,3 @@ def _damaged(name: str, reason: str) -> ValueError:
         f"the checkpoint's entry {name} {reason}: it is damaged, or of another kind of run. Give "
         "another checkpoint as ckpt_path."
     )
-
-
-def _short(value: Any) -> str:
-    shown = " ".join(repr(value).split())
-    return shown if len(shown) < 60 else f"{shown[:57]}..."

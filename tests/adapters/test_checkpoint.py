@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -44,12 +43,9 @@ def test_what_a_checkpoint_knows_is_read(checkpoint):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_file_is_said_at_once(tmp_path, kind):
     assert "is no file" in message(put(kind, tmp_path / "it"))
-
-
-@pytest.mark.parametrize("kind", KINDS[:3])
-def test_nor_does_a_folder_of_shards_hang(tmp_path, kind):
-    put(kind, tmp_path / "meta.pt")
-    assert "is no file" in message(tmp_path)
+    (tmp_path / "shards").mkdir()
+    put(kind, tmp_path / "shards" / "meta.pt")
+    assert "is no file" in message(tmp_path / "shards")
 
 
 def test_a_null_character_is_shown():
@@ -73,29 +69,14 @@ def test_a_checkpoint_that_unpacks_to_thousands_of_times_its_size_is_not_unpacke
     assert re.search(r"bomb\.ckpt has [\d,]+ bytes and unpacks to 10\d,\d{3},\d{3}", message(bomb))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"no checkpoint", pickle.dumps({"rosa": 1}), b"PK\x03\x04" + bytes(100)],
-    ids=["empty", "text", "pickled", "half an archive"],
-)
-def test_what_torch_has_not_written_is_refused(tmp_path, content):
-    (tmp_path / "it").write_bytes(content)
-    assert "is not whole, or no file of torch's format" in message(tmp_path / "it")
-
-
-def test_the_old_format_which_may_claim_any_size_is_refused(checkpoint, tmp_path):
-    old = io.BytesIO()
-    content = torch.load(checkpoint, weights_only=True)
-    torch.save(content, old, _use_new_zipfile_serialization=False)
-    (tmp_path / "it").write_bytes(old.getvalue())
-    assert "no file of torch's format since 1.6" in message(tmp_path / "it")
-
-
-def test_a_cut_checkpoint_is_refused(checkpoint, tmp_path):
-    whole = checkpoint.read_bytes()
-    for length in (10, len(whole) // 2, len(whole) - 30):
-        (tmp_path / "it").write_bytes(whole[:length])
-        assert "can be read safely" in message(tmp_path / "it")
+def test_what_torch_has_not_written_or_only_in_part_is_refused(checkpoint, tmp_path):
+    whole, old = checkpoint.read_bytes(), io.BytesIO()
+    # Its older format may claim any size.
+    torch.save({"rosa": 1}, old, _use_new_zipfile_serialization=False)
+    damaged = [b"", b"no checkpoint", old.getvalue(), b"PK\x03\x04" + bytes(100)]
+    for content in [*damaged, whole[:10], whole[: len(whole) // 2], whole[:-30]]:
+        (tmp_path / "it").write_bytes(content)
+        assert "is not whole, or no file of torch's format since 1.6" in message(tmp_path / "it")
 
 
 class Code:

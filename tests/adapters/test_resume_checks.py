@@ -35,14 +35,8 @@ def arguments(base_folder: Path, folder: Path, steps: int) -> list[str]:
     quiet = ("logger", "enable_progress_bar", "enable_model_summary")
     return [
         *("--model.base", str(base_folder), "--model.roae.rank", "2", "--data.batch_size", "4"),
-        *(
-            "--data.sources",
-            str(source),
-            "--data.loading.cache_dir",
-            "null",
-            "--data.val_fraction",
-            "0.2",
-        ),
+        *("--data.sources", str(source), "--data.val_fraction", "0.2"),
+        *("--data.loading.cache_dir", "null"),
         *("--trainer.accelerator", "cpu", "--trainer.max_steps", str(steps)),
         *(word for name in quiet for word in (f"--trainer.{name}", "false")),
         *("--trainer.default_root_dir", str(folder), "--trainer.log_every_n_steps", "1"),
@@ -130,61 +124,51 @@ def test_states_that_a_strategy_has_taken_from_shards_are_not_missed(checkpoint,
 
 
 MISSING = ["epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers"]
-WRONG = [
-    ("rosa/rng", None),
-    ("rosa/rng", [{}]),
-    ("rosa/rng/0/torch", torch.zeros(3)),
-    ("rosa/rng/0/python", [3, [1, 2], None]),
-    ("rosa/rng/0/numpy", "x"),
-    ("rosa/gradients", [{"no such weight": torch.zeros(2)}]),
-    ("rosa/gradients", []),
-    ("rosa/nonfinite_steps", "many"),
-    ("loops", []),
-    ("loops/fit_loop", None),
-    ("loops/fit_loop", {}),
-    ("loops/fit_loop/epoch_loop.batch_progress/is_last_batch", 3),
-    ("callbacks/DynamicLayerSelection", {}),
-    ("ReasoningDataModule", {}),
-    ("ReasoningDataModule/seen", {}),
-    ("global_step", 10**15),
-    ("loops/fit_loop/epoch_progress", 3),
-    ("loops/fit_loop/epoch_progress/total/completed", "two"),
-    ("loops/fit_loop/epoch_loop.batch_progress/current", 0),
-    ("callbacks/DynamicLayerSelection", 5),
-    ("optimizer_states/0", "x"),
-    ("optimizer_states/0/state", []),
-    ("optimizer_states/0/param_groups", [3]),
-    ("optimizer_states/0/param_groups/0/lr", "0.1"),
-    ("optimizer_states/0/state/15", None),
-    ("optimizer_states/0/state/15/exp_avg", torch.zeros(7)),
-    ("lr_schedulers/0", None),
-    ("lr_schedulers/0/last_epoch", "x"),
-    ("lr_schedulers/0/_last_lr", ["x"]),
-    ("ReasoningDataModule", "x"),
-    ("ReasoningDataModule/seen", {"demo": "x"}),
-    ("ReasoningDataModule/order", None),
-    ("ReasoningDataModule/trained_on", [1]),
-    ("global_step", 1.5),
-    ("epoch", None),
-]
+WRONG = {
+    "rosa/rng": [None, [{}]],
+    "rosa/rng/0/torch": [torch.zeros(3)],
+    "rosa/rng/0/python": [[3, [1, 2], None]],
+    "rosa/rng/0/numpy": ["x"],
+    "rosa/gradients": [[], [{"no such weight": torch.zeros(2)}]],
+    "rosa/nonfinite_steps": ["many"],
+    "loops": [[]],
+    "loops/fit_loop": [None, {}],
+    "loops/fit_loop/epoch_progress": [3],
+    "loops/fit_loop/epoch_progress/total/completed": ["two"],
+    "loops/fit_loop/epoch_loop.batch_progress/is_last_batch": [3],
+    "callbacks/DynamicLayerSelection": [{}, 5],
+    "optimizer_states/0": ["x"],
+    "optimizer_states/0/state": [[]],
+    "optimizer_states/0/state/15": [None],
+    "optimizer_states/0/state/15/exp_avg": [torch.zeros(7)],
+    "optimizer_states/0/param_groups": [[3]],
+    "optimizer_states/0/param_groups/0/lr": ["0.1"],
+    "lr_schedulers/0": [None],
+    "lr_schedulers/0/last_epoch": ["x"],
+    "lr_schedulers/0/_last_lr": [["x"]],
+    "ReasoningDataModule": [{}, "x"],
+    "ReasoningDataModule/seen": [{}, {"demo": "x"}],
+    "ReasoningDataModule/order": [None],
+    "ReasoningDataModule/trained_on": [[1]],
+    "global_step": [10**15, 1.5],
+    "epoch": [None],
+}
 
 
 @pytest.mark.parametrize("name", MISSING)
 def test_an_entry_that_is_missing_is_named(checkpoint, name):
-    content = changed(checkpoint[1], name)
     with pytest.raises(ValueError, match=f"holds no entry {name}"):
-        check(content)
+        check(changed(checkpoint[1], name))
 
 
-@pytest.mark.parametrize(("path", "value"), WRONG, ids=[path for path, _ in WRONG])
-def test_an_entry_that_holds_something_else_is_named(checkpoint, path, value):
-    content = changed(checkpoint[1], path, value)
+@pytest.mark.parametrize("path", WRONG)
+def test_an_entry_that_holds_something_else_is_named(checkpoint, path):
     before = torch.get_rng_state()
-    with pytest.raises(ValueError, match="the checkpoint's entry ") as caught:
-        check(content)
-    entry = str(caught.value).split("entry ")[1]
-    assert entry.startswith("/".join(path.split("/")[:1]))
-    assert "\n" not in str(caught.value)
+    for value in WRONG[path]:
+        entry = path.partition("/")[0]
+        with pytest.raises(ValueError, match=f"the checkpoint's entry {entry}") as caught:
+            check(changed(checkpoint[1], path, value))
+        assert "\n" not in str(caught.value)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -193,9 +177,6 @@ def test_an_entry_that_holds_something_else_is_named(checkpoint, path, value):
     [
         ("rosa/rng/0/python", "entry rosa.rng"),
         ("optimizer_states/0/state/15/exp_avg", "optimizer_states[0].state.15 lacks exp_avg"),
-        ("loops/fit_loop/epoch_loop.batch_progress", "loops.fit_loop lacks epoch_loop.batch_"),
-        ("lr_schedulers/0", "entry lr_schedulers holds 0 states, and the run 1"),
-        ("optimizer_states/0/state", "optimizer_states[0] lacks state"),
     ],
 )
 def test_a_training_that_goes_on_from_it_ends_in_one_line(
