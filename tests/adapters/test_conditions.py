@@ -58,7 +58,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "trainer": {
             **QUIET,
-            "max_steps": 1, "log_every_n_steps": 1, "precision": "bf16-mixed", "logger": False,
+            "max_steps": 1,
+            "log_every_n_steps": 1,
+            "precision": "bf16-mixed",
+            "logger": False,
             "default_root_dir": str(folder),
         },
     }
