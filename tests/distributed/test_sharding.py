@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -22,6 +22,7 @@ from rosa_lightning.training.schedule import WarmupCosine
 from tests import ranks
 from tests.conftest import FAMILIES, build
 from tests.distributed.test_dls import plain
+from tests.test_module import trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STRATEGIES = {
@@ -86,15 +87,11 @@ def arguments(dtype: str) -> list[str]:
         "dls.interval": 2,
         "dls.policy": "sample",
     }
+    saves = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
     callbacks = [
-        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saves},
         {"class_path": "tests.distributed.test_sharding.Watch"},
     ]
-    callbacks[0]["init_args"] = {
-        "every_n_train_steps": 1,
-        "save_top_k": -1,
-        "filename": "{step}",
-    }
     given = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     return ["--config", str(CONFIGS / "tiny.yaml"), *given, f"--trainer.callbacks={callbacks}"]
 
@@ -199,18 +196,9 @@ def reference(seen: list[dict], whole_rows: bool) -> dict[str, torch.Tensor]:
     module.whole_rows = whole_rows
     pairs = list(zip(*(rank["ddp"]["straight"]["batches"] for rank in seen), strict=True))
     dls = DynamicLayerSelection(num_active=2, interval=2, policy="sample")
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        limit_val_batches=0,
-        gradient_clip_val=0.05,
-        callbacks=[dls],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, DataLoader(pairs, batch_size=None))
+    options = {"max_steps": STEPS, "limit_val_batches": 0, "gradient_clip_val": 0.05}
+    run = trainer(Path(), callbacks=[dls], **options)
+    run.fit(module, DataLoader(pairs, batch_size=None))
     return {n: p.detach() for n, p in module.named_parameters() if is_adapter_key(n)}
 
 
@@ -262,12 +250,10 @@ def test_a_model_travels_without_its_values(family):
     (received,) = pickle.loads(message)
     assert repr(received) == repr(model)
     sent = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in received.named_parameters(remove_duplicate=False):
-        assert parameter.is_meta
-        assert parameter.shape == sent[name].shape
-        assert parameter.dtype == sent[name].dtype
-        assert parameter.requires_grad == sent[name].requires_grad
-    tied = len(list(model.parameters()))
-    assert len(list(received.parameters())) == tied
+    for name, weight in received.named_parameters(remove_duplicate=False):
+        assert weight.is_meta
+        found, wanted = ((w.shape, w.dtype, w.requires_grad) for w in (weight, sent[name]))
+        assert found == wanted
+    assert len(list(received.parameters())) == len(list(model.parameters()))  # ties are kept
     for name, buffer in model.named_buffers():
         assert torch.equal(received.get_buffer(name), buffer)

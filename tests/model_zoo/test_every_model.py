@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
@@ -82,10 +83,9 @@ def products_of(modules: list[nn.Module], layers: dict[nn.Module, str], states):
 
     with ExitStack() as stack:
         for module in modules:
-            before = module.register_forward_pre_hook(lambda m, _: running.append(m))
-            after = module.register_forward_hook(lambda *_: running.pop() and None)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+            begin, end = lambda m, _: running.append(m), lambda *_: running.pop() and None
+            stack.enter_context(module.register_forward_pre_hook(begin))
+            stack.enter_context(module.register_forward_hook(end))
         if modules:
             stack.enter_context(patch("torch.matmul", watched(torch.matmul, 0)))
             stack.enter_context(patch("torch.baddbmm", watched(torch.baddbmm, 1)))
@@ -95,34 +95,26 @@ def products_of(modules: list[nn.Module], layers: dict[nn.Module, str], states):
 
 
 def uses_interface(module: nn.Module) -> bool:
-    import sys
-
     return hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 @contextmanager
 def constant_projections(model: nn.Module, vectors: dict[str, Tensor]):
     """Every named projection answers with one vector at all positions."""
-    handles = [
-        model.get_submodule(path).register_forward_hook(
-            lambda _, __, out, vector=vector: vector.to(out.dtype).expand(out.shape).contiguous()
-        )
-        for path, vector in vectors.items()
-    ]
-    try:
+
+    def constant(vector: Tensor):
+        return lambda _, __, out: vector.to(out.dtype).expand(out.shape).contiguous()
+
+    with ExitStack() as stack:
+        for path, vector in vectors.items():
+            hook = model.get_submodule(path).register_forward_hook(constant(vector))
+            stack.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def states_at(model, layers, vectors, positions: list[int]) -> dict[str, list[Tensor]]:
     ids = torch.arange(3, 3 + len(positions))[None]
-    with (
-        torch.no_grad(),
-        caught_states(layers) as states,
-        constant_projections(model, vectors),
-    ):
+    with torch.no_grad(), caught_states(layers) as states, constant_projections(model, vectors):
         model(input_ids=ids, position_ids=torch.tensor([positions]), use_cache=False)
     return states
 

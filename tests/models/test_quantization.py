@@ -30,7 +30,7 @@ from rosa_lightning.adapters.files import load_adapter
 from rosa_lightning.adapters.metadata import fingerprint
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.models.quantization import ready_four_bit_layers
-from rosa_lightning.roae.inject import is_adapter_key, remove_roae, roae_layers
+from rosa_lightning.roae.inject import is_adapter_key, roae_layers
 from tests.conftest import FAMILIES, SMALL, rosa_module, save_base
 from tests.test_module import trainer
 
@@ -234,17 +234,9 @@ def test_four_bit_rows_of_broken_blocks_are_right_or_refused(scheme, tmp_path, i
     """From 0.49 on bitsandbytes dequantises them wrongly on a CPU."""
     path = save_base(tmp_path, hidden_size=96, head_dim=16)
     model = load_base(str(path), quantization=scheme)
-    refusal = ""
-    try:
-        inject_roae(model, CONFIG)
-    except ValueError as error:
-        refusal = str(error)
-    if refusal:
-        assert "q_proj: on a CPU" in refusal
-        assert "Set model.quantization to int8" in refusal
-        assert not list(roae_layers(model))
-    else:
-        assert_close(model(ids).logits, load_base(str(path))(ids).logits, rtol=0, atol=0.2)
+    if not torch.allclose(model(ids).logits, load_base(str(path))(ids).logits, atol=0.2):
+        with pytest.raises(ValueError, match="q_proj: on a CPU"):
+            inject_roae(model, CONFIG)
 
 
 class BufferLinear(nn.Module):
@@ -282,20 +274,6 @@ def test_layers_with_their_weights_in_buffers_are_adapted_and_not_merged(folder,
 # --- merging ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_merging_is_refused_and_leaves_the_model_as_it_was(scheme, folder, ids):
-    model = load_base(str(folder), quantization=scheme)
-    inject_roae(model, CONFIG)
-    before = randomise(model)(ids).logits
-    with pytest.raises(ValueError, match="dequantize=True") as error:
-        merge_roae(model)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="the base is quantised"):
-        next(layer for _, layer in roae_layers(model)).merge()
-    assert torch.equal(model(ids).logits, before)
-    assert packed(remove_roae(model))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_dequantised_merge_is_the_fold_by_hand(scheme, dtype, family, tmp_path, ids):
@@ -310,6 +288,10 @@ def test_a_dequantised_merge_is_the_fold_by_hand(scheme, dtype, family, tmp_path
             twin.get_submodule(p.projection).weight[list(p.rows)] += delta
     plain = load_base(str(family), dtype=dtype)
     plain.load_state_dict(twin.state_dict())
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="dequantize=True"):
+        merge_roae(model)
+    assert torch.equal(model(ids).logits, before)
     assert merge_roae(model, dequantize=True) is model
     assert_close(model(ids).logits, plain(ids).logits)
     assert {name for name, _ in model.named_parameters()} == dict(plain.named_parameters()).keys()

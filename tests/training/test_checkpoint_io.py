@@ -303,7 +303,7 @@ class Full(Callback):
 
 
 def save_twice(place: Path, strategy, full_on: int) -> dict:
-    """Two saves under one name; at the second a rank has no room, at the third there is again."""
+    """Saves under one name; at the second a rank has no room, at the third there is again."""
     built = RoSAModule(str(place / "base"), RoAEConfig(rank=4))
     full = Full(full_on)
     options = {"devices": 2, "strategy": strategy, "max_steps": 1, "limit_val_batches": 0}

@@ -155,7 +155,7 @@ def test_under_a_gradient_scaler_only_the_loss_counts(fused, base_folder, source
 
     states, scale = run("gradient -inf", 1)
     assert scale == 2**15
-    assert same(states[1], states[2])  # the scaler's doing
+    assert same(states[1], states[2])  # skipped by the scaler
     with pytest.raises(ValueError, match="the loss is nan"):
         run("loss nan", 1)
     states, _ = run("loss nan", 1, steps=1)

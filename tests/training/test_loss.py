@@ -196,20 +196,6 @@ def test_after_a_shared_prefix_loss_and_gradients_are_those_of_single_rows(famil
     check(model, batch, loss_chunk=5)
 
 
-def test_frozen_low_layers_build_no_graph_before_a_shared_prefix():
-    model = adapted(build("llama", num_hidden_layers=4))
-    for weight in model.model.layers[:2].parameters():
-        weight.requires_grad_(False)
-    run, batch = LossComputer(model), batch_of()
-    check(model, batch)
-    run.loss(batch)
-    traced = [[] for _ in range(4)]
-    for layer, seen in zip(model.model.layers, traced, strict=True):
-        layer.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out.requires_grad))
-    run.loss(batch)
-    assert [set(seen) for seen in traced] == [{False}, {False}, {True}, {True}]
-
-
 def test_the_switch_and_batches_not_worth_it_compute_whole_rows(said):
     model = adapted(build("llama"))
     for batch, switch in (
