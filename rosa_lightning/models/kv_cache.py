@@ -35,8 +35,7 @@ def common_start(rows: Sequence[Ids]) -> Ids:
 def new_cache(model: PreTrainedModel) -> DynamicCache | None:
     """An empty cache; None for models that keep more than keys and values.
 
-    States of other kinds advance by one token at a time in most models. And where the length of a
-    text decides how its tokens are rotated, no part of it can be computed for itself.
+    None, too, where the length of a text decides how its tokens are rotated.
     """
     config = model.config
     if {"longrope", "dynamic"} & set(_rope_types(config.to_dict())):
@@ -81,12 +80,11 @@ def inputs_after_prefix(
 ) -> dict[str, Any]:
     """Run the shared prefix once into a cache, and give the inputs for the rest of all rows.
 
-    In a batch padded on the left the rest of every row is what stands right of column P. Padding,
-    and a row's own copy of the prefix where that reaches so far, are masked.
-
     Args:
         model: A causal language model that takes position ids and a cache.
-        batch: `input_ids`, `attention_mask` and `position_ids`, shape (B, T), padded on the left.
+        batch: `input_ids`, `attention_mask` and `position_ids`, shape (B, T), padded on the left:
+            the rest of every row stands right of column P. Padding, and a row's own copy of the
+            prefix where that reaches so far, are masked.
         num_shared: P, at least 1 and below the length of every row.
         cache: Empty, of `SharedPrefixCacheLayer`.
     """

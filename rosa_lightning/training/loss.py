@@ -225,18 +225,17 @@ class LossComputer:
         return parts
 
     def _whole_batch_reason(self, device: str) -> str:
-        if self.sharded:
-            return _SHARDED
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-            return (
-                "16-mixed scales the loss for a backward pass that comes later (set "
-                "trainer.precision to bf16-mixed for parts)"
-            )
-        if has_gradient_hooks(self.model):
-            return "hooks on parameters would see gradients of parts"
-        if any(is_reentrant(module) for module in self.model.modules()):
-            return "reentrant checkpointing has but one backward pass"
-        return ""
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        reasons = {
+            _SHARDED: self.sharded,
+            "16-mixed scales the loss for a backward pass that comes later (set "
+            "trainer.precision to bf16-mixed for parts)": autocast == torch.float16,
+            "hooks on parameters would see gradients of parts": has_gradient_hooks(self.model),
+            "reentrant checkpointing has but one backward pass": any(
+                is_reentrant(module) for module in self.model.modules()
+            ),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _can_narrow(self, batch: dict[str, Any]) -> bool:
         if "head" not in self._unsupported:
@@ -257,10 +256,8 @@ class LossComputer:
         if mode not in self._unsupported:
             reason = _SHARDED
             if not self.sharded:
-                longest = batch["position_ids"][:, -1].argmax()
-                reason = shared_prefix.unsupported_reason(
-                    self.model, batch["input_ids"][longest], training=training
-                )
+                longest_T = batch["input_ids"][batch["position_ids"][:, -1].argmax()]
+                reason = shared_prefix.unsupported_reason(self.model, longest_T, training=training)
                 torch.clear_autocast_cache()
                 self._window = shared_prefix.attention_window(self.model)
             self._note(mode, reason, f"in {mode} the shared prefix is computed for each row")

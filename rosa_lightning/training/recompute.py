@@ -12,6 +12,7 @@ backward pass.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosa_lightning.training.compile import is_compiled
+from rosa_lightning.utils.modules import is_checkpointed
 
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
@@ -38,7 +40,7 @@ def recomputable(model: nn.Module) -> list[nn.Module]:
     FSDP1 keeps weights flat and elsewhere, so that there no norm is found.
     """
     modules = [*model.modules()]
-    if is_compiled(model) or any(getattr(m, "gradient_checkpointing", False) for m in modules):
+    if is_compiled(model) or is_checkpointed(model):
         return []
     flat = any(isinstance(module, FullyShardedDataParallel) for module in modules)
     return [m for m in modules if _is_activation(m) or (_is_row_wise(m) and not flat)]
@@ -78,19 +80,18 @@ def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Within it, what these modules save is recomputed in the backward pass.
 
     As autograd does, the backward pass refuses tensors that were changed in place after they were
-    saved; a norm's input counts among them. Modules with hooks of others are left alone, and so are
-    calls with more than one tensor. `saved_tensors_hooks` around this context see nothing.
+    saved, a norm's input among them. Modules with hooks of others are left alone, and so are calls
+    with more than one tensor. `saved_tensors_hooks` around this context see nothing.
     """
     calls = _Calls()
     with ExitStack() as stack:
         for module in modules:
             if not (module._forward_hooks or module._forward_pre_hooks):
                 begin = module.register_forward_pre_hook(calls.begin, with_kwargs=True)
-                end = module.register_forward_hook(calls.end, always_call=True)
-                stack.callback(begin.remove)
-                stack.callback(end.remove)
+                stack.enter_context(begin)
+                stack.enter_context(module.register_forward_hook(calls.end, always_call=True))
         stack.callback(calls.ended.clear)  # saved tensors hold on to the hooks
-        stack.enter_context(saved_tensors_hooks(calls.pack, _restored))
+        stack.enter_context(saved_tensors_hooks(calls.pack, operator.call))
         yield
 
 
@@ -184,7 +185,7 @@ class _Call:
         with (
             torch.set_grad_enabled(self.num_inner > 0),
             self.autocast(),
-            saved_tensors_hooks(pack, _restored),
+            saved_tensors_hooks(pack, operator.call),
         ):
             output: Tensor = self.module.forward(given).detach()
         self.inner = inner
@@ -209,10 +210,6 @@ def _changed(what: str) -> RuntimeError:
         f"the backward pass needs a {what} that an in-place operation has changed since. Fix the "
         "model's code, or set model.speed.recompute_activations to false, if it trains without it."
     )
-
-
-def _restored(restore: _Restore) -> Tensor:
-    return restore()
 
 
 def _storage(tensor: Tensor) -> int:

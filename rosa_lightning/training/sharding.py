@@ -137,12 +137,10 @@ def _broadcast(
 def _units(model: nn.Module) -> Iterator[str]:
     """Paths of the units inside the model, inner ones first."""
     for path, block in decoder_layers(model).items():
-        adapters = [
-            (f"{path}.{n}", m) for n, m in block.named_modules() if isinstance(m, RoAELinear)
-        ]
-        yield from (f"{name}.base" for name, m in adapters if not isinstance(m.base, RoAELinear))
-        # Of adapters around one another, the inner one first.
-        yield from (name for name, _ in reversed(adapters))
+        inside = [(f"{path}.{name}", module) for name, module in block.named_modules()]
+        adapters = {name: module for name, module in inside if isinstance(module, RoAELinear)}
+        yield from (f"{n}.base" for n, m in adapters.items() if not isinstance(m.base, RoAELinear))
+        yield from reversed(adapters)  # of adapters around one another, the inner one first
         for name, child in block.named_children():
             if is_norm(child) and any(True for _ in child.parameters()):
                 yield f"{path}.{name}"

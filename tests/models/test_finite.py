@@ -32,21 +32,16 @@ def spoil(path: Path, change) -> str:
     return name
 
 
-def with_one(value: float):
-    def change(weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.clone()
-        weight.view(-1)[-1] = value
-        return weight
-
-    return change
+def ending_in(value: float):
+    return lambda weight: torch.cat([weight[:-1], torch.full_like(weight[-1:], value)])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_one(math.nan), "not finite"),
-        (with_one(-math.inf), "not finite"),
-        (lambda weight: with_one(1e300)(weight.double()), "not finite in float32"),
+        (ending_in(math.nan), "not finite"),
+        (ending_in(-math.inf), "not finite"),
+        (lambda weight: ending_in(1e300)(weight.double()), "not finite in float32"),
         (lambda weight: weight.int(), "has dtype torch.int32"),
         (lambda weight: weight > 0, "has dtype torch.bool"),
         (lambda weight: weight.to(torch.complex64), "has dtype torch.complex64"),
@@ -95,16 +90,11 @@ def test_a_base_with_nan_or_infinity_is_refused_by_the_weight(
         load_base(str(folder), dtype=str(dtype).partition(".")[2])
 
 
-def test_a_base_too_large_for_the_data_type_is_refused_and_fits_another(base_folder, tmp_path):
+def test_a_base_too_large_for_the_data_type_is_refused(base_folder, tmp_path):
     name = "model.norm.weight"
     folder = spoilt_base(base_folder, tmp_path / "base", name, 1e38, torch.bfloat16)
     with pytest.raises(ValueError, match=rf"{name} \(torch\.float16\).*model\.dtype"):
         load_base(str(folder), dtype="float16")
-    # Finite weights whose sum is not are fine.
-    weights = load_file(folder / "model.safetensors")
-    weights[name].fill_(3e38)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert load_base(str(folder), dtype="bfloat16").model.norm.weight.min() > 2e38
 
 
 def test_saving_refuses_adapters_that_are_not_finite_and_keeps_the_older_file(

@@ -165,8 +165,7 @@ def test_under_a_gradient_scaler_only_the_loss_counts(fused, base_folder, source
 
 class SavesEveryBatch(Callback):
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.content = b""
+        self.path, self.content = path, b""
 
     def on_train_batch_end(self, trainer, *args) -> None:
         self.content = self.path.read_bytes() if self.path.exists() else b""
@@ -239,13 +238,10 @@ def fit_on_ranks(folder, strategy, steps: int) -> dict:
             error = ""
         except ValueError as refused:
             error = str(refused)
-    finite = all(p.isfinite().all() for p in map(local, built.parameters()))
-    seen = {"error": error, "step": run.global_step, "finite": bool(finite)}
+    parameters = [p.to_local() if hasattr(p, "to_local") else p for p in built.parameters()]
+    finite = all(bool(p.isfinite().all()) for p in parameters)
+    seen = {"error": error, "step": run.global_step, "finite": finite}
     return {**seen, "records": faults.records}
-
-
-def local(parameter) -> torch.Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def on_each_strategy(folder) -> dict:
