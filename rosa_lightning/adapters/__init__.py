@@ -1,1 +1,29 @@
-"""What is saved, and for whom: checkpoints, adapter folders, PEFT LoRA and merged models."""
+"""Adapters on disk: checkpoints, adapter folders, PEFT LoRA and merged models.
+
+`load_adapter` and `export_adapter` read and write adapters of a model; `metadata` says what an
+adapter was trained on, `checkpoint` what a Lightning checkpoint remembers of it.
+"""
+
+from rosa_lightning.utils.lazy import lazy_names
+
+_HOMES = {
+    "AdapterMetadata": "metadata",
+    "BaseFingerprint": "metadata",
+    "Conditions": "metadata",
+    "export_adapter": "export",
+    "fingerprint": "metadata",
+    "load_adapter": "files",
+    "read_metadata": "files",
+}
+
+__all__ = [
+    "AdapterMetadata",
+    "BaseFingerprint",
+    "Conditions",
+    "export_adapter",
+    "fingerprint",
+    "load_adapter",
+    "read_metadata",
+]
+
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -1,1 +1,6 @@
-"""The command line: Lightning's commands and those of this package."""
+"""The command line.
+
+`main` runs Lightning's commands (fit, validate, test, predict) and those of this package
+(`commands`: export, inspect, audit, report, bench); `parser` and `configuration` read and check
+what the user writes.
+"""

@@ -1,1 +1,20 @@
-"""From records to batches: sources, prompt styles, tokens, mixing, splits and contamination."""
+"""From records to batches.
+
+`ReasoningDataModule` reads sources (`sources`, `rows`, `records`), writes prompts in a style and
+tokenizes them (`prompts`, `tokenization`), mixes and batches them (`sampling`, `loading`,
+`collators`), and finds test questions in the training data (`contamination`, `audit`).
+"""
+
+from rosa_lightning.utils.lazy import lazy_names
+
+_HOMES = {
+    "LoadingConfig": "settings",
+    "PromptStyle": "prompts",
+    "ReasoningDataModule": "datamodule",
+    "Source": "sources",
+    "TextInfo": "text_info",
+}
+
+__all__ = ["LoadingConfig", "PromptStyle", "ReasoningDataModule", "Source", "TextInfo"]
+
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -1,1 +1,18 @@
-"""From a batch to its gradients: the loss and all that makes a step faster or smaller."""
+"""From a batch to its loss and gradients.
+
+`LossComputer` computes the loss with the levers of `SpeedConfig`, a file each (`shared_prefix`,
+`head`, `microbatches`, `recompute`, `compile`); the others keep a run right: `guard`, `resume`,
+`sharding`, `checkpoint_io`.
+"""
+
+from rosa_lightning.utils.lazy import lazy_names
+
+_HOMES = {
+    "LossComputer": "loss",
+    "SpeedConfig": "speed",
+    "WarmupCosine": "schedule",
+}
+
+__all__ = ["LossComputer", "SpeedConfig", "WarmupCosine"]
+
+__getattr__ = lazy_names(__name__, _HOMES)

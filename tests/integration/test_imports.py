@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -111,3 +112,12 @@ STILL: dict[str, set[str]] = {
 def test_private_members_of_others_are_used_in_five_files_alone(path):
     if path.as_posix() not in PRIVATE:
         assert {*private_names(path)} <= STILL.get(path.as_posix(), set())
+
+
+@pytest.mark.parametrize("name", sorted({path.parts[0] for path in FILES if len(path.parts) > 1}))
+def test_a_subpackage_has_the_names_that_it_lists(name):
+    package = importlib.import_module(f"rosa_lightning.{name}")
+    assert package.__doc__
+    for public in getattr(package, "__all__", ()):
+        assert getattr(package, public) is not None
+    assert not hasattr(package, "no_such_name")
