@@ -77,12 +77,6 @@ class BackwardBudget:
     more than it has earned since it last trained. So layers train about in proportion to their
     scores, those that the budget holds back among themselves, and none with a score waits forever.
     Over full intervals the mean cost stays within the budget.
-
-    Args:
-        share: Mean cost that the steps may have, above the lowest of the costs.
-        costs: What each layer costs as the lowest one, descending.
-        always_active: Indices of the layers that train anyway and claim nothing.
-        by_score: Whether claims grow with the scores, or alike for policies that ignore them.
     """
 
     def __init__(
@@ -105,12 +99,9 @@ class BackwardBudget:
     def select(
         self, scores: Tensor, steps: int, choose: Callable[[Tensor, int], tuple[int, ...]]
     ) -> tuple[int, ...]:
-        """Choose the layers of one interval and pay for it.
+        """Choose the layers of one interval, and pay for its steps without the one that selects.
 
-        Args:
-            scores: Scores of 0 or above, shape (num_candidates,).
-            steps: Steps until the next selection, without the one that selects.
-            choose: A policy: takes claims, shape (num_candidates,), and the lowest index allowed.
+        A policy chooses by claims, shape (num_candidates,), and the lowest index allowed.
         """
         weights = scores.tolist() if self._by_score else [1.0] * len(self._costs)
         earned = zip(self._earned, _shares(weights), strict=True)

@@ -50,14 +50,12 @@ class DynamicLayerSelection(Callback):
     Every `interval` optimizer steps one step runs with the gradients of all layers. Those of the
     norm weights, accumulated over its micro-batches, score the layers; a policy selects the active
     ones. Until the next selection the others neither move nor take gradients, and autograd stops
-    below the lowest active layer. After the fit every parameter requires a gradient or not as
-    before.
+    below the lowest active layer. After the fit every parameter is frozen or not as before.
 
-    It works on one device, under DDP with find_unused_parameters=True, and under FSDP in both forms
-    (`FSDPStrategy`, `ModelParallelStrategy`): scores are of the global batch, before clipping and
-    free of the loss scale. The optimizer must hold the parameters of all layers from the start.
-    Compile layers one by one (`layer.compile()`): a model compiled as a whole is compiled again for
-    every new selection, and runs uncompiled once torch's recompile limit (8) is reached.
+    It works on one device, under DDP with find_unused_parameters=True, and under FSDP1 and FSDP2:
+    scores are of the global batch, before clipping and free of the loss scale. The optimizer must
+    hold the parameters of all layers from the start. Compile layers one by one
+    (`layer.compile()`): a model compiled as a whole is compiled again for every new selection.
     """
 
     # Of one fit; empty outside it.
@@ -226,7 +224,8 @@ class DynamicLayerSelection(Callback):
         state = state if trainer.ckpt_path is not None else None
         self._step = trainer.global_step
         first_step = self._step if state is None else state["first_step"]
-        total = total_optimizer_steps(trainer) if self.config.needs_length else math.inf
+        needs_length = self.final_steps_all > 0 or self.backward_budget < 1
+        total = total_optimizer_steps(trainer) if needs_length else math.inf
         sizes = num_elements([layer.norms for layer in self._layers], *_wrapped(trainer))
         self._selector = LayerSelector(self.config, self._layers, sizes, total, first_step)
         if state is not None:
@@ -266,9 +265,8 @@ class DynamicLayerSelection(Callback):
         if not loss.requires_grad:
             raise ValueError(
                 f"The active layers {list(self.active)} took no part in this loss, and nothing "
-                "else trains, so there is no gradient. Set always_active (or fixed_layers) to "
-                "layers that every forward pass runs through, raise num_active, or enable "
-                "activation checkpointing with use_reentrant=False."
+                "else trains. Set always_active (or fixed_layers) to layers that every forward "
+                "pass runs through, or enable checkpointing with use_reentrant=False."
             )
         if not self._checked_graph:
             self._checked_graph = True
@@ -346,10 +344,7 @@ class DynamicLayerSelection(Callback):
         elif not self._warned:
             self._warned = True
             problem = "are not finite" if reached else "are missing: no norm weight got a gradient"
-            rank_zero_warn(
-                f"Layer scores at step {step} {problem}; the active layers stay as they were. "
-                "This is said once."
-            )
+            rank_zero_warn(f"Layer scores at step {step} {problem}; no other layers are selected.")
         self._apply(selector, previous, trainer)
 
     def _apply(self, selector: LayerSelector, previous: Collection[int], trainer: Trainer) -> None:

@@ -83,9 +83,9 @@ def check_graph(loss: Tensor) -> None:
     leaves = [getattr(node, "variable", None) for node in nodes]
     if any(leaf is not None and not isinstance(leaf, nn.Parameter) for leaf in leaves):
         rank_zero_warn(
-            "An activation or input requires a gradient, so that every backward pass runs through "
-            "all layers, the frozen ones too, and selection saves no time. Call "
-            "disable_input_require_grads() on the model after enabling checkpointing."
+            "An activation requires a gradient, so that every backward pass runs through all "
+            "layers, and selection saves no time. Call disable_input_require_grads() on the model "
+            "after enabling checkpointing."
         )
 
 

@@ -21,9 +21,7 @@ Normalization = Literal["none", "sqrt_size", "running_mean"]
 def layer_scores(gradients: Sequence[Sequence[Tensor | None]], scale: float = 1.0) -> Tensor:
     """L2 norm over each layer's gradients, shape (num_candidates,), float64 on the CPU.
 
-    Args:
-        gradients: For each layer the gradients of its norm weights; None counts as zero.
-        scale: The loss scale contained in the gradients; scores are divided by it.
+    None counts as zero; scores are divided by the scale of the loss.
     """
     norms: list[Tensor] = []
     for layer in gradients:
@@ -47,12 +45,9 @@ def normalize_scores(
     num_weights: Sequence[int],
     means: Sequence[float] | None,
 ) -> Tensor:
-    """Scores made comparable between layers.
+    """Scores made comparable between layers, by their sizes or by what is usual for them.
 
-    ``sqrt_size`` divides by the square root of the number of a layer's norm weights;
-    ``running_mean`` by the mean of all its scores so far, so that a layer whose gradients have
-    always been large counts only when they are larger than usual. Without means, at the first
-    selection, it is ``none``.
+    The means are those of all scores so far; None at the first selection.
     """
     units: Sequence[float] = [1.0] * len(scores)
     if normalization == "sqrt_size":
@@ -126,9 +121,8 @@ def select_layers(
 ) -> tuple[int, ...]:
     """The layers that train next, sorted: always_active and what the policy adds to them.
 
-    num_active counts the always_active layers too; "threshold", "all" and "fixed" do not read it.
-    From below the floor no policy but "fixed" takes a layer, even where fewer than num_active are
-    left above it.
+    num_active counts the always_active layers too. From below the floor no policy but "fixed" takes
+    a layer, even where fewer than num_active are left above it.
     """
     always = tuple(sorted(set(always_active)))
     if policy == "fixed":

@@ -126,11 +126,6 @@ class SelectionConfig:
                 "Policy 'fixed' leaves a backward_budget nothing to share. Set it to 1."
             )
 
-    @property
-    def needs_length(self) -> bool:
-        """Whether selecting depends on how many steps the run will have."""
-        return self.final_steps_all > 0 or self.backward_budget < 1
-
     def resolve(self, candidate_layers: Sequence[int]) -> tuple[int, Indices, Indices]:
         """num_active, always_active and fixed_layers among the layers that can be selected."""
         options = self.policy_options
@@ -172,7 +167,7 @@ class LayerSelector:
     ) -> None:
         if config.final_steps_all and math.isinf(total_steps):
             raise ValueError(
-                f"final_steps_all={config.final_steps_all} needs to know where the run ends. Set "
+                f"final_steps_all={config.final_steps_all} needs an end of the run. Set "
                 "trainer.max_steps, or trainer.max_epochs with a data set that has a length."
             )
         self.config = config

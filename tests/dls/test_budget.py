@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosa_lightning.dls.budget import BackwardBudget, layer_costs, steps_share
-from rosa_lightning.dls.policies import select_layers, top_k
+from rosa_lightning.dls.policies import top_k
 
 
 def tensor(values):
@@ -196,25 +196,3 @@ def test_a_claim_that_was_long_too_large_to_be_met_does_not_outlast_its_score():
     assert run.shares()[0] == pytest.approx(1 / 3, abs=0.01)
     run.top_k([0.1, *[1.0] * 7], 3, 60)
     assert run.shares(1010)[0] < 0.05
-
-
-@given(set_ups(), st.data())
-@settings(deadline=None)
-def test_layers_that_are_always_active_claim_nothing(set_up, data):
-    num_layers, budget, interval, _ = set_up
-    always = (num_layers - 1,)
-    run = Run(num_layers, budget, interval, always)
-    scores = [*data.draw(positive_scores(num_layers - 1)), 1e9]
-    for _ in range(300):
-        run.select(
-            scores,
-            lambda claims, floor: select_layers(
-                "top_k",
-                claims,
-                min(2, num_layers),
-                generator=torch.Generator(),
-                always_active=always,
-                floor=floor,
-            ),
-        )
-    assert all(always[0] in active for active in run.active)

@@ -1,18 +1,15 @@
-import inspect
 import math
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from rosa_lightning.dls import DynamicLayerSelection
 from rosa_lightning.dls.callback import total_optimizer_steps
 from tests.dls.toys import (
     LLAMA,
@@ -20,7 +17,6 @@ from tests.dls.toys import (
     Batches,
     Block,
     Checkpointed,
-    Endless,
     Recorder,
     Saves,
     TinyLlama,
@@ -236,6 +232,12 @@ def test_a_run_stops_at_the_step_that_was_planned(options, schedule):
     extra, total = [GradientAccumulationScheduler(schedule)] if schedule else [], Total()
     trainer = fit(Toy(), batches(7), total, *extra, **options)
     assert total.steps == trainer.global_step
+
+
+class Endless(Batches):
+    """Does not know its length."""
+
+    __len__ = None
 
 
 def test_a_run_of_unknown_length_is_endless_unless_its_steps_are_counted():
@@ -545,21 +547,6 @@ def test_two_callbacks_for_one_list_are_refused():
     with pytest.raises(ValueError, match=r"Two DynamicLayerSelection callbacks.*'layers\.0'"):
         fit(module, batches(2), both()[0], select(layers="l*s"))
     assert flags(module) == before
-
-
-def test_the_command_line_knows_every_argument(capsys):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(DynamicLayerSelection, "dls")
-    given = ["--dls.num_active=4", "--dls.policy_options.always_active=[-1]"]
-    dls = parser.instantiate(parser.parse_args(given)).dls
-    assert (dls.num_active, dls.policy_options.always_active) == (4, [-1])
-    assert parser.parse_args(["--dls.num_active=0.25"]).dls.num_active == 0.25
-    with pytest.raises(Exception, match="topk"):
-        parser.parse_args(["--dls.policy=topk"])
-    parser.print_help()
-    text = " ".join(capsys.readouterr().out.split())
-    assert "Optimizer steps from one selection to the next." in text
-    assert len(inspect.signature(DynamicLayerSelection).parameters) <= 12
 
 
 class Fails(Toy):

@@ -47,41 +47,24 @@ class Toy(LightningModule):
         return self.loss(batch)
 
     def configure_optimizers(self):
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if self.optimizer is torch.optim.AdamW:
-            return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.5)
-        return self.optimizer(parameters, lr=self.lr)
-
-
-class LowRank(nn.Module):
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.down = nn.Parameter(torch.randn(2, base.in_features) * 0.3)
-        self.up = nn.Parameter(torch.randn(base.out_features, 2) * 0.3)
-
-    def forward(self, x):
-        return self.base(x) + x @ self.down.T @ self.up.T
+        decay = {"weight_decay": 0.5} if self.optimizer is torch.optim.AdamW else {}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return self.optimizer(trained, lr=self.lr, **decay)
 
 
 class TinyLlama(Toy):
-    """A frozen Llama with low-rank terms on its queries and keys."""
+    """A frozen Llama whose queries and keys train."""
 
     def __init__(self, num_layers=4):
         super().__init__(1)
         del self.layers, self.head
-        config = LlamaConfig(
-            vocab_size=17,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=num_layers,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
+        sizes = {"vocab_size": 17, "hidden_size": 16, "intermediate_size": 24}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        config = LlamaConfig(num_hidden_layers=num_layers, **sizes, **heads)
         self.model = LlamaForCausalLM(config).requires_grad_(False)
         for layer in self.model.model.layers:
-            layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
-            layer.self_attn.k_proj = LowRank(layer.self_attn.k_proj)
+            layer.self_attn.q_proj.requires_grad_(True)
+            layer.self_attn.k_proj.requires_grad_(True)
 
     def loss(self, batch):
         ids = (batch.abs() * 100).long() % 17
@@ -109,12 +92,6 @@ class Batches:
 
     def load_state_dict(self, state):
         self.position = state["position"]
-
-
-class Endless(Batches):
-    """Does not know its length."""
-
-    __len__ = None
 
 
 def batches(count, rows=4):
@@ -183,12 +160,6 @@ def trained(run):
     ]
 
 
-def windows_of(data, epochs, accumulate):
-    for _ in range(epochs):
-        for start in range(0, len(data), accumulate):
-            yield data[start : start + accumulate]
-
-
 def reference(
     module, data, *, layers, norms, choose, interval, epochs, accumulate, warmup=0, forgets=True
 ):
@@ -199,7 +170,8 @@ def reference(
     probes = [norm for layer in norms for norm in layer]
     required = [norm.requires_grad for norm in probes]
     active, history = tuple(range(len(layers))), []
-    for step, window in enumerate(windows_of(data, epochs, accumulate)):
+    windows = [data[i : i + accumulate] for i in range(0, len(data), accumulate)]
+    for step, window in enumerate(windows * epochs):
         previous, wanted = active, [*trained.values(), *probes]
         for norm in probes:
             norm.requires_grad_(True)
