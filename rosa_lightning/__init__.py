@@ -3,10 +3,9 @@
 Names are imported at first use, so that RoAE works without importing Lightning.
 """
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-from rosa_lightning.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rosa_lightning.adapters.export import export_adapter
@@ -42,26 +41,23 @@ __all__ = [
 
 __version__ = version("rosa-lightning")
 
-_find = lazy_names(
-    __name__,
-    {
-        "DynamicLayerSelection": "dls.callback",
-        "EvaluationConfig": "evaluation.evaluator",
-        "ReasoningDataModule": "data.datamodule",
-        "ResultWriter": "evaluation.writers",
-        "RoAEConfig": "roae.layer",
-        "RoAELinear": "roae.layer",
-        "RoAEReport": "roae.inject",
-        "RoSAModule": "module",
-        "RunMonitor": "inspection.run_monitor",
-        "TokenThroughputMonitor": "inspection.throughput",
-        "WarmupCosine": "training.schedule",
-        "export_adapter": "adapters.export",
-        "inject_roae": "roae.inject",
-        "load_adapter": "adapters.files",
-        "merge_roae": "roae.inject",
-    },
-)
+_HOMES = {
+    "DynamicLayerSelection": "dls.callback",
+    "EvaluationConfig": "evaluation.evaluator",
+    "ReasoningDataModule": "data.datamodule",
+    "ResultWriter": "evaluation.writers",
+    "RoAEConfig": "roae.layer",
+    "RoAELinear": "roae.layer",
+    "RoAEReport": "roae.inject",
+    "RoSAModule": "module",
+    "RunMonitor": "inspection.run_monitor",
+    "TokenThroughputMonitor": "inspection.throughput",
+    "WarmupCosine": "training.schedule",
+    "export_adapter": "adapters.export",
+    "inject_roae": "roae.inject",
+    "load_adapter": "adapters.files",
+    "merge_roae": "roae.inject",
+}
 
 _RENAMED = {
     "ThroughputMonitor": "rosa_lightning.TokenThroughputMonitor",
@@ -74,7 +70,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its home."""
     if name in _RENAMED:
         raise AttributeError(f"{__name__}.{name} is renamed: write {_RENAMED[name]}")
-    return _find(name)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ from rosa_lightning.tasks.records import Record
 StyleName = Literal["alpaca", "chat", "plain"]
 
 
-class Turn(NamedTuple):
+class EncodedRecord(NamedTuple):
     """A prompt and its response in token ids."""
 
     prompt: list[int]
@@ -69,11 +69,13 @@ class PromptStyle:
         found = self.texts(self.apply(mark(one.instruction), mark(one.input)) for one in records)
         return [tokens.ids for tokens in found]
 
-    def turns(self, records: Sequence[Record]) -> Iterator[Turn]:
+    def encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Prompts and responses in token ids."""
         replies = self.texts(self.texts.mark(record.output) for record in records)
         for record, prompt, reply in zip(records, self.prompts(records), replies, strict=True):
-            yield Turn(prompt, record.output, Tokens([*reply.ids, *self.stop_ids], reply.starts))
+            yield EncodedRecord(
+                prompt, record.output, Tokens([*reply.ids, *self.stop_ids], reply.starts)
+            )
 
     def response(self, text: str, *, end: bool = False) -> list[int]:
         """Token ids of a response as they follow a prompt; `end` adds the token that ends it."""
@@ -174,20 +176,20 @@ class ChatStyle(PromptStyle):
         found = self._until_border([self._around(user)[0] for user in users])
         return [prompt[len(self.prefix) :] for prompt in found]
 
-    def turns(self, records: Sequence[Record]) -> Iterator[Turn]:
+    def encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Prompts and responses in token ids; white space around a response is the template's."""
         users = [_question(one.instruction, one.input) for one in records]
-        for turn in self._conversations(users, [one.output.strip() for one in records]):
-            yield turn._replace(prompt=turn.prompt[len(self.prefix) :])
+        for one in self._conversations(users, [one.output.strip() for one in records]):
+            yield one._replace(prompt=one.prompt[len(self.prefix) :])
 
     def response(self, text: str, *, end: bool = False) -> list[int]:
         """Token ids of a response as they follow a prompt; `end` adds the token that ends it."""
-        (turn,) = self._conversations(["Q"], [text], end=end)
-        return turn.reply.ids
+        (found,) = self._conversations(["Q"], [text], end=end)
+        return found.reply.ids
 
     def _conversations(
         self, users: Sequence[str], replies: Sequence[str], *, end: bool = True
-    ) -> list[Turn]:
+    ) -> list[EncodedRecord]:
         texts = self.texts
         users, replies = ([*map(texts.mark, some)] for some in (users, replies))
         around = [self._around(user) for user in users]
@@ -211,7 +213,7 @@ class ChatStyle(PromptStyle):
                 merged = before[len(before) - self._border.merged :]
                 tokens = texts.following(merged + reply + ending).behind(0, len(merged))
             tokens.ids.extend(added)
-            found.append(Turn(prompt, texts.unmark(reply), tokens, rewritten))
+            found.append(EncodedRecord(prompt, texts.unmark(reply), tokens, rewritten))
         return found
 
     @cached_property

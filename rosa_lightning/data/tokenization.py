@@ -99,8 +99,8 @@ class Encoder:
             prompts = zip(records, self.style.prompts(records), strict=True)
             return [self._fitted(record, prompt, []) for record, prompt in prompts]
         found = []
-        turns = zip(records, self.style.turns(records), strict=True)
-        for record, (prompt, text, reply, rewritten) in turns:
+        encoded = zip(records, self.style.encode(records), strict=True)
+        for record, (prompt, text, reply, rewritten) in encoded:
             start = answer_start(task_of(record), text, record.answer)
             answer = 0 if start is None else reply.covering(start) or 0
             found.append(self._fitted(record, prompt, reply.ids, answer, rewritten))
