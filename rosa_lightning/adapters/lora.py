@@ -37,14 +37,8 @@ def write_lora(model: nn.Module, folder: Path, trained: Conditions | None = None
     ``lora_alpha`` over its own rank. Projections that training did not change are left out, unless
     it changed none.
 
-    Args:
-        model: A model that `inject_roae` has adapted, without terms after a norm.
-        folder: An existing folder.
-        trained: How it was trained.
-
     Raises:
         ValueError: The model carries no RoAE, or terms that PEFT would put elsewhere.
-        OSError, SafetensorError: The disk is full, or refuses.
     """
     report = roae_report(model)
     config, layers = report.config, dict(roae_layers(model))
@@ -104,17 +98,10 @@ def lora_metadata(folder: Path) -> AdapterMetadata:
 
 
 def lora_weights(folder: Path, report: RoAEReport) -> dict[str, Tensor]:
-    """The RoAE weights in a LoRA that `write_lora` has written.
+    """The RoAE weights in a LoRA that `write_lora` has written, by their names in the model.
 
-    Args:
-        folder: The LoRA's.
-        report: Of the model with RoAE of the LoRA's settings.
-
-    Returns:
-        A and B by their names in the model. Projections that the LoRA leaves out are missing.
-
-    Raises:
-        ValueError: It does not fit the model, or has been changed since.
+    Projections that the LoRA leaves out are missing. ValueError if it does not fit the model of the
+    report, or has been changed since.
     """
     settings, tensors = read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
     terms, rank = _by_projection(report), report.config.rank

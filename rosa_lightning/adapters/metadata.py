@@ -51,10 +51,7 @@ class BaseFingerprint:
     name alone: the same base goes quantised or not."""
 
     def check(self, trained: BaseFingerprint, what: str = "adapter") -> None:
-        """Raise ValueError unless the weights are those that something was trained on.
-
-        Another name or folder for the same weights is fine, and so is another quantization.
-        """
+        """Raise ValueError for other weights; their name, folder or quantization may differ."""
         ours, theirs = self.samples, trained.samples
         differing = [name for name in theirs if not _same_values(theirs[name], ours.get(name))]
         differing += [name for name in ours if name not in theirs]
@@ -160,12 +157,9 @@ class Conditions:
 
 
 def contradictions(known: Mapping[str, Any], given: Mapping[str, Any], trained: str) -> list[str]:
-    """A line for each setting that is given otherwise than in the training.
+    """A line for each setting, by configuration key, that is given otherwise than in the training.
 
-    Args:
-        known: The training's values by configuration key.
-        given: This run's; keys that only one of them has are not compared.
-        trained: What was trained, such as "the checkpoint".
+    Keys that only one of them has are not compared. ``trained`` says what was trained.
     """
     lines = []
     for key in _SETTINGS.values():
@@ -243,10 +237,7 @@ class AdapterMetadata:
             ) from error
 
     def check_rotation(self, report: RoAEReport) -> None:
-        """Raise ValueError for a base of the same weights that rotates otherwise.
-
-        For example, one whose frequencies are scaled for longer texts.
-        """
+        """Raise ValueError for a base of the same weights that rotates otherwise."""
         if self.rotation is None:
             return
         for name, ours in _rotation(report).items():

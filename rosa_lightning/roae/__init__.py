@@ -1,9 +1,4 @@
-"""RoAE, RoPE-aware Attention Enhancement: which dimensions of Q and K train.
-
-The term itself (`layer`), the pair table that is measured from a model's own rotation (`rope`,
-`tracing`, `geometry`), and what puts terms into a model (`targets`, `inject`). Works without
-Lightning.
-"""
+"""RoAE: low-rank terms on the slowest RoPE dimensions of Q and K; needs no Lightning."""
 
 from rosa_lightning.roae.inject import RoAEReport, inject_roae, merge_roae
 from rosa_lightning.roae.layer import RoAEConfig, RoAELinear

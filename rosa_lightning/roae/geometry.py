@@ -125,7 +125,9 @@ def _measure(call: AttentionCall) -> AttentionGeometry:
         raise ValueError("neither Q nor K comes from a projection of this module.")
     table, *others = (_read_table(call, kind, maps[kind]) for kind in mapped)
     for other in others:  # queries may carry a scale, which costs a rounding
-        if table.head_dim != other.head_dim or not table.is_close(other, rtol=1e-4, atol=1e-12):
+        both = torch.tensor(table.inv_freq), torch.tensor(other.inv_freq)
+        same_pairs = (table.head_dim, table.pairs) == (other.head_dim, other.pairs)
+        if not same_pairs or not torch.allclose(*both, rtol=1e-4, atol=1e-12):
             raise ValueError("Q and K are not rotated alike.")
     maps["v"] = _decode(states.value, len(codes_NTR), strict=False)
     found = AttentionGeometry(call.path, table, call.output)

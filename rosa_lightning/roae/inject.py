@@ -60,10 +60,6 @@ def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
 
     Where Q and K stand in one fused projection, each has a term of its own on its own rows.
 
-    Args:
-        model: A `transformers` language model with a rotary position embedding.
-        config: What to add.
-
     Raises:
         ValueError: The model is adapted already, has no rotation that can be read or no room for
             what the configuration asks. The model is left as it was.

@@ -209,9 +209,7 @@ class RoAELinear(nn.Module):
         base: The projection, any module from (..., D) to (..., rows), a `RoAELinear` included.
         in_features: D.
         blocks: The rows that take the term.
-        config: Rank, scale and dropout.
         defer: Leave the output as it is and keep the term for a `RoAENorm`.
-        device: Where to make the new weights.
     """
 
     def __init__(
@@ -307,11 +305,9 @@ class RoAELinear(nn.Module):
 class RoAENorm(nn.Module):
     """A norm on Q or K that adds the deferred term of the projection before it.
 
-    Args:
-        base: The norm, whatever it takes besides its input.
-        source: The projection's layer, made with ``defer=True``.
-        layout: Axes of the norm's output after the batch: ``THD``, ``HTD`` or ``T(HD)``.
-        blocks: The head dimensions that take the term, a block for each head.
+    ``source`` is the projection's layer, made with ``defer=True``; ``layout`` names the axes of the
+    norm's output after the batch: ``THD``, ``HTD`` or ``T(HD)``; ``blocks`` are the head dimensions
+    that take the term, a block for each head.
     """
 
     def __init__(

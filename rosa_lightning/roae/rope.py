@@ -50,16 +50,6 @@ class PairTable:
         slowest_first = sorted(range(len(self.pairs)), key=lambda i: (self.inv_freq[i], -i))
         return tuple(sorted(slowest_first[:count]))
 
-    def is_close(self, other: PairTable, rtol: float, atol: float) -> bool:
-        """Whether two tables have the same pairs, at the same frequencies up to rounding."""
-        return (
-            self.pairs == other.pairs
-            and len(self.inv_freq) == len(other.inv_freq)
-            and torch.allclose(
-                torch.tensor(self.inv_freq), torch.tensor(other.inv_freq), rtol=rtol, atol=atol
-            )
-        )
-
 
 def read_pair_table(rotate: Callable[[Tensor], Tensor], head_dim: int) -> PairTable:
     """Measure the pair table of a rotation; empty where nothing is rotated.
