@@ -190,7 +190,7 @@ class LossComputer:
         if not is_packed_batch(batch):
             names.append("attention_mask")
         elif "packed" not in self._unsupported:
-            check_can_pack(self.model, type(self.model).__name__)
+            check_can_pack(self.model)
             torch.clear_autocast_cache()  # of weights cast without a graph
             self._unsupported["packed"] = ""
         return {**{name: batch[name] for name in names}, "use_cache": False}, 0

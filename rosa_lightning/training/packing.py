@@ -24,13 +24,14 @@ another row in front makes, in products of the same shapes, and the difference t
 in others. Float32 stands for TF32 too."""
 
 
-def check_can_pack(model: PreTrainedModel, name: str) -> None:
+def check_can_pack(model: PreTrainedModel) -> None:
     """Check that a row after another has the logits that it has alone, whatever the other says.
 
     Raises:
         ValueError: The rows mix, as with recurrent layers or attention that does not read position
-            ids, or the model, called `name`, cannot read them packed.
+            ids, or the model cannot read them packed.
     """
+    name = type(model).__name__
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(_LONG + _SHORT, device=model.device)
     positions = torch.where(tokens < _LONG, tokens, tokens - _LONG)

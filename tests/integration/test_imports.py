@@ -101,17 +101,10 @@ def private_names(path: Path) -> Iterator[str]:
         yield from filter(is_private, name.split("."))
 
 
-STILL: dict[str, set[str]] = {
-    "dls/checks.py": {"_gradient_checkpointing_func"},
-    "models/quantization.py": {"_weight_conversions"},
-}
-"""What is still to be replaced or moved."""
-
-
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_private_members_of_others_are_used_in_five_files_alone(path):
     if path.as_posix() not in PRIVATE:
-        assert {*private_names(path)} <= STILL.get(path.as_posix(), set())
+        assert {*private_names(path)} == set()
 
 
 @pytest.mark.parametrize("name", sorted({path.parts[0] for path in FILES if len(path.parts) > 1}))
