@@ -133,9 +133,7 @@ def load_skeleton(
     """Build a base from its configuration alone, with its parameters on the meta device.
 
     Arguments as for `load_base`. `inject_roae` can read its rotation, but it cannot be run.
-
-    Raises:
-        ValueError: It cannot be built, or the configuration does not say its data type.
+    ValueError if it cannot be built, or its configuration does not say the data type.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 

@@ -72,9 +72,7 @@ class StepGuard:
     def check(self, module: LightningModule, optimizer: Optimizer) -> None:
         """Check the step's losses and gradients, on all ranks; drop the gradients of a bad step.
 
-        Raises:
-            ValueError: One is not finite, and no step may be left out any more. Says which, and of
-                which records.
+        ValueError, which names the records, where no step may be left out any more.
         """
         problem, norm = self._find_problem(module, optimizer)
         if problem:

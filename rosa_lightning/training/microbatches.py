@@ -51,11 +51,10 @@ def rows_at_once(batch_size: int, width: int, num_tokens: int | None) -> int:
 def microbatches(
     batch: dict[str, Any], num_tokens: int, num_shared: int = 0
 ) -> list[dict[str, Any]]:
-    """A batch in parts of at most so many tokens, padding included, or of one row.
+    """A batch in as few parts as hold at most so many tokens, padding included, or one row.
 
-    There are as few parts as possible, and they are as small as so few can be. Padded rows of like
-    length come together, and a part is as wide as its longest row. Parts without labels are left
-    out. `num_shared` tokens of a padded batch's rows are computed once in each part.
+    Padded rows of like length come together, and a part is as wide as its longest row. Parts
+    without labels are left out. `num_shared` tokens of padded rows are computed once in each part.
     """
     is_packed = is_packed_batch(batch)
     rows, width = (1, batch["labels"].numel()) if is_packed else batch["labels"].shape
