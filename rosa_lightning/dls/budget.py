@@ -1,8 +1,7 @@
 """A budget for the backward pass: which layers an interval may train, so that the mean cost holds.
 
-The backward pass runs from the top of the stack down to the lowest layer that trains, so an
-interval costs what its lowest active layer costs. Costs are shares of a full backward. A step that
-scores is a full backward, whatever is selected; `steps_share` is what is left for the others.
+A step costs the layers from the top to the lowest one that trains, as a share of a full backward; a
+step that scores costs a full one.
 """
 
 import math

@@ -202,9 +202,8 @@ class DynamicLayerSelection(Callback):
         layers = find_layers(pl_module, self.layers, self.norms, self.trainable)
         self.candidate_layers = tuple(layer.index for layer in layers)
         self.num_layers = layers[0].num_layers
-        check_sole_owner(
-            layers, [x for c in _selections(trainer) if c is not self for x in c._layers]
-        )
+        others = [callback for callback in _selections(trainer) if callback is not self]
+        check_sole_owner(layers, [layer for other in others for layer in other._layers])
         norms = [norm for layer in layers for norm in layer.norms]
         self._probes = [norm for norm in norms if not norm.requires_grad]
         touched = {*norms, *(p for layer in layers for p in layer.candidates.values())}
@@ -220,8 +219,8 @@ class DynamicLayerSelection(Callback):
             return
         candidates = {n: p for layer in self._layers for n, p in layer.candidates.items()}
         check_optimizers(trainer.optimizers, candidates, self.optimizer_state == "keep")
-        # Without a path the state was loaded for another purpose, a validation before this fit.
-        state = state if trainer.ckpt_path is not None else None
+        if trainer.ckpt_path is None:  # the state was loaded for a validation before this fit
+            state = None
         self._step = trainer.global_step
         first_step = self._step if state is None else state["first_step"]
         needs_length = self.final_steps_all > 0 or self.backward_budget < 1

@@ -1,9 +1,7 @@
 """Optimizer state of layers that are frozen for a while, and gradients of the global batch.
 
-State of a frozen parameter stays as it was, and points where its gradient pointed then; reset, it
-starts over, with the bias correction of a first step. A gradient can be a plain tensor (one
-process, DDP), a `DTensor` (FSDP2), or this rank's flat piece of it (FSDP1, which shows None where a
-rank holds no piece).
+A gradient is a plain tensor (one process, DDP), a `DTensor` (FSDP2), or this rank's flat piece of
+it (FSDP1, which shows None where a rank holds no piece).
 """
 
 from collections.abc import Iterable, Sequence

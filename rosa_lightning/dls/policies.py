@@ -1,8 +1,7 @@
 """Scores of layers and the policies that select by them: all decisions of layer selection.
 
-Pure functions of tensors and numbers, usable in any training loop (Pan et al., RoSA, AAAI-26,
-https://doi.org/10.1609/aaai.v40i18.38589). Scores are 1-D float64 tensors, one entry per layer; a
-policy turns them into the sorted indices of the layers that train next.
+Pure functions (Pan et al., RoSA, AAAI-26, https://doi.org/10.1609/aaai.v40i18.38589). Scores are
+1-D float64 tensors, one entry per layer; a policy gives the sorted indices of those that train.
 """
 
 import math
@@ -69,9 +68,8 @@ def sample(
 ) -> tuple[int, ...]:
     """num_active layers drawn without replacement in proportion to score**(1 / temperature).
 
-    The draw is the Gumbel form of drawing one layer after another, in log space: neither tiny
-    scores nor tiny temperatures underflow. A layer that scores zero is drawn only when no other
-    is left, and then with equal chances.
+    The Gumbel form of drawing one layer after another, in log space, where nothing underflows. A
+    layer that scores zero is drawn only when no other is left, and then with equal chances.
     """
     values = scores.tolist()
     logs_L = scores.double().log()
