@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-from rosa_lightning.data.contamination import Contamination, compare, question_digest
+import numpy as np
+
+from rosa_lightning.data.contamination import compare, question_digest
 from rosa_lightning.data.tokenization import Encoder
 from rosa_lightning.tasks.records import (
     NUMBER_TOLERANCE,
@@ -51,8 +53,8 @@ class SourceAudit:
 
     def quantiles(self) -> tuple[int, ...]:
         """Lengths at `QUANTILES`, each that of a record."""
-        ranked = sorted(self.lengths)
-        return tuple(ranked[max(0, -int(-share * len(ranked) // 1) - 1)] for share in QUANTILES)
+        found = np.quantile(self.lengths, QUANTILES, method="inverted_cdf")
+        return tuple(found.astype(int).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,30 +106,16 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain values, for JSON; lengths as quantiles."""
         sources = [
-            {
-                "name": source.name,
-                "records": source.num_records,
-                "lengths": dict(zip(map(str, QUANTILES), source.quantiles(), strict=True)),
-                **{key: value for key, value in asdict(source).items() if key not in _BESIDE},
-            }
+            asdict(source)
+            | {"records": source.num_records}
+            | {"lengths": dict(zip(map(str, QUANTILES), source.quantiles(), strict=True))}
             for source in self.sources
         ]
         benchmarks = [
-            {
-                "name": benchmark.name,
-                "questions": benchmark.questions,
-                "contaminated_exact": benchmark.num_exact,
-                "contaminated_near": benchmark.num_near,
-                "exact": [asdict(match) for match in benchmark.exact],
-                "near": [asdict(match) for match in benchmark.near],
-            }
-            for benchmark in self.benchmarks
+            asdict(one) | {"contaminated_exact": one.num_exact, "contaminated_near": one.num_near}
+            for one in self.benchmarks
         ]
-        settings = {key: getattr(self, key) for key in ("unit", "max_length", "decontaminate")}
-        return {**settings, "sources": sources, "benchmarks": benchmarks}
-
-
-_BESIDE = ("name", "lengths")
+        return {**vars(self), "sources": sources, "benchmarks": benchmarks}
 
 
 def audit_records(
@@ -149,39 +137,35 @@ def audit_records(
     """
     # Gone through, never held: they may be more than memory has room for.
     found_in = compare(chain.from_iterable(sources.values()), list(tests.values()))
-    exact = {place for one in found_in for places in one.exact.values() for place in places}
     notes = [_noted(name, record) for name, records in sources.items() for record in records]
-    repeated, elsewhere, conflicting = _compare(notes)
-    empty = {place for place, note in enumerate(notes) if note.is_empty}
-
+    groups = _compare(notes)
+    groups["empty"] = {position for position, note in enumerate(notes) if note.is_empty}
+    groups["contaminated"] = {
+        position for one in found_in for positions in one.exact.values() for position in positions
+    }
     audits, start = [], 0
     for name, records in sources.items():
         span = range(start, start + len(records))
-        found = _lengths_in_words(records) if lengths is None else tuple(lengths(records))
-        too_long = None if lengths is None else sum(length > max_length for length in found)
-        groups = [
-            tuple(notes[place].number for place in span if place in group)
-            for group in (repeated, elsewhere, conflicting, empty, exact)
-        ]
-        audits.append(
-            SourceAudit(
-                name=name,
-                lengths=found,
-                too_long=too_long,
-                duplicates=groups[0],
-                elsewhere=groups[1],
-                conflicting=groups[2],
-                empty=groups[3],
-                contaminated=groups[4],
-            )
-        )
         start += len(records)
+        found = tuple(map(_words, records) if lengths is None else lengths(records))
+        numbers = {
+            key: tuple(notes[position].number for position in span if position in group)
+            for key, group in groups.items()
+        }
+        too_long = None if lengths is None else sum(length > max_length for length in found)
+        audits.append(SourceAudit(name=name, lengths=found, too_long=too_long, **numbers))
+    benchmarks = [
+        BenchmarkAudit(
+            name=name,
+            questions=len(test),
+            exact=_matches(test, one.exact, notes),
+            near=_matches(test, one.near, notes),
+        )
+        for (name, test), one in zip(tests.items(), found_in, strict=True)
+    ]
     return Audit(
         sources=tuple(audits),
-        benchmarks=tuple(
-            _benchmark(name, tests[name], one, notes)
-            for name, one in zip(tests, found_in, strict=True)
-        ),
+        benchmarks=tuple(benchmarks),
         unit="words" if lengths is None else "tokens",
         max_length=max_length,
         decontaminate=decontaminate,
@@ -195,10 +179,8 @@ def token_lengths(records: Sequence[Record], encoder: Encoder) -> list[int]:
     return [one.num_tokens for start in starts for one in uncut(records[start : start + _CHUNK])]
 
 
-def _lengths_in_words(records: Sequence[Record]) -> tuple[int, ...]:
-    return tuple(
-        len(f"{record.instruction} {record.input} {record.output}".split()) for record in records
-    )
+def _words(record: Record) -> int:
+    return len(f"{record.instruction} {record.input} {record.output}".split())
 
 
 class _Note(NamedTuple):
@@ -215,37 +197,27 @@ class _Note(NamedTuple):
 
 
 def _noted(source: str, record: Record) -> _Note:
-    return _Note(
-        source=source,
-        number=record.index,
-        question=question_digest(record),
-        task=task_of(record),
-        answer=reference(record),
-        is_empty=not record.output.strip(),
-    )
+    about = (question_digest(record), task_of(record), reference(record))
+    return _Note(source, record.index, *about, not record.output.strip())
 
 
-def _compare(notes: Sequence[_Note]) -> tuple[set[int], ...]:
+def _compare(notes: Sequence[_Note]) -> dict[str, set[int]]:
     """Positions of records asked before in their source, in other sources, answered otherwise."""
-    groups: defaultdict[str, list[int]] = defaultdict(list)
-    for place, note in enumerate(notes):
-        groups[note.question].append(place)
-    repeated, elsewhere, conflicting = set[int](), set[int](), set[int]()
-    for places in groups.values():
-        if len(places) == 1:
-            continue
-        by_source = {notes[place].source for place in places}
-        if len(by_source) > 1:
-            elsewhere.update(places)
-        seen = set[str]()
-        for place in places:
-            if notes[place].source in seen:
-                repeated.add(place)
-            seen.add(notes[place].source)
-        answered = [place for place in places if notes[place].answer is not None]
-        if any(not _agree(notes[answered[0]], notes[place]) for place in answered[1:]):
+    by_question: defaultdict[str, list[int]] = defaultdict(list)
+    for position, note in enumerate(notes):
+        by_question[note.question].append(position)
+    duplicates, elsewhere, conflicting = set[int](), set[int](), set[int]()
+    for positions in by_question.values():
+        first_in: dict[str, int] = {}
+        for position in positions:
+            if first_in.setdefault(notes[position].source, position) != position:
+                duplicates.add(position)
+        if len(first_in) > 1:
+            elsewhere.update(positions)
+        answered = [position for position in positions if notes[position].answer is not None]
+        if any(not _agree(notes[answered[0]], notes[position]) for position in answered[1:]):
             conflicting.update(answered)
-    return repeated, elsewhere, conflicting
+    return {"duplicates": duplicates, "elsewhere": elsewhere, "conflicting": conflicting}
 
 
 def _agree(first: _Note, second: _Note) -> bool:
@@ -259,20 +231,11 @@ def _agree(first: _Note, second: _Note) -> bool:
         return False
 
 
-def _benchmark(
-    name: str,
-    test: Sequence[Record],
-    found_in: Contamination,
-    train: Sequence[_Note],
-) -> BenchmarkAudit:
-    exact, near = (
-        tuple(
-            Match(
-                record=test[number].index, source=train[at].source, source_record=train[at].number
-            )
-            for number, places in found.items()
-            for at in places
-        )
-        for found in (found_in.exact, found_in.near)
+def _matches(
+    test: Sequence[Record], found: Mapping[int, tuple[int, ...]], train: Sequence[_Note]
+) -> tuple[Match, ...]:
+    return tuple(
+        Match(record=test[number].index, source=train[at].source, source_record=train[at].number)
+        for number, positions in found.items()
+        for at in positions
     )
-    return BenchmarkAudit(name=name, questions=len(test), exact=exact, near=near)

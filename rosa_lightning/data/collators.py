@@ -49,12 +49,10 @@ def origins(examples: Sequence[Example], source_names: Sequence[str]) -> dict[st
 
 @dataclass(frozen=True)
 class TrainCollator:
-    """Batches to train and validate on."""
+    """Batches to train and validate on, padded with `pad_id`; `source` indexes `source_names`."""
 
     source_names: tuple[str, ...]
-    """Names that `source` indexes."""
     pad_id: int
-    """Token id that fills the left."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Inputs, `labels` and `answer_mask` (B, T); `source` and `index` (B,); `task`.
@@ -86,10 +84,9 @@ class TrainCollator:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Packed batches to train and validate on."""
+    """Packed batches to train and validate on; `source` indexes `source_names`."""
 
     source_names: tuple[str, ...]
-    """Names that `source` indexes."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Inputs, `labels`, `answer_mask` (1, N); `row_lengths`, `source`, `index` (B,); `task`.
@@ -100,17 +97,17 @@ class PackedCollator:
         ids: list[int] = []
         labels: list[int] = []
         is_answer: list[bool] = []
-        places: list[int] = []
+        positions: list[int] = []
         for example in examples:
             ids += [*example.prompt, *example.response]
             labels += [IGNORE_INDEX] * len(example.prompt) + list(example.response)
             before = len(example.prompt) + example.answer
             is_answer += [False] * before + [True] * (example.num_tokens - before)
-            places += range(example.num_tokens)
+            positions += range(example.num_tokens)
         return {
             "input_ids": torch.tensor([ids]),
             "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
-            "position_ids": torch.tensor([places]),
+            "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
             "answer_mask": torch.tensor([is_answer]),
             "row_lengths": torch.tensor([example.num_tokens for example in examples]),
@@ -123,13 +120,9 @@ class PromptCollator:
     """Batches to test and predict on: prompts alone."""
 
     pad_id: int
-    """Token id that fills the left."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Inputs (B, T); `index` (B,); lists of what the records say.
-
-        These are `task`, `source`, `prompt`, `input`, `reference` and `candidates`.
-        """
+        """Inputs (B, T); `index` (B,); lists of what the records say."""
         records = [example.record for example in examples]
         return {
             **_inputs([example.prompt for example in examples], self.pad_id),
@@ -148,9 +141,7 @@ class ValidationCollator:
     """Batches to validate on, with the prompts of those records whose answers are written."""
 
     collate: Callable[[Sequence[Example]], dict[str, Any]]
-    """Makes the batch whose loss is taken."""
     collate_prompts: PromptCollator
-    """Makes the batch of prompts."""
     answered: frozenset[tuple[str, int]]
     """Source and index of the records whose answers are written."""
 
@@ -175,7 +166,7 @@ def num_rows(batch: Mapping[str, Any]) -> int:
 
 
 def row_of(batch: Mapping[str, Any], positions_N: Tensor) -> Tensor:
-    """The row that each place of a packed batch belongs to; places and rows have shape (N,)."""
+    """The row that each position of a packed batch belongs to, both of shape (N,)."""
     return torch.bucketize(positions_N, batch["row_lengths"].cumsum(0), right=True)
 
 
@@ -190,16 +181,11 @@ _WANTED = (
 def complete_batch(batch: Any, model: nn.Module) -> Any:
     """A batch with all fields that a loss is computed from; one of our own collators as it is.
 
-    Rows are moved to the right end, and positions counted from a row's first token if they are not
-    given. A row's first token has no label: nothing stands before it.
-
-    Args:
-        batch: `input_ids` and `labels`, shape (B, T), aligned; `attention_mask` and `position_ids`,
-            if any.
-        model: Its embedding bounds the token ids.
-
-    Raises:
-        ValueError: A field is missing, or cannot be used. Says which.
+    Of others, `input_ids` and `labels` (B, T), aligned, and `attention_mask` and `position_ids`, if
+    any, are read. Rows are moved to the right end, and positions counted from a row's first token
+    if they are not given. A row's first token has no label: nothing stands before it. Raises
+    ValueError for a field that is missing or cannot be used, also by the rows of `model`'s
+    embedding.
     """
     if isinstance(batch, Mapping) and (is_packed_batch(batch) or "num_label_positions" in batch):
         return batch
@@ -207,18 +193,18 @@ def complete_batch(batch: Any, model: nn.Module) -> Any:
     mask_BT = given["attention_mask"].bool()
     lengths_B, width = mask_BT.sum(1), mask_BT.shape[1]
     first_B = mask_BT.int().argmax(1)
-    places_T = torch.arange(width, device=mask_BT.device)
-    inside_BT = (places_T >= first_B[:, None]) & (places_T < (first_B + lengths_B)[:, None])
+    columns_T = torch.arange(width, device=mask_BT.device)
+    inside_BT = (columns_T >= first_B[:, None]) & (columns_T < (first_B + lengths_B)[:, None])
     _check(given, mask_BT, inside_BT, num_embeddings(model))
 
     def moved(field: Tensor, begin_B: Tensor) -> Tensor:
         """Rows turned so that each begins at its own column."""
-        return field.gather(1, (places_T + (first_B - begin_B)[:, None]) % width)
+        return field.gather(1, (columns_T + (first_B - begin_B)[:, None]) % width)
 
     begin_B = width - lengths_B
-    own_BT = places_T >= begin_B[:, None]
+    own_BT = columns_T >= begin_B[:, None]
     labels_BT = moved(given["labels"], begin_B)
-    labels_BT = labels_BT.masked_fill(places_T <= begin_B[:, None], IGNORE_INDEX)
+    labels_BT = labels_BT.masked_fill(columns_T <= begin_B[:, None], IGNORE_INDEX)
     counted_BT = (own_BT.cumsum(1) - 1).clamp(min=0)
     positions_BT = counted_BT
     if "position_ids" in given:
@@ -256,13 +242,13 @@ def _fields(batch: Any) -> dict[str, Tensor]:
     names = ("input_ids", "labels", "attention_mask", "position_ids")
     found = {name: batch[name] for name in names if batch.get(name) is not None}
     for name, field in found.items():
-        shape = tuple(field.shape) if isinstance(field, Tensor) else type(field).__name__
-        if not isinstance(field, Tensor) or field.ndim != 2 or field.is_floating_point():
-            kind = f"of {field.dtype}, shape {shape}" if isinstance(field, Tensor) else f"a {shape}"
-            raise ValueError(f"{name} of a batch is {kind}. {_WANTED} and whole numbers.")
-        if shape != (wanted := tuple(found["input_ids"].shape)):
+        if not isinstance(field, Tensor):
+            raise ValueError(f"{name} of a batch is a {type(field).__name__}. {_WANTED}.")
+        shape, wanted = tuple(field.shape), tuple(found["input_ids"].shape)
+        if len(shape) != 2 or field.is_floating_point() or shape != wanted:
             raise ValueError(
-                f"{name} of a batch has shape {shape}, and input_ids {wanted}. {_WANTED}."
+                f"{name} of a batch is of {field.dtype}, shape {shape}, and input_ids are of shape "
+                f"{wanted}. {_WANTED} and whole numbers."
             )
     if "attention_mask" not in found:
         positions = found.get("position_ids")

@@ -35,7 +35,7 @@ from rosa_lightning.tasks.records import Record, Task
 NEAR = 0.7
 """Jaccard index of word pairs from which on two questions are near."""
 _FRAME_SHARE, _FRAME_COUNT = 0.1, 10
-"""Word pairs in more questions than this share and this number are a benchmark's template."""
+"""Word pairs in more questions than this share and this number frame a benchmark's questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,46 +74,36 @@ def question_keys(records: Iterable[Record]) -> frozenset[str]:
 
 
 def question_digest(record: Record) -> str:
-    """What a record asks, as 16 characters: what a checkpoint remembers of a question."""
+    """What a record asks, as 16 characters, for checkpoints."""
     return hashlib.blake2b(question_key(record).encode(), digest_size=8).hexdigest()
 
 
 def contaminated(records: Sequence[Record], questions: Collection[str]) -> NDArray[np.bool_]:
-    """Which records ask one of these questions (`question_keys`).
-
-    Near matches are not among them: a question in like words may be another one.
-    """
+    """Which records ask one of these questions (`question_keys`); near matches do not count."""
     found = (question_key(record) in questions for record in records)
     return np.fromiter(found, dtype=np.bool_, count=len(records))
 
 
 def compare(train: Iterable[Record], benchmarks: Sequence[Sequence[Record]]) -> list[Contamination]:
-    """Which records of each benchmark have their question in the training data.
-
-    That is gone through once.
-    """
+    """Which records of each benchmark have their question in the training data, read once."""
     keys = [[question_key(record) for record in benchmark] for benchmark in benchmarks]
-    places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-    for number, questions in enumerate(keys):
-        for position, key in enumerate(questions):
-            places[key].append((number, position))
-    indices = [_NearIndex(questions) for questions in keys]
+    indices = [_QuestionIndex(questions) for questions in keys]
     exact: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in keys]
     near: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in keys]
     for position, record in enumerate(train):
         key = question_key(record)
-        for number, place in places.get(key, ()):
-            exact[number][place].append(position)
         pairs, numbers = _word_pairs(key), _numbers(key)
-        for index, found in zip(indices, near, strict=True):
-            for place in index.near(pairs, numbers):
-                found[place].append(position)
+        for index, same, alike in zip(indices, exact, near, strict=True):
+            for tested in index.same.get(key, ()):
+                same[tested].append(position)
+            for tested in index.near(pairs, numbers):
+                alike[tested].append(position)
     return [
         Contamination(
-            exact={place: tuple(same[place]) for place in sorted(same)},
-            near={place: tuple(found[place]) for place in sorted(found) if place not in same},
+            exact={tested: tuple(same[tested]) for tested in sorted(same)},
+            near={tested: tuple(alike[tested]) for tested in sorted(alike) if tested not in same},
         )
-        for same, found in zip(exact, near, strict=True)
+        for same, alike in zip(exact, near, strict=True)
     ]
 
 
@@ -127,10 +117,13 @@ def _numbers(question: str) -> set[str]:
     return {word for word in question.split(" ") if word.isdecimal()}
 
 
-class _NearIndex:
-    """The questions of one benchmark, to find those that are near a given one."""
+class _QuestionIndex:
+    """The questions of one benchmark, to find those that equal a given one, or are near it."""
 
     def __init__(self, questions: Sequence[str]) -> None:
+        self.same: defaultdict[str, list[int]] = defaultdict(list)
+        for position, question in enumerate(questions):
+            self.same[question].append(position)
         pairs = [_word_pairs(question) for question in questions]
         counts = Counter(pair for held in pairs for pair in held)
         most = max(_FRAME_COUNT, _FRAME_SHARE * len(questions))
@@ -148,12 +141,13 @@ class _NearIndex:
 
     def near(self, pairs: set[str], numbers: set[str]) -> list[int]:
         """Positions of the questions near the one that has these word pairs and numbers."""
-        candidates = {place for pair in pairs & self.rarest.keys() for place in self.rarest[pair]}
+        shared = pairs & self.rarest.keys()
+        candidates = {position for pair in shared for position in self.rarest[pair]}
         pairs = pairs - self.frame if candidates else pairs
         return [
-            place
-            for place in sorted(candidates)
-            if self.numbers[place] == numbers and _jaccard(self.pairs[place], pairs) >= NEAR
+            position
+            for position in sorted(candidates)
+            if self.numbers[position] == numbers and _jaccard(self.pairs[position], pairs) >= NEAR
         ]
 
 
@@ -199,14 +193,8 @@ def training_of(sources: Sequence[Source], seed: int, left_out: list[str]) -> di
 def trained_questions(
     trainings: Sequence[dict[str, Any]], test: Sequence[Record], tasks: Mapping[str, Task]
 ) -> tuple[list[Record], list[str]]:
-    """The test records whose question was trained on, and the sources that were read for them.
-
-    Args:
-        trainings: What `training_of` made of each.
-        test: The test records.
-        tasks: The tasks that sources may name.
-    """
-    found, places = set[int](), dict[str, None]()
+    """The test records whose question was trained on, and the sources that were read for them."""
+    found, compared = set[int](), dict[str, None]()
     for training in trainings:
         sources = [as_source(fields, tasks) for fields in training["sources"]]
         train = (
@@ -216,7 +204,7 @@ def trained_questions(
         )
         left_out = frozenset(training["left_out"])
         exact = compare(train, [test])[0].exact
-        found |= {place for place in exact if question_digest(test[place]) not in left_out}
+        found |= {position for position in exact if question_digest(test[position]) not in left_out}
         demo = demo_source("train").path
-        places |= {"demo" if s.path == demo else s.place: None for s in sources}
-    return [test[place] for place in sorted(found)], list(places)
+        compared |= {"demo" if s.path == demo else s.location: None for s in sources}
+    return [test[position] for position in sorted(found)], list(compared)

@@ -1,36 +1,36 @@
 """`ReasoningDataModule`: several sources, one training stream."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 
-from rosa_lightning.data import collators, progress
+from rosa_lightning.data import collators
 from rosa_lightning.data.contamination import questions_of, trained_questions, training_of
-from rosa_lightning.data.loading import (
+from rosa_lightning.data.prompts import StyleName
+from rosa_lightning.data.records import load_records
+from rosa_lightning.data.sampling import (
+    Batching,
+    BatchPlanner,
     LengthSortedSampler,
     Mixture,
     MixtureSampler,
     ResumableLoader,
     answered_first,
 )
-from rosa_lightning.data.progress import SampleCounter, ranks_of
-from rosa_lightning.data.prompts import StyleName
-from rosa_lightning.data.records import load_records
-from rosa_lightning.data.sampling import Batching, BatchPlanner
-from rosa_lightning.data.settings import CHECKED, LoadingConfig, check_settings
+from rosa_lightning.data.settings import CHECKED, LoadingConfig, agree_on_settings, check_settings
 from rosa_lightning.data.sources import (
     Purpose,
-    Source,
     SourceLike,
     TaskLike,
     TokenizerLike,
+    purpose_of,
     source_list,
     weighted_sources,
 )
@@ -41,20 +41,26 @@ from rosa_lightning.data.tokenization import (
     cache_folder,
     checked_tokenizer,
     count_cut_prompts,
+    tokens_digest,
 )
-from rosa_lightning.data.training_set import TrainingSet, read_training_set
+from rosa_lightning.data.training_set import (
+    SampleCounter,
+    TrainingSet,
+    order_changes,
+    read_training_set,
+)
 from rosa_lightning.models.vocabulary import padding_id
 from rosa_lightning.tasks.custom import with_own_tasks
 from rosa_lightning.tasks.records import Record
-from rosa_lightning.utils.agreement import together
+from rosa_lightning.utils.agreement import RanksError, agree, several_ranks, together
 
 _DEFAULT_LOADING = LoadingConfig()
-_SOURCES: dict[str, Literal["train", "test"]] = {
-    "sources": "train",
-    "test_sources": "test",
-    "predict_sources": "test",
+_SETTING: dict[Purpose, str] = {
+    "train": "sources",
+    "test": "test_sources",
+    "predict": "predict_sources",
 }
-"""The settings that name sources, and which part of the demonstration set each means by demo."""
+"""The setting that names the sources of a purpose."""
 
 
 class ReasoningDataModule(LightningDataModule):
@@ -106,7 +112,7 @@ class ReasoningDataModule(LightningDataModule):
         self.batch_size, self.batching, self.max_length = batch_size, batching, max_length
         self.prompt_style, self.val_fraction, self.seed = prompt_style, val_fraction, seed
         self.loading = loading
-        check_settings(**{key: getattr(self, key) for key in CHECKED})
+        check_settings({key: getattr(self, key) for key in CHECKED})
         self.tasks: Any = tasks
         self.sources: Any = sources
         self.test_sources: Any = test_sources
@@ -119,25 +125,25 @@ class ReasoningDataModule(LightningDataModule):
         self._set = TrainingSet()
         self._prompts: dict[str, list[Example]] = {}
         self._read_as: dict[str, dict[str, Any]] = {}  # each stage's settings when it was read
-        self._tokenizer: Any = None
+        self._loaded: Any = None  # the tokenizer as given, and as loaded
+        self._last_given: Any = None
         self.num_embeddings: int | None = None
         """Rows of the embedding that the batches are for, if there is no trainer to ask."""
-        self._tokenizer_given: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. A setting is checked, and what follows from it will follow."""
-        if name in CHECKED and "_tokenizer_given" in vars(self):  # else __init__ checks
-            check_settings(**{**{key: getattr(self, key) for key in CHECKED}, name: value})
+        if name in CHECKED and "num_embeddings" in vars(self):  # else __init__ checks
+            check_settings({key: getattr(self, key) for key in CHECKED} | {name: value})
         if name == "tasks" and not isinstance(value, Mapping):
             value = with_own_tasks(value)
-        elif name in _SOURCES:
-            value = source_list(name, value, _SOURCES[name], self.tasks)
+        elif name in _SETTING.values():
+            value = source_list(name, value, self.tasks)
         if name == "sources":
             value = weighted_sources(value, self.loading.temperature)
         elif name == "loading" and "sources" in vars(self):
             weighted_sources(self.sources, value.temperature)
         elif name == "prompt_style":
-            self._tokenizer = None  # it may lack this one
+            self._loaded = None  # the tokenizer may lack this style
         super().__setattr__(name, value)
 
     @property
@@ -163,21 +169,18 @@ class ReasoningDataModule(LightningDataModule):
         return self._prompts.get("test", [])
 
     def contaminated_records(self) -> tuple[list[Record], list[str]]:
-        """The test records whose question was trained on, and the sources compared with.
+        """The test records whose question was trained on, and the sources that were compared.
 
-        These are the sources that the checkpoint names, without questions that were left out;
-        without a checkpoint those of `sources`.
+        These are the sources that the checkpoint names, or else `sources`.
         """
         trainings = self._trained_on or [training_of(self.sources, self.seed, self._set.left_out)]
         return trained_questions(trainings, [e.record for e in self.test_examples], self.tasks)
 
-    # --- reading ---
-
     def prepare_data(self) -> None:
         """Fetches hub data sets once a node, so that the ranks find them in the cache."""
-        stage = getattr(getattr(self.trainer, "state", None), "fn", None)
-        sources, purpose = self._of_stage(str(stage.value) if stage else "fit")
-        for source in filter(lambda one: one.hub, sources):
+        state = getattr(self.trainer, "state", None)
+        purpose = purpose_of(getattr(state, "fn", None) or "fit")
+        for source in filter(lambda one: one.hub, getattr(self, _SETTING[purpose])):
             load_records(source, purpose, self.tasks)
         if purpose == "train" and self.loading.decontaminate:
             for source in filter(lambda one: one.hub, self.test_sources):
@@ -186,29 +189,15 @@ class ReasoningDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what the stage needs; once, until a setting of that changes."""
-        stage = str(getattr(stage, "value", stage))  # Lightning gives an enumeration
-        progress.agree_on_settings(self.trainer)
-        what = stage if stage in {"test", "predict"} else "train"
+        agree_on_settings(self.trainer)
+        purpose = purpose_of(stage)
         with together("loading of the tokenizer"):
-            settings = self._settings_of(what)
-        if self._read_as.get(what) != settings:
-            if what == "train":
-                self._read_training()
-            else:
-                with together(f"reading of data.{what}_sources"):
-                    self._prompts[what] = self._read_prompts(what)
-            self._read_as[what] = settings
-        if what != "train":
-            key, found = f"data.{what}_sources", self._prompts[what]
-            progress.agree_on_data({key: found}, self._planner().digest())
-            progress.check_prompts(key, len(found), self.trainer)
-            return
-        examples = {
-            f"{name} ({part})": some
-            for part, every in (("training", self._set.train), ("validation", self._set.val))
-            for name, some in zip(self.source_names, every, strict=True)
-        }
-        progress.agree_on_data(examples, self._planner().digest())
+            settings = self._settings_to_read()
+        if self._read_as.get(purpose) != settings:
+            self._read_training() if purpose == "train" else self._read_prompts(purpose)
+            self._read_as[purpose] = settings
+        if several_ranks():
+            self._compare_ranks(purpose)
         if stage == "fit" and self._batches_trained_on() == 0:
             # Another training. One that is resumed loads its state after this.
             self._counter.start()
@@ -218,48 +207,58 @@ class ReasoningDataModule(LightningDataModule):
                 "no record. Set data.val_fraction, or name more data in data.sources."
             )
 
+    def _compare_ranks(self, purpose: Purpose) -> None:
+        """Raise RanksError where ranks read other data, or one of them has no prompt."""
+        examples: dict[str, Sequence[Example]] = {}
+        if purpose == "train":
+            named = zip(self.source_names, self._set.train, self._set.val, strict=True)
+            for name, train, val in named:
+                examples |= {f"{name} (training)": train, f"{name} (validation)": val}
+        else:
+            examples[f"data.{_SETTING[purpose]}"] = self._prompts[purpose]
+        with together("comparison of the data"):
+            found = {k: f"{len(v)} records, {tokens_digest(v)}" for k, v in examples.items()}
+            found["lengths of the records"] = str(self._planner().digest())
+        agree("data", found)
+        number, world = len(self._prompts.get(purpose, [])), getattr(self.trainer, "world_size", 1)
+        if purpose != "train" and number < world:  # a rank without any would block the others
+            raise RanksError(
+                f"data.{_SETTING[purpose]} hold {number} prompts for {world} processes; each needs "
+                f"one. Set trainer.devices and trainer.num_nodes to {number} processes or fewer."
+            )
+
     def agreed_settings(self) -> dict[str, Any]:
         """What all ranks must have in common, by configuration key; data are seen by content."""
         own = {f"data.{name}": getattr(self, name) for name in CHECKED if name != "loading"}
-        for name in _SOURCES:
+        for name in _SETTING.values():
             own[f"data.{name}"] = [
                 asdict(replace(source, path=source.path and Path(source.path).name))
                 for source in getattr(self, name)
             ]
         return own | self.loading.agreed()
 
-    def _settings_of(self, what: str) -> dict[str, Any]:
-        """The settings that decide what is read for train, test or predict, as they are now."""
-        names = ["tasks", "max_length", "prompt_style", "seed"]
-        if what == "train":
-            names += ["sources", "val_fraction"]
-            names += ["test_sources"] if self.loading.decontaminate else []
-        else:
-            names.append(f"{what}_sources")
-        # Lists and mappings may be changed in place.
+    def _settings_to_read(self) -> dict[str, Any]:
+        """The settings that decide what is read, as they are now; lists may change in place."""
+        names = (*_SETTING.values(), "tasks", "max_length", "prompt_style", "seed", "val_fraction")
+        loading = (self.loading.overlong, self.loading.cache_dir, self.loading.decontaminate)
         found = {name: copy(getattr(self, name)) for name in names}
-        read = (self.loading.overlong, self.loading.cache_dir, self.loading.decontaminate)
-        return found | {"tokenizer": self._current_tokenizer(), "loading": read}
+        return {**found, "loading": loading, "tokenizer": self._given_tokenizer()}
 
-    def _of_stage(self, stage: str) -> tuple[list[Source], Purpose]:
-        if stage == "test":
-            return self.test_sources, "test"
-        return (self.predict_sources, "predict") if stage == "predict" else (self.sources, "train")
-
-    def _read_prompts(self, stage: str) -> list[Example]:
-        sources, purpose = self._of_stage(stage)
-        if not sources:
-            raise ValueError(
-                f"There is nothing to {stage}: data.{stage}_sources names no source. Set it, "
-                f"such as data.{stage}_sources: [{{path: FILE.jsonl}}]."
-            )
-        encoder = self._encoder(with_response=False)
+    def _read_prompts(self, purpose: Purpose) -> None:
+        key, sources = f"data.{_SETTING[purpose]}", getattr(self, _SETTING[purpose])
         found: list[Example] = []
-        for source in sources:
-            examples = encoder(load_records(source, purpose, self.tasks, self.seed))
-            self.cut_prompts[source.label] = count_cut_prompts(source.label, examples, encoder)
-            found += examples
-        return found
+        with together(f"reading of {key}"):
+            if not sources:
+                raise ValueError(
+                    f"There is nothing to {purpose}: {key} names no source. Set it, such as "
+                    f"{key}: [{{path: FILE.jsonl}}]."
+                )
+            encoder = self._encoder(with_response=False)
+            for source in sources:
+                examples = encoder(load_records(source, purpose, self.tasks, self.seed))
+                self.cut_prompts[source.label] = count_cut_prompts(source.label, examples, encoder)
+                found += examples
+        self._prompts[purpose] = found
 
     def _read_training(self) -> None:
         cache = cache_folder(self.loading.cache_dir)
@@ -280,7 +279,7 @@ class ReasoningDataModule(LightningDataModule):
         if self._counter.names != self.source_names:
             self._counter = SampleCounter(self.source_names)
         self._trained_on = [training_of(self.sources, self.seed, self._set.left_out)]
-        self._set.report(self.sources, self.loading)
+        self._set.report(self.source_names, self._shares(), self.loading.stop)
 
     def _encoder(self, with_response: bool = True) -> Encoder:
         text = (self.text_tokenizer, self.prompt_style, self.max_length)
@@ -295,18 +294,18 @@ class ReasoningDataModule(LightningDataModule):
     @property
     def text_tokenizer(self) -> Any:
         """The tokenizer that texts are encoded with, loaded at first use; else ValueError."""
-        given = self._current_tokenizer()
-        if self._tokenizer is None or given is not self._tokenizer_given:
-            self._tokenizer = checked_tokenizer(given, self.prompt_style, self._num_rows)
-            self._tokenizer_given = given
-        return self._tokenizer
+        given = self._given_tokenizer()
+        if self._loaded is None or self._loaded[0] is not given:
+            checked = checked_tokenizer(given, self.prompt_style, self._num_rows)
+            self._loaded, self._last_given = (given, checked), given
+        return self._loaded[1]
 
-    def _current_tokenizer(self) -> Any:
-        """The one given or the model's; without a model, what was used last."""
+    def _given_tokenizer(self) -> Any:
+        """The setting or the model's; without a model, what was used last."""
         if self.tokenizer is not None:
             return self.tokenizer
         module = getattr(self.trainer, "lightning_module", None)
-        return getattr(module, "tokenizer", self._tokenizer_given)
+        return getattr(module, "tokenizer", self._last_given)
 
     @property
     def text_info(self) -> TextInfo:
@@ -329,16 +328,13 @@ class ReasoningDataModule(LightningDataModule):
     def _pad_id(self) -> int:
         return padding_id(self.text_tokenizer, self._num_rows)
 
-    # --- loaders ---
-
     def train_dataloader(self) -> ResumableLoader | DataLoader[Example]:
         """The mixture from where the trainer stands; with `overfit_batches` the first records."""
-        assert self._set.train, "setup('fit') comes first"
         mixture = Mixture(self._set.train)
         if getattr(self.trainer, "overfit_batches", 0):
             return self._loader(mixture, self._collator())
-        mixed = (self._set.sizes, self._weights(), self.source_names, self.seed, self._planner())
-        sampler = MixtureSampler(*mixed, stop=self.loading.stop, **ranks_of(self.trainer))
+        mixed = (self._set.sizes, self._shares(), self.source_names, self.seed, self._planner())
+        sampler = MixtureSampler(*mixed, stop=self.loading.stop, **self._ranks())
         return ResumableLoader(
             mixture,
             sampler,
@@ -349,11 +345,13 @@ class ReasoningDataModule(LightningDataModule):
         )
 
     def _planner(self) -> BatchPlanner:
-        """How records are made into batches now; lengths once there are records."""
+        """How records are made into batches now."""
         tokens = self.loading.tokens_per_batch
-        by_length = self._set.train and (self.batching != "random" or tokens)
-        lengths = self._set.lengths(exact=tokens is not None) if by_length else None
-        return BatchPlanner(self.batching, self.batch_size, tokens, lengths)
+        return self._set.planner(self.batching, self.batch_size, tokens)
+
+    def _ranks(self) -> dict[str, Any]:
+        """Which rank this is of how many, as samplers take it."""
+        return getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
 
     def _batches_trained_on(self) -> int:
         """Of this training, stops included; right once Lightning has restored its loops."""
@@ -382,12 +380,19 @@ class ReasoningDataModule(LightningDataModule):
         """The prompts of the test sources, each once however many ranks, the longest first."""
         examples = self.test_examples
         lengths = [len(example.prompt) for example in examples]
-        sampler = LengthSortedSampler(lengths, **ranks_of(self.trainer))
-        return self._loader(examples, collators.PromptCollator(self._pad_id()), sampler)
+        sampler = LengthSortedSampler(lengths, **self._ranks())
+        return self._loader(
+            examples,
+            collators.PromptCollator(self._pad_id()),
+            sampler,
+        )
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """The prompts of the predict sources."""
-        return self._loader(self._prompts["predict"], collators.PromptCollator(self._pad_id()))
+        return self._loader(
+            self._prompts["predict"],
+            collators.PromptCollator(self._pad_id()),
+        )
 
     def _loader(self, examples: Any, collator: Any, sampler: Any = None) -> DataLoader[Example]:
         options = self.loading.options(self.seed) | {"batch_size": self.batch_size}
@@ -399,18 +404,14 @@ class ReasoningDataModule(LightningDataModule):
             return collators.PackedCollator(names)
         return collators.TrainCollator(names, self._pad_id())
 
-    # --- shares and state ---
-
-    def _weights(self) -> list[float]:
-        return self._set.shares(self.sources, self.loading.temperature)
+    def _shares(self) -> list[float]:
+        """Each source's part of the training stream."""
+        weights = [source.weight for source in self.sources]
+        return self._set.shares(weights, self.loading.temperature)
 
     def examples_seen(self) -> dict[str, int]:
         """Examples of each source trained on so far, on all ranks; every rank must call this."""
         return self._counter.counts(self.trainer)
-
-    def shares(self) -> dict[str, float]:
-        """Each source's part of the examples trained on so far; every rank must call this."""
-        return self._counter.shares(self.trainer)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Counts what is trained on."""
@@ -423,7 +424,7 @@ class ReasoningDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """After training, says what was trained on."""
         if stage == "fit" and self._set.train:
-            self._counter.report(self.trainer, self._weights())
+            self._counter.report(self.trainer, self._shares())
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained on, and the settings that the order depends on."""
@@ -438,7 +439,7 @@ class ReasoningDataModule(LightningDataModule):
             return
         self._trained_on = [*before, *(one for one in self._trained_on if one not in before)]
         self._counter.start(state_dict["seen"])
-        changed = progress.order_changes(self._order_settings(), state_dict["order"])
+        changed = order_changes(self._order_settings(), state_dict["order"])
         # A trainer goes back to a state before the first batch after a search for a batch size.
         follows = self.trainer is None or any(state_dict["seen"].values())
         if follows and changed:

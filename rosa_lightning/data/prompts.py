@@ -1,17 +1,154 @@
 """Prompt styles: the text around a record, its token ids, and the tokens that end a response.
 
-A new style is a subclass of `PromptStyle` with an entry in `STYLES`.
+A new style is a subclass of `PromptStyle` with an entry in `STYLES`. What a record's fields say
+stays text: a special token that one spells (``</s>`` in a record about HTML) is encoded as the
+characters that it is, while special tokens that a chat template writes are encoded as such.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-from rosa_lightning.data.text_tokens import TextTokenizer, Tokens, prompt_prefix
 from rosa_lightning.models.kv_cache import common_start
 from rosa_lightning.tasks.records import Record
 
 StyleName = Literal["alpaca", "chat", "plain"]
+
+# Private-use characters around the special tokens that a field spells.
+_START, _END = "\U000f0000", "\U000f0001"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A text in token ids."""
+
+    ids: list[int]
+    starts: list[int] | None
+    """Index of each token's first character in the text without marks, ascending; None where the
+    tokenizer does not say."""
+
+    def covering(self, character: int) -> int | None:
+        """Index of the first token that covers a character of the text; None if unknown."""
+        last = bisect_right(self.starts, character) - 1 if self.starts else -1
+        return bisect_left(self.starts, self.starts[last]) if self.starts and last >= 0 else None
+
+    def behind(self, count: int, characters: int) -> "Tokens":
+        """The tokens after the first `count`, as of the text after its first `characters`."""
+        starts = self.starts and [start - characters for start in self.starts[count:]]
+        return Tokens(self.ids[count:], starts)
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Encodes texts without the special tokens that a tokenizer adds by itself."""
+
+    tokenizer: Any
+    end: str = ""
+    """A further token that fields do not write: it ends a turn and may not be marked as special."""
+
+    @cached_property
+    def _special(self) -> str:
+        """A pattern of all special tokens, the longest first; of nothing if there are none."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        special |= {*self.tokenizer.all_special_tokens, self.end}
+        found = sorted((token for token in special if token.strip()), key=len, reverse=True)
+        return "|".join(map(re.escape, found)) or "(?!)"
+
+    @cached_property
+    def _marked(self) -> re.Pattern[str]:
+        return re.compile(f"{_START}({self._special}){_END}")
+
+    @cached_property
+    def _before(self) -> list[tuple[str, list[int]]]:
+        """Characters to stand before a text, one of which is mostly merged with nothing."""
+        return [(one, self._encoded([one])[0].ids) for one in "\n|=~"]
+
+    def mark(self, field: str) -> str:
+        """The field, with marks around all that spells a special token."""
+        return re.sub(self._special, f"{_START}\\g<0>{_END}", field)
+
+    def unmark(self, text: str) -> str:
+        """The text without marks."""
+        return self._marked.sub(r"\1", text) if _START in text else text
+
+    def __call__(self, texts: Iterable[str]) -> list[Tokens]:
+        """Tokens of texts whose fields are marked."""
+        texts = list(texts)
+        plain = [text for text in texts if _START not in text]
+        encoded = iter(self._encoded(plain) if plain else [])
+        return [self._in_parts(text) if _START in text else next(encoded) for text in texts]
+
+    def following(self, text: str) -> Tokens:
+        """Tokens of a text that follows another one, whose tokens are known."""
+        return self._in_parts(text, follows=True)
+
+    def _in_parts(self, text: str, follows: bool = False) -> Tokens:
+        # Every other part spells a special token.
+        parts = self._marked.split(text)
+        tokens = [
+            self._as_text(part) if number % 2 else self._part(part, follows or number > 0)
+            for number, part in enumerate(parts)
+        ]
+        return _joined(tokens, parts)
+
+    def _part(self, part: str, follows: bool = True, **options: Any) -> Tokens:
+        """Tokens of a text. Of one that follows another, without the space of a first word."""
+        if not part:
+            return Tokens([], [])
+        for before, ids in self._before if follows else ():
+            (found,) = self._encoded([before + part], **options)
+            if found.ids[: len(ids)] == ids:
+                return found.behind(len(ids), 1)
+        (found,) = self._encoded([part], **options)
+        return found
+
+    def _as_text(self, token: str) -> Tokens:
+        """Tokens of the characters of a special token."""
+        found = self._part(token, split_special_tokens=True)
+        if self.tokenizer.convert_tokens_to_ids(token) in found.ids and len(token) > 1:
+            # It is not special to the tokenizer, or also a word of its vocabulary.
+            halves = (token[:1], token[1:])
+            found = _joined([self._part(one, split_special_tokens=True) for one in halves], halves)
+        return found
+
+    def _encoded(self, texts: list[str], **options: Any) -> list[Tokens]:
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+            **options,
+        )
+        if not encoded.is_fast:  # of the others, none tells its offsets
+            return [Tokens(list(ids), None) for ids in encoded["input_ids"]]
+        return [Tokens(one.ids, [start for start, _ in one.offsets]) for one in encoded.encodings]
+
+
+def prompt_prefix(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer itself puts before a text (BOS), mostly one or none."""
+    text = "a"
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    full = tokenizer(text)["input_ids"]
+    starts = range(len(full) - len(bare) + 1)
+    start = next((start for start in starts if full[start : start + len(bare)] == bare), 0)
+    return list(full[:start])
+
+
+def _joined(tokens: Sequence[Tokens], texts: Sequence[str]) -> Tokens:
+    """Tokens of texts that follow one another."""
+    ids = [one for part in tokens for one in part.ids]
+    if any(part.starts is None for part in tokens):
+        return Tokens(ids, None)
+    offsets = zip(tokens, accumulate(map(len, texts), initial=0), strict=False)
+    return Tokens(ids, [offset + start for part, offset in offsets for start in part.starts or ()])
+
+
+# --- styles ---------------------------------------------------------------------------------
 
 
 class EncodedRecord(NamedTuple):
@@ -69,13 +206,11 @@ class PromptStyle:
         found = self.texts(self.apply(mark(one.instruction), mark(one.input)) for one in records)
         return [tokens.ids for tokens in found]
 
-    def encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
+    def turns(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Prompts and responses in token ids."""
         replies = self.texts(self.texts.mark(record.output) for record in records)
         for record, prompt, reply in zip(records, self.prompts(records), replies, strict=True):
-            yield EncodedRecord(
-                prompt, record.output, Tokens([*reply.ids, *self.stop_ids], reply.starts)
-            )
+            yield EncodedRecord(prompt, record.output, Tokens([*reply.ids, *self.stop_ids], reply.starts))
 
     def response(self, text: str, *, end: bool = False) -> list[int]:
         """Token ids of a response as they follow a prompt; `end` adds the token that ends it."""
@@ -151,7 +286,7 @@ class ChatStyle(PromptStyle):
     @cached_property
     def texts(self) -> TextTokenizer:
         """Encodes text in which fields are marked."""
-        return TextTokenizer(self.tokenizer, (self._ending.token,))
+        return TextTokenizer(self.tokenizer, self._ending.token)
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -176,36 +311,32 @@ class ChatStyle(PromptStyle):
         found = self._until_border([self._around(user)[0] for user in users])
         return [prompt[len(self.prefix) :] for prompt in found]
 
-    def encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
+    def turns(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Prompts and responses in token ids; white space around a response is the template's."""
         users = [_question(one.instruction, one.input) for one in records]
-        for one in self._conversations(users, [one.output.strip() for one in records]):
-            yield one._replace(prompt=one.prompt[len(self.prefix) :])
+        yield from self._conversations(users, [one.output.strip() for one in records])
 
     def response(self, text: str, *, end: bool = False) -> list[int]:
         """Token ids of a response as they follow a prompt; `end` adds the token that ends it."""
-        (found,) = self._conversations(["Q"], [text], end=end)
-        return found.reply.ids
+        (encoded,) = self._conversations(["Q"], [text], end=end)
+        return encoded.reply.ids
 
     def _conversations(
         self, users: Sequence[str], replies: Sequence[str], *, end: bool = True
-    ) -> list[EncodedRecord]:
+    ) -> Iterator[EncodedRecord]:
+        """Questions and replies, which are not marked yet, as turns."""
         texts = self.texts
         users, replies = ([*map(texts.mark, some)] for some in (users, replies))
         around = [self._around(user) for user in users]
-        prompts = self._until_border([before for before, _ in around])
-        written = [
-            self._written(user, reply, *own)
-            for user, reply, own in zip(users, replies, around, strict=True)
-        ]
+        written = [self._written(*one) for one in zip(users, replies, around, strict=True)]
+        befores = [before for before, _ in around]
         ending = self._ending.text + self._ending.token if end else ""
         added = [] if self._ending.token or not end else [self._ending.stop]
-        wholes = texts(
-            before + reply + ending for (before, _), (reply, _) in zip(around, written, strict=True)
-        )
-        found = []
-        for prompt, (before, _), (reply, rewritten), whole in zip(
-            prompts, around, written, wholes, strict=True
+        prompts = self._until_border(befores)
+        rows = zip(befores, written, strict=True)
+        wholes = texts(before + reply + ending for before, (reply, _) in rows)
+        for before, prompt, (reply, rewritten), whole in zip(
+            befores, prompts, written, wholes, strict=True
         ):
             if whole.ids[: len(prompt)] == prompt:
                 tokens = whole.behind(len(prompt), len(texts.unmark(before)))
@@ -213,43 +344,32 @@ class ChatStyle(PromptStyle):
                 merged = before[len(before) - self._border.merged :]
                 tokens = texts.following(merged + reply + ending).behind(0, len(merged))
             tokens.ids.extend(added)
-            found.append(EncodedRecord(prompt, texts.unmark(reply), tokens, rewritten))
-        return found
+            yield EncodedRecord(prompt[len(self.prefix) :], texts.unmark(reply), tokens, rewritten)
 
     @cached_property
     def _ending(self) -> _Ending:
         """The first special token after a reply; EOS for a template that writes none there."""
         after = self._surroundings[1]
-        eos = self.tokenizer.eos_token
-        special = {eos: self.tokenizer.eos_token_id}
+        special = {self.tokenizer.eos_token: self.tokenizer.eos_token_id}
         for number, token in self.tokenizer.added_tokens_decoder.items():
             if token.content.strip():  # some tokenizers add runs of spaces
                 special[token.content] = number
         starts = [(after.index(token), -len(token), token) for token in special if token in after]
         if not starts:
-            return _Ending("", special[eos])
+            return _Ending("", self.tokenizer.eos_token_id)
         start, _, first = min(starts)
         return _Ending(after[:start], special[first], first)
 
     @cached_property
     def _surroundings(self) -> tuple[str, str]:
         """The text before and after the reply `_REPLY` to `_ASKED`."""
-        text = self._rendered(_ASKED, _REPLY)
+        text, other = (self._rendered(_ASKED, reply) for reply in _REPLIES[:2])
         before, _, after = text.partition(_REPLY)
-        fault = ""
-        if _REPLY not in text:
-            fault = "leaves out what an assistant says, or alters it"
-        elif _REPLY in after:
-            fault = "writes what an assistant says more than once"
-        elif _ASKED not in before:
-            fault = "leaves out what a user says"
-        else:
-            other = self._rendered(_ASKED, _REPLIES[1])
-            if not (other.startswith(before) and other.endswith(after)):
-                fault = "writes other text around what an assistant says if that is another"
-        if fault:
+        is_framed = other.startswith(before) and other.endswith(after)
+        if not is_framed or text.count(_REPLY) != 1 or _ASKED not in before:
             raise ValueError(
-                f"The tokenizer's chat template {fault}, so what to train on cannot be told. Set "
+                "The tokenizer's chat template does not write each message once and as it is, in "
+                "the same text whatever it says, so what to train on cannot be told. Set "
                 "data.prompt_style: alpaca, or data.tokenizer to one with another chat template."
             )
         return before, after
@@ -283,8 +403,9 @@ class ChatStyle(PromptStyle):
         before, _, after = self._rendered(user, _REPLY).rpartition(_REPLY)
         return before, after
 
-    def _written(self, user: str, reply: str, before: str, after: str) -> tuple[str, bool]:
+    def _written(self, user: str, reply: str, around: tuple[str, str]) -> tuple[str, bool]:
         """What the template makes of a reply, and whether that is another text."""
+        before, after = around
         text = self._rendered(user, reply)
         inside = text.removeprefix(before).removesuffix(after)
         if before + inside + after == text and (inside or not reply):

@@ -15,9 +15,10 @@ import shutil
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import numpy as np
 from filelock import FileLock
@@ -43,14 +44,15 @@ _SCHEMAS = (
 _MAY_LACK = ("rationale",)
 """Fields of benchmarks that may be null; an answer too, in some splits."""
 _COLUMNS = ("instruction", "input", "output", "answer", "index")
-_AT_A_TIME = 1000
+_CHUNK = 1000
+"""Records that are read or written at a time."""
 
 
 class Indexed(Sequence[T]):
     """A sequence whose items are read by position, some at a time."""
 
-    def __init__(self, positions: NDArray[np.uint32]) -> None:
-        self.positions = positions
+    def __init__(self, size: int) -> None:
+        self.positions: NDArray[np.uint32] = np.arange(size, dtype=np.uint32)
         """The items in the order of the sequence, 4 bytes each."""
 
     @abstractmethod
@@ -65,30 +67,30 @@ class Indexed(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
-        chosen = self.positions[index]
-        return self.at(chosen) if isinstance(index, slice) else self.at(np.array([chosen]))[0]
+        if isinstance(index, slice):
+            return self.at(self.positions[index])
+        return self.at(self.positions[[index]])[0]
 
     def __iter__(self) -> Iterator[T]:
-        for start in range(0, len(self), _AT_A_TIME):
-            yield from self[start : start + _AT_A_TIME]
+        for start in range(0, len(self), _CHUNK):
+            yield from self[start : start + _CHUNK]
 
     def take(self, indices: Any) -> list[T]:
-        """The items at these places of the sequence."""
+        """The items at these indices of the sequence."""
         return self.at(self.positions[indices])
+
+    def select(self, chosen: NDArray[Any]) -> Self:
+        """The items at these indices, or where a mask is true."""
+        selected = copy(self)
+        selected.positions = self.positions[chosen]
+        return selected
 
 
 class Records(Indexed[Record]):
     """Records of one source in a `datasets.Dataset`, in memory or mapped from disk."""
 
-    def __init__(
-        self,
-        rows: Any,
-        task: Task,
-        source: str,
-        content: str | None = None,
-        positions: NDArray[np.uint32] | None = None,
-    ) -> None:
-        super().__init__(np.arange(len(rows), dtype=np.uint32) if positions is None else positions)
+    def __init__(self, rows: Any, task: Task, source: str, content: str | None = None) -> None:
+        super().__init__(len(rows))
         self.rows, self.task, self.source = rows, task, source
         self.content = content or content_digest(self)
         """A digest of the source's content."""
@@ -97,10 +99,6 @@ class Records(Indexed[Record]):
     def on_disk(self) -> bool:
         """Whether the table is larger than memory might be."""
         return self.content.startswith("file")
-
-    def select(self, mask: NDArray[np.bool_]) -> Records:
-        """The records where the mask is true."""
-        return Records(self.rows, self.task, self.source, self.content, self.positions[mask])
 
     def at(self, positions: NDArray[np.uint32]) -> list[Record]:
         """The records in these rows."""
@@ -160,15 +158,13 @@ def load_records(
     numbered = enumerate(rows.rows, start=1)
     records = (_record(row, number, source, task, purpose) for number, row in numbered)
     if rows.on_disk:
-        first = next(records, None)
-        if first is None:
-            raise _no_records(source, task)
+        first = [*islice(records, 1)]  # a file that is no data fails here, before it is hashed
         content = rows.content()
-        table = _disk_table(chain([first], records), content, task, purpose, cache)
-        chosen = _chosen(len(table), source, task, seed)
-        return Records(table, task, source.label, f"file {content}", chosen)
+        table = _disk_table(chain(first, records), content, task, purpose, cache)
+        kept = Records(table, task, source.label, f"file {content}")
+        return kept.select(_drawn(len(kept), source, task, seed))
     found = list(records)
-    found = [found[place] for place in _chosen(len(found), source, task, seed)]
+    found = [found[position] for position in _drawn(len(found), source, task, seed)]
     if purpose != "train":
         return found
     import datasets  # late, as it takes a second
@@ -184,19 +180,15 @@ def _features() -> datasets.Features:
     return datasets.Features(dict.fromkeys(_COLUMNS, text) | {"index": number})
 
 
-def _no_records(source: Source, task: Task) -> ValueError:
-    return ValueError(
-        f"{source.place} (task {task.name}) holds no records. Name a source that has some."
-    )
-
-
-def _chosen(count: int, source: Source, task: Task, seed: int) -> NDArray[np.uint32]:
+def _drawn(count: int, source: Source, task: Task, seed: int) -> NDArray[np.int64]:
+    """Positions of at most `max_examples` records, in their order."""
     if not count:
-        raise _no_records(source, task)
+        raise ValueError(
+            f"{source.location} (task {task.name}) holds no records. Name a source that has some."
+        )
     if source.max_examples is None or source.max_examples >= count:
-        return np.arange(count, dtype=np.uint32)
-    drawn = np.random.default_rng(seed).permutation(count)[: source.max_examples]
-    return np.sort(drawn).astype(np.uint32)
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[: source.max_examples])
 
 
 def _disk_table(
@@ -216,9 +208,9 @@ def _disk_table(
 
     def write(path: Path) -> None:
         schema = features.arrow_schema
-        shown = datasets.utils.tqdm(records, desc="Reading", unit=" records")
+        rows = iter(datasets.utils.tqdm(records, desc="Reading", unit=" records"))
         with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as out:
-            for some in batched(shown, _AT_A_TIME):
+            while some := list(islice(rows, _CHUNK)):
                 columns = [[getattr(one, name) for one in some] for name in _COLUMNS]
                 arrays = map(pyarrow.array, columns, schema.types)
                 out.write_batch(pyarrow.RecordBatch.from_arrays([*arrays], schema=schema))
@@ -229,15 +221,9 @@ def _disk_table(
 def cached_table(
     path: Path, features: datasets.Features, rows: int | None, write: Callable[[Path], object]
 ) -> datasets.Dataset:
-    """The table in a file, written first if there is none, or a damaged one.
+    """The table in a file, written first if there is none, or one without these rows or features.
 
     Of several processes that want the same file one writes it, and the others wait.
-
-    Args:
-        path: The file.
-        features: The table's columns.
-        rows: How many it has, if that is known.
-        write: Writes it.
     """
     import datasets
     import pyarrow
@@ -262,43 +248,35 @@ def cached_table(
         return datasets.Dataset.from_file(os.fspath(path))
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of so many items that follow one another."""
-    rest = iter(items)
-    while some := list(islice(rest, size)):
-        yield some
-
-
 # --- rows to records ------------------------------------------------------------------------
 
 
 def _record(row: Any, number: int, source: Source, task: Task, purpose: Purpose) -> Record:
-    where = f"{source.place}, record {number}"
+    where = f"{source.location}, record {number}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is {kind_of(row)}; expected an object with fields: {_SCHEMAS}.")
-    context = ""
-    asks_itself = task.convert is not None and task.name not in TASKS
+    own = None if task.name in TASKS else task
+    converts = own is not None and task.convert is not None
     needed = task.fields[:-1] if purpose == "predict" else task.fields
-    if "instruction" in row and not asks_itself:
-        asked = _text(row, "instruction", where)
-        context, output = _text(row, "input", where), _text(row, "output", where)
+    context = ""
+    if "instruction" in row and not converts:
+        asked, context, output = (_text(row, name, where) for name in _COLUMNS[:3])
         answer = _answer(row, where)
     elif task.convert is not None and all(field in row for field in needed):
         asked, output, answer = _converted(row, task, source, where, purpose)
-    elif "question" in row and not asks_itself:
+    elif "question" in row and not converts:
         asked = _text(row, "question", where)
         output, answer = _gsm8k_solution(row, where, purpose)
     else:
         found = ", ".join(str(key)[:40] for key in list(row)[:20]) or "none"
-        own = f"{task.name}'s {', '.join(needed)}" if task.convert else ""
-        wanted = f"expected {own}" if asks_itself else f"{_SCHEMAS}{own and f', or {own}'}"
+        fields = f"{task.name}'s {', '.join(needed)}" if task.convert else ""
+        wanted = f"expected {fields}" if converts else f"{_SCHEMAS}{fields and f', or {fields}'}"
         raise ValueError(f"{where} has the fields {found}; {wanted}.")
-    kept = None if task.name in TASKS else task
-    record = Record(asked, context, output, answer, task.name, source.label, number, kept)
-    of_hub = asks_itself or "instruction" not in row
-    _check_use(record, of_hub or "output" in row, where, purpose)
+    record = Record(asked, context, output, answer, task.name, source.label, number, own)
+    is_made = converts or "instruction" not in row
+    _check_use(record, is_made or "output" in row, where, purpose)
     # To train, a given response may be right in other words; one made of the answer may not.
-    if purpose == "test" or (purpose == "train" and of_hub):
+    if purpose == "test" or (purpose == "train" and is_made):
         try:
             check_gold(record)
         except ValueError as error:
@@ -315,8 +293,7 @@ def _converted(
     """Instruction, output and answer of a row with the fields of the task's hub data set."""
     assert task.convert is not None
     for field in task.fields:
-        for value in _leaves(row.get(field)):
-            _check_value(value, field, where)
+        _check_value(row.get(field), field, where)
     try:
         for field in task.fields[:-1]:
             if row.get(field) is None and field not in _MAY_LACK:
@@ -359,26 +336,18 @@ def _check_use(record: Record, has_output: bool, where: str, purpose: Purpose) -
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     value = row.get(field)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise ValueError(f"{where}: field {field!r} is {kind_of(value)}; expected text.")
     _check_value(value, field, where)
-    return value
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """The values in lists and objects within one another."""
-    if isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _leaves(part)
-    else:
-        yield value
+    return value or ""
 
 
 def _check_value(value: Any, field: str, where: str) -> None:
-    """Refuse what no text can say: half of a surrogate pair, NaN, bytes."""
-    if isinstance(value, str):
+    """Refuse what no text can say, also within lists: half a surrogate pair, NaN, bytes."""
+    if isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _check_value(part, field, where)
+    elif isinstance(value, str):
         if half := half_character(value):
             raise ValueError(
                 f"{where}: field {field!r} holds {half}, half of a character, which UTF-8 cannot "
@@ -393,12 +362,12 @@ def _check_value(value: Any, field: str, where: str) -> None:
 
 def _answer(row: Mapping[str, Any], where: str) -> str | None:
     value = row.get("answer")
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(f"{where}: field 'answer' is {kind_of(value)}; expected text or a number.")
+    _check_value(value, "answer", where)
     if isinstance(value, bool):
         return str(value).lower()
-    if value is None or isinstance(value, str | int | float):
-        _check_value(value, "answer", where)
-        return None if value is None else str(value).strip() or None
-    raise ValueError(f"{where}: field 'answer' is {kind_of(value)}; expected text or a number.")
+    return None if value is None else str(value).strip() or None
 
 
 def _gsm8k_solution(row: Mapping[str, Any], where: str, purpose: Purpose) -> tuple[str, str | None]:

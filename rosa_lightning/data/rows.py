@@ -43,18 +43,13 @@ class Rows:
 
 
 def read_rows(source: Source, task: Task, purpose: Purpose) -> Rows:
-    """The rows of a source of a task.
-
-    Raises OSError for what cannot be read or reached, ValueError for what holds no rows; also when
-    the rows are gone through.
-    """
+    """The rows of a source; OSError or ValueError, also while they are gone through."""
     return _hub_rows(source, task, purpose) if source.hub else _file_rows(source, purpose)
 
 
 def _stays(source: Source, purpose: Purpose, size: int) -> bool:
-    if purpose not in ("train", "audit"):
-        return False
-    return size >= _STREAM_FROM if source.stream is None else source.stream
+    wanted = size >= _STREAM_FROM if source.stream is None else source.stream
+    return wanted and purpose in ("train", "audit")
 
 
 def _hub_rows(source: Source, task: Task, purpose: Purpose) -> Rows:
@@ -64,7 +59,7 @@ def _hub_rows(source: Source, task: Task, purpose: Purpose) -> Rows:
     subset, options = source.subset, dict[str, Any]()
     if revision == "refs/convert/parquet" and subset:  # on that branch a subset is a folder
         subset, options = None, {"data_dir": subset}
-    if source.stream and purpose in ("train", "audit"):
+    if source.stream and _stays(source, purpose, 0):
         options["streaming"] = True
     try:
         rows = datasets.load_dataset(
@@ -78,18 +73,15 @@ def _hub_rows(source: Source, task: Task, purpose: Purpose) -> Rows:
             "or name a local file instead of hub: {path: FILE.jsonl}."
         ) from error
     size = 0 if "streaming" in options else rows.data.nbytes
-    about = repr([source.hub, source.subset, source.split, revision, _revision(rows)])
+    # Revisions differ in the files in the cache, or in those files' hashes.
+    told_by = getattr(rows, "cache_files", None) or rows.info.download_checksums
+    about = repr([source.hub, source.subset, source.split, revision, told_by])
     digest = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
     return Rows(rows, _stays(source, purpose, size), lambda: digest)
 
 
-def _revision(rows: Any) -> object:
-    """Tells revisions of a hub data set apart: by the files in its cache, or their hashes."""
-    return getattr(rows, "cache_files", None) or rows.info.download_checksums
-
-
 def _file_rows(source: Source, purpose: Purpose) -> Rows:
-    path = Path(source.place)
+    path = Path(source.location)
     check_name(path)
     suffix = path.suffix.lower()
     if not path.exists():
@@ -205,30 +197,27 @@ def _decoded_rows(path: Path, table: Any) -> Iterator[Any]:
         raise _UnfitError(
             f"{path} has no columns. Expected those of records: instruction, output, ..."
         )
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if twice := [name for name in names if names.count(name) > 1]:
         raise _UnfitError(
-            f"{path} has two columns named {twice!r}. Leave out or rename one of them."
+            f"{path} has two columns named {twice[0]!r}. Leave out or rename one of them."
         )
-    size = path.stat().st_size
+    size, about = path.stat().st_size, table.metadata
     limit = max(_MOST_DECODED, _RATIO * size)
-    about = table.metadata
     groups = [about.row_group(number) for number in range(about.num_row_groups)]
-    columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
     told = (max(one.total_uncompressed_size, one.num_values) for one in columns)
-    decoded = max(about.num_rows, *told, 0)
-    if decoded <= limit:
-        decoded = 0
-        for batch in table.iter_batches(_ROWS_A_READ):
-            decoded += batch.nbytes
-            if decoded > limit:
-                break
-            yield from batch.to_pylist()
-    if decoded > limit:
-        raise _UnfitError(
-            f"{path} has {size:,} bytes and decodes to more than {limit:,}, which do not fit "
-            "into memory. Write it in parts, or as .jsonl."
-        )
+    too_large = _UnfitError(
+        f"{path} has {size:,} bytes and decodes to more than {limit:,}, which do not fit into "
+        "memory. Write it in parts, or as .jsonl."
+    )
+    if max(about.num_rows, *told, 0) > limit:
+        raise too_large
+    decoded = 0
+    for batch in table.iter_batches(_ROWS_A_READ):
+        decoded += batch.nbytes
+        if decoded > limit:
+            raise too_large
+        yield from batch.to_pylist()
 
 
 def kind_of(value: object) -> str:

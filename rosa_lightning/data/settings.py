@@ -1,15 +1,19 @@
-"""Settings of `ReasoningDataModule`: the less common ones, and checks of all."""
+"""Settings of `ReasoningDataModule`: the less common ones, checks of all, agreement of ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
+from lightning.pytorch import Trainer
 
 from rosa_lightning.data.prompts import STYLES
 from rosa_lightning.data.sampling import Batching, Stop
 from rosa_lightning.data.tokenization import Overlong
+from rosa_lightning.utils.agreement import agree, configuration, several_ranks
+from rosa_lightning.utils.stopping import Stopping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +44,6 @@ class LoadingConfig:
     """Folder that keeps tokenised training data, and the records of large sources, for the next
     run; auto is rosa_lightning in the user's cache folder (XDG_CACHE_HOME), null keeps nothing."""
 
-    def __post_init__(self) -> None:
-        _check_choice("loading.stop", self.stop, get_args(Stop))
-        _check_choice("loading.overlong", self.overlong, get_args(Overlong))
-        _check_least("loading.val_generate", self.val_generate, 0)
-        _check_least("loading.num_workers", self.num_workers, 0)
-        given = self.temperature
-        is_number = isinstance(given, int | float) and not isinstance(given, bool)
-        if given is not None and not (is_number and given > 0):
-            raise ValueError(
-                f"loading.temperature={given!r} is no number above 0. Set data.loading.temperature;"
-                " 1 mixes by size, 3 draws the shares together, null leaves them to the weights."
-            )
-
     def options(self, seed: int) -> dict[str, Any]:
         """Options of every `DataLoader`."""
         # Without its own generator a loader draws from the global one at each pass, and a resumed
@@ -68,32 +59,33 @@ class LoadingConfig:
 
 
 CHECKED = (
-    "batch_size",
-    "max_length",
-    "prompt_style",
-    "batching",
-    "val_fraction",
-    "seed",
-    "loading",
+    *("batch_size", "max_length", "prompt_style", "batching", "val_fraction", "seed", "loading"),
 )
 """The settings that `check_settings` takes."""
+_LEAST = {"batch_size": 1, "max_length": 8, "loading.val_generate": 0, "loading.num_workers": 0}
+_CHOICES = {
+    "prompt_style": tuple(STYLES),
+    "batching": get_args(Batching),
+    "loading.stop": get_args(Stop),
+    "loading.overlong": get_args(Overlong),
+}
 
 
-def check_settings(
-    *,
-    batch_size: int,
-    max_length: int,
-    prompt_style: str,
-    batching: str,
-    val_fraction: float,
-    seed: int,
-    loading: LoadingConfig,
-) -> None:
+def check_settings(given: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting that is out of bounds, or two that do not go together."""
-    _check_least("batch_size", batch_size, 1)
-    _check_least("max_length", max_length, 8)
-    _check_choice("prompt_style", prompt_style, tuple(STYLES))
-    _check_choice("batching", batching, get_args(Batching))
+    loading: LoadingConfig = given["loading"]
+    values = {**given, **{f"loading.{key}": value for key, value in vars(loading).items()}}
+    for key, least in _LEAST.items():
+        if values[key] < least:
+            raise ValueError(
+                f"{key}={values[key]} is below {least}. Set data.{key} to at least {least}."
+            )
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise ValueError(
+                f"{key}={values[key]!r} is none of {', '.join(choices)}. Set data.{key}."
+            )
+    seed, val_fraction = values["seed"], values["val_fraction"]
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed} has more than 64 bits. Set another data.seed.")
     if not 0 <= val_fraction < 1:
@@ -101,19 +93,24 @@ def check_settings(
             f"val_fraction={val_fraction} is outside [0, 1). Set data.val_fraction; 0.02 "
             "validates on 2 of 100 records, 0 on none."
         )
-    tokens = loading.tokens_per_batch
-    if tokens is not None and tokens < max_length:
+    temperature, tokens = loading.temperature, loading.tokens_per_batch
+    if temperature is not None and not (type(temperature) in (int, float) and temperature > 0):
         raise ValueError(
-            f"tokens_per_batch={tokens} is below max_length={max_length}, so some record may fit "
-            "into no batch. Raise data.loading.tokens_per_batch, or lower data.max_length."
+            f"loading.temperature={temperature!r} is no number above 0. Set "
+            "data.loading.temperature; 1 mixes by size, null leaves shares to the weights."
+        )
+    if tokens is not None and tokens < values["max_length"]:
+        raise ValueError(
+            f"tokens_per_batch={tokens} is below max_length={values['max_length']}, so some record "
+            "may fit into no batch. Raise data.loading.tokens_per_batch, or lower data.max_length."
         )
 
 
-def _check_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{key}={value} is below {least}. Set data.{key} to at least {least}.")
-
-
-def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key}={value!r} is none of {', '.join(choices)}. Set data.{key}.")
+def agree_on_settings(trainer: Trainer | None) -> None:
+    """Compare the ranks before any does what the others might not, a broadcast say."""
+    if trainer is None or not several_ranks():
+        return
+    if (stopping := Stopping.of(trainer)) is not None:
+        stopping.agree(trainer)
+    else:
+        agree("settings", configuration(trainer))

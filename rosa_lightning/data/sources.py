@@ -15,8 +15,11 @@ Purpose = Literal["train", "test", "predict", "audit"]
 """What records are for: a response to train on, a gold answer, only a question, or to be looked at
 whatever they lack."""
 
-_TEXTS = ("name", "path", "hub", "subset", "split", "revision", "task")
-"""The fields of a source that are texts."""
+
+def purpose_of(stage: str) -> Purpose:
+    """What records are for in a stage of Lightning's, which gives an enumeration or its value."""
+    value = str(getattr(stage, "value", stage))
+    return "test" if value == "test" else "predict" if value == "predict" else "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class Source:
         return next((task for name in told if (task := find_task(name))), "text")
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where the records are, for messages."""
         return self.path or f"hub data set {self.hub}"
 
@@ -105,55 +108,46 @@ def as_source(
             f"A data source is given as {value!r}; expected its fields, such as "
             "{path: FILE, weight: 0.5}."
         )
-    _check_types(value)
     _check_fields(value, tasks)
     own = find_task(value.task or value.label, {k: v for k, v in tasks.items() if k not in TASKS})
     return value if own is None else replace(value, task=own)
 
 
 # Not in __post_init__: jsonargparse would wrap these errors in twenty lines of its own.
-def _check_types(source: Source) -> None:
-    """Check what a file or a command line may hold in place of a text or a truth value."""
-    for key in _TEXTS:
-        given = getattr(source, key)
-        if given is None and key != "split":
-            continue
-        if not isinstance(given, str):
-            raise TypeError(
-                f"A data source has {key} {given!r}; expected a text, in quotes where it looks "
-                f"like something else, such as {key}: 'five'."
-            )
-        if not given or "\0" in given:
-            raise ValueError(
-                f"A data source has {key} {given!r}, which is no name. Give one, or leave it out."
-            )
-    if source.stream is not None and not isinstance(source.stream, bool):
-        raise TypeError(
-            f"Source {source.label} has stream {source.stream!r}; expected true or false, without "
-            "quotes. Leave it out to stream files from 256 MiB on."
-        )
-
-
 def _check_fields(source: Source, tasks: Mapping[str, Task]) -> None:
+    """Check what a file or a command line may hold."""
+    for key in ("name", "path", "hub", "subset", "split", "revision", "task"):
+        text = getattr(source, key)
+        if (text is not None or key == "split") and not (
+            isinstance(text, str) and text and "\0" not in text
+        ):
+            error = ValueError if isinstance(text, str) else TypeError
+            raise error(
+                f"A data source has {key} {text!r}; expected a text, in quotes where it looks like "
+                f"something else, such as {key}: 'five'."
+            )
     if (source.path is None) == (source.hub is None):
         given = "neither path nor hub" if source.path is None else "both path and hub"
         raise ValueError(
             f"A data source names {given}. Give exactly one: path: FILE, or hub: OWNER/NAME."
         )
-    weight = source.weight
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if weight is not None and not (is_number and 0 <= weight < math.inf):
+    number, limit, stream = source.weight, source.max_examples, source.stream
+    if number is not None and not (type(number) in (int, float) and 0 <= number < math.inf):
         raise ValueError(
-            f"Source {source.label} has weight {weight!r}. A weight is a number of at least 0; "
-            "leave it out to weigh the source by its number of records."
+            f"Source {source.label} has weight {number!r}; expected a number of at least 0. Leave "
+            "it out to weigh the source by its number of records."
         )
-    limit = source.max_examples
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+    if limit is not None and not (type(limit) is int and limit >= 1):
         raise ValueError(
-            f"Source {source.label} has max_examples {limit!r}. It is a whole number of at least "
-            "1; leave it out to use all records, or the source to use none."
+            f"Source {source.label} has max_examples {limit!r}; expected a whole number of at "
+            "least 1. Leave it out to use all records, or the source to use none."
         )
-    if source.stream and Path(source.path or "").suffix.lower() == ".json":
+    if not isinstance(stream, bool | None):
+        raise TypeError(
+            f"Source {source.label} has stream {stream!r}; expected true or false, without "
+            "quotes. Leave it out to stream files from 256 MiB on."
+        )
+    if stream and Path(source.path or "").suffix.lower() == ".json":
         raise ValueError(
             f"Source {source.label} has stream: true, but a .json file is one list, read whole. "
             "Write it one object a line as .jsonl, or as .parquet, or leave stream out."
@@ -171,9 +165,7 @@ def demo_source(split: Literal["train", "test"]) -> Source:
     return Source(name="demo", path=str(file), task="demo")
 
 
-def source_list(
-    key: str, given: Any, demo: Literal["train", "test"], tasks: Mapping[str, Task] = TASKS
-) -> list[Source]:
+def source_list(key: str, given: Any, tasks: Mapping[str, Task] = TASKS) -> list[Source]:
     """The sources that a setting names, one or a list; names must differ, as counts go by them."""
     if given is None:
         return []
@@ -185,7 +177,9 @@ def source_list(
             f"Set data.{key}: [{{path: FILE.jsonl}}]."
         )
     sources = [
-        demo_source(demo) if isinstance(value, str) and value == "demo" else as_source(value, tasks)
+        demo_source("train" if key == "sources" else "test")
+        if isinstance(value, str) and value == "demo"
+        else as_source(value, tasks)
         for value in given
     ]
     names = [source.label for source in sources]
@@ -213,13 +207,13 @@ def weighted_sources(sources: list[Source], temperature: float | None = None) ->
     if not sources:
         raise ValueError("data.sources names no source. Set it to demo or to a list of sources.")
     weighted = [source.label for source in sources if source.weight is not None]
-    if temperature is not None and weighted:
+    without = [source.label for source in sources if source.weight is None]
+    if weighted and temperature is not None:
         raise ValueError(
             f"loading.temperature={temperature} sets the shares by size, but there are weights in "
             f"data.sources ({', '.join(weighted)}). Take out one or the other."
         )
-    without = [source.label for source in sources if source.weight is None]
-    if without and len(without) < len(sources):
+    if weighted and without:
         raise ValueError(
             f"In data.sources some sources have a weight and others not ({', '.join(without)}). "
             "Give each one a weight, or none."

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,9 +30,10 @@ Overlong = Literal["cut", "drop"]
 
 ENCODING = 3
 """Raise it when `Encoder`, or what it calls, makes other tokens of the same record."""
-_BAR_FROM = 20_000
-"""Records from which on a bar shows how far tokenisation is."""
 _SAMPLE = 1000
+"""Records that are looked at where tokenizing all would take too long."""
+_CHUNK = 100
+"""Records of a sample that are tokenized at a time: token ids take more memory than their text."""
 
 
 @dataclass(slots=True)
@@ -157,35 +157,27 @@ class Encoder:
 class Examples(Indexed[Example]):
     """Records and their tokens: in an Arrow table, or tokenized when they are asked for."""
 
-    def __init__(
-        self,
-        records: Records,
-        encoder: Encoder,
-        tokens: Any = None,
-        positions: NDArray[np.uint32] | None = None,
-    ) -> None:
-        super().__init__(
-            np.arange(len(records), dtype=np.uint32) if positions is None else positions
-        )
+    def __init__(self, records: Records, encoder: Encoder, tokens: Any = None) -> None:
+        super().__init__(len(records))
         self.records, self.encoder, self.tokens = records, encoder, tokens
 
     def at(self, positions: NDArray[np.uint32]) -> list[Example]:
         """The examples of records at these positions."""
-        records = self.records.at(self.records.positions[positions])
+        records = self.records.take(positions)
         if self.tokens is None:
             return self.encoder(records)
         rows = self.tokens[positions.tolist()]
         columns = (rows[name] for name in _COLUMNS)
         return [Example(*one) for one in zip(records, *columns, strict=True)]
 
-    def select(self, mask: NDArray[np.bool_]) -> Examples:
-        """The examples where the mask is true."""
-        return Examples(self.records, self.encoder, self.tokens, self.positions[mask])
-
     def column(self, name: str) -> NDArray[Any]:
         """A column of the table."""
         column: NDArray[Any] = self.tokens.data.column(name).to_numpy()
         return column[self.positions]
+
+    def sampled(self) -> NDArray[np.int64]:
+        """Indices of examples, evenly spread, that stand for all."""
+        return np.linspace(0, len(self) - 1, min(len(self), _SAMPLE)).astype(np.int64)
 
     def lengths(self, exact: bool = True) -> NDArray[np.int32]:
         """Tokens of each example, prompt and response.
@@ -195,31 +187,25 @@ class Examples(Indexed[Example]):
         """
         if self.tokens is not None:
             return self.column("length").astype(np.int32)
+        sample = np.arange(len(self)) if exact else self.sampled()
+        chunks = np.array_split(sample, len(sample) // _CHUNK + 1)
+        counts = (one.num_tokens for chunk in chunks for one in self.take(chunk))
+        known = np.fromiter(counts, np.int32, len(sample))
         if exact:
-            return np.fromiter((one.num_tokens for one in self), np.int32, len(self))
+            return known
         sizes = self.records.sizes()[self.positions]
-        sample = np.linspace(0, len(self) - 1, min(len(self), _SAMPLE)).astype(np.int64)
-        known = np.array([one.num_tokens for one in self.take(sample)])
         if np.ptp(sizes[sample]) == 0:
             return np.full(len(self), round(known.mean()), np.int32)
         slope, start = np.polyfit(sizes[sample], known, 1)
         # No record is longer than data.max_length, which the longest of a sample comes near.
-        estimated: NDArray[np.int32] = np.clip(start + slope * sizes, 1, known.max()).astype(
-            np.int32
-        )
-        return estimated
+        estimated: NDArray[Any] = np.clip(start + slope * sizes, 1, known.max())
+        return estimated.astype(np.int32)
 
 
 def tokenize(records: Records, encoder: Encoder, cache: Path | None) -> Examples:
-    """Token ids of a source's records, from the cache if they are there.
+    """Token ids of a source's records, from the cache folder if they are there.
 
-    Of several processes that want the same table one makes it, and the others wait. Records that
-    stay on disk are tokenized when they are asked for.
-
-    Args:
-        records: What to tokenize.
-        encoder: How.
-        cache: Folder for the tables; None keeps them in memory.
+    Records that stay on disk are tokenized when they are asked for.
     """
     if records.on_disk:
         return Examples(records, encoder)
@@ -232,16 +218,15 @@ def tokenize(records: Records, encoder: Encoder, cache: Path | None) -> Examples
         table = cached_table(path, _features(), len(records), partial(_table, records, encoder))
         return Examples(records, encoder, table)
     except (OSError, ValueError) as error:
-        # `datasets` closes a file that it could not write in vain.
-        if isinstance(error, ValueError):
-            if not isinstance(error.__context__, OSError):
-                raise
-            error = error.__context__
-        rank_zero_warn(
-            f"tokenised data cannot be kept in {cache}: {error}. Set data.loading.cache_dir to a "
-            "folder that can be written to, or to null."
-        )
-        return Examples(records, encoder, _table(records, encoder))
+        # `datasets` raises ValueError when it closes a file that it could not write.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+    rank_zero_warn(
+        f"tokenised data cannot be kept in {cache}: {reason}. Set data.loading.cache_dir to a "
+        "folder that can be written to, or to null."
+    )
+    return Examples(records, encoder, _table(records, encoder))
 
 
 def _features() -> datasets.Features:
@@ -261,31 +246,15 @@ def _table(records: Records, encoder: Encoder, path: Path | None = None) -> data
         found = {name: [getattr(one, name) for one in examples] for name in _COLUMNS}
         return {**found, "length": [one.num_tokens for one in examples]}
 
-    with _bars(len(records) >= _BAR_FROM):
-        return records.rows.map(
-            columns,
-            batched=True,
-            remove_columns=records.rows.column_names,
-            features=_features(),
-            cache_file_name=path and os.fspath(path),
-            new_fingerprint="tokens",
-            desc="Tokenizing",
-        )
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Show progress bars of `datasets`, or none."""
-    import datasets
-
-    if shown or datasets.utils.are_progress_bars_disabled():
-        yield
-        return
-    datasets.utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.utils.enable_progress_bars()
+    return records.rows.map(
+        columns,
+        batched=True,
+        remove_columns=records.rows.column_names,
+        features=_features(),
+        cache_file_name=path and os.fspath(path),
+        new_fingerprint="tokens",
+        desc="Tokenizing",
+    )
 
 
 def count_altered(name: str, examples: Examples) -> NDArray[np.bool_]:
@@ -296,35 +265,33 @@ def count_altered(name: str, examples: Examples) -> NDArray[np.bool_]:
         such ones are dropped, only among a sample.
     """
     encoder, too_long = examples.encoder, np.zeros(len(examples), np.bool_)
-    places = np.arange(len(examples))
+    drops = encoder.overlong == "drop"
     if examples.tokens is not None:
+        indices = np.arange(len(examples))
         flags = np.stack([examples.column(flag) for flag in _FLAGS])
     else:
-        if encoder.overlong == "cut" and len(places) > _SAMPLE:
-            places = np.linspace(0, len(examples) - 1, _SAMPLE).astype(np.int64)
-        chunks = (examples.take(some) for some in np.array_split(places, len(places) // 500 + 1))
-        rows = [[getattr(one, flag) for flag in _FLAGS] for some in chunks for one in some]
-        flags = np.array(rows, dtype=np.bool_).T
-    count = f"of {len(places)}"
-    looked_at, were = (" looked at", "such are") if len(places) < len(examples) else ("", "were")
-    too_long[places] = flags[0]
-    if flags[0].any():
-        drops = encoder.overlong == "drop"
-        done = "left out" if drops else "cut"
-        ends = f" ({flags[1].sum()} of them lost the end of their response)"
+        indices = np.arange(len(examples)) if drops else examples.sampled()
+        flags = np.empty((len(_FLAGS), len(indices)), np.bool_)
+        for start in range(0, len(indices), _CHUNK):
+            some = examples.take(indices[start : start + _CHUNK])
+            rows = [[getattr(one, flag) for flag in _FLAGS] for one in some]
+            flags[:, start : start + _CHUNK] = np.transpose(rows)
+    too_long[indices] = flags[0]
+    num_long, num_cut, num_rewritten = flags.sum(1)
+    of = f"of {len(indices)}{' sampled' if len(indices) < len(examples) else ''}"
+    if num_long:
+        done = "are left out" if drops else f"are cut, {num_cut} at the end of their response"
         rank_zero_warn(
-            f"source {name}: {flags[0].sum()} {count} records{looked_at} are longer than "
-            f"data.max_length={encoder.max_length} tokens and {were} {done}"
-            f"{'' if drops or not flags[1].any() else ends}; raise it"
+            f"source {name}: {num_long} {of} records are longer than data.max_length="
+            f"{encoder.max_length} tokens and {done}; raise it"
             f"{'' if drops else ' or set data.loading.overlong: drop'}."
         )
-    if flags[2].any():
-        first = examples[int(places[flags[2].argmax()])].record.index
+    if num_rewritten:
+        first = examples[int(indices[flags[2].argmax()])].record.index
         rank_zero_warn(
-            f"source {name}: the chat template rewrites {flags[2].sum()} {count} "
-            f"responses{looked_at}, record {first} first, as some leave out the reasoning; what "
-            "it writes is trained on. Set data.prompt_style: alpaca to train on responses as they "
-            "are."
+            f"source {name}: the chat template rewrites {num_rewritten} {of} responses, record "
+            f"{first} first, as some leave out the reasoning; what it writes is trained on. Set "
+            "data.prompt_style: alpaca to train on responses as they are."
         )
     return too_long
 
@@ -365,10 +332,10 @@ def checked_tokenizer(given: Any, style: StyleName, num_rows: int | None) -> Any
 
 def tokens_digest(examples: Sequence[Example]) -> str:
     """A digest of token ids; of those that are made when they are asked for, of a sample of 64."""
-    is_lazy = isinstance(examples, Examples) and examples.tokens is None
-    step = max(1, len(examples) // 64) if is_lazy else 1
+    if isinstance(examples, Examples) and examples.tokens is None:
+        examples = examples[:: max(1, len(examples) // 64)]
     found = hashlib.blake2b(digest_size=8)
-    for one in examples[::step] if is_lazy else examples:
+    for one in examples:
         found.update(repr((one.prompt, one.response, one.answer, one.record.answer)).encode())
     return found.hexdigest()
 

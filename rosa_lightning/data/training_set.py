@@ -1,4 +1,4 @@
-"""What is trained and validated on: sources without test questions, tokenized and split."""
+"""What is trained and validated on: tokenized, split, and counted as a run goes through it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rosa_lightning.data.contamination import (
     contaminated,
@@ -17,9 +21,7 @@ from rosa_lightning.data.contamination import (
     question_digest,
 )
 from rosa_lightning.data.records import Records, content_digest
-from rosa_lightning.data.sampling import epoch_length, shares_by_size
-from rosa_lightning.data.settings import LoadingConfig
-from rosa_lightning.data.sources import Source
+from rosa_lightning.data.sampling import Batching, BatchPlanner, Stop, epoch_length, shares_by_size
 from rosa_lightning.data.tokenization import Encoder, Examples, count_altered, tokenize
 from rosa_lightning.tasks.records import Record
 
@@ -41,34 +43,36 @@ class TrainingSet:
         """Training records of each source."""
         return [len(examples) for examples in self.train]
 
-    def lengths(self, exact: bool) -> NDArray[np.int32]:
-        """Tokens of all training records, sources laid end to end; exact or estimated."""
+    def planner(self, batching: Batching, batch_size: int, tokens: int | None) -> BatchPlanner:
+        """How the training records are made into batches, by their lengths where these count."""
+        if not self.train or (batching == "random" and not tokens):
+            return BatchPlanner(batching, batch_size, tokens)
+        exact = tokens is not None
         if exact not in self._lengths:
             self._lengths[exact] = np.concatenate([one.lengths(exact) for one in self.train])
-        return self._lengths[exact]
+        return BatchPlanner(batching, batch_size, tokens, self._lengths[exact])
 
-    def shares(self, sources: Sequence[Source], temperature: float | None) -> list[float]:
-        """Each source's part of the training stream; they sum to 1."""
+    def shares(self, weights: Sequence[float | None], temperature: float | None) -> list[float]:
+        """Each source's part of the training stream, by weight or by size; they sum to 1."""
         if temperature is not None:
             return shares_by_size(self.sizes, temperature)
-        pairs = zip(sources, self.sizes, strict=True)
-        weights = [float(n) if one.weight is None else one.weight for one, n in pairs]
-        return [weight / sum(weights) for weight in weights]
+        pairs = zip(weights, self.sizes, strict=True)
+        parts = [float(size) if weight is None else weight for weight, size in pairs]
+        return [part / sum(parts) for part in parts]
 
-    def report(self, sources: Sequence[Source], loading: LoadingConfig) -> None:
+    def report(self, names: Sequence[str], shares: Sequence[float], stop: Stop) -> None:
         """Say how much each source has and gives, and warn of one that gives nothing."""
-        shares = self.shares(sources, loading.temperature)
-        total = epoch_length(self.sizes, shares, loading.stop)
-        for source, share, examples in zip(sources, shares, self.train, strict=True):
+        total = epoch_length(self.sizes, shares, stop)
+        for name, share, examples in zip(names, shares, self.train, strict=True):
             if round(total * share) == 0:
                 rank_zero_warn(
-                    f"source {source.label}: weight {share:.2g} of an epoch's {total} records is "
-                    "not one record, so it is never trained on; raise its weight in data.sources, "
-                    "or data.loading.temperature."
+                    f"source {name}: weight {share:.2g} of an epoch's {total} records is not one "
+                    "record, so it is never trained on; raise its weight in data.sources, or "
+                    "data.loading.temperature."
                 )
             where = " on disk" if examples.records.on_disk else ""
             rank_zero_info(
-                f"{source.label}: {len(examples)} records{where}, weight {share:.3g}, seen "
+                f"{name}: {len(examples)} records{where}, weight {share:.3g}, seen "
                 f"{total * share / len(examples):.2g} times an epoch"
             )
         if held := sum(map(len, self.val)):
@@ -83,35 +87,30 @@ def read_training_set(
     val_fraction: float,
     seed: int,
 ) -> TrainingSet:
-    """Tokenize sources and split them.
-
-    Args:
-        records: The sources' records by name.
-        tested: Questions to leave out, as `question_keys` gives them.
-        encoder: Makes token ids.
-        cache: Folder that keeps them, if any.
-        val_fraction: Part of each source to validate on.
-        seed: Chooses that part.
-    """
-    found, left_out, kept, masks = TrainingSet(), set[str](), [], []
+    """Tokenize sources, without the questions in `tested` (`question_keys`), and split them."""
+    found, masks = TrainingSet(), []
+    left_out = set[str]()
     for name, some in records.items():
-        leaked = contaminated(some, tested) if tested else np.zeros(len(some), np.bool_)
-        if leaked.any():
-            left_out |= set(map(question_digest, some.select(leaked)))
-            rank_zero_info(
-                f"{name}: {leaked.sum()} of {len(some)} records left out, as their questions "
-                "stand in data.test_sources"
-            )
-        if leaked.all():
+        is_tested = contaminated(some, tested) if tested else np.zeros(len(some), np.bool_)
+        if is_tested.all():
             raise ValueError(
                 f"source {name}: the questions of all {len(some)} records stand in "
                 "data.test_sources, so data.loading.decontaminate leaves none. Take the source out "
                 "of data.sources, or set data.loading.decontaminate: false to train on test "
                 "questions."
             )
-        masks.append(~leaked)
-        kept.append(some.select(~leaked) if leaked.any() else some)
+        if is_tested.any():
+            left_out |= set(map(question_digest, some.select(is_tested)))
+            rank_zero_info(
+                f"{name}: {is_tested.sum()} of {len(some)} records left out, as their questions "
+                "stand in data.test_sources"
+            )
+        masks.append(~is_tested)
     found.left_out = sorted(left_out)
+    kept = [
+        some if mask.all() else some.select(mask)
+        for some, mask in zip(records.values(), masks, strict=True)
+    ]
     validated = validation_split(kept, val_fraction, seed)
     for (name, some), rest, mask, held in zip(records.items(), kept, masks, validated, strict=True):
         whole = rest is some or some.on_disk
@@ -163,24 +162,88 @@ def _split_key(record: Record, seed: int) -> int:
 
 def _chosen(keys: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
     """Keys that select as nearly `fraction` of the records as whole groups allow."""
-    groups, sizes = np.unique(keys, return_counts=True)
-    if len(groups) < 2:
-        return groups[:0]
+    ordered = np.sort(keys)
+    if not len(ordered) or ordered[0] == ordered[-1]:
+        return ordered[:0]
     wanted = max(1, round(len(keys) * fraction))
-    chosen = []
-    for number in range(len(groups)):
-        if sizes[number] <= wanted:
-            chosen.append(number)
-            wanted -= int(sizes[number])
-        if not wanted:
-            break
-    return groups[chosen] if chosen else groups[[sizes.argmin()]]
+    # Group by group: the sizes of all of them would take memory several times that of the keys.
+    chosen, start = [], 0
+    while wanted and start < len(ordered):
+        size = int(np.searchsorted(ordered, ordered[start], side="right")) - start
+        if size <= wanted:
+            chosen.append(ordered[start])
+            wanted -= size
+        start += size
+    if chosen:
+        return np.array(chosen)
+    groups, sizes = np.unique(ordered, return_counts=True)
+    return groups[[sizes.argmin()]]
 
 
 def _among(keys: NDArray[np.uint64], some: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which keys are among some that are sorted; in less memory than np.isin takes."""
-    if not len(some):
-        return np.zeros(len(keys), dtype=np.bool_)
-    places = np.searchsorted(some, keys)
-    found: NDArray[np.bool_] = some[np.minimum(places, len(some) - 1, out=places)] == keys
-    return found
+    """Which keys are among some; in parts, as np.isin takes memory several times that of both."""
+    parts = np.array_split(keys, len(keys) // 2**17 + 1)
+    return np.concatenate([np.isin(part, some) for part in parts])
+
+
+# --- what was trained on --------------------------------------------------------------------
+
+
+class SampleCounter:
+    """Counts the examples of each source that a run has trained on, resumed parts included."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.start()
+
+    def start(self, before: Mapping[str, int] | None = None) -> None:
+        """Begin anew, or from the counts of a checkpoint."""
+        self._logged = 0
+        self._here = torch.zeros(len(self.names), dtype=torch.long)  # on this rank
+        self._before = torch.tensor([(before or {}).get(name, 0) for name in self.names])
+
+    def add(self, source_B: Tensor) -> None:
+        """Count a batch, by the sources of its examples, shape (B,)."""
+        self._here += torch.bincount(source_B.cpu(), minlength=len(self.names))
+
+    def counts(self, trainer: Trainer | None) -> dict[str, int]:
+        """Examples of each source so far, on all ranks; every rank must call this."""
+        here = self._here
+        if trainer is not None and trainer.world_size > 1:
+            strategy = trainer.strategy
+            here = strategy.reduce(here.clone().to(strategy.root_device), reduce_op="sum").cpu()
+        return dict(zip(self.names, (here + self._before).tolist(), strict=True))
+
+    def log(self, trainer: Trainer) -> None:
+        """Log the shares at the trainer's interval; that of an only source tells nothing."""
+        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if len(self.names) > 1 and interval and step % interval == 0 and step > self._logged:
+            self._logged = step
+            seen = self.counts(trainer)
+            shares = {
+                f"data/share/{name}": n / max(1, sum(seen.values())) for name, n in seen.items()
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(shares, step=step)
+
+    def report(self, trainer: Trainer | None, weights: Sequence[float]) -> None:
+        """Say what was trained on, beside the weights that were asked for."""
+        seen = self.counts(trainer)
+        for (name, count), weight in zip(seen.items(), weights, strict=True):
+            rank_zero_info(
+                f"trained on {name}: {count} examples, share "
+                f"{count / max(1, sum(seen.values())):.3f}, weight {weight:.3f}"
+            )
+
+
+def order_changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """What of the settings that decide the order of records is not as a checkpoint says."""
+    then = {"batching": "random", "content": {}, **then}  # earlier versions do not know every key
+    changed = [key for key in now if key != "content" and now[key] != then.get(key, now[key])]
+    told = [f"{key} was {then[key]} and is {now[key]}" for key in changed]
+    for name, digest in now["content"].items():
+        earlier = then["content"].get(name, "")
+        # A digest of a file, which its first word tells, says nothing of one of records.
+        if digest != earlier and digest.split()[:1] == earlier.split()[:1]:
+            told.append(f"source {name} holds other records")
+    return told

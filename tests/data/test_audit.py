@@ -2,13 +2,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rosa_lightning.data.audit import Audit, Match, audit_records, token_lengths
-from rosa_lightning.data.records import load_records
-from rosa_lightning.data.sources import Source
 from rosa_lightning.data.tokenization import Encoder
 from rosa_lightning.tasks.custom import with_own_tasks
 from rosa_lightning.tasks.records import Record
@@ -92,7 +89,7 @@ def test_a_quantile_is_the_least_length_that_its_share_does_not_exceed(lengths):
 STORY = "Ada has 3 apples and Ben gives her 4 more, so how many apples has she now"
 
 
-def test_leaked_questions_name_where_they_stand():
+def test_contaminated_questions_name_where_they_stand():
     sources = {"a": numbered("other", STORY.upper()), "b": numbered(f"{STORY} please", STORY)}
     tests = {"first": numbered("none", STORY), "second": numbered("more")}
     found = audit(sources, tests, decontaminate=False)
@@ -106,21 +103,6 @@ def test_leaked_questions_name_where_they_stand():
     assert first.sources() == ("a", "b")
     assert (second.num_exact, second.num_near, second.sources()) == (0, 0, ())
     assert [source.contaminated for source in found.sources] == [(2,), (2,)]
-
-
-def test_near_matches_leak_from_no_source():
-    found = audit({"a": numbered(f"{STORY} please")}, {"first": numbered(STORY)})
-    assert found.benchmarks[0].near == (Match(record=1, source="a", source_record=1),)
-    assert found.sources[0].contaminated == ()
-
-
-def test_the_figures_of_math_data(real_data):
-    source = Source(path=str(real_data / "train" / "math_data.json"))
-    (found,) = audit({"math_data": load_records(source, "audit")}).sources
-    assert found.num_records == 3260
-    assert (len(found.duplicates), len(found.empty)) == (80, 3)
-    with pytest.raises(ValueError, match="record 176: field 'output' is empty"):
-        load_records(source, "train")
 
 
 def test_a_question_that_comes_twice_in_a_task_of_ones_own_is_judged_by_that_task():

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from rosa_lightning.data.contamination import (
     Contamination,
     compare,
-    contaminated,
     question_key,
-    question_keys,
 )
 from rosa_lightning.tasks.records import Record
 
 
-def leaked(train: Iterable[Record], test: Sequence[Record]) -> Contamination:
+def matches(train: Iterable[Record], test: Sequence[Record]) -> Contamination:
     return compare(train, [test])[0]
 
 
@@ -42,8 +40,8 @@ def test_case_punctuation_and_white_space_do_not_tell_questions_apart_but_the_in
     ],
 )
 def test_questions_of_which_normalising_leaves_too_little_stay_apart(one, other):
-    assert not leaked([ask(one)], [ask(other)]).exact
-    assert leaked([ask(one)], [ask(f" {one.upper()}\n")]).exact == {0: (0,)}
+    assert not matches([ask(one)], [ask(other)]).exact
+    assert matches([ask(one)], [ask(f" {one.upper()}\n")]).exact == {0: (0,)}
 
 
 # Near matches against brute force.
@@ -80,7 +78,7 @@ def test_near_matches_are_all_those_of_a_comparison_of_every_pair(train, test, f
     # Letters come first, so that normalising leaves enough.
     trained = [f"q {frame}{' '.join(words)}" for words in train]
     tested = [f"q {frame}{' '.join(words)}" for words in test]
-    found = leaked(map(ask, trained), list(map(ask, tested)))
+    found = matches(map(ask, trained), list(map(ask, tested)))
     exact = {
         i: tuple(j for j, other in enumerate(trained) if other == question)
         for i, question in enumerate(tested)
@@ -95,9 +93,9 @@ STORY = "Ada has 3 apples and Ben gives her 4 more, so how many apples has she n
 
 def test_a_reworded_question_is_near_and_one_with_other_numbers_is_another():
     reworded = STORY.replace("and Ben gives", "and then Ben gives")
-    assert leaked([ask(reworded)], [ask(STORY)]).near == {0: (0,)}
-    assert not leaked([ask(STORY.replace("4", "5"))], [ask(STORY)]).near
-    assert not leaked([ask("Bea has 3 pears and buys 4 plums. How many?")], [ask(STORY)]).near
+    assert matches([ask(reworded)], [ask(STORY)]).near == {0: (0,)}
+    assert not matches([ask(STORY.replace("4", "5"))], [ask(STORY)]).near
+    assert not matches([ask("Bea has 3 pears and buys 4 plums. How many?")], [ask(STORY)]).near
 
 
 FRAME = "Please choose the correct answer to the question, true or false, and give a reason"
@@ -106,7 +104,7 @@ FRAME = "Please choose the correct answer to the question, true or false, and gi
 @pytest.mark.parametrize(("count", "near"), [(10, 10), (11, 0), (200, 0)])
 def test_what_most_questions_of_a_benchmark_share_does_not_make_them_alike(count, near):
     tested = [ask(f"{FRAME}: is {'x' * n}a so?") for n in range(count)]
-    assert len(leaked([ask(f"{FRAME}: was z so?")], tested).near) == near
+    assert len(matches([ask(f"{FRAME}: was z so?")], tested).near) == near
 
 
 def test_the_frame_is_each_benchmarks_own():
@@ -119,24 +117,13 @@ def test_the_frame_is_each_benchmarks_own():
 
 def test_a_question_that_lacks_the_rarest_words_of_another_is_found():
     # 7 of 10 word pairs, which is just enough; the first three in the alphabet are missing.
-    assert leaked([ask("d e f g h i j k")], [ask("a b c d e f g h i j k")]).near == {0: (0,)}
-    assert not leaked([ask("e f g h i j k")], [ask("a b c d e f g h i j k")]).near
-
-
-def test_training_data_may_be_a_stream_and_every_repetition_counts():
-    found = leaked((ask(text) for text in ("a b", "c d", "A, b!")), [ask("a b"), ask("a b")])
-    assert found.exact == {0: (0, 2), 1: (0, 2)}
-
-
-def test_records_that_ask_a_test_question_are_found():
-    records = [ask(text) for text in ("a b", "c", "A: B", "d e", "c")]
-    found = contaminated(records, question_keys([ask("a b")]))
-    assert found.tolist() == [True, False, True, False, False]
+    assert matches([ask("d e f g h i j k")], [ask("a b c d e f g h i j k")]).near == {0: (0,)}
+    assert not matches([ask("e f g h i j k")], [ask("a b c d e f g h i j k")]).near
 
 
 # The published data.
 
-LEAKED = {
+CONTAMINATED = {
     "aqua": (152, 152),
     "addsub": (237, 237),
     "multiarith": (360, 360),
@@ -153,14 +140,14 @@ def read(path) -> list[Record]:
     return [ask(row["instruction"], row["input"], index) for index, row in enumerate(rows, 1)]
 
 
-def test_the_leaks_of_math_data_are_found(real_data):
+def test_the_contamination_of_math_data_is_found(real_data):
     train = read(real_data / "train" / "math_data.json")
-    tests = [read(real_data / "test" / f"{name}.json") for name in LEAKED]
+    tests = [read(real_data / "test" / f"{name}.json") for name in CONTAMINATED]
     found = compare(train, tests)
-    sizes = [(len(leak.exact), len(test)) for leak, test in zip(found, tests, strict=True)]
-    assert dict(zip(LEAKED, sizes, strict=True)) == LEAKED
-    assert {name: len(leak.near) for name, leak in zip(LEAKED, found, strict=True)} == {
-        **dict.fromkeys(LEAKED, 0),
+    sizes = [(len(one.exact), len(test)) for one, test in zip(found, tests, strict=True)]
+    assert dict(zip(CONTAMINATED, sizes, strict=True)) == CONTAMINATED
+    assert {name: len(one.near) for name, one in zip(CONTAMINATED, found, strict=True)} == {
+        **dict.fromkeys(CONTAMINATED, 0),
         "mawps": 2,
     }
 
@@ -174,9 +161,9 @@ def test_the_leaks_of_math_data_are_found(real_data):
         ("arc_challenge", 0, 1, 703),
     ],
 )
-def test_the_leaks_of_a_benchmark_from_its_own_training_file_are_found(
+def test_the_contamination_of_a_benchmark_from_its_own_training_file_are_found(
     name, exact, near, size, real_data
 ):
     test = read(real_data / "test" / f"{name}.json")
-    found = leaked(read(real_data / "train" / f"{name}.json"), test)
+    found = matches(read(real_data / "train" / f"{name}.json"), test)
     assert (len(found.exact), len(found.near), len(test)) == (exact, near, size)

@@ -101,18 +101,11 @@ def fit(data_module, ckpt_path=None, **options):
     ("settings", "error", "words"),
     [
         ({"batch_size": 0}, ValueError, "batch_size=0 is below 1"),
-        ({"max_length": 7}, ValueError, "max_length=7 is below 8"),
-        ({"num_workers": -1}, ValueError, "num_workers=-1 is below 0"),
         ({"val_fraction": 1.0}, ValueError, r"val_fraction=1.0 is outside \[0, 1\)"),
-        (
-            {"prompt_style": "chatml"},
-            ValueError,
-            "'chatml' is none of alpaca, chat, plain",
-        ),
+        ({"prompt_style": "chatml"}, ValueError, "'chatml' is none of alpaca, chat, plain"),
         ({"stop": "never"}, ValueError, "stop='never' is none of total, first_exhausted, over"),
-        ({"temperature": 0}, ValueError, "temperature=0 is no number above 0"),
-        ({"temperature": -1.0}, ValueError, "temperature=-1.0 is no number above 0"),
         ({"temperature": float("nan")}, ValueError, "temperature=nan is no number above 0"),
+        ({"tokens_per_batch": 100}, ValueError, "tokens_per_batch=100 is below max_length=512"),
         (
             {"temperature": 2, "sources": [{"path": "a.json", "weight": 1}]},
             ValueError,
@@ -123,10 +116,8 @@ def fit(data_module, ckpt_path=None, **options):
             ValueError,
             "a in data.test_sources has stream: true; only training sources",
         ),
-        ({"overlong": "keep"}, ValueError, "overlong='keep' is none of cut, drop"),
         ({"sources": 5}, TypeError, "sources is 5; expected demo, a source or a list"),
         ({"sources": []}, ValueError, "data.sources names no source"),
-        ({"sources": [{"pth": "a"}]}, TypeError, "did you mean path?"),
         ({"test_sources": [{"path": "x/a"}, {"path": "y/a"}]}, ValueError, "are named 'a'"),
         (
             {"sources": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]},
@@ -194,18 +185,18 @@ def test_setup_reads_once(folder):
     assert len(module.test_dataloader().dataset) == 37
 
 
-def leaky(folder, **settings):
+def contaminated(folder, **settings):
     """Tested on three questions of source a, in other spelling, one of b, and one of its own."""
     rows = ["A: 3?", "a 4", "a  5!", "b 7?", "z 1?"]
     text = "".join(json.dumps({"instruction": row, "answer": "1"}) + "\n" for row in rows)
-    (folder / "leaky.jsonl").write_text(text)
-    tested = [{"path": str(folder / "leaky.jsonl"), "task": "svamp"}]
+    (folder / "asked.jsonl").write_text(text)
+    tested = [{"path": str(folder / "asked.jsonl"), "task": "svamp"}]
     return data(folder, tokenizer=TOKENIZER, test_sources=tested, **settings)
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_test_questions_are_neither_trained_on_nor_validated_on(folder, stage, caplog):
-    module = leaky(folder, val_fraction=0.3)
+    module = contaminated(folder, val_fraction=0.3)
     with caplog.at_level("INFO"):
         module.setup(stage)
     records = [example.record for source in module._set.train for example in source]
@@ -227,8 +218,8 @@ def test_a_source_of_test_questions_alone_is_refused(folder):
 
 
 @pytest.mark.parametrize("decontaminate", [True, False])
-def test_leaked_questions_are_those_that_were_trained_on(folder, decontaminate):
-    module = leaky(folder, decontaminate=decontaminate)
+def test_contaminated_questions_are_those_that_were_trained_on(folder, decontaminate):
+    module = contaminated(folder, decontaminate=decontaminate)
     module.setup("test")
     records, places = module.contaminated_records()  # nothing was left out of a training yet
     assert [record.index for record in records] == [1, 2, 3, 4]
@@ -239,7 +230,7 @@ def test_leaked_questions_are_those_that_were_trained_on(folder, decontaminate):
 
 
 def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(folder, monkeypatch):
-    module = leaky(folder)
+    module = contaminated(folder)
     module.test_sources.insert(0, Source(hub="a/b"))
 
     def unreachable(source, purpose="train", tasks=TASKS, seed=0, cache=None):
@@ -278,19 +269,6 @@ def test_predict_sources_may_be_records_or_lines_of_text(folder):
     assert last[2][-1] == 9
 
 
-def test_embedded_tokenizer_and_demonstration_set_need_no_setting():
-    from rosa_lightning.models import tiny
-
-    if not (tiny.folder() / "tokenizer.json").exists():
-        pytest.skip("the embedded model is not built")
-    module = data_module(tokenizer="tiny", test_sources="demo")
-    for stage in ("fit", "test"):
-        module.setup(stage)
-    assert module.task_names == ["demo"]
-    batch = next(iter(module.train_dataloader()))
-    assert (batch["labels"] != -100).any(1).all()
-
-
 # Shares.
 
 
@@ -299,20 +277,15 @@ def test_shares_are_counted_logged_and_said(folder, caplog):
     logger = CSVLogger(folder)
     with caplog.at_level("INFO"):
         fit(module, max_epochs=2, logger=logger, log_every_n_steps=5)
-    assert module.shares() == pytest.approx(WEIGHTS, abs=0.02)
+    assert {k: n / 124 for k, n in module.examples_seen().items()} == pytest.approx(
+        WEIGHTS, abs=0.02
+    )
     # One epoch has 62 records, and 62 * 0.3 = 18.6 of them of 8 in the training part of c.
     assert "c: 8 records, weight 0.3, seen 2.3 times an epoch" in caplog.text
     assert "trained on c: 38 examples, share 0.306, weight 0.300" in caplog.text
     rows = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
     assert rows[0].split(",") == ["data/share/a", "data/share/b", "data/share/c", "step"]
     assert [row.split(",")[-1] for row in rows[1:]] == ["5", "10", "15", "20", "25", "30"]
-
-
-def test_shares_are_of_what_was_trained_on(folder):
-    module = data(folder)
-    recorder, _ = fit(module, max_steps=7)
-    counted = Counter(source for batch in recorder.seen for source, _ in batch)
-    assert module.examples_seen() == {"a": counted[0], "b": counted[1], "c": counted[2]}
 
 
 def test_another_training_with_the_same_data_counts_and_begins_anew(folder):
@@ -329,17 +302,6 @@ def test_training_on_without_a_checkpoint_goes_on_in_the_order(folder):
     a_trainer.fit_loop.max_epochs = 2
     a_trainer.fit(module, datamodule=a_trainer.datamodule)
     assert module.seen == straight.seen
-
-
-def test_at_most_max_examples_of_a_source_are_used_as_the_seed_chooses(folder):
-    def used(**settings):
-        limited = [{"path": str(folder / "a.jsonl"), "max_examples": 10}]
-        module, _ = fit(data(folder, sources=limited, **settings), max_epochs=2)
-        return {index for batch in module.seen for _, index in batch} | set(module.validated)
-
-    assert len(used()) == 10
-    assert used() == used(num_workers=1) != used(seed=4)
-    assert used() != set(range(1, 11))
 
 
 # On disk.
@@ -367,29 +329,6 @@ def test_large_files_stay_on_disk_unless_told_otherwise(folder, monkeypatch, cap
     with caplog.at_level("INFO"):
         data(folder, sources=given, tokenizer=TOKENIZER).setup("fit")
     assert re.findall(r"(\w+): \d+ records on disk", caplog.text) == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [("{]", "line 38 is not JSON"), ("{}", "record 38 has the fields none"), (b"\xff", "UTF-8")],
-)
-def test_wrong_record_on_disk_is_named_before_training(folder, line, words):
-    with (folder / "a.jsonl").open("ab") as file:
-        file.write(line if isinstance(line, bytes) else line.encode())
-    module = data(folder, sources=on_disk(folder, "a"), tokenizer=TOKENIZER)
-    with pytest.raises(ValueError, match=words) as caught:
-        module.setup("fit")
-    assert re.search("a.jsonl, (record|line) 38", str(caught.value))
-
-
-# Chat.
-
-
-def test_tokenizer_without_chat_template_is_refused_each_time(folder):
-    module = data(folder, prompt_style="chat", tokenizer=TOKENIZER)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"no chat template. Set data\.prompt_style: alpaca"):
-            module.setup("fit")
 
 
 # Resuming.
@@ -421,13 +360,10 @@ class SaveAt(Callback):
 @pytest.mark.parametrize(
     ("moment", "number", "options"),
     [
-        ("batch", 7, {"max_epochs": 2}),
         ("batch", 21, {"max_epochs": 2}),
         ("batch", 16, {"max_epochs": 2}),
         ("epoch", 1, {"max_epochs": 2}),
-        ("validation", 1, {"max_epochs": 2}),
         ("validation", 1, {"max_epochs": 2, "val_check_interval": 5}),
-        ("batch", 21, {"max_steps": 15}),
         ("epoch", 1, {"max_steps": 15}),
         ("epoch", 2, {"max_epochs": 4, "limit_train_batches": 9}),
         ("batch", 12, {"max_epochs": 4, "limit_train_batches": 9}),
@@ -519,7 +455,7 @@ def test_two_processes_share_the_mixture(folder):
 
 
 def test_test_prompts_come_longest_first_and_each_once_whatever_the_number_of_ranks():
-    from rosa_lightning.data.loading import LengthSortedSampler
+    from rosa_lightning.data.sampling import LengthSortedSampler
 
     lengths = [3, 9, 4, 9, 1, 7, 2]
     assert list(LengthSortedSampler(lengths)) == [1, 3, 5, 2, 0, 6, 4]

@@ -80,10 +80,3 @@ def test_estimated_lengths_of_real_records_on_disk_leave_little_padding(real_dat
     module.setup("fit")
     lengths = lengths_of(module, True)
     assert padding(batches(module), lengths) < 0.06
-
-
-def test_record_that_may_fit_into_no_batch_is_refused():
-    with pytest.raises(ValueError, match="tokens_per_batch=100 is below max_length=512") as caught:
-        data_module(tokens_per_batch=100)
-    assert "\n" not in str(caught.value)
-    assert data_module(tokens_per_batch=2048).longest_rows == 4

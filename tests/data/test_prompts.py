@@ -222,29 +222,6 @@ def test_reply_that_the_template_would_put_elsewhere_follows_the_prompt_as_it_is
     assert made.rewritten
 
 
-# Templates that cannot be trained on.
-
-
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        ("{{ messages[0].content }}", "leaves out what an assistant says"),
-        ("{{ messages | map(attribute='content') | join | lower }}", "or alters it"),
-        ("{{ messages[1].content }}", "leaves out what a user says"),
-        ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", "more than once"),
-        (
-            "{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}",
-            "other text around what an assistant says if that is another",
-        ),
-    ],
-)
-def test_template_whose_reply_cannot_be_told_is_refused(template, words):
-    tokenizer = shaped_tokenizer("chatml")
-    tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=f"chat template .*{words}.*data.prompt_style: alpaca"):
-        _ = ChatStyle(tokenizer).stop_ids
-
-
 # Other tokenizers.
 
 
@@ -372,7 +349,16 @@ def test_cut_chat_prompt_keeps_its_bos():
         (None, "has no chat template. Set data.prompt_style: alpaca or plain"),
         ("{{ raise_exception('no users here') }}", "cannot be used: no users here"),
         ("{{ messages | nothing }}", "cannot be used: .*nothing"),
-        ("{{ messages[0].content }}", "leaves out what an assistant says"),
+        *(
+            (template, "chat template does not write each message once")
+            for template in (
+                "{{ messages[0].content }}",
+                "{{ messages[1].content }}",
+                "{{ messages | map(attribute='content') | join | lower }}",
+                "{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}",
+                "{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}",
+            )
+        ),
     ],
 )
 def test_chat_template_that_cannot_be_used_is_one_clear_line(template, words):

@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from rosa_lightning.data import tokenization
+from rosa_lightning.data.prompts import prompt_prefix
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source
-from rosa_lightning.data.text_tokens import prompt_prefix
 from rosa_lightning.data.tokenization import Encoder, Example, cache_folder, tokenize
 from rosa_lightning.tasks.custom import with_own_tasks
 from rosa_lightning.tasks.records import Record
@@ -89,14 +88,6 @@ def test_border_between_prompt_and_response_is_exact(tokenizer, instruction, out
     assert not example.too_long
 
 
-def test_tokens_do_not_merge_across_the_border():
-    merged = MERGING("Say so\n\nA", add_special_tokens=False)["input_ids"]
-    assert "\n\n" in [MERGING.decode([token]) for token in merged]
-    example = encode_one(record(output="\nA"), MERGING)
-    assert MERGING.decode(example.prompt) == "Say so\n"
-    assert MERGING.decode(example.response) == "\nA</s>"
-
-
 @pytest.mark.parametrize(
     ("output", "answer", "task", "span"),
     [
@@ -111,12 +102,6 @@ def test_tokens_do_not_merge_across_the_border():
 def test_answer_begins_at_the_final_answer_or_else_at_the_response(output, answer, task, span):
     example = encode_one(record(output=output, answer=answer, task=task))
     assert PLAIN.decode(example.response[example.answer :]) == span
-
-
-def test_answer_begins_at_the_token_that_covers_its_first_character():
-    tokenizer = byte_tokenizer(merges=[" true"])
-    example = encode_one(record(output="it is true", answer="true", task="boolq"), tokenizer)
-    assert tokenizer.decode(example.response[example.answer :]).lstrip() == "true</s>"
 
 
 def test_slow_tokenizers_take_the_whole_response_for_the_answer():
@@ -215,8 +200,6 @@ def test_what_is_read_is_what_was_encoded(tmp_path, encoder, tokenized):
         {"max_length": 22},
         {"num_rows": 259},
         {"tokenizer": byte_tokenizer(merges=["It"])},
-        {"instruction": "Say 9."},
-        {"input": "9"},
         {"output": "It is 9."},
         {"answer": "It"},
     ],
@@ -237,12 +220,6 @@ def test_what_a_call_left_in_the_tokenizer_makes_no_difference(tmp_path, encoder
     encoder.tokenizer("some text", truncation=True, max_length=3, padding="max_length")
     tokenize(source_of(tmp_path), replace(encoder), tmp_path / "cache")
     assert tokenized == [7]
-
-
-def test_slow_tokenizers_are_kept_in_memory(tmp_path):
-    found = tokenize(source_of(tmp_path), Encoder(ByT5Tokenizer(), "plain"), tmp_path / "cache")
-    assert len(found) == 7
-    assert not (tmp_path / "cache").exists()
 
 
 def damaged(path: Path, how: str) -> None:
@@ -300,13 +277,6 @@ def test_of_several_that_start_at_once_one_tokenizes(tmp_path, encoder, tokenize
         found = list(pool.map(tokenize, records, encoders, [tmp_path / "cache"] * 4))
     assert tokenized == [7]
     assert all(list(one) == list(found[0]) for one in found)
-
-
-def test_many_records_are_tokenized_behind_a_bar(tmp_path, encoder, monkeypatch, capsys):
-    for least, shown in ((8, False), (7, True)):
-        monkeypatch.setattr(tokenization, "_BAR_FROM", least)
-        tokenize(source_of(tmp_path), encoder, None)
-        assert ("Tokenizing" in capsys.readouterr().err) == shown
 
 
 def test_the_cache_stands_in_the_users_cache_folder(monkeypatch):

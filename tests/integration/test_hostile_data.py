@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
@@ -63,11 +62,6 @@ def test_a_file_with_holes_that_is_larger_than_the_memory_is_refused(tmp_path):
         path.touch()
         os.truncate(path, 2**43 - 2**20)
         assert name in message(path, "test" if name == "a.json" else "train")
-
-
-@pytest.mark.parametrize("purpose", ["train", "test", "predict", "audit"])
-def test_a_null_character_in_a_path_is_shown(tmp_path, purpose):
-    assert r"\x00" in message(Path(f"{tmp_path}/a\0.json"), purpose)
 
 
 def test_a_name_that_is_not_utf_8_is_read(tmp_path):
@@ -155,11 +149,6 @@ def test_a_value_of_another_type_is_never_taken_for_one_of_the_right_type(tmp_pa
 def test_text_in_another_code_is_told_to_be_saved_in_utf_8(tmp_path, code):
     (tmp_path / "a.txt").write_bytes("How? é\n".encode(code))
     assert "Save it in UTF-8" in message(tmp_path / "a.txt", "predict")
-
-
-def test_packed_json_is_no_text(tmp_path):
-    (tmp_path / "a.json").write_bytes(gzip.compress(json.dumps([ROW]).encode()))
-    assert "a.json is not UTF-8 text" in message(tmp_path / "a.json")
 
 
 # Parquet.

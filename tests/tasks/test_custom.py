@@ -104,7 +104,7 @@ def test_a_source_is_of_the_own_task_that_it_names_or_is_named_as(name, task, tm
     tasks = with_own_tasks([{**MOOD, "name": name, "response": "I {feel}: {answer}"}])
     row = {"instruction": "How?", "output": "I feel: good", "answer": "good"}
     source = rows_file(tmp_path, row, task=task)
-    (named,) = source_list("sources", [source], "train", tasks)
+    (named,) = source_list("sources", [source], tasks)
     (record,) = load_records(named, "test", tasks)
     assert named.benchmark == record.task == name
     assert candidates(record) == ("I {feel}: good", "I {feel}: not good")

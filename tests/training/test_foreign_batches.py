@@ -149,7 +149,7 @@ def starting_again(batch):
         (lambda b: {"input_ids": b["input_ids"]}, "lacks labels; it has input_ids"),
         (lambda b: {"x": 1}, "lacks input_ids and labels; it has x"),
         (lambda b: (b["input_ids"], b["labels"]), "a batch is a tuple"),
-        (lambda b: {**b, "labels": b["labels"][:, 1:]}, "labels of a batch has shape"),
+        (lambda b: {**b, "labels": b["labels"][:, 1:]}, "labels of a batch is of torch.int64"),
         (lambda b: {**b, "labels": b["labels"].float()}, "labels of a batch is of torch.float32"),
         (lambda b: {**b, "labels": b["labels"].tolist()}, "labels of a batch is a list"),
         (lambda b: {**b, "labels": b["input_ids"]}, "train on padding, in row 0 first"),
