@@ -206,11 +206,13 @@ class PromptStyle:
         found = self.texts(self.apply(mark(one.instruction), mark(one.input)) for one in records)
         return [tokens.ids for tokens in found]
 
-    def turns(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
+    def encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Prompts and responses in token ids."""
         replies = self.texts(self.texts.mark(record.output) for record in records)
         for record, prompt, reply in zip(records, self.prompts(records), replies, strict=True):
-            yield EncodedRecord(prompt, record.output, Tokens([*reply.ids, *self.stop_ids], reply.starts))
+            yield EncodedRecord(
+                prompt, record.output, Tokens([*reply.ids, *self.stop_ids], reply.starts)
+            )
 
     def response(self, text: str, *, end: bool = False) -> list[int]:
         """Token ids of a response as they follow a prompt; `end` adds the token that ends it."""
@@ -311,7 +313,7 @@ class ChatStyle(PromptStyle):
         found = self._until_border([self._around(user)[0] for user in users])
         return [prompt[len(self.prefix) :] for prompt in found]
 
-    def turns(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
+    def encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Prompts and responses in token ids; white space around a response is the template's."""
         users = [_question(one.instruction, one.input) for one in records]
         yield from self._conversations(users, [one.output.strip() for one in records])

@@ -116,14 +116,17 @@ class Records(Indexed[Record]):
             for asked, context, output, answer, index in zip(*values, strict=True)
         ]
 
-    def sizes(self) -> NDArray[np.int64]:
+    def sizes(self) -> NDArray[np.int32]:
         """Bytes of each record's texts, from the table's offsets alone."""
         import pyarrow.compute as pc
 
-        table = self.rows.data
-        sizes = sum(pc.binary_length(table.column(name)).to_numpy() for name in _COLUMNS[:3])
-        found: NDArray[np.int64] = sizes[self.positions]
-        return found
+        sizes = np.zeros(len(self.rows), np.int32)
+        for name in _COLUMNS[:3]:
+            start = 0
+            for chunk in self.rows.data.column(name).chunks:
+                sizes[start : start + len(chunk)] += pc.binary_length(chunk).to_numpy()
+                start += len(chunk)
+        return sizes[self.positions]
 
 
 def content_digest(records: Iterable[Record]) -> str:
