@@ -144,7 +144,7 @@ def test_unreadable_file(write, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("rosa_lightning.utils.files.os.open", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     assert "a.json cannot be read: Permission denied" in message(path, error=OSError)
 
 
