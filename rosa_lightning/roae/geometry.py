@@ -77,15 +77,10 @@ class AttentionGeometry:
 
 
 def read_geometry(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trace]:
-    """Measure every attention module of a causal language model.
+    """Measure each attention module of a causal language model that rotates its states.
 
-    Returns:
-        The geometry of each attention module that rotates its states, in the order of the calls,
-        and the run that showed them.
-
-    Raises:
-        ValueError: No attention, no rotation anywhere, or one that cannot be read; names the
-            class, the layer and the reason.
+    Also the run that showed them. ValueError, with class, layer and reason, if nothing rotates or
+    a rotation cannot be read.
     """
     kind = type(model).__name__
     with run_on_meta(model):

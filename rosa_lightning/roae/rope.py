@@ -54,13 +54,9 @@ class PairTable:
 def read_pair_table(rotate: Callable[[Tensor], Tensor], head_dim: int) -> PairTable:
     """Measure the pair table of a rotation; empty where nothing is rotated.
 
-    Args:
-        rotate: The rotation of one layer, of float32 states (D, 2, D): unit vector n at positions
-            0 and 1. A common factor on all dimensions (YaRN's attention factor) is allowed.
-        head_dim: D.
-
-    Raises:
-        ValueError: The function does something else than turning pairs of dimensions.
+    ``rotate`` takes float32 states (D, 2, D): unit vector n at positions 0 and 1. A common factor
+    on all dimensions (YaRN's attention factor) is allowed. ValueError if it does something else
+    than turning pairs of dimensions.
     """
     x_NTD = torch.eye(head_dim)[:, None, :].expand(head_dim, 2, head_dim).contiguous()
     y_NTD = rotate(x_NTD).to(torch.float64)

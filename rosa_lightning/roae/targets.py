@@ -208,13 +208,9 @@ def feed_forward_rows(trace: Trace, attention: str) -> list[tuple[str, str, Sequ
     multiplied, what goes into the activation is called up. Mixtures of experts show their shared
     experts only: routed ones are one parameter for all experts, or run on some tokens alone.
     """
-    outside = [call.path for call in trace.attentions]
-    leaves = [
-        leaf
-        for leaf in trace.leaves
-        if is_inside(leaf.path, layer_of(attention))
-        and not any(is_inside(leaf.path, path) for path in outside)
-    ]
+    layer, outside = layer_of(attention), [call.path for call in trace.attentions]
+    inside = [leaf for leaf in trace.leaves if is_inside(leaf.path, layer)]
+    leaves = [leaf for leaf in inside if not any(is_inside(leaf.path, path) for path in outside)]
     activated = [leaf.given for leaf in leaves if _is_activation(leaf)]
     blocks: dict[str, dict[str, Leaf]] = {}
     for leaf in leaves:

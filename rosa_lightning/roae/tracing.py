@@ -203,11 +203,7 @@ class Trace:
 
 @torch.no_grad()
 def trace(model: nn.Module) -> Trace:
-    """Run two tokens through a language model and find its attention modules.
-
-    Raises:
-        ValueError: The model cannot be run on token ids alone.
-    """
+    """Run two tokens through a language model and find its attention modules."""
     recorder = _Recorder(model)
     tracer = MatmulTracer(lambda *_: recorder.multiply(), lambda _: None)
     with recorder.hooks(), intercept_attention(model, recorder.attend), tracer:
@@ -311,10 +307,9 @@ def is_inside(path: str, parent: str) -> bool:
 def _with_float32_rotation(
     model: nn.Module, attentions: tuple[AttentionCall, ...]
 ) -> tuple[AttentionCall, ...]:
-    """The calls of a second run, whose rotary modules answer in float32.
+    """The calls of a second run, whose rotary modules answer in float32, and no other.
 
-    A half-precision cosine cannot tell the slowest pairs apart. The model itself goes on in its own
-    dtype.
+    A half-precision cosine cannot tell the slowest pairs apart.
     """
     precise = dict.fromkeys(call.module for call in attentions)
 
