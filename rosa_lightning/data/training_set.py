@@ -162,18 +162,22 @@ def _split_key(record: Record, seed: int) -> int:
 
 def _chosen(keys: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
     """Keys that select as nearly `fraction` of the records as whole groups allow."""
-    ordered = np.sort(keys)
-    if not len(ordered) or ordered[0] == ordered[-1]:
-        return ordered[:0]
-    wanted = max(1, round(len(keys) * fraction))
-    # Group by group: the sizes of all of them would take memory several times that of the keys.
-    chosen, start = [], 0
-    while wanted and start < len(ordered):
-        size = int(np.searchsorted(ordered, ordered[start], side="right")) - start
-        if size <= wanted:
-            chosen.append(ordered[start])
-            wanted -= size
-        start += size
+    if not len(keys) or keys.min() == keys.max():
+        return keys[:0]
+    chosen: list[np.uint64] = []
+    # The lowest keys are nearly always enough; all of them, sorted, take much more memory.
+    for bound in (min(int(2 * fraction * 2**64), 2**64 - 1), 2**64 - 1):
+        ordered = np.sort(keys[keys <= np.uint64(bound)])
+        wanted, start = max(1, round(len(keys) * fraction)), 0
+        chosen.clear()
+        while wanted and start < len(ordered):
+            size = int(np.searchsorted(ordered, ordered[start], side="right")) - start
+            if size <= wanted:
+                chosen.append(ordered[start])
+                wanted -= size
+            start += size
+        if not wanted:
+            break
     if chosen:
         return np.array(chosen)
     groups, sizes = np.unique(ordered, return_counts=True)
