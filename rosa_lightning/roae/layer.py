@@ -155,11 +155,13 @@ class RowBlocks:
 
 
 def _add(z: Tensor, low_rows: Tensor, blocks: RowBlocks) -> Tensor:
-    widths = [stop - start for start, stop in blocks.runs]
-    parts = torch.split(low_rows.view(*low_rows.shape[:-1], blocks.count, -1), widths, -1)
     z_blocks = blocks.view(z)
-    for (start, stop), part in zip(blocks.runs, parts, strict=True):
-        z_blocks[..., start:stop].add_(part)
+    low_blocks = low_rows.view(*low_rows.shape[:-1], blocks.count, -1)
+    column = 0
+    for start, stop in blocks.runs:  # not by torch.split, whose parts the compiler mixes up
+        width = stop - start
+        z_blocks[..., start:stop].add_(low_blocks[..., column : column + width])
+        column += width
     return z
 
 
