@@ -26,6 +26,7 @@ from rosa_lightning.data.sampling import (
 )
 from rosa_lightning.data.settings import CHECKED, LoadingConfig, agree_on_settings, check_settings
 from rosa_lightning.data.sources import (
+    SETTINGS,
     Purpose,
     SourceLike,
     TaskLike,
@@ -55,12 +56,6 @@ from rosa_lightning.tasks.records import Record
 from rosa_lightning.utils.agreement import RanksError, agree, several_ranks, together
 
 _DEFAULT_LOADING = LoadingConfig()
-_SETTING: dict[Purpose, str] = {
-    "train": "sources",
-    "test": "test_sources",
-    "predict": "predict_sources",
-}
-"""The setting that names the sources of a purpose."""
 
 
 class ReasoningDataModule(LightningDataModule):
@@ -136,7 +131,7 @@ class ReasoningDataModule(LightningDataModule):
             check_settings({key: getattr(self, key) for key in CHECKED} | {name: value})
         if name == "tasks" and not isinstance(value, Mapping):
             value = with_own_tasks(value)
-        elif name in _SETTING.values():
+        elif name in SETTINGS.values():
             value = source_list(name, value, self.tasks)
         if name == "sources":
             value = weighted_sources(value, self.loading.temperature)
@@ -169,10 +164,7 @@ class ReasoningDataModule(LightningDataModule):
         return self._prompts.get("test", [])
 
     def contaminated_records(self) -> tuple[list[Record], list[str]]:
-        """The test records whose question was trained on, and the sources that were compared.
-
-        These are the sources that the checkpoint names, or else `sources`.
-        """
+        """The test records whose question was trained on, and the sources that were compared."""
         trainings = self._trained_on or [training_of(self.sources, self.seed, self._set.left_out)]
         return trained_questions(trainings, [e.record for e in self.test_examples], self.tasks)
 
@@ -180,7 +172,7 @@ class ReasoningDataModule(LightningDataModule):
         """Fetches hub data sets once a node, so that the ranks find them in the cache."""
         state = getattr(self.trainer, "state", None)
         purpose = purpose_of(getattr(state, "fn", None) or "fit")
-        for source in filter(lambda one: one.hub, getattr(self, _SETTING[purpose])):
+        for source in filter(lambda one: one.hub, getattr(self, SETTINGS[purpose])):
             load_records(source, purpose, self.tasks)
         if purpose == "train" and self.loading.decontaminate:
             for source in filter(lambda one: one.hub, self.test_sources):
@@ -209,13 +201,9 @@ class ReasoningDataModule(LightningDataModule):
 
     def _compare_ranks(self, purpose: Purpose) -> None:
         """Raise RanksError where ranks read other data, or one of them has no prompt."""
-        examples: dict[str, Sequence[Example]] = {}
-        if purpose == "train":
-            named = zip(self.source_names, self._set.train, self._set.val, strict=True)
-            for name, train, val in named:
-                examples |= {f"{name} (training)": train, f"{name} (validation)": val}
-        else:
-            examples[f"data.{_SETTING[purpose]}"] = self._prompts[purpose]
+        examples: Mapping[str, Sequence[Example]] = self._set.named(self.source_names)
+        if purpose != "train":
+            examples = {f"data.{SETTINGS[purpose]}": self._prompts[purpose]}
         with together("comparison of the data"):
             found = {k: f"{len(v)} records, {tokens_digest(v)}" for k, v in examples.items()}
             found["lengths of the records"] = str(self._planner().digest())
@@ -223,14 +211,14 @@ class ReasoningDataModule(LightningDataModule):
         number, world = len(self._prompts.get(purpose, [])), getattr(self.trainer, "world_size", 1)
         if purpose != "train" and number < world:  # a rank without any would block the others
             raise RanksError(
-                f"data.{_SETTING[purpose]} hold {number} prompts for {world} processes; each needs "
+                f"data.{SETTINGS[purpose]} hold {number} prompts for {world} processes; each needs "
                 f"one. Set trainer.devices and trainer.num_nodes to {number} processes or fewer."
             )
 
     def agreed_settings(self) -> dict[str, Any]:
         """What all ranks must have in common, by configuration key; data are seen by content."""
         own = {f"data.{name}": getattr(self, name) for name in CHECKED if name != "loading"}
-        for name in _SETTING.values():
+        for name in SETTINGS.values():
             own[f"data.{name}"] = [
                 asdict(replace(source, path=source.path and Path(source.path).name))
                 for source in getattr(self, name)
@@ -239,13 +227,20 @@ class ReasoningDataModule(LightningDataModule):
 
     def _settings_to_read(self) -> dict[str, Any]:
         """The settings that decide what is read, as they are now; lists may change in place."""
-        names = (*_SETTING.values(), "tasks", "max_length", "prompt_style", "seed", "val_fraction")
+        names = (
+            *SETTINGS.values(),
+            "tasks",
+            "max_length",
+            "prompt_style",
+            "seed",
+            "val_fraction",
+        )
         loading = (self.loading.overlong, self.loading.cache_dir, self.loading.decontaminate)
         found = {name: copy(getattr(self, name)) for name in names}
         return {**found, "loading": loading, "tokenizer": self._given_tokenizer()}
 
     def _read_prompts(self, purpose: Purpose) -> None:
-        key, sources = f"data.{_SETTING[purpose]}", getattr(self, _SETTING[purpose])
+        key, sources = f"data.{SETTINGS[purpose]}", getattr(self, SETTINGS[purpose])
         found: list[Example] = []
         with together(f"reading of {key}"):
             if not sources:
@@ -345,12 +340,9 @@ class ReasoningDataModule(LightningDataModule):
         )
 
     def _planner(self) -> BatchPlanner:
-        """How records are made into batches now."""
-        tokens = self.loading.tokens_per_batch
-        return self._set.planner(self.batching, self.batch_size, tokens)
+        return self._set.planner(self.batching, self.batch_size, self.loading.tokens_per_batch)
 
     def _ranks(self) -> dict[str, Any]:
-        """Which rank this is of how many, as samplers take it."""
         return getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
 
     def _batches_trained_on(self) -> int:
@@ -405,9 +397,7 @@ class ReasoningDataModule(LightningDataModule):
         return collators.TrainCollator(names, self._pad_id())
 
     def _shares(self) -> list[float]:
-        """Each source's part of the training stream."""
-        weights = [source.weight for source in self.sources]
-        return self._set.shares(weights, self.loading.temperature)
+        return self._set.shares([one.weight for one in self.sources], self.loading.temperature)
 
     def examples_seen(self) -> dict[str, int]:
         """Examples of each source trained on so far, on all ranks; every rank must call this."""

@@ -15,6 +15,13 @@ Purpose = Literal["train", "test", "predict", "audit"]
 """What records are for: a response to train on, a gold answer, only a question, or to be looked at
 whatever they lack."""
 
+SETTINGS: dict[Purpose, str] = {
+    "train": "sources",
+    "test": "test_sources",
+    "predict": "predict_sources",
+}
+"""The setting that names the sources of a purpose."""
+
 
 def purpose_of(stage: str) -> Purpose:
     """What records are for in a stage of Lightning's, which gives an enumeration or its value."""

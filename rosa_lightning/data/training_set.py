@@ -43,6 +43,13 @@ class TrainingSet:
         """Training records of each source."""
         return [len(examples) for examples in self.train]
 
+    def named(self, names: Sequence[str]) -> dict[str, Examples]:
+        """The examples by source and split."""
+        found = dict[str, Examples]()
+        for name, train, val in zip(names, self.train, self.val, strict=False):
+            found |= {f"{name} (training)": train, f"{name} (validation)": val}
+        return found
+
     def planner(self, batching: Batching, batch_size: int, tokens: int | None) -> BatchPlanner:
         """How the training records are made into batches, by their lengths where these count."""
         if not self.train or (batching == "random" and not tokens):
