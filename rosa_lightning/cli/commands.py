@@ -31,11 +31,7 @@ from rosa_lightning.inspection.activations import (
     save_figure,
 )
 from rosa_lightning.inspection.memory import check_batch, check_not_quantized
-from rosa_lightning.inspection.parameters import (
-    compare_memory,
-    memory_table,
-    parameter_tables,
-)
+from rosa_lightning.inspection.parameters import compare_memory, memory_table, parameter_tables
 from rosa_lightning.inspection.report import write_report
 from rosa_lightning.models.loading import (
     enable_checkpointing,
@@ -52,7 +48,7 @@ _AUTOCAST = {
     **dict.fromkeys(["bf16", "bf16-mixed"], torch.bfloat16),
     **dict.fromkeys(["16", "16-mixed"], torch.float16),
 }
-"""What a trainer's precision computes in; the others cast nothing on the way."""
+"""What a trainer's precision computes in; the others cast nothing."""
 NO_BASE = (
     "no base is given. Set model.base to a hub id, a folder or tiny, or name what knows its base: "
     "ckpt_path or model.adapter."
@@ -322,16 +318,13 @@ def _check_base(module: RoSAModule) -> None:
 
 def _check_picture(png: Path) -> None:
     """Refuse early what would fail after minutes of loading, or overwrite something."""
-    problem = None
     folder = next(path for path in png.absolute().parents if path.exists())
+    there = [path for path in (png, png.with_suffix("")) if path.exists()]
     if png.suffix != ".png":
-        problem = "is not the name of a PNG file, such as norms.png."
-    elif there := [path for path in (png, png.with_suffix("")) if path.exists()]:
-        problem = f"{there[0]} exists already. Give another name."
-    elif not folder.is_dir():
-        problem = f"{folder} is no folder. Give another name."
-    if problem is not None:
-        raise ValueError(f"activations={png}: {problem}")
+        raise ValueError(f"activations={png} is not the name of a PNG file, such as norms.png.")
+    if there or not folder.is_dir():
+        problem = f"{there[0]} exists already" if there else f"{folder} is no folder"
+        raise ValueError(f"activations={png}: {problem}. Give another name.")
 
 
 def _skeleton(module: RoSAModule, *, double: bool) -> Any:

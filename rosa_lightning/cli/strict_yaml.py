@@ -61,18 +61,12 @@ def read_configuration(path: str | Path) -> str:
 
 
 def check_yaml(text: str, where: str = "") -> yaml.Node | None:
-    """Check YAML before values are made of it.
-
-    Args:
-        text: The YAML.
-        where: What messages call it; a file's name, say.
-
-    Returns:
-        The root of the document.
+    """Check YAML before values are made of it; returns the root of the document.
 
     Raises:
         StrictYAMLError: A syntax error, a key that stands twice, aliases that stand for too many
-            values or for themselves, nesting beyond 64, or a tag that makes objects.
+            values or for themselves, nesting beyond 64, or a tag that makes objects. Begins with
+            ``where``, a file's name, say.
     """
     before = f"{where}, " if where else ""
     try:

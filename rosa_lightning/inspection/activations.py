@@ -57,9 +57,6 @@ def rotated_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
         batches: Token ids (B, T) as ``input_ids``, and ``attention_mask`` (B, T) and
             ``position_ids`` (B, T) where rows are padded. Other entries are ignored.
 
-    Returns:
-        The norms of each attention layer, in the order of the calls.
-
     Raises:
         ValueError: The model has no weights or no attention that can be seen, or there is no batch.
     """
@@ -140,10 +137,7 @@ def activation_figure(
 ) -> Figure:
     """Heat maps of the norms, the mean over heads: queries on the left, keys on the right.
 
-    Args:
-        norms: From `rotated_norms`.
-        low_dims: Head dimensions to frame in each layer, from `adapted_dims`.
-        title: What stands above.
+    ``low_dims``, from `adapted_dims`, are the head dimensions to frame in each layer.
     """
     height = min(max(3.2, 1.6 + 0.11 * len(norms)), 12.0)
     figure = Figure(figsize=(11, height), dpi=150, layout="constrained")
@@ -186,11 +180,7 @@ def _frame(ax: Axes, dims: Sequence[tuple[int, ...]]) -> None:
 def save_figure(figure: Figure, png: Path) -> Path:
     """Write a figure as PNG, and as an image that TensorBoard shows under ``TAG``.
 
-    Returns:
-        The folder for TensorBoard, beside the PNG and of its name without the suffix.
-
-    Raises:
-        ValueError, OSError: The folder exists already, or a file cannot be written.
+    Returns the folder for TensorBoard, beside the PNG and of its name without the suffix.
     """
     content = io.BytesIO()
     figure.savefig(content, format="png")

@@ -114,11 +114,7 @@ def raster_figure(
     Active layers are blue, others grey, both darker the nearer a layer's score is to the highest
     of its selection.
 
-    Args:
-        steps: Optimizer step of each selection, ascending, at least one.
-        layers: Number of each layer, ascending.
-        active_SL: Whether a layer was selected.
-        scores_SL: The scores, at least zero.
+    Steps are the optimizer's, ascending; layers are numbers, ascending; scores are at least zero.
     """
     with mpl.rc_context(fname=STYLE):
         height = float(np.clip(1.5 + 0.16 * len(layers), 3.1, 7))

@@ -42,9 +42,6 @@ def write_report(run: str, *, output: str | None = None) -> Path:
             the metrics.csv of CSVLogger.
         output: HTML file to write; by default report.html in the run's folder. It holds its
             pictures and needs no network. An earlier report is replaced.
-
-    Raises:
-        ValueError: The run is no folder, or has logged nothing; the output is a folder.
     """
     folder = Path(run)
     target = folder / "report.html" if output is None else Path(output)

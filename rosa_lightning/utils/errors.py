@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import errno
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +31,6 @@ _RESTORED = {
 }
 """The trainer's functions that restore an entry of a checkpoint."""
 
-_OF_SETTINGS = ("Early stopping conditioned on metric",)
-"""How errors of another kind begin that speak of a setting."""
-
 
 class ConfigurationError(ValueError):
     """A command line or a configuration that nothing can be made of."""
@@ -47,9 +45,8 @@ def explain(error: BaseException) -> str | None:
     """What to tell the user of an error, in one line; None for a defect.
 
     The user's are what this package refuses, what Lightning calls a misconfiguration, and whatever
-    goes wrong while a checkpoint's content is restored. The machine's are files that cannot be read
-    or written and memory that is spent. All else is a defect, also where a library raises the
-    same classes: its message would not say what to mend.
+    goes wrong while a checkpoint's content is restored; the machine's are files and memory. All
+    else is a defect, also where a library raises the same classes.
     """
     for link in _chain(error):
         if (told := _of_machine(link) or _refused(link) or _refused_by_worker(link)) is not None:
@@ -62,8 +59,10 @@ def explain(error: BaseException) -> str | None:
                 f"({type(error).__name__}: {said[:300]}). It is damaged, or was written by another "
                 "kind of run. Give another checkpoint as ckpt_path."
             )
-    known = isinstance(error, OSError | MisconfigurationException) or said.startswith(_OF_SETTINGS)
-    return (said or type(error).__name__) if known else None
+    known = isinstance(error, OSError | MisconfigurationException)
+    if known or said.startswith("Early stopping conditioned on metric"):
+        return said or type(error).__name__
+    return None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -78,12 +77,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _frames(error: BaseException) -> list[tuple[Path, str]]:
     """The file and the function of each frame that an error went through."""
-    frames, link = [], error.__traceback__
-    while link is not None:
-        code = link.tb_frame.f_code
-        frames.append((Path(code.co_filename), code.co_name))
-        link = link.tb_next
-    return frames
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [(Path(code.co_filename), code.co_name) for code in codes]
 
 
 def _of_machine(error: BaseException) -> str | None:
@@ -121,11 +116,7 @@ def _of_machine(error: BaseException) -> str | None:
 
 
 def _refused(error: BaseException) -> str | None:
-    """What a raise statement of this package refused, or a check of Lightning's.
-
-    Not what some call or operation raised in it: `int("x")` in a package is a defect of it, and
-    says nothing of what was given.
-    """
+    """What a raise statement of this package or of Lightning refused, no operation that failed."""
     link = error.__traceback__
     if link is None or not isinstance(error, ValueError | TypeError | ImportError):
         return None

@@ -162,29 +162,13 @@ def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
     cases = {
         ("--ckpt_path", checkpoint, "--output", "there"): "output=there exists already",
         ("--ckpt_path", checkpoint): "required: --output",
-        ("--ckpt_path", checkpoint, "--output", "o", "--format", "gguf"): "Got value: gguf",
-        ("--ckpt_path", "none.ckpt", "--output", "o"): "ckpt_path=none.ckpt is no file",
         ("--ckpt_path", "text.ckpt", "--output", "o"): "text.ckpt is no checkpoint",
-        (
-            "--ckpt_path",
-            "bare.ckpt",
-            "--output",
-            "o",
-        ): "bare.ckpt: the checkpoint holds no RoSA adapter",
-        (
-            "--ckpt_path",
-            "list.ckpt",
-            "--output",
-            "o",
-        ): "list.ckpt: the checkpoint holds no RoSA adapter",
-        ("--output", "o"): "no base is given. Set model.base",
+        ("--ckpt_path", "bare.ckpt", "--output", "o"): "bare.ckpt holds no RoSA adapter",
+        ("--ckpt_path", "list.ckpt", "--output", "o"): "list.ckpt holds no RoSA adapter",
         ("--output", "o", "--model.base", "tiny"): "no adapter is given. Set ckpt_path",
-        ("--output", "o", "--model.adapter", "there", "--model.base", "tiny"): "holds no adapter",
-        ("--output", "o", "--max_shard_size", "5GB"): "is an option of format merged",
+        ("--output", "o", "--model.adapter", "gone"): "there is no such folder. Give a folder",
         ("--output", "o", "--dequantize", "true"): "dequantize is an option of format merged",
         ("--output", "o", "--format", "merged", "--max_shard_size", "5XB"): "is no size of a file",
-        ("--output", "o", "--model.adapter", "gone"): "there is no such folder. Give a folder",
-        ("--ckpt_path", checkpoint, "--output", "o", "--model.base", "no/such"): "base 'no/such'",
         ("--output", "o", "--model.bse", "tiny"): "Did you mean model.base?",
     }
     for arguments, message in cases.items():
@@ -211,44 +195,32 @@ def test_a_checkpoint_cannot_switch_remote_code_on(trained, base_folder, capsys,
 
 
 @pytest.fixture(scope="module")
-def adapters(trained, tmp_path_factory) -> Path:
-    """Folders ``rosa`` and ``peft`` as exported."""
-    folder = tmp_path_factory.mktemp("adapters")
-    module = RoSAModule.load_from_checkpoint(trained / "last.ckpt")
-    export_adapter(module.model, folder / "rosa", "rosa")
-    export_adapter(module.model, folder / "peft", "peft")
+def adapter(trained, tmp_path_factory) -> Path:
+    """The folder of the adapter as exported for PEFT."""
+    folder = tmp_path_factory.mktemp("adapters") / "peft"
+    export_adapter(RoSAModule.load_from_checkpoint(trained / "last.ckpt").model, folder, "peft")
     return folder
 
 
-ONE_STEP = ["--trainer.logger", "false", "--trainer.max_steps", "1"]
-
-
-def data_alone(trained: Path, **more) -> list[str]:
+def data_alone(trained: Path) -> list[str]:
     """The configuration of the run but for its model."""
     settings = yaml.safe_load((trained / "config.yaml").read_text())
-    kept = {"data": settings["data"], "trainer": settings["trainer"], **more}
+    kept = {"data": settings["data"], "trainer": settings["trainer"]}
     Path("data.yaml").write_text(yaml.safe_dump(kept))
     return ["--config", "data.yaml"]
 
 
-@pytest.mark.parametrize("name", ["rosa", "peft"])
-def test_an_adapter_brings_its_base_and_settings_to_every_command(name, trained, adapters, capsys):
-    adapter = ["--model.adapter", str(adapters / name), "--model.roae.dropout", "0.1"]
-    config = data_alone(trained)
-    assert run(capsys, "validate", *config, *adapter, "--trainer.logger", "false")[0] == 0
-    status, printed, _ = run(capsys, "fit", *config, *adapter, "--print_config")
-    roae = yaml.safe_load(printed)["model"]["roae"]
+def test_an_adapter_brings_its_base_and_settings_to_every_command(trained, adapter, capsys):
+    given = [*data_alone(trained), "--model.adapter", str(adapter), "--model.roae.dropout", "0.1"]
+    assert run(capsys, "validate", *given, "--trainer.logger", "false")[0] == 0
+    status, printed, _ = run(capsys, "fit", *given, "--print_config")
     assert status == 0
-    assert roae["rank"] == 4
-    assert roae["low_freq_ratio"] == 0.5
-    assert roae["dropout"] == 0.1
-    assert run(capsys, "fit", *config, *adapter, *ONE_STEP)[0] == 0
+    roae = yaml.safe_load(printed)["model"]["roae"]
+    assert (roae["rank"], roae["low_freq_ratio"], roae["dropout"]) == (4, 0.5, 0.1)
 
 
-def test_a_run_begun_from_an_adapter_goes_on_without_its_folder(
-    trained, adapters, capsys, tmp_path
-):
-    shutil.copytree(adapters / "peft", "mine")
+def test_a_run_begun_from_an_adapter_goes_on_without_its_folder(trained, adapter, capsys):
+    shutil.copytree(adapter, "mine")
     logged = ["--trainer.logger.save_dir", "logs", "--trainer.logger.version", "a"]
     config = data_alone(trained)
     run(capsys, "fit", *config, "--model.adapter", "mine", *logged, "--trainer.max_steps", "1")
@@ -265,9 +237,7 @@ def test_no_base_and_no_such_checkpoint_are_one_line_before_anything_is_loaded(t
     cases = {
         (): "no base is given. Set model.base",
         ("--model.adapter", "."): "holds no adapter: neither",
-        ("--model.adapter", "data.yaml"): "holds no adapter: it is a file",
         ("--ckpt_path", "last_run/none.ckpt"): "ckpt_path=last_run/none.ckpt is no file",
-        ("--ckpt_path", "none.ckpt"): "ckpt_path=none.ckpt is no file",
         ("--ckpt", "none.ckpt"): "Did you mean ckpt_path?",
     }
     for arguments, message in cases.items():
@@ -279,7 +249,7 @@ def test_no_base_and_no_such_checkpoint_are_one_line_before_anything_is_loaded(t
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_export_that_is_stopped_leaves_nothing_behind(
-    number, status, adapters, capsys, monkeypatch
+    number, status, adapter, capsys, monkeypatch
 ):
     def slow(model, folder, *_, **__):
         with atomic_directory(folder) as written:
@@ -289,11 +259,13 @@ def test_an_export_that_is_stopped_leaves_nothing_behind(
 
     monkeypatch.setattr("rosa_lightning.cli.commands.export_adapter", slow)
     handler = signal.getsignal(signal.SIGTERM)
-    adapter = ["--model.adapter", str(adapters / "rosa")]
     # In the background of a shell Ctrl-C is ignored from the start.
     interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert run(capsys, "export", *adapter, "--output", "deep/out")[0] == status
+        assert (
+            run(capsys, "export", "--model.adapter", str(adapter), "--output", "deep/out")[0]
+            == status
+        )
     finally:
         signal.signal(signal.SIGINT, interrupted)
     assert not list(Path().iterdir())
@@ -305,16 +277,12 @@ def test_a_configuration_from_a_pipe_is_read(trained, capsys):
     settings = f"model: {{base: tiny}}\ndata: {{batch_size: 3}}\nckpt_path: {trained / 'last.ckpt'}"
     writer = threading.Thread(target=Path("pipe").write_text, args=(settings,))
     writer.start()
-    base = ["--model.base", str(trained_base(trained))]
-    status, printed, _ = run(capsys, "inspect", "--config", "pipe", *base)
+    base = yaml.safe_load((trained / "config.yaml").read_text())["model"]["base"]
+    status, printed, _ = run(capsys, "inspect", "--config", "pipe", "--model.base", base)
     writer.join()
     assert status == 0
     assert "Batch of 3 x" in printed
     assert "4 of 8 pairs" in printed
-
-
-def trained_base(trained: Path) -> str:
-    return str(yaml.safe_load((trained / "config.yaml").read_text())["model"]["base"])
 
 
 def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
@@ -324,13 +292,7 @@ def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
     step += ["--trainer.accelerator", "cpu", "--model.speed.microbatch_tokens", "16"]
     status, printed, _ = run(capsys, "inspect", "--model.base", "shell", *step)
     assert status == 0
-    for expected in (
-        "self_attn.q_proj",
-        "2 of 8 pairs",
-        "Trainable",
-        "in parts of 1 row\n",
-        "peak",
-    ):
+    for expected in ("self_attn.q_proj", "2 of 8 pairs", "in parts of 1 row\n", "peak"):
         assert expected in printed
 
 
@@ -341,13 +303,10 @@ def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
         (100, {"accelerator": "cpu"}, 100),
         (None, {"accelerator": "cpu"}, None),
         ("auto", {"accelerator": "gpu"}, None),
-        (100, {"accelerator": "gpu"}, 100),
         (100, {"accelerator": "cpu", "precision": "16-mixed"}, 100),  # Lightning takes bfloat16
         (100, {"accelerator": "gpu", "precision": "16-mixed"}, None),
         (100, {"accelerator": "gpu", "precision": "bf16-mixed"}, 100),
         (100, {"accelerator": "cpu", "strategy": "fsdp"}, None),
-        (100, {"accelerator": "cpu", "strategy": "ModelParallelStrategy"}, None),
-        (100, {"accelerator": "cpu", "strategy": "ddp"}, 100),
         ("auto", {"accelerator": CPUAccelerator()}, 2048),
     ],
 )
@@ -381,10 +340,7 @@ def line_of(printed: str, name: str) -> str:
     return next(line for line in printed.splitlines() if line.strip().startswith(name))
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    ["nf4", *(pytest.param(s, marks=pytest.mark.slow) for s in ("int8", "llm_int8", "fp4"))],
-)
+@pytest.mark.parametrize("scheme", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_inspect_of_a_quantised_base_needs_no_weights_and_no_library(
     scheme, capsys, monkeypatch, base_folder
 ):
@@ -399,33 +355,15 @@ def test_inspect_of_a_quantised_base_needs_no_weights_and_no_library(
     assert printed.startswith(parameters)
 
 
-def test_inspect_shows_the_figures_of_double_precision(capsys, base_folder):
-    base = ["--model.base", str(base_folder), "--data.max_length", "16"]
-    status, printed, _ = run(capsys, "inspect", *base, "--trainer.precision", "64")
-    assert status == 0
-    assert line_of(printed, "weights, float64")
-    assert "float32" not in printed
-    both = ["--trainer.precision", "64-true", "--model.quantization", "nf4"]
-    status, printed, errors = run(capsys, "inspect", *base, *both)
-    assert (status, printed, len(errors)) == (1, "", 1)
-    assert "64-true cannot be had with model.quantization=nf4" in errors[0]
-
-
 def test_inspect_refuses_in_one_line_before_it_prints(base_folder, capsys):
-    Path("broken").mkdir()
-    Path("broken/config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
-    Path("text").mkdir()
-    Path("text/config.json").write_text("no JSON")
     config = json.loads((base_folder / "config.json").read_text())
     Path("packed").mkdir()
     packed = {**config, "quantization_config": {"quant_method": "awq", "bits": 4}}
     Path("packed/config.json").write_text(json.dumps(packed))
     base = ["--model.base", str(base_folder)]
     cases = {
+        (*base, "--trainer.precision", "64-true", "--model.quantization", "nf4"): "64-true cannot",
         (*base, "--response_length", "512"): "length=512 and response_length=512 make no batch",
-        (*base, "--response_length", "0"): "response_length=0 make no batch",
-        ("--model.base", "broken"): "base 'broken' could not be loaded",
-        ("--model.base", "text"): "base 'text' could not be loaded",
         ("--model.base", "nowhere"): "base 'nowhere' could not be loaded",
         ("--model.base", "packed", "--model.quantization", "nf4"): "is quantised already",
     }
@@ -462,42 +400,17 @@ def test_audit_needs_no_weights_and_writes_its_figures(leaky, base_folder, capsy
     figures = json.loads(Path("deep/audit.json").read_text())
     (source,), (benchmark,) = figures["sources"], figures["benchmarks"]
     assert (source["records"], source["empty"], source["contaminated"]) == (3, [3], [2])
-    assert (
-        benchmark["questions"],
-        benchmark["contaminated_exact"],
-        benchmark["contaminated_near"],
-    ) == (
-        1,
-        1,
-        0,
-    )
+    names = ("questions", "contaminated_exact", "contaminated_near")
+    assert [benchmark[name] for name in names] == [1, 1, 0]
     assert benchmark["exact"] == [{"record": 1, "source": "mine", "source_record": 2}]
     assert [path.name for path in Path("deep").iterdir()] == ["audit.json"]
 
 
-def test_audit_takes_the_tokenizer_of_a_checkpoint_or_of_the_data_or_none(leaky, trained, capsys):
-    for more in (["--ckpt_path", str(trained / "last.ckpt")], ["--data.tokenizer", "tiny"]):
-        status, printed, _ = run(capsys, "audit", *leaky, *more)
-        assert status == 0
-        assert "Lengths in tokens" in printed
-    status, printed, _ = run(capsys, "audit", *leaky)
-    assert status == 0
-    assert "Lengths in words" in printed
-
-
 def test_an_audit_that_cannot_be_made_ends_in_one_line(leaky, capsys):
-    cases = {
-        ("--output", "audit.txt"): "output=audit.txt is not the name of a JSON file",
-        ("--model.base", "no/such"): "base 'no/such'",
-        ("--data.tokenizer", "no/such"): "data.tokenizer",
-        ("--data.sources", "[{path: none.json}]"): "none.json",
-        ("--data.loading.decontaminte", "false"): "Did you mean data.loading.decontaminate?",
-    }
-    for arguments, message in cases.items():
-        status, _, errors = run(capsys, "audit", *leaky, *arguments)
-        assert status in (1, 2), arguments
-        assert len(errors) == 1, arguments
-        assert message in errors[0]
+    status, _, errors = run(capsys, "audit", *leaky, "--output", "audit.txt")
+    assert status in (1, 2)
+    assert len(errors) == 1
+    assert "output=audit.txt is not the name of a JSON file" in errors[0]
 
 
 def printed_audit(found, width: int = 80) -> list[str]:
@@ -535,6 +448,3 @@ def test_report_writes_a_page_of_a_run_and_needs_no_base(trained, capsys):
     assert status == 0
     assert printed.strip() == "page.html"
     assert "train/loss" in Path("page.html").read_text()
-    status, _, errors = run(capsys, "report", "nowhere")
-    assert status == 1
-    assert "run=nowhere is no folder" in errors[0]

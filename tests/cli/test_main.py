@@ -109,60 +109,6 @@ def test_validate_test_and_predict_take_the_checkpoint(settings, tmp_path):
     assert not list(Path().rglob("*.rank0"))
 
 
-def test_a_task_of_the_configuration_is_trained_and_tested_on(settings, tmp_path, monkeypatch):
-    mood = "the correct answer is {}".format
-    path = tmp_path / "moods.json"
-    rows = [
-        {"instruction": f"{n}?", "output": mood(label), "answer": label}
-        for n, label in enumerate(["Good", "not good", "not good", "good"] * 3)
-    ]
-    path.write_text(json.dumps(rows))
-    settings["data"]["tasks"] = [
-        {"name": "mood", "format": "label", "labels": ["good", "not good"], "aliases": ["temper"]}
-    ]
-    source = {"path": str(path), "task": "temper"}
-    settings["data"].update(sources=[source], test_sources=[source], predict_sources=[source])
-    settings["data"]["loading"] = {"decontaminate": False}
-    settings["trainer"]["logger"] = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(tmp_path)},
-    }
-    assert run("fit", settings) == 0
-    (checkpoint,) = map(str, tmp_path.rglob("*.ckpt"))
-
-    def write(model, tokenizer, batch, max_new_tokens, **_):
-        return [mood("NOT GOOD.")] * len(batch["task"])
-
-    for module in ("evaluation.evaluator", "module"):
-        monkeypatch.setattr(f"rosa_lightning.{module}.generate", write)
-    assert run("test", settings, "--ckpt_path", checkpoint) == 0
-    logged = "".join(file.read_text() for file in sorted(tmp_path.rglob("metrics.csv")))
-    header, values = logged.splitlines()[-2:]
-    row = dict(zip(header.split(","), values.split(","), strict=True))
-    assert float(row["test/accuracy/mood"]) == float(row["test/accuracy"]) == 0.5
-    assert run("predict", settings, "--ckpt_path", checkpoint) == 0
-    predictions = max(tmp_path.rglob("predictions.jsonl"))  # test wrote the other
-    records = [json.loads(line) for line in predictions.read_text().splitlines()]
-    assert {(record["task"], record["answer"]) for record in records} == {("mood", "not good")}
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([], "t.json (task gsm8k) holds no records"),
-        ([{"answer": "5"}, {"answer": "many"}], "t.json, record 2 (task gsm8k): the gold answer"),
-    ],
-)
-def test_test_sets_that_cannot_be_judged_are_refused_before_the_base_is_loaded(
-    settings, capsys, tmp_path, monkeypatch, rows, words
-):
-    monkeypatch.setattr("rosa_lightning.adapted.load_base", None)
-    path = tmp_path / "t.json"
-    path.write_text(json.dumps([{"instruction": "How many?", **row} for row in rows]))
-    settings["data"]["test_sources"] = [{"path": str(path), "task": "gsm8k"}]
-    assert words in refused(capsys, "test", settings)
-
-
 def test_optimizer_and_schedule_are_replaced_from_the_command_line(settings, capsys):
     arguments = ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--optimizer.momentum", "0.9"]
     schedule = ["--lr_scheduler", "ConstantLR", "--lr_scheduler.factor", "0.25"]
@@ -231,10 +177,8 @@ def test_a_base_without_rope_is_one_line(settings, tmp_path, capsys):
     assert "GPT2" in line
 
 
-@pytest.mark.parametrize("command", ["test", "predict"])
-def test_a_command_without_sources_names_the_setting(settings, command, capsys):
-    line = refused(capsys, command, settings)
-    assert f"nothing to {command}: data.{command}_sources" in line
+def test_a_command_without_sources_names_the_setting(settings, capsys):
+    assert "nothing to test: data.test_sources" in refused(capsys, "test", settings)
 
 
 def test_a_lora_of_peft_is_refused_in_one_line_that_says_how_to_evaluate_it(

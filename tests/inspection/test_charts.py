@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 
@@ -53,14 +52,11 @@ def test_many_layers_are_a_map_with_a_scale_and_not_a_legend_of_many_lines():
 
 
 @pytest.mark.parametrize("num_layers", [2, 80])
-@pytest.mark.parametrize("num_selections", [1, 3, 2000])
+@pytest.mark.parametrize("num_selections", [1, 2000])
 def test_layers_are_drawn_whatever_their_number(num_layers, num_selections):
     charts = draw_charts(selections(num_layers, num_selections))["Layers"]
-    assert list(charts) == [
-        "Layers that train",
-        "How often each layer was selected",
-        "Layer scores",
-    ]
+    often = "How often each layer was selected"
+    assert list(charts) == ["Layers that train", often, "Layer scores"]
 
 
 def test_counts_are_those_of_the_whole_run_where_it_logged_them():
@@ -86,13 +82,6 @@ def test_a_tag_is_text_and_no_formula_and_no_markup():
     assert tag in texts(drawn(run)["Accuracy of validation answers"])
 
 
-def test_equal_runs_give_equal_files_and_the_users_settings_stay():
-    before = dict(mpl.rcParams)
-    run = {"train/loss": line(2, 1), **selections(2, 3)}
-    assert drawn(run) == drawn(run)
-    assert dict(mpl.rcParams) == before
-
-
 def test_each_selection_is_a_column_and_each_layer_a_row_from_the_bottom_up():
     active = np.array([[True, False], [False, True], [True, False]])
     figure = raster_figure([0, 100, 200], [3, 4], active, np.ones((3, 2)))
@@ -108,13 +97,6 @@ def test_each_selection_is_a_column_and_each_layer_a_row_from_the_bottom_up():
 
 def test_a_higher_score_is_darker_in_active_and_in_frozen_layers():
     active = np.array([[True, True, False, False]])
-    shades = raster_colours(active, np.array([[4.0, 1.0, 3.0, 0.0]])).sum(-1)[:, 0]
+    shades = raster_colours(active, np.array([[4.0, 1.0, 3.0, np.nan]])).sum(-1)[:, 0]
     assert shades[0] < shades[1]
     assert shades[2] < shades[3]
-
-
-def test_what_is_no_score_is_drawn_like_zero_and_hides_no_other():
-    active = np.array([[True, True, False, False]])
-    found = raster_colours(active, np.array([[2.0, np.nan, 1.0, np.inf]]))
-    assert (found == raster_colours(active, np.array([[2.0, 0.0, 1.0, 0.0]]))).all()
-    assert np.isfinite(raster_colours(active, np.zeros((1, 4)))).all()

@@ -22,7 +22,7 @@ from rosa_lightning import (
 )
 from rosa_lightning.inspection.charts import Series
 from rosa_lightning.inspection.report import read_run, write_report
-from tests.hostile import KINDS, limited, put
+from tests.hostile import limited, put
 
 NUM_CHARTS = 17
 
@@ -106,12 +106,6 @@ def test_what_users_wrote_is_shown_as_text(runs, tmp_path):
     assert "Run <i>run" in page.text
 
 
-def test_a_folder_is_no_output(runs, tmp_path):
-    with pytest.raises(ValueError, match="is a folder"):
-        write_report(str(runs["csv"]), output=str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
 def log(folder: Path, values: dict[str, dict[int, float]]) -> None:
     with SummaryWriter(str(folder)) as writer:
         for tag, logged in values.items():
@@ -162,11 +156,12 @@ def test_hyphens_of_other_projects_stay(tmp_path, tags):
     assert set(read_run(tmp_path)) == tags
 
 
-@pytest.mark.parametrize("name", ["missing", "file"])
-def test_what_is_no_folder_is_refused(tmp_path, name):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=rf"{name} is no folder"):
-        read_run(tmp_path / name)
+def test_what_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="missing is no folder"):
+        read_run(tmp_path / "missing")
+    log(tmp_path, {"loss": {0: 1.0}})
+    with pytest.raises(ValueError, match="is a folder"):
+        write_report(str(tmp_path), output=str(tmp_path))
 
 
 def test_a_folder_without_numbers_is_refused_and_a_run_below_it_named(tmp_path):
@@ -187,12 +182,11 @@ def test_a_folder_without_numbers_is_refused_and_a_run_below_it_named(tmp_path):
 # Folders of strangers.
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["metrics.csv", "events.out.tfevents.1.host", "a.tfevents.b"])
-def test_what_is_no_file_is_named_at_once(tmp_path, kind, name):
+def test_what_is_no_file_is_named_at_once(tmp_path, name):
     log(tmp_path, {"loss": {0: 1.0}})
-    put(kind, tmp_path / name)
-    with limited(), pytest.raises(OSError, match=f"{name} is {kind}"):
+    put("a pipe", tmp_path / name)
+    with limited(), pytest.raises(OSError, match=f"{name} is a pipe"):
         read_run(tmp_path)
 
 
@@ -200,14 +194,11 @@ def test_what_is_no_file_is_named_at_once(tmp_path, kind, name):
     ("content", "words"),
     [
         ("step,loss,é\n1,2,3\n".encode("latin-1"), r"metrics\.csv is not UTF-8"),
-        ("step,loss\n1,2\n".encode("utf-16"), r"metrics\.csv is not UTF-8"),
         (b"step,loss\n1," + b"7" * 200_000, r"metrics\.csv is no table .*field larger than"),
         (b"step,loss\n1,\r2\n", r"metrics\.csv is no table"),
         (b"", "holds no logged number"),
-        (b"step,loss\n" + b"9" * 5_000 + b",1\n", "holds no logged number"),
         (b"step,loss\n-1,1\n" + b"9" * 300 + b",1\n", "holds no logged number"),
         (b"step\n1,2,3\n", "holds no logged number"),
-        (b"a,b\n1,2\n", "holds no logged number"),
     ],
 )
 def test_a_table_that_is_none_is_one_line(tmp_path, content, words):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.tasks.records import plain_name
@@ -46,16 +45,6 @@ def test_what_the_machine_lacks_is_told():
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")):
         assert "memory is spent" in explain(raised(raise_, error))
         assert "\n" not in explain(raised(raise_, error))
-
-
-def test_a_process_that_cannot_be_reached_is_told():
-    told = explain(raised(raise_, torch.distributed.DistNetworkError("failed to recv\n0 bytes")))
-    assert told == "another process of the run cannot be reached: failed to recv 0 bytes"
-
-
-def test_what_lightning_calls_a_misconfiguration_is_told():
-    told = explain(raised(raise_, MisconfigurationException("no\n  such monitor")))
-    assert told == "no such monitor"
 
 
 class Refusing(torch.utils.data.Dataset):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import resource
 import zipfile
 from pathlib import Path
@@ -16,8 +15,6 @@ from rosa_lightning.utils.files import (
     atomic_directory,
     atomic_write,
     check_archive,
-    check_input,
-    open_input,
     printable,
     read_bytes,
     read_lines,
@@ -30,11 +27,10 @@ from tests.hostile import KINDS, limited, put
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("read", [check_input, open_input, read_bytes, read_text])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind, read):
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
     path = put(kind, tmp_path / "it")
     with limited(), pytest.raises(OSError, match=f"it is {kind}, and a regular file is expected"):
-        read(path)
+        read_text(path)
 
 
 def test_a_file_behind_a_link_is_read(tmp_path):
@@ -43,11 +39,6 @@ def test_a_file_behind_a_link_is_read(tmp_path):
     assert read_text(tmp_path / "link") == "é"
     with pytest.raises(FileNotFoundError, match="none"):
         read_text(tmp_path / "none")
-
-
-def test_a_path_with_a_null_character_is_refused():
-    with pytest.raises(ValueError, match=re.escape(r"'a\x00b' holds a null character")):
-        open_input("a\0b")
 
 
 def test_a_file_that_is_too_large_or_not_utf_8_is_refused(tmp_path):
@@ -115,15 +106,12 @@ def test_nothing_stays_after_an_error_but_what_was_there(tmp_path):
     assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
 
 
-def test_a_path_that_exists_is_refused_and_one_through_a_missing_folder_makes_none(tmp_path):
-    (tmp_path / "file").write_text("")
+def test_a_path_that_exists_is_refused(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
-    with atomic_directory(tmp_path / "a" / ".." / "b"):
-        pass
-    for name in (".", "file", "dangling", "a/../b"):
+    for name in (".", "dangling"):
         with pytest.raises(ValueError, match="exists already"), atomic_directory(tmp_path / name):
             pass
-    assert sorted(os.listdir(tmp_path)) == ["b", "dangling", "file"]
+    assert os.listdir(tmp_path) == ["dangling"]
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_older_one_alone(tmp_path, monkeypatch):
@@ -138,22 +126,6 @@ def test_a_file_that_cannot_be_finished_leaves_the_older_one_alone(tmp_path, mon
         atomic_write(path, b"newer")
     assert path.read_bytes() == b"older"
     assert os.listdir(path.parent) == ["r.json"]
-
-
-def test_two_who_write_one_file_at_once_do_not_mix(tmp_path, monkeypatch):
-    path, replace = tmp_path / "r.json", Path.replace
-    others = iter([b"the other's, which is longer"])
-
-    def meanwhile(self, target):
-        for content in others:
-            atomic_write(path, content)
-            assert path.read_bytes() == content
-        return replace(self, target)
-
-    monkeypatch.setattr("pathlib.Path.replace", meanwhile)
-    atomic_write(path, b"mine, ", b"in parts")
-    assert path.read_bytes() == b"mine, in parts"
-    assert os.listdir(tmp_path) == ["r.json"]
 
 
 def test_parts_are_removed_unless_another_process_still_writes_them(tmp_path):
