@@ -169,18 +169,7 @@ def _as_a_command(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_changed_configuration_is_refused_in_one_line_or_taken_as_it_stands(name, capsys):
-    for seed in range(15):
+@pytest.mark.parametrize("seeds", [range(15), pytest.param(range(15, 265), marks=pytest.mark.slow)])
+def test_a_changed_configuration_is_refused_in_one_line_or_taken_as_it_stands(name, seeds, capsys):
+    for seed in seeds:
         check(name, seed, capsys, trains=name == "tiny" and seed % 10 == 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED)
-def test_five_hundred_changed_configurations(name, capsys):
-    wrong = []
-    for seed in range(15, 265):
-        try:
-            check(name, seed, capsys, trains=name == "tiny" or seed % 10 == 0)
-        except AssertionError as error:
-            wrong.append(str(error))
-    assert not wrong, "\n".join(wrong)

@@ -12,10 +12,6 @@ from rosa_lightning.cli.main import main
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def test_the_two_configurations_are_there():
-    assert [path.stem for path in CONFIGS] == ["rosa", "tiny"]
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_every_configuration_parses_for_every_command(path, command, monkeypatch, capsys):
