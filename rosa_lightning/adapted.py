@@ -268,12 +268,16 @@ class AdaptedModel(LightningModule):
         Lightning's bf16-true and 16-true cast the whole module, adapters included. The base's
         dtype is ``dtype``'s to say, and adapters are trained in float32.
         """
-        given = [*args, kwargs.pop("dtype", None)]
-        if torch.float64 in given:
+        like = next((one for one in (*args, kwargs.get("tensor")) if isinstance(one, Tensor)), None)
+        dtypes = [kwargs.get("dtype"), getattr(like, "dtype", None), *args]
+        if any(one is torch.float64 for one in dtypes):
             return self.double()
-        args = tuple(one for one in args if not isinstance(one, torch.dtype))
-        if args or kwargs:
-            super().to(*args, **kwargs)
+        known = (str, int, torch.device)
+        devices = [one for one in args if isinstance(one, known) and not isinstance(one, bool)]
+        devices += [one for one in (kwargs.get("device"), getattr(like, "device", None)) if one]
+        if devices:
+            non_blocking = kwargs.get("non_blocking", any(one is True for one in args))
+            super().to(device=devices[0], non_blocking=non_blocking)
         return self
 
     def double(self) -> AdaptedModel:

@@ -114,8 +114,11 @@ class RoSAModule(AdaptedModel):
 
     def text_info(self) -> TextInfo:
         """What the data module says of its texts; a user's own may say nothing."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        return getattr(datamodule, "text_info", None) or TextInfo()
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if "text_info" not in dir(datamodule):  # an error within it is not the lack of it
+            return TextInfo()
+        found: TextInfo = datamodule.text_info
+        return found
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the response, averaged over the batch's response tokens, in nats.

@@ -27,8 +27,8 @@ _LEAST = {
 """The least that a setting can be, and what a special value means."""
 ONE_SELECTION = (
     "trainer.callbacks holds DynamicLayerSelection, which every fit has. Take it out of "
-    "trainer.callbacks and give its settings as dls: {num_active: 0.5, interval: 100}; its moments "
-    "are dls.optimizer_state, and dls.policy: all trains every layer."
+    "trainer.callbacks and give its settings as dls: {num_active: 0.5, interval: 100}; its "
+    "former argument moments is dls.optimizer_state, and dls.policy: all trains every layer."
 )
 _GROUPS = (
     *("model", "model.roae", "model.speed", "model.evaluation"),

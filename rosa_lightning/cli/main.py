@@ -1,11 +1,11 @@
 """The command line: LightningCLI for the trainer's commands, and beside them our own.
 
 Private members used, as of Lightning 2.6 and jsonargparse 4.53: `LightningCLI._add_subcommands`,
-`_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`, `_parse_ckpt_path`, `_get`,
-`_subcommand_parsers`, `_subcommand_method_arguments`; the parser's `_actions`, `_action_groups` and
-`_subcommands_action`; `DDPStrategy._ddp_kwargs`; `ModelParallelStrategy._data_parallel_size` and
-`_tensor_parallel_size`; `_parse_ckpt_path` and `_hpc_resume_path` of
-`Trainer._checkpoint_connector`.
+`_add_arguments`, `_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`, `_parse_ckpt_path`,
+`_get`, `_subcommand_parsers`, `_subcommand_method_arguments`; the parser's `_actions`,
+`_action_groups`, `_subcommands_action` and `_choices_actions`; `DDPStrategy._ddp_kwargs`;
+`ModelParallelStrategy._data_parallel_size` and `_tensor_parallel_size`; `_parse_ckpt_path` and
+`_hpc_resume_path` of `Trainer._checkpoint_connector`.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ class RoSAParser(LightningArgumentParser):
         unknown = unknown_key(message)
         if unknown is not None and SUGGESTION not in message:
             known = [*parser.get_defaults(skip_validation=True).keys(branches=True)]
+            known += ["config", "print_config"]
             near = [key for key in (RENAMED.get(unknown),) if key in known]
             near = near or difflib.get_close_matches(unknown, known, n=1)
             message = f"{message.rstrip('.')}.{SUGGESTION} {near[0]}?" if near else message

@@ -325,6 +325,7 @@ class ReasoningDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader | DataLoader[Example]:
         """The mixture from where the trainer stands; with `overfit_batches` the first records."""
+        assert self._set.train, "setup('fit') comes first"
         mixture = Mixture(self._set.train)
         if getattr(self.trainer, "overfit_batches", 0):
             return self._loader(mixture, self._collator())

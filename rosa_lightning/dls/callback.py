@@ -1,8 +1,8 @@
 """Dynamic Layer Selection, the callback: every few optimizer steps, choose which layers train.
 
-It freezes and thaws parameters and collects gradients; `selector.py` and `policies.py` decide. It
-knows nothing of language models or adapters: it selects among whatever trains inside the repeated
-layers of a LightningModule.
+It freezes and unfreezes parameters and collects gradients; `selector.py` and `policies.py` decide.
+It knows nothing of language models or adapters: it selects among whatever trains inside the
+repeated layers of a LightningModule.
 """
 
 import inspect
@@ -347,7 +347,7 @@ class DynamicLayerSelection(Callback):
         self._apply(selector, previous, trainer)
 
     def _apply(self, selector: LayerSelector, previous: Collection[int], trainer: Trainer) -> None:
-        """Freeze and thaw, and treat what optimizers remember of layers that were frozen."""
+        """Freeze and unfreeze, and treat what optimizers remember of layers that were frozen."""
         for index, layer in enumerate(self._layers):
             active = index in selector.active
             layer.set_active(active)

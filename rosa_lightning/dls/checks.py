@@ -1,7 +1,9 @@
 """What layer selection cannot work with, refused with the line that corrects it."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -132,8 +134,9 @@ def check_sole_owner(layers: Sequence[Layer], others: Sequence[Layer]) -> None:
 def publish_settings(key: str, settings: Mapping[str, Any]) -> None:
     """Tell the other ranks, if there are any, without waiting for them."""
     if dist.is_available() and dist.is_initialized() and dist.group.WORLD is not None:
-        store = dist.group.WORLD.get_group_store()
-        store.set(f"{key}/{dist.get_rank()}", json.dumps(settings, default=asdict))
+        store, rank = dist.group.WORLD.get_group_store(), dist.get_rank()
+        store.delete_key(f"{key}/{rank}/read")
+        store.set(f"{key}/{rank}", json.dumps(settings, default=asdict))
 
 
 def check_published(key: str, name: str) -> None:
@@ -143,6 +146,7 @@ def check_published(key: str, name: str) -> None:
     store, world = dist.group.WORLD.get_group_store(), range(dist.get_world_size())
     there = [rank for rank in world if store.check([f"{key}/{rank}"])]
     first, *others = [json.loads(store.get(f"{key}/{rank}")) for rank in there]
+    _withdraw(store, key, there)
     problems = [f"{name} (missing on rank {rank})" for rank in world if rank not in there]
     for rank, settings in zip(there[1:], others, strict=True):
         for key, value in settings.items():
@@ -154,3 +158,13 @@ def check_published(key: str, name: str) -> None:
             f"the ranks disagree on {', '.join(problems[:6])}. Start all of them with the same "
             "configuration."
         )
+
+
+def _withdraw(store: Any, key: str, there: Sequence[int]) -> None:
+    """Take this rank's settings back once all have read them, for the next fit of this process."""
+    store.set(f"{key}/{dist.get_rank()}/read", "1")
+    until = time.monotonic() + 10
+    with suppress(RuntimeError):  # the store went with rank 0, which had seen that all have read
+        while time.monotonic() < until and not all(store.check([f"{key}/{n}/read"]) for n in there):
+            time.sleep(0.01)
+        store.delete_key(f"{key}/{dist.get_rank()}")

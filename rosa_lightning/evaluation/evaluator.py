@@ -55,10 +55,15 @@ class EvaluationConfig:
                 f"protocols={list(self.protocols)}; expected {' or '.join(get_args(Protocol))}, or "
                 "both. Set model.evaluation.protocols."
             )
-        if self.num_beams < 1:
+        if not isinstance(self.num_beams, int) or self.num_beams < 1:
             raise ValueError(
-                f"num_beams={self.num_beams} is below 1. Set model.evaluation.num_beams; 1 is "
-                "greedy."
+                f"num_beams={self.num_beams} is not a whole number of at least 1. Set "
+                "model.evaluation.num_beams; 1 is greedy."
+            )
+        if self.rules not in get_args(Rules):
+            raise ValueError(
+                f"rules={self.rules!r}; there are {' and '.join(get_args(Rules))}. Set "
+                "model.evaluation.rules."
             )
 
 

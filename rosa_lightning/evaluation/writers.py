@@ -28,6 +28,7 @@ RESULTS = "results.json"
 Items = list[dict[str, Any]]
 _FIELDS = {"protocol", "source", "index", "task", "response", "answer", "correct"}
 """What is read of an earlier answer."""
+_TYPES = {"protocol": str, "source": str, "task": str, "index": int | None, "correct": bool}
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -196,7 +197,8 @@ def _read_items(path: Path) -> Items:
         for line in read_lines(file, path):
             with suppress(ValueError):
                 item = parse(line.decode("utf-8", "replace"))
-                if isinstance(item, dict) and item.keys() >= _FIELDS:
+                whole = isinstance(item, dict) and item.keys() >= _FIELDS
+                if whole and all(isinstance(item[name], kind) for name, kind in _TYPES.items()):
                     items.append(item)
     return items
 

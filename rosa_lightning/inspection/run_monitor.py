@@ -49,6 +49,11 @@ class RunMonitor(Callback):
 
     def __init__(self, raster_interval: NonNegativeInt = 10) -> None:
         super().__init__()
+        if raster_interval < 0:
+            raise ValueError(
+                f"raster_interval={raster_interval} is below 0. Set the selections from one "
+                "picture to the next; 0 draws one at the end alone."
+            )
         self.raster_interval = raster_interval
         self._reset()
 

@@ -6,7 +6,8 @@ them by hand, which a torch function mode sees. Models without weights run too.
 
 Internals of `transformers` (read in 5.24): ``AttentionInterface.get_interface``,
 ``masking_utils.eager_mask``, and the ``_attn_implementation`` and ``sub_configs`` of its configs.
-Of torch 2.13: ``_subclasses.fake_tensor``, ``utils._python_dispatch``, ``utils._pytree``.
+Of torch 2.13: ``_subclasses.fake_tensor``, ``utils._python_dispatch``, ``utils._pytree``,
+and the operators ``_grouped_mm`` and ``_to_copy``.
 """
 
 from __future__ import annotations

@@ -90,14 +90,41 @@ def needs_end(texts: Sequence[str]) -> bool:
 def _offered(task: Task, record: Record) -> tuple[str, ...]:
     """The labels that the prompt names as its answer format or choices; else all."""
     if task.format == "letter":
-        named = re.findall(r"\(([A-Z])\) ", record.instruction.rpartition("Answer Choices:")[2])
+        _, listed, choices = record.instruction.rpartition("Answer Choices:")
+        named = re.findall(r"\(([A-Z])\) ", choices)
+        twice = _listed_twice(task.labels, choices) if listed else None
     else:
         named = record.instruction.rpartition("Answer format:")[2].strip().split("/")
         twice = next((label for label in task.labels if named.count(label) > 1), None)
-        if twice is not None:
-            raise ValueError(f"the prompt offers {twice!r} twice as an answer")
+    if twice is not None:
+        raise ValueError(f"the prompt offers {twice!r} twice as an answer")
     offered = tuple(label for label in task.labels if label in named)
     return offered if len(offered) > 1 else task.labels
+
+
+# "both (A) and (B)": a letter joined to others stands in a choice's text and begins none.
+_JOINED = re.compile(
+    r"\b(?:and|or|nor|both|either|neither|than|as|of) \([A-Z]\)|\([A-Z]\) (?=(?:and|or|nor)\b)",
+    re.IGNORECASE,
+)
+
+
+def _listed_twice(labels: Sequence[str], choices: str) -> str | None:
+    """The letter that begins two of the choices "(A) 5 (B) 6 (A) 7", or None.
+
+    The text of a choice may name another's letter: the list then goes on after it in order.
+    """
+    named: list[str] = re.findall(r"\(([A-Z])\) ", _JOINED.sub("", choices))
+    letters = [letter for letter in named if letter in labels]
+    listed: list[str] = []
+    for position, letter in enumerate(letters):
+        if letter not in listed:
+            listed.append(letter)
+            continue
+        following = labels[labels.index(listed[-1]) + 1 :][:1]
+        if letter == listed[-1] or not set(following) & set(letters[position:]):
+            return letter
+    return None
 
 
 def check_gold(record: Record) -> None:

@@ -24,6 +24,13 @@ def test_protocols_that_do_not_exist_are_named(protocols):
         EvaluationConfig(protocols=protocols)
 
 
+@pytest.mark.parametrize("wrong", [{"rules": "papr"}, {"num_beams": 1.5}, {"num_beams": 0}])
+def test_a_wrong_setting_is_named_before_anything_is_loaded(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"{name}=.* Set model\.evaluation\.{name}"):
+        EvaluationConfig(**wrong)
+
+
 def prompt(length: int, *fields: str):
     asked, answer, task = fields or ("Is it?", "true", "boolq")
     record = Record(asked, "", "", answer, task, "file", 7)

@@ -214,7 +214,16 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     assert not json.loads((stopped / "results.json").read_text())["complete"]
     path = stopped / "predictions.jsonl"
     first, rest = path.read_text().split("\n", 1)
-    lines = [first, "{}", "[" * 50_000, "7" * 5_000, "\udcff", rest[:-40]]
+    damaged = [{**json.loads(first), **wrong} for wrong in ({"index": [1]}, {"correct": "no"})]
+    lines = [
+        first,
+        "{}",
+        *map(json.dumps, damaged),
+        "[" * 50_000,
+        "7" * 5_000,
+        "\udcff",
+        rest[:-40],
+    ]
     path.write_text("\n".join(lines), errors="surrogateescape")
     with caplog.at_level(logging.INFO):
         evaluate(base_folder, stopped)

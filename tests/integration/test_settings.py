@@ -72,6 +72,38 @@ def test_what_is_known_of_a_base_follows_it(base_folder):
     assert module.tokenizer is other
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ((torch.bfloat16,), {}),
+        ((torch.bfloat16, True), {}),
+        (("cpu", torch.float16), {"non_blocking": True}),
+        ((torch.zeros(1, dtype=torch.bfloat16),), {}),
+        ((), {"dtype": torch.bfloat16, "device": "cpu"}),
+    ],
+)
+def test_moving_a_module_casts_nothing_but_to_float64(given):
+    module = RoSAModule("tiny", dtype="float32")
+    module.configure_model()
+    args, kwargs = given
+    assert {p.dtype for p in module.to(*args, **kwargs).parameters()} == {torch.float32}
+    like = torch.zeros(1, dtype=torch.float64)
+    assert {p.dtype for p in module.to(like).parameters()} == {torch.float64}
+
+
+def test_an_error_of_a_data_module_is_not_taken_for_silence(tmp_path):
+    class Broken(ReasoningDataModule):
+        @property
+        def text_info(self):
+            raise AttributeError("broken on the way")
+
+    module = RoSAModule("tiny")
+    module.trainer = trainer(tmp_path)
+    module.trainer.datamodule = Broken()
+    with pytest.raises(AttributeError, match="broken on the way"):
+        module.text_info()
+
+
 def test_a_command_reads_its_data_and_its_tokenizer_once(data, tmp_path, monkeypatch):
     """Also where it validates first."""
     calls = []

@@ -75,6 +75,20 @@ def test_a_prompt_that_offers_an_answer_twice_has_no_candidates():
         candidates(asked("Which?\n\nAnswer format: answer1/answer2/answer2"))
 
 
+@pytest.mark.parametrize(
+    ("choices", "letter"),
+    [
+        ("(A) 5 (A) 6", "A"),
+        ("(A) 5 (A) 6 (C) 7 (D) 8 (E) 9", "A"),
+        ("(A) 5 (B) 6 (C) 7 (D) 8 (A) 9", "A"),
+        ("(A) 5 (B) 6 (C) 7 (D) 8 (D) 9", "D"),
+    ],
+)
+def test_choices_that_use_a_letter_twice_are_refused(choices, letter):
+    with pytest.raises(ValueError, match=f"offers '{letter}' twice"):
+        candidates(asked(f"What? Answer Choices: {choices}", "aqua"))
+
+
 @given(st.lists(st.text("ab", max_size=4)))
 def test_an_end_is_needed_as_comparing_all_pairs_says(texts):
     pairs = [one != other and other.startswith(one) for one in texts for other in texts]
