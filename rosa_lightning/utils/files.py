@@ -136,6 +136,12 @@ def memory_bytes() -> int:
         return 2**34
 
 
+def user_cache() -> Path | None:
+    """This package's folder in the user's cache folder; None for a user without a home."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if caches.startswith("~") else Path(caches) / "rosa_lightning"
+
+
 # Writing.
 
 
