@@ -1,0 +1,143 @@
+"""What is compared: methods as overrides of one configuration, budgets, and the runs they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """A comparison of methods on one base with the same data.
+
+    Args:
+        base: Configuration of ``fit`` that all methods share, a YAML file.
+        methods: Overrides of it by the method's name, such as
+            ``{"LoRA": {"model.peft": {...}, "dls.policy": "all"}}``; keys may be dotted.
+        reference: The method that the others are tested against; by default the first.
+        trainable_parameters: Budget of every method: its rank is set to come closest to it, and
+            its alpha in proportion. None leaves ranks as they are.
+        learning_rates: Tried with the first seed; each method takes its best by validation loss.
+        extend_grid: Go on beyond the grid, by its last ratio, where the best stands at its edge.
+        seeds: Of a run's start and the order of its data.
+        max_steps: Optimizer steps of each run; by default the base's.
+        train_seconds: Seconds of training in place of steps: each method gets as many steps as it
+            takes in that time, by a measurement before its first run.
+        test: Answer the test sources with the best checkpoint of each run at the chosen rate.
+        forgetting: Other sources whose loss is taken before and after the training: none of them
+            may be trained on.
+        folder: Where to: one run folder for each run, ``comparison.json`` and ``report.html``.
+    """
+
+    base: str
+    methods: dict[str, dict[str, Any]]
+    reference: str | None = None
+    trainable_parameters: int | None = None
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3])
+    extend_grid: bool = False
+    seeds: list[int] = field(default_factory=lambda: [0])
+    max_steps: int | None = None
+    train_seconds: float | None = None
+    test: bool = True
+    forgetting: list[Any] = field(default_factory=list)
+    folder: str = "comparison"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if not self.methods:
+            raise ValueError("methods is empty. Name at least one method.")
+        if self.reference is not None and self.reference not in self.methods:
+            raise ValueError(
+                f"reference={self.reference!r} is none of the methods: {', '.join(self.methods)}."
+            )
+        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name}={values} must hold at least one value, and each once.")
+        if self.max_steps is not None and self.train_seconds is not None:
+            raise ValueError("max_steps and train_seconds are both set. Leave one of them out.")
+
+    @property
+    def compared_with(self) -> str:
+        """The reference, or the first method."""
+        return self.reference or next(iter(self.methods))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method at a learning rate, with a seed."""
+
+    method: str
+    learning_rate: float
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        """Where the run lies."""
+        return root / slug(self.method) / f"lr-{self.learning_rate:g}-seed-{self.seed}"
+
+
+def slug(name: str) -> str:
+    """A method's name as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".") or "method"
+
+
+def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides with dotted keys as nested mappings, as a configuration file has them.
+
+    Keys within a value are left as they are: PEFT has some with dots, which name modules.
+    """
+    found: dict[str, Any] = {}
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        level = found
+        for name in path:
+            level = level.setdefault(name, {})
+        old = level.get(last)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        level[last] = {**old, **value} if both else value
+    return found
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The rate that a method takes, and where it stands in what was tried."""
+
+    value: float
+    at_edge: bool
+    """It is the lowest or the highest that was tried, so a better one may lie beyond."""
+
+
+def best_learning_rate(losses: Mapping[float, float | None]) -> LearningRate | None:
+    """The rate with the lowest validation loss; None where every run failed or diverged."""
+    sound = {rate: loss for rate, loss in losses.items() if loss is not None and loss == loss}
+    if not sound:
+        return None
+    best = min(sound, key=lambda rate: (sound[rate], rate))
+    return LearningRate(best, len(losses) > 1 and best in (min(losses), max(losses)))
+
+
+def next_learning_rate(losses: Mapping[float, float | None]) -> float | None:
+    """The rate beyond the edge at which the best stands, by the grid's ratio there; else None."""
+    best = best_learning_rate(losses)
+    if best is None or not best.at_edge:
+        return None
+    rates = sorted(losses)
+    if best.value == rates[0]:
+        return rates[0] * rates[0] / rates[1]
+    return rates[-1] * rates[-1] / rates[-2]
+
+
+def solve_rank(count: Callable[[int], int], budget: int, most: int = 4096) -> int:
+    """The rank whose number of trainable parameters comes closest to a budget.
+
+    Args:
+        count: Function from a rank to a number, which grows with the rank.
+        budget: Trainable parameters.
+        most: Highest rank.
+    """
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= budget else (low, middle)
+    return min((low, high), key=lambda rank: abs(count(rank) - budget))

@@ -1,0 +1,131 @@
+"""`RunRecorder`: what a run trained, how long that took, and its validations, as ``run.json``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from rosa_lightning.dls.layers import find_layers
+from rosa_lightning.inspection.throughput import batch_counts, lowest_active, peak_mib
+from rosa_lightning.models.quantization import num_parameters
+from rosa_lightning.utils.files import atomic_write
+
+RECORD = "run.json"
+_SECONDS = 2.0
+"""Between two writes of the file."""
+
+
+class RunRecorder(Callback):
+    """Writes ``run.json`` into the run's folder, again and again while the run goes on.
+
+    Its fields: ``status`` (running or finished), ``step`` of ``max_steps``,
+    ``trainable_parameters`` of ``total_parameters``, ``train_seconds``, ``examples``,
+    ``peak_mib``, ``backward_share``, and ``validations``, a list of ``step`` and the metrics
+    logged. Seconds are those of training alone, without start-up and validations; they add up over
+    the parts of a run that was stopped and resumed. ``backward_share`` is the mean share of the
+    layers that the backward pass goes through. Counts are of rank 0 but for ``examples``.
+
+    Args:
+        path: The file; by default ``run.json`` in the run's log folder.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self._seconds = 0.0
+        self._examples = 0
+        self._steps = 0
+        self._shares = 0.0
+        self._peak: float | None = None
+        self._validations: list[dict[str, Any]] = []
+        self._blocks: list[nn.Module] = []
+        self._parameters = (0, 0)
+        self._target = Path()
+        self._since = 0.0
+        self._written = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {
+            "seconds": self._seconds,
+            "examples": self._examples,
+            "steps": self._steps,
+            "shares": self._shares,
+            "peak": self._peak,
+            "validations": self._validations,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        for name, value in state_dict.items():
+            setattr(self, f"_{name}", value)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers and count the parameters, before any layer is frozen."""
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        self._target = Path(log_dir, RECORD) if self.path is None else Path(self.path)
+        if trainer.ckpt_path is None:
+            self.load_state_dict(type(self)().state_dict())
+        path = find_layers(pl_module)[0].name.rpartition(".")[0]
+        self._blocks = list(pl_module.get_submodule(path).children())
+        held = [
+            group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups
+        ]
+        trainable = sum(parameter.numel() for group in held for parameter in group)
+        self._parameters = (trainable, num_parameters(pl_module))
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch."""
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._since = now
+        self._examples += int(batch_counts(batch)["examples"]) * trainer.world_size
+        lowest = lowest_active(self._blocks)
+        self._shares += 0.0 if lowest is None else 1 - lowest / len(self._blocks)
+        self._steps += 1
+        if now - self._written >= _SECONDS:
+            self._write(trainer, pl_module, "running")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics; the time of a validation does not count."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = {
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("val/")
+            }
+            self._validations.append({"step": trainer.global_step, **metrics})
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last state; of a run that was stopped by a signal it is not the end."""
+        self._write(trainer, pl_module, "stopped" if trainer.interrupted else "finished")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
+        self._written = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        peak = peak_mib(pl_module.device)
+        self._peak = peak if self._peak is None or peak is None else max(peak, self._peak)
+        trainable, total = self._parameters
+        record = {
+            "status": status,
+            "step": trainer.global_step,
+            "max_steps": trainer.max_steps,
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "train_seconds": round(self._seconds, 3),
+            "examples": self._examples,
+            "peak_mib": None if self._peak is None else round(self._peak, 1),
+            "backward_share": self._shares / self._steps if self._steps else None,
+            "validations": self._validations,
+        }
+        atomic_write(self._target, json.dumps(record, indent=1).encode())
