@@ -22,6 +22,7 @@ class ComparisonConfig:
         learning_rates: Tried with the first seed; each method takes its best by validation loss.
         extend_grid: Go on beyond the grid, by its last ratio, where the best stands at its edge.
         seeds: Of a run's start and the order of its data.
+        split_seed: Chooses the validation records, which are the same for all runs.
         max_steps: Optimizer steps of each run; by default the base's.
         train_seconds: Seconds of training in place of steps: each method gets as many steps as it
             takes in that time, by a measurement before its first run.
@@ -38,6 +39,7 @@ class ComparisonConfig:
     learning_rates: list[float] = field(default_factory=lambda: [1e-3])
     extend_grid: bool = False
     seeds: list[int] = field(default_factory=lambda: [0])
+    split_seed: int = 0
     max_steps: int | None = None
     train_seconds: float | None = None
     test: bool = True
@@ -94,8 +96,9 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
         for name in path:
             level = level.setdefault(name, {})
         old = level.get(last)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        level[last] = {**old, **value} if both else value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            value = {**old, **value}
+        level[last] = value
     return found
 
 

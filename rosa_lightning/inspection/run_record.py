@@ -23,10 +23,10 @@ _SECONDS = 2.0
 class RunRecorder(Callback):
     """Writes ``run.json`` into the run's folder, again and again while the run goes on.
 
-    Its fields: ``status`` (running or finished), ``step`` of ``max_steps``,
+    Its fields: ``status`` (running, stopped or finished), ``step`` of ``max_steps``,
     ``trainable_parameters`` of ``total_parameters``, ``train_seconds``, ``examples``,
-    ``peak_mib``, ``backward_share``, and ``validations``, a list of ``step`` and the metrics
-    logged. Seconds are those of training alone, without start-up and validations; they add up over
+    ``peak_mib``, ``backward_share``, ``checkpoint`` (the best one), and ``validations``, a list of
+    ``step`` and the metrics logged. Seconds are those of training alone, without start-up and validations; they add up over
     the parts of a run that was stopped and resumed. ``backward_share`` is the mean share of the
     layers that the backward pass goes through. Counts are of rank 0 but for ``examples``.
 
@@ -126,6 +126,13 @@ class RunRecorder(Callback):
             "examples": self._examples,
             "peak_mib": None if self._peak is None else round(self._peak, 1),
             "backward_share": self._shares / self._steps if self._steps else None,
+            "checkpoint": _best_checkpoint(trainer),
             "validations": self._validations,
         }
         atomic_write(self._target, json.dumps(record, indent=1).encode())
+
+
+def _best_checkpoint(trainer: Trainer) -> str | None:
+    checkpoints: list[Any] = trainer.checkpoint_callbacks
+    paths = (one.best_model_path or one.last_model_path for one in checkpoints)
+    return next((str(Path(path).absolute()) for path in paths if path), None)

@@ -1,0 +1,231 @@
+"""A comparison from its plan to ``comparison.json``: rates chosen, all seeds run, tested."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rosa_lightning.comparison.paired import paired_tests
+from rosa_lightning.comparison.plan import (
+    ComparisonConfig,
+    Run,
+    best_learning_rate,
+    nested,
+    next_learning_rate,
+)
+from rosa_lightning.comparison.runner import RESULT, RunFailedError, evaluate, fit, read_json
+from rosa_lightning.evaluation.results import versions
+from rosa_lightning.utils.files import atomic_write
+
+COMPARISON = "comparison.json"
+_MAX_EXTENSIONS = 4
+"""Learning rates tried beyond a grid."""
+_PROBE_STEPS = (4, 12)
+"""Steps of two short runs whose difference is the time of a step."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as it is run."""
+
+    name: str
+    overrides: dict[str, Any]
+    """Of the shared configuration, with the rank that the budget gives."""
+    rank: int | None
+    trainable_parameters: int
+
+
+class Display(Protocol):
+    """Shows how far a comparison is."""
+
+    def begin(self, run: Run) -> None:
+        """A run begins."""
+
+    def at(self, step: int, steps: int) -> None:
+        """The step that it is at."""
+
+    def end(self, run: Run, result: dict[str, Any]) -> None:
+        """It has ended, now or earlier."""
+
+
+@dataclass
+class Comparison:
+    """Runs a plan. What is done already is taken from the folder."""
+
+    config: ComparisonConfig
+    methods: list[Method]
+    base_steps: int
+    """Optimizer steps of the shared configuration."""
+    display: Display
+    _rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _base: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """Folder of all runs."""
+        return Path(self.config.folder).absolute()
+
+    def run(self) -> dict[str, Any]:
+        """Do what is left of the plan; the content of ``comparison.json``."""
+        if self.config.test:
+            self._base = self._tested_base()
+        for method in self.methods:
+            self._rows[method.name] = self._grid(method)
+            self._write()
+        for seed in self.config.seeds:  # all methods have as many seeds wherever this stops
+            for method in self.methods:
+                row = self._rows[method.name]
+                if row["learning_rate"] is not None:
+                    run = Run(method.name, row["learning_rate"], seed)
+                    row["runs"].append(self._tested(run, self._trained(method, run)))
+                    self._write()
+        return self._write()
+
+    def _grid(self, method: Method) -> dict[str, Any]:
+        """Train at all learning rates with the first seed, and take the best."""
+        rates = list(self.config.learning_rates)
+        most = len(rates) + (_MAX_EXTENSIONS if self.config.extend_grid else 0)
+        tried: dict[float, dict[str, Any]] = {}
+        for rate in rates:
+            tried[rate] = self._trained(method, Run(method.name, rate, self.config.seeds[0]))
+            losses = {r: result["val_loss"] for r, result in tried.items()}
+            beyond = next_learning_rate(losses) if len(tried) == len(rates) else None
+            if beyond is not None and len(rates) < most:
+                rates.append(beyond)
+        best = best_learning_rate(losses)
+        return {
+            "rank": method.rank,
+            "trainable_parameters": method.trainable_parameters,
+            "overrides": method.overrides,
+            "learning_rate": None if best is None else best.value,
+            "at_edge": best is not None and best.at_edge,
+            "grid": [tried[rate] for rate in sorted(tried)],
+            "runs": [],
+        }
+
+    def _trained(self, method: Method, run: Run) -> dict[str, Any]:
+        """The result of a training, as a row; one that failed is a row, too."""
+        folder = run.folder(self.root)
+        result = read_json(folder / RESULT)
+        self.display.begin(run)
+        if not result:
+            result = {"folder": str(folder.relative_to(self.root)), **asdict(run)}
+            try:
+                record = fit(
+                    self.config.base,
+                    self._overrides(method, run, self._steps(method)),
+                    folder,
+                    self.display.at,
+                )
+                result |= summary(record)
+            except RunFailedError as error:
+                result |= {"status": "failed", "error": str(error), "val_loss": None}
+            _write_json(folder / RESULT, result)
+        self.display.end(run, result)
+        return result
+
+    def _tested(self, run: Run, result: dict[str, Any]) -> dict[str, Any]:
+        if not self.config.test or result["status"] != "finished" or "tasks" in result:
+            return result
+        folder = run.folder(self.root)
+        try:
+            result["tasks"] = evaluate(self.config.base, folder, result["checkpoint"])["results"]
+        except RunFailedError as error:
+            result |= {"status": "failed", "error": str(error)}
+        _write_json(folder / RESULT, result)
+        return result
+
+    def _tested_base(self) -> dict[str, Any]:
+        """The base itself, before any training."""
+        run = Run("base", 0.0, self.config.seeds[0])
+        folder = self.root / "base"
+        self.display.begin(run)
+        found = evaluate(self.config.base, folder, None, self._shared(folder, run))
+        result = {"status": "finished", "folder": "base", "tasks": found["results"]}
+        self.display.end(run, result)
+        return result
+
+    def _steps(self, method: Method) -> int:
+        """Optimizer steps of a run of a method."""
+        if self.config.train_seconds is None:
+            return self.config.max_steps or self.base_steps
+        folder = self.root / "time" / Run(method.name, 0.0, 0).folder(Path()).parent
+        known = read_json(folder / RESULT)
+        if not known:
+            run = Run(method.name, self.config.learning_rates[0], self.config.seeds[0])
+            took = []
+            for steps in _PROBE_STEPS:
+                overrides = self._overrides(method, run, steps, folder / str(steps))
+                record = fit(self.config.base, overrides, folder / str(steps), self.display.at)
+                took.append(record["train_seconds"])
+            a_step = (took[1] - took[0]) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
+            known = {"seconds_per_step": a_step}
+            _write_json(folder / RESULT, known)
+        seconds: float = known["seconds_per_step"]
+        return max(1, round(self.config.train_seconds / seconds))
+
+    def _overrides(
+        self, method: Method, run: Run, steps: int, folder: Path | None = None
+    ) -> dict[str, Any]:
+        own = {
+            "optimizer.init_args.lr": run.learning_rate,
+            "trainer.max_steps": steps,
+            "trainer.max_epochs": -1,
+        }
+        shared = self._shared(folder or run.folder(self.root), run)
+        return nested({**method.overrides, **own, **shared})
+
+    def _shared(self, folder: Path, run: Run) -> dict[str, Any]:
+        logger = {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": str(folder), "name": "", "version": ""},
+        }
+        return {
+            "seed_everything": run.seed,
+            "data.seed": run.seed,
+            "data.loading.split_seed": self.config.split_seed,
+            "validate_first": False,
+            "trainer.enable_progress_bar": False,
+            "trainer.logger": logger,
+        }
+
+    def _write(self) -> dict[str, Any]:
+        rows = self._rows
+        content = {
+            "config": asdict(self.config),
+            "reference": self.config.compared_with,
+            "base": self._base,
+            "methods": rows,
+            "tests": paired_tests(rows, self.config.compared_with, self.root),
+            "versions": versions(),
+        }
+        _write_json(self.root / COMPARISON, content)
+        return content
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """What a comparison takes of the record of a finished run; the best validation counts."""
+    sound = [v for v in record["validations"] if math.isfinite(v["val/loss"])]
+    best = min(sound, key=lambda validation: validation["val/loss"], default=None)
+    seconds = record["train_seconds"]
+    return {
+        "status": "finished" if best else "diverged",
+        "val_loss": best and best["val/loss"],
+        "val_accuracy": best and best.get("val/accuracy"),
+        "best_step": best and best["step"],
+        "steps": record["step"],
+        "train_seconds": seconds,
+        "examples_per_s": record["examples"] / seconds if seconds else None,
+        "peak_mib": record["peak_mib"],
+        "backward_share": record["backward_share"],
+        "trainable_parameters": record["trainable_parameters"],
+        "checkpoint": record["checkpoint"],
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(content, indent=1).encode())
