@@ -26,9 +26,10 @@ class RunRecorder(Callback):
     Its fields: ``status`` (running, stopped or finished), ``step`` of ``max_steps``,
     ``trainable_parameters`` of ``total_parameters``, ``train_seconds``, ``examples``,
     ``peak_mib``, ``backward_share``, ``checkpoint`` (the best one), and ``validations``, a list of
-    ``step`` and the metrics logged. Seconds are those of training alone, without start-up and validations; they add up over
-    the parts of a run that was stopped and resumed. ``backward_share`` is the mean share of the
-    layers that the backward pass goes through. Counts are of rank 0 but for ``examples``.
+    ``step`` and the metrics logged. Seconds are those of training alone, without start-up and
+    validations; they add up over the parts of a run that was stopped and resumed.
+    ``backward_share`` is the mean share of the layers that the backward pass goes through. Counts
+    are of rank 0 but for ``examples``.
 
     Args:
         path: The file; by default ``run.json`` in the run's log folder.

@@ -29,6 +29,8 @@ _REPORT = "_roae_report"
 """Attribute under which an adapted model keeps what was done to it."""
 ADAPTER_WEIGHTS = ("roae_A", "roae_B")
 """Names of the trainable parameters; all others belong to the base."""
+PEFT_ADAPTER = "peft_adapter"
+"""The name that an adapter of PEFT gets, which is a part of its weights' names."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,9 @@ def _outermost_wrappers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_adapter_key(key: str) -> bool:
-    """Whether a state dict's key names a RoAE weight."""
-    return key.rpartition(".")[2] in ADAPTER_WEIGHTS
+    """Whether a state dict's key names a weight of RoAE, or of an adapter of PEFT."""
+    parts = key.split(".")
+    return parts[-1] in ADAPTER_WEIGHTS or PEFT_ADAPTER in parts
 
 
 def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:

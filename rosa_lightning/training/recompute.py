@@ -118,6 +118,8 @@ class _Calls:
 
     def pack(self, tensor: Tensor) -> _Restore:
         """What to hold instead of a tensor."""
+        if tensor.layout is not torch.strided:  # sparse ones have no storage
+            return _held(tensor)
         if self.running is not None:
             return self.running.hold_inner(tensor)
         output, call = self.ended.get(_storage(tensor), (None, None))

@@ -1,0 +1,259 @@
+"""What trains in a base: RoAE, a method of PEFT, or all of its weights.
+
+The rest of the package asks four things of a method: put it on a base (`apply_method`), which
+weights are its own (`is_adapter_key`), is it the one of a checkpoint (`check_same_method`), and how
+it is saved for others (`write_peft`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rosa_lightning.models.quantization import num_parameters
+from rosa_lightning.roae.inject import PEFT_ADAPTER, RoAEReport, inject_roae
+from rosa_lightning.roae.layer import RoAEConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_INSTALL = "pip install 'rosa-lightning[peft]'"
+_NEEDS_DATA = ("eva", "corda", "lora_ga")
+"""Values of ``init_lora_weights`` that PEFT computes from training data, by calls of its own."""
+_NEEDS_CALLS = ("ADALORA", "XLORA")
+"""Methods of PEFT whose training loop must call them."""
+_DROPOUTS = ("lora_dropout", "module_dropout")
+"""Settings that may differ between two trainings of the same weights."""
+
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """A method of PEFT, by its configuration's class and arguments.
+
+    Args:
+        class_path: Such as ``peft.LoraConfig``.
+        init_args: Its arguments; without ``target_modules`` PEFT chooses them by the model's type.
+    """
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Any) -> PeftMethod:
+        """Of a mapping with those two, or a `peft.PeftConfig`; ValueError for anything else."""
+        if isinstance(given, PeftMethod):
+            return given
+        if is_dataclass(given) and not isinstance(given, type):
+            known = {f.name: getattr(given, f.name) for f in fields(given) if f.init}
+            return cls(
+                f"{type(given).__module__}.{type(given).__qualname__}", _changed(given, known)
+            )
+        if isinstance(given, Mapping) and {"class_path"} <= given.keys() <= {
+            "class_path",
+            "init_args",
+        }:
+            return cls(str(given["class_path"]), dict(given.get("init_args") or {}))
+        raise ValueError(
+            f"model.peft={given!r} is no method of PEFT. Set class_path, such as peft.LoraConfig, "
+            "and init_args."
+        )
+
+    def config(self) -> PeftConfig:
+        """The configuration that PEFT takes.
+
+        Raises:
+            ImportError: PEFT is missing.
+            ValueError: No configuration of PEFT, arguments that it does not take, or a method that
+                cannot be trained in place.
+        """
+        try:
+            import peft
+        except ImportError as error:
+            raise ImportError(
+                f"model.peft needs PEFT, which is missing. Run {_INSTALL}."
+            ) from error
+        module, _, name = self.class_path.rpartition(".")
+        try:
+            made = getattr(importlib.import_module(module or "peft"), name)
+        except (ImportError, AttributeError, ValueError):
+            made = None
+        if not (isinstance(made, type) and issubclass(made, peft.PeftConfig)):
+            raise ValueError(
+                f"model.peft.class_path={self.class_path} is no configuration of PEFT. Name one, "
+                "such as peft.LoraConfig."
+            )
+        settings = {"task_type": "CAUSAL_LM", **self.init_args}
+        if "random_seed" in (f.name for f in fields(made)):  # of what is not trained, nor saved
+            settings = {"random_seed": 0, **settings}
+        try:
+            config: PeftConfig = made(**settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.class_path} does not take these model.peft.init_args: {error}"
+            ) from error
+        _check_supported(config)
+        return config
+
+
+def _changed(config: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration that are not its defaults, as plain values."""
+    default = type(config)()
+    found = {name: value for name, value in known.items() if getattr(default, name) != value}
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in found.items()}
+    return {name: getattr(value, "value", value) for name, value in plain.items()}
+
+
+def _check_supported(config: PeftConfig) -> None:
+    name = getattr(config.peft_type, "value", config.peft_type)
+    reason = ""
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        reason = "it adds tokens to the input, not weights to layers"
+    elif name in _NEEDS_CALLS:
+        reason = "its training loop must call it"
+    elif (start := getattr(config, "init_lora_weights", None)) in _NEEDS_DATA:
+        reason = f"init_lora_weights={start} computes its start from data"
+    if reason:
+        raise ValueError(
+            f"{type(config).__name__} cannot be trained here: {reason}. Set model.peft to another "
+            "method, such as peft.LoraConfig."
+        )
+
+
+@dataclass(frozen=True)
+class FullFinetuning:
+    """All weights train, in float32."""
+
+
+Method = RoAEConfig | PeftMethod | FullFinetuning
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """What `apply_method` did where it was not RoAE."""
+
+    config: Method
+    name: str
+    """Such as LoraConfig, or full fine-tuning."""
+    num_adapted: int
+    """Modules with trained weights."""
+    num_trainable: int
+    num_total: int
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.name} on {self.num_adapted} modules; {self.num_trainable:,} trainable of "
+            f"{self.num_total:,} parameters ({100 * self.num_trainable / self.num_total:.2f} %)"
+        )
+
+
+def apply_method(model: nn.Module, method: Method) -> RoAEReport | MethodReport:
+    """Put a method on a base, in place, with its trained weights in float32.
+
+    Raises:
+        ValueError: The model or the method does not allow it; says why.
+    """
+    if isinstance(method, RoAEConfig):
+        return inject_roae(model, method)
+    if isinstance(method, FullFinetuning):
+        model.requires_grad_(True).float()
+        return _report(model, method, "Full fine-tuning")
+    config = method.config()
+    model.requires_grad_(False)
+    try:
+        _inject(model, config)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{type(config).__name__} cannot be put on {type(model).__name__}: {reason} Correct "
+            "model.peft.init_args."
+        ) from error
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return _report(model, method, type(config).__name__.removesuffix("Config"))
+
+
+def _inject(model: nn.Module, config: PeftConfig) -> None:
+    from peft import inject_adapter_in_model
+
+    start = getattr(config, "init_lora_weights", True)
+    # These starts change the base's weights, so a resumed run must draw them again.
+    fixed = isinstance(start, str) and start != "gaussian"
+    with torch.random.fork_rng(devices=[], enabled=fixed), warnings.catch_warnings():
+        if fixed:
+            torch.manual_seed(0)
+        # It asks transformers for an attribute by its older name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        inject_adapter_in_model(config, model, PEFT_ADAPTER, low_cpu_mem_usage=on_meta)
+
+
+def _report(model: nn.Module, method: Method, name: str) -> MethodReport:
+    trained = {n.rpartition(".")[0]: p for n, p in model.named_parameters() if p.requires_grad}
+    modules = {path.partition(f".{PEFT_ADAPTER}")[0].rpartition(".")[0] or path for path in trained}
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return MethodReport(method, name, len(modules), num_trainable, num_parameters(model))
+
+
+def method_to_dict(method: Method) -> dict[str, Any]:
+    """A method as plain values, under the key that a configuration has it by."""
+    if isinstance(method, RoAEConfig):
+        return {"roae": asdict(method)}
+    return {"peft": asdict(method)} if isinstance(method, PeftMethod) else {"finetune": "full"}
+
+
+def method_from_dict(plain: Mapping[str, Any]) -> Method:
+    """From `method_to_dict`; without any of its keys a mapping raises KeyError."""
+    if plain.get("finetune") == "full":
+        return FullFinetuning()
+    if plain.get("peft") is not None:
+        return PeftMethod.of(plain["peft"])
+    return RoAEConfig(**plain["roae"])
+
+
+def check_same_method(trained: Method, given: Method) -> None:
+    """Raise ValueError where a setting other than dropout differs from the training's.
+
+    It would make the same weights another function.
+    """
+    then, now = _flat(trained), _flat(given)
+    for key in [*then, *(key for key in now if key not in then)]:
+        name = key.rpartition(".")[2]
+        if then.get(key) != now.get(key) and name != "dropout" and name not in _DROPOUTS:
+            raise ValueError(
+                f"the adapter was trained with {key}={then.get(key)}, and {now.get(key)} is given. "
+                f"Leave {key.rpartition('.')[0]} out, or set it to the same."
+            )
+
+
+def _flat(method: Method) -> dict[str, Any]:
+    if isinstance(method, RoAEConfig):
+        return {f"model.roae.{name}": value for name, value in asdict(method).items()}
+    if isinstance(method, FullFinetuning):
+        return {"model.finetune": "full"}
+    own = {f"model.peft.init_args.{name}": value for name, value in method.init_args.items()}
+    return {"model.peft.class_path": method.class_path, **own}
+
+
+def write_peft(model: nn.Module, folder: Path, base: str) -> None:
+    """Write a method of PEFT as PEFT itself saves it, into an existing folder."""
+    from peft import get_peft_model_state_dict
+
+    configs: Any = model.peft_config
+    config = configs[PEFT_ADAPTER]
+    config.base_model_name_or_path = base
+    state = get_peft_model_state_dict(model, adapter_name=PEFT_ADAPTER, save_embedding_layers=False)
+    weights = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
+    config.save_pretrained(folder)
+    about = {"format": "pt", "base": json.dumps(base)}
+    save_file(weights, folder / "adapter_model.safetensors", about)
