@@ -16,11 +16,20 @@ from rosa_lightning.comparison.plan import (
     nested,
     next_learning_rate,
 )
-from rosa_lightning.comparison.runner import RESULT, RunFailedError, evaluate, fit, read_json
+from rosa_lightning.comparison.runner import (
+    RESULT,
+    RunFailedError,
+    evaluate,
+    fit,
+    read_json,
+    write_once,
+)
 from rosa_lightning.evaluation.results import versions
 from rosa_lightning.utils.files import atomic_write
 
 COMPARISON = "comparison.json"
+SHARED = "shared.yaml"
+"""The configuration that all methods share."""
 _MAX_EXTENSIONS = 4
 """Learning rates tried beyond a grid."""
 _PROBE_STEPS = (4, 12)
@@ -57,8 +66,10 @@ class Comparison:
 
     config: ComparisonConfig
     methods: list[Method]
-    base_steps: int
-    """Optimizer steps of the shared configuration."""
+    configuration: str
+    """What all methods share, as YAML for ``fit``."""
+    shared_steps: int
+    """Its optimizer steps."""
     display: Display
     _rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     _base: dict[str, Any] = field(default_factory=dict)
@@ -68,8 +79,17 @@ class Comparison:
         """Folder of all runs."""
         return Path(self.config.folder).absolute()
 
+    @property
+    def _shared_file(self) -> str:
+        return str(self.root / SHARED)
+
     def run(self) -> dict[str, Any]:
-        """Do what is left of the plan; the content of ``comparison.json``."""
+        """Do what is left of the plan; the content of ``comparison.json``.
+
+        Raises:
+            ValueError: The folder holds runs of another configuration.
+        """
+        write_once(self.root / SHARED, self.configuration)
         if self.config.test:
             self._base = self._tested_base()
         for method in self.methods:
@@ -115,7 +135,7 @@ class Comparison:
             result = {"folder": str(folder.relative_to(self.root)), **asdict(run)}
             try:
                 record = fit(
-                    self.config.base,
+                    self._shared_file,
                     self._overrides(method, run, self._steps(method)),
                     folder,
                     self.display.at,
@@ -132,7 +152,7 @@ class Comparison:
             return result
         folder = run.folder(self.root)
         try:
-            result["tasks"] = evaluate(self.config.base, folder, result["checkpoint"])["results"]
+            result["tasks"] = evaluate(self._shared_file, folder, result["checkpoint"])["results"]
         except RunFailedError as error:
             result |= {"status": "failed", "error": str(error)}
         _write_json(folder / RESULT, result)
@@ -143,7 +163,7 @@ class Comparison:
         run = Run("base", 0.0, self.config.seeds[0])
         folder = self.root / "base"
         self.display.begin(run)
-        found = evaluate(self.config.base, folder, None, self._shared(folder, run))
+        found = evaluate(self._shared_file, folder, None, self._shared(folder, run))
         result = {"status": "finished", "folder": "base", "tasks": found["results"]}
         self.display.end(run, result)
         return result
@@ -151,7 +171,7 @@ class Comparison:
     def _steps(self, method: Method) -> int:
         """Optimizer steps of a run of a method."""
         if self.config.train_seconds is None:
-            return self.config.max_steps or self.base_steps
+            return self.config.max_steps or self.shared_steps
         folder = self.root / "time" / Run(method.name, 0.0, 0).folder(Path()).parent
         known = read_json(folder / RESULT)
         if not known:
@@ -159,7 +179,7 @@ class Comparison:
             took = []
             for steps in _PROBE_STEPS:
                 overrides = self._overrides(method, run, steps, folder / str(steps))
-                record = fit(self.config.base, overrides, folder / str(steps), self.display.at)
+                record = fit(self._shared_file, overrides, folder / str(steps), self.display.at)
                 took.append(record["train_seconds"])
             a_step = (took[1] - took[0]) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
             known = {"seconds_per_step": a_step}

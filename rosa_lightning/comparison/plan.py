@@ -13,8 +13,7 @@ class ComparisonConfig:
     """A comparison of methods on one base with the same data.
 
     Args:
-        base: Configuration of ``fit`` that all methods share, a YAML file.
-        methods: Overrides of it by the method's name, such as
+        methods: What each method has otherwise than the shared configuration, by its name, such as
             ``{"LoRA": {"model.peft": {...}, "dls.policy": "all"}}``; keys may be dotted.
         reference: The method that the others are tested against; by default the first.
         trainable_parameters: Budget of every method: its rank is set to come closest to it, and
@@ -23,7 +22,7 @@ class ComparisonConfig:
         extend_grid: Go on beyond the grid, by its last ratio, where the best stands at its edge.
         seeds: Of a run's start and the order of its data.
         split_seed: Chooses the validation records, which are the same for all runs.
-        max_steps: Optimizer steps of each run; by default the base's.
+        max_steps: Optimizer steps of each run; by default trainer.max_steps.
         train_seconds: Seconds of training in place of steps: each method gets as many steps as it
             takes in that time, by a measurement before its first run.
         test: Answer the test sources with the best checkpoint of each run at the chosen rate.
@@ -32,7 +31,6 @@ class ComparisonConfig:
         folder: Where to: one run folder for each run, ``comparison.json`` and ``report.html``.
     """
 
-    base: str
     methods: dict[str, dict[str, Any]]
     reference: str | None = None
     trainable_parameters: int | None = None

@@ -93,16 +93,21 @@ def evaluate(
 
 
 def write_overrides(overrides: Mapping[str, Any], folder: Path) -> Path:
-    """Write what is different in a run; ValueError if its folder holds another run."""
+    """Write what is different in a run, into its folder."""
     path = folder / _OVERRIDES
-    text = yaml.safe_dump(dict(overrides), sort_keys=True)
+    write_once(path, yaml.safe_dump(dict(overrides), sort_keys=True))
+    return path
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write a file of settings; ValueError if there is one with others."""
     if path.exists() and read_text(path) != text:
         raise ValueError(
-            f"{folder} holds a run with other settings. Give another folder, or remove that one."
+            f"{path.parent} holds what was run with other settings. Give another folder, or remove "
+            "that one."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, text.encode())
-    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_the_rank_comes_closest_to_the_budget(budget, step, fixed):
     ],
 )
 def test_a_plan_that_cannot_be(changed, message):
-    given = {"base": "base.yaml", "methods": {"A": {}, "B": {}}} | changed
+    given = {"methods": {"A": {}, "B": {}}} | changed
     with pytest.raises(ValueError, match=message):
         ComparisonConfig(**given)
 
