@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from jinja2 import Environment
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich.table import Table
 
 from rosa_lightning.comparison.statistics import spread
@@ -48,7 +49,8 @@ def _cells(content: Content, name: str) -> list[str]:
     if not runs:
         failed = [*method["grid"], *method["runs"]]
         reasons = [run.get("error") or run["status"] for run in failed]
-        return [f"{method['trainable_parameters']:,}", "", (reasons or ["not run yet"])[-1]]
+        shown = [f"{method['trainable_parameters']:,}", "", (reasons or ["not run yet"])[-1]]
+        return shown + [""] * (len(_COLUMNS) - len(shown))
     rate = f"{method['learning_rate']:.3g}" + (" (edge)" if method["at_edge"] else "")
     losses = [run["val_loss"] for run in runs]
     shown = f"{mean(losses):.4f}" + (f" ± {spread(losses):.4f}" if len(losses) > 1 else "")
@@ -179,6 +181,7 @@ def _grid(content: Content) -> Figure | None:
     if not drawn:
         return None
     plot.set_xscale("log")
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     plot.legend(fontsize=8, ncols=2)
     return figure
 

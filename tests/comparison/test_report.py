@@ -71,7 +71,7 @@ def test_rows_by_loss_with_failed_ones_last():
     assert rows[0][3] == "0.7500 ± 0.0707"
     assert rows[0][4] == "-0.2500 (-0.5000 to +0.1000)"
     assert rows[1][4] == "reference"
-    assert rows[2][-1] == "loss is not <finite>"
+    assert rows[2][3] == "loss is not <finite>"
 
 
 def test_tasks_of_base_and_methods():
