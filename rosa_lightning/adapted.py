@@ -6,16 +6,27 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rosa_lightning.adapters.files import load_adapter, read_metadata
 from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, fingerprint
+from rosa_lightning.adapters.methods import (
+    FullFinetuning,
+    Method,
+    MethodReport,
+    PeftMethod,
+    apply_method,
+)
 from rosa_lightning.evaluation.evaluator import EvaluationConfig
 from rosa_lightning.models.loading import (
     Dtype,
@@ -31,14 +42,13 @@ from rosa_lightning.roae.inject import (
     RoAEReport,
     check_adapter_keys,
     expect_adapters_alone,
-    inject_roae,
     is_adapter_key,
 )
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.compile import compile_layers, exclude_packed_from_ddp
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.sharding import load_on_rank_zero, shard_and_broadcast
-from rosa_lightning.training.speed import SpeedConfig
+from rosa_lightning.training.speed import BUILT_LEVERS, SpeedConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,8 +61,8 @@ _DEFAULT_SPEED = SpeedConfig()
 _LOCATION = {"base", "revision", "trust_remote_code"}
 _BUILD_SETTINGS = {
     *_LOCATION,
-    *("roae", "adapter", "base_dtype", "quantization"),
-    *("attn_implementation", "gradient_checkpointing"),
+    *("roae", "peft", "finetune", "adapter", "base_dtype", "quantization"),
+    "attn_implementation",
 }
 """Settings that the model is built with; they cannot change afterwards."""
 
@@ -68,6 +78,10 @@ class AdaptedModel(LightningModule):
             embedded demonstration model. On the command line a checkpoint or adapter names it too.
         roae: What RoAE adds. With ``adapter``, leave it out or give what the adapter was trained
             with; another dropout will do.
+        peft: A method of PEFT in place of RoAE: ``class_path``, such as peft.LoraConfig, and
+            ``init_args``; in Python, a configuration of PEFT. Needs
+            ``pip install 'rosa-lightning[peft]'``.
+        finetune: ``adapter``, or ``full`` to train all weights of the base, in float32.
         adapter: Folder of an adapter to go on from, or to evaluate, that ``export`` has written
             with format rosa or peft.
         revision: Branch, tag or commit of the base on the hub.
@@ -78,17 +92,14 @@ class AdaptedModel(LightningModule):
             as the base has them. Needs ``pip install 'rosa-lightning[quantization]'``.
         attn_implementation: Attention kernel: eager, sdpa, flash_attention_2, flex_attention; by
             default what `transformers` chooses.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping
-            them: less memory, more time.
         speed: What makes a training step faster or smaller; `SpeedConfig`.
-        max_new_tokens: Longest answer written by ``test`` and ``predict``, in tokens.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
         evaluation: How ``test`` finds and reads answers.
     """
 
     # Set by `configure_model`.
     base_fingerprint: BaseFingerprint
-    report: RoAEReport
+    report: RoAEReport | MethodReport
     loss_computer: LossComputer
 
     def __init__(
@@ -96,14 +107,14 @@ class AdaptedModel(LightningModule):
         base: str,
         roae: RoAEConfig = _DEFAULT_ROAE,
         *,
+        peft: Any = None,
+        finetune: Literal["adapter", "full"] = "adapter",
         speed: SpeedConfig = _DEFAULT_SPEED,
         adapter: str | None = None,
         revision: str | None = None,
         dtype: Dtype = "auto",
         quantization: Quantization | None = None,
         attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        max_new_tokens: int = 256,
         trust_remote_code: bool = False,
         evaluation: EvaluationConfig = _DEFAULT_EVALUATION,
     ) -> None:
@@ -115,14 +126,14 @@ class AdaptedModel(LightningModule):
         self.save_hyperparameters(ignore=["roae", "speed", "adapter", "evaluation"])
         self.base = base
         self.roae: RoAEConfig = roae
+        self.peft = peft
+        self.finetune = finetune
         self.speed: SpeedConfig = speed
         self.adapter = adapter
         self.revision = revision
         self.base_dtype = dtype
         self.quantization = quantization
         self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.max_new_tokens = max_new_tokens
         self.trust_remote_code = trust_remote_code
         self.evaluation = evaluation
         self._said_float64 = False
@@ -141,10 +152,8 @@ class AdaptedModel(LightningModule):
             ValueError: A setting that cannot be used.
             AttributeError: It says how the model is built, and the model is built.
         """
-        if name == "max_new_tokens" and value < 1:
-            raise ValueError(
-                f"max_new_tokens={value} is below 1. Set model.max_new_tokens; 256 is the default."
-            )
+        if name == "peft" and value is not None:
+            value = asdict(PeftMethod.of(value))  # plain values, which load safely
         if name in ("roae", "speed") and isinstance(value, Mapping):  # as a checkpoint has it
             value = (RoAEConfig if name == "roae" else SpeedConfig)(**value)
         settings = _BUILD_SETTINGS | {"speed"}
@@ -163,8 +172,10 @@ class AdaptedModel(LightningModule):
 
     def _check_change(self, name: str, value: Any) -> None:
         """Refuse a change that comes too late, and drop what followed from the old value."""
-        compiles = name == "speed" and value.compile != self.speed.compile
-        if self.model is not None and (name in _BUILD_SETTINGS or compiles):
+        built = name == "speed" and any(
+            getattr(value, lever) != getattr(self.speed, lever) for lever in BUILT_LEVERS
+        )
+        if self.model is not None and (name in _BUILD_SETTINGS or built):
             raise AttributeError(
                 f"{name} cannot be changed to {value!r}: the model is built with {name}="
                 f"{getattr(self, name)!r}. Make a new RoSAModule."
@@ -220,6 +231,12 @@ class AdaptedModel(LightningModule):
     def _configure(self, device: torch.device) -> None:
         trainer = self.attached_trainer()
         strategy = None if trainer is None else trainer.strategy
+        sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+        if sharded and not isinstance(self.method, RoAEConfig):
+            raise ValueError(
+                f"{type(strategy).__name__} shards RoAE, and no other method yet. Set "
+                "trainer.strategy to ddp, or take model.peft and model.finetune out."
+            )
         if isinstance(strategy, DeepSpeedStrategy):
             raise ValueError(
                 "RoSAModule does not run under DeepSpeedStrategy, which gathers weights for as "
@@ -229,7 +246,8 @@ class AdaptedModel(LightningModule):
         model, self.base_fingerprint, self.report = load_on_rank_zero(
             partial(self._adapted_base, device), strategy
         )
-        self.roae = self.report.config  # an adapter brings its own
+        if isinstance(self.report, RoAEReport):
+            self.roae = self.report.config  # an adapter brings its own
         if self.speed.compile:
             compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
@@ -240,19 +258,31 @@ class AdaptedModel(LightningModule):
 
     def _adapted_base(
         self, device: torch.device
-    ) -> tuple[PreTrainedModel, BaseFingerprint, RoAEReport]:
+    ) -> tuple[PreTrainedModel, BaseFingerprint, RoAEReport | MethodReport]:
         # Weights in few bits are packed by the device's own kernels.
         model = load_base(self.base, quantization=self.quantization, device=device, **self.loading)
         found = fingerprint(model, self.base)
         report = self.adapt(model)
-        if self.gradient_checkpointing:
+        if self.speed.gradient_checkpointing:
             enable_checkpointing(model)
         return model, found, report
 
-    def adapt(self, model: PreTrainedModel) -> RoAEReport:
-        """Add RoAE to a base as this module is told to: anew, or an adapter's."""
+    @property
+    def method(self) -> Method:
+        """What trains: RoAE, a method of PEFT, or all weights."""
+        if self.finetune == "full":
+            return FullFinetuning()
+        return self.roae if self.peft is None else PeftMethod.of(self.peft)
+
+    def adapt(self, model: PreTrainedModel) -> RoAEReport | MethodReport:
+        """Put the method on a base as this module is told to: anew, or an adapter's."""
         if self.adapter is None:
-            return inject_roae(model, self.roae)
+            return apply_method(model, self.method)
+        if not isinstance(self.method, RoAEConfig):
+            raise ValueError(
+                f"model.adapter={self.adapter} holds RoAE, and another method is asked for. Take "
+                "model.peft and model.finetune out, or model.adapter."
+            )
         given = None if self.roae is _DEFAULT_ROAE else self.roae
         self.training_conditions = read_metadata(Path(self.adapter)).conditions
         return load_adapter(model, self.adapter, given)
@@ -303,8 +333,10 @@ class AdaptedModel(LightningModule):
     # Weights.
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapters alone, whole or as this rank's shards."""
+        """The adapters alone, whole or as this rank's shards; all weights where all train."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if self.finetune == "full":
+            return state
         prefix = kwargs.get("prefix", "")
         for key in [key for key in state if key.startswith(prefix) and not is_adapter_key(key)]:
             del state[key]
@@ -318,5 +350,5 @@ class AdaptedModel(LightningModule):
         Raises:
             ValueError: Names what is missing, unknown, or of another shape.
         """
-        check_adapter_keys(self, state_dict)
+        check_adapter_keys(self, state_dict, everything=self.finetune == "full")
         return super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -102,7 +102,7 @@ class RoSAModule(AdaptedModel):
             )
         text = self.text_info()
         if stage == "test":
-            check_test_prompts(text.test_examples, self.evaluation, self.max_new_tokens, context)
+            check_test_prompts(text.test_examples, self.evaluation, context)
         elif stage in ("fit", "validate"):
             check_lengths(text.max_length, context)
         self._checkpoint_to_check = None
@@ -284,7 +284,7 @@ class RoSAModule(AdaptedModel):
     def _new_evaluation(self, config: EvaluationConfig) -> Evaluation:
         text = self.text_info()
         tokenizer = text.tokenizer or self.tokenizer
-        return Evaluation(self.ensure_model(), tokenizer, config, self.max_new_tokens, text)
+        return Evaluation(self.ensure_model(), tokenizer, config, text)
 
     def on_test_start(self) -> None:
         """Get ready to answer and to score, under each protocol."""
@@ -310,7 +310,7 @@ class RoSAModule(AdaptedModel):
         """Write an answer to each prompt, greedily; records as `predictions` gives them."""
         tokenizer, stop_ids = self._text.tokenizer or self.tokenizer, self._text.stop_ids
         texts = generate(
-            self.ensure_model(), tokenizer, batch, self.max_new_tokens, stop_ids=stop_ids
+            self.ensure_model(), tokenizer, batch, self.evaluation.max_new_tokens, stop_ids=stop_ids
         )
         return predictions(batch, texts, self._text.tasks)
 
@@ -326,7 +326,7 @@ class RoSAModule(AdaptedModel):
             "revision": self.base_fingerprint.revision,
             "roae": self.hparams["roae"] if added else None,
             **asdict(self.evaluation),
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": self.evaluation.max_new_tokens,
             "cut_prompts": self.text_info().cut_prompts,
             **here.to_dict(),
         }
@@ -373,7 +373,7 @@ class RoSAModule(AdaptedModel):
         if waiting:
             self._guard.check_begun(self)
         gradients = held_gradients(self) if waiting else None
-        pack(checkpoint, self.base_fingerprint, self.hparams["roae"], gradients)
+        pack(checkpoint, self.base_fingerprint, self.method, gradients)
         about = checkpoint[CHECKPOINT_KEY]
         about["nonfinite_steps"] = self._guard.skipped
         if trainer is not None:
@@ -389,7 +389,7 @@ class RoSAModule(AdaptedModel):
         if "state_dict" not in checkpoint and path is not None and Path(path).is_file():
             # FSDP2 has loaded it already, passing over keys that it does not know.
             file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-            check_adapter_keys(self, file["state_dict"])
+            check_adapter_keys(self, file["state_dict"], everything=self.finetune == "full")
         fits = trainer is not None and trainer.state.fn == "fit"
         if fits:
             check_entries(checkpoint, self.trainer, {name for name, _ in self.named_parameters()})
@@ -402,7 +402,7 @@ class RoSAModule(AdaptedModel):
         self._to_restore = unpack(
             checkpoint,
             self.base_fingerprint,
-            self.hparams["roae"],
+            self.method,
             rank=self.global_rank,
             world_size=self.trainer.world_size if fits else None,
         )

@@ -17,10 +17,14 @@ from rosa_lightning.adapters.metadata import (
     AdapterMetadata,
     BaseFingerprint,
     Conditions,
-    check_same_config,
+)
+from rosa_lightning.adapters.methods import (
+    FullFinetuning,
+    Method,
+    check_same_method,
+    method_to_dict,
 )
 from rosa_lightning.roae.inject import is_adapter_key
-from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.files import SHARDED_METADATA, check_archive, check_name, open_input
 from rosa_lightning.utils.rng import of_all_ranks, rng_state
 
@@ -39,7 +43,7 @@ class RankState(NamedTuple):
 def pack(
     checkpoint: dict[str, Any],
     base: BaseFingerprint,
-    roae: Mapping[str, Any],
+    method: Method,
     gradients: dict[str, Tensor] | None = None,
 ) -> None:
     """Leave the base's weights out of a checkpoint and add what must be remembered.
@@ -48,10 +52,11 @@ def pack(
     of its batches; None on every rank or on none.
     """
     state = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {key: state[key] for key in state if is_adapter_key(key)}
+    if not isinstance(method, FullFinetuning):
+        checkpoint["state_dict"] = {key: state[key] for key in state if is_adapter_key(key)}
     checkpoint[CHECKPOINT_KEY] = {
         **asdict(base),
-        "roae": dict(roae),
+        **method_to_dict(method),
         "version": version("rosa-lightning"),
         "rng": of_all_ranks(rng_state()),
     }
@@ -67,15 +72,16 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> AdapterMetadata:
             "the checkpoint holds no RoSA adapter. Give one that RoSAModule has written."
         )
     base = {name: about.get(name) for name in ("base", "revision", "samples")}
+    method = {name: about.get(name) for name in ("roae", "peft", "finetune")}
     return AdapterMetadata.from_dict(
-        {"base": base, "roae": about.get("roae"), "roae_conditions": about.get("conditions")}
+        {"base": base, **method, "roae_conditions": about.get("conditions")}
     )
 
 
 def unpack(
     checkpoint: dict[str, Any],
     base: BaseFingerprint,
-    roae: Mapping[str, Any],
+    method: Method,
     *,
     rank: int,
     world_size: int | None,
@@ -87,7 +93,7 @@ def unpack(
     """
     metadata = checkpoint_metadata(checkpoint)
     base.check(metadata.base, "checkpoint")
-    check_same_config(metadata.roae, RoAEConfig(**roae))
+    check_same_method(metadata.method, method)
     if world_size is None:
         return None
     states: list[dict[str, Any]] = checkpoint[CHECKPOINT_KEY]["rng"]
@@ -155,7 +161,9 @@ def checkpoint_defaults(ckpt_path: str | None, model: Mapping[str, Any]) -> dict
     known |= {"model.base": metadata.base.base, "model.revision": metadata.base.revision}
     names = ("base", "revision", "dtype", "quantization")
     known |= {f"model.{name}": options[name] for name in names if name in options}
-    known |= {f"model.roae.{name}": value for name, value in asdict(metadata.roae).items()}
+    for group, value in method_to_dict(metadata.method).items():
+        own = {f"model.roae.{name}": one for name, one in value.items()} if group == "roae" else {}
+        known |= own or {f"model.{group}": value}
     if known["model.revision"] is None or model["base"] not in (None, "", known["model.base"]):
         del known["model.revision"]  # of another repository
     return known

@@ -16,9 +16,9 @@ from rosa_lightning.adapters import lora
 from rosa_lightning.adapters.metadata import (
     AdapterMetadata,
     Conditions,
-    check_same_config,
     fingerprint,
 )
+from rosa_lightning.adapters.methods import check_same_method
 from rosa_lightning.adapters.reading import naming, read_json, read_tensors
 from rosa_lightning.roae.inject import (
     RoAEReport,
@@ -88,7 +88,7 @@ def load_adapter(
     check_plain_model(model, "load_adapter")
     metadata = read_metadata(folder)
     given = metadata.roae if config is None else config
-    check_same_config(metadata.roae, given)
+    check_same_method(metadata.roae, given)
     fingerprint(model).check(metadata.base)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     report = inject_roae(model, replace(metadata.roae, dropout=given.dropout))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rosa_lightning.adapters.methods import Method, method_from_dict, method_to_dict
 from rosa_lightning.models.loading import base_name, hub_commit, whole_name
 from rosa_lightning.models.quantization import is_packed, is_quantized
 from rosa_lightning.roae.inject import RoAEReport, base_modules, roae_report
@@ -198,10 +199,17 @@ class AdapterMetadata:
     """What an adapter or a checkpoint remembers beside its weights."""
 
     base: BaseFingerprint
-    roae: RoAEConfig
+    method: Method
     rotation: dict[str, list[float]] | None = None
     """How the base rotated where the adapter stands; not in adapters of earlier versions."""
     conditions: Conditions | None = None
+
+    @property
+    def roae(self) -> RoAEConfig:
+        """The settings of RoAE; ValueError where something else was trained."""
+        if not isinstance(self.method, RoAEConfig):
+            raise ValueError("what was trained is not RoAE. Give an adapter that is.")
+        return self.method
 
     @classmethod
     def of(cls, model: nn.Module, conditions: Conditions | None = None) -> AdapterMetadata:
@@ -209,11 +217,12 @@ class AdapterMetadata:
         report = roae_report(model)
         rotation = _rotation(report)
         base = fingerprint(model)
-        return cls(base=base, roae=report.config, rotation=rotation, conditions=conditions)
+        return cls(base=base, method=report.config, rotation=rotation, conditions=conditions)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        plain = {"base": asdict(self.base), "roae": asdict(self.roae), "rotation": self.rotation}
+        plain = {"base": asdict(self.base), **method_to_dict(self.method)}
+        plain["rotation"] = self.rotation
         if self.conditions is not None:
             plain["roae_conditions"] = self.conditions.to_dict()
         return plain
@@ -226,7 +235,7 @@ class AdapterMetadata:
             rotation, conditions = plain.get("rotation"), plain.get("roae_conditions")
             return cls(
                 base=replace(base, samples=_floats(base.samples)),
-                roae=RoAEConfig(**plain["roae"]),
+                method=method_from_dict(plain),
                 rotation=None if rotation is None else _floats(rotation),
                 conditions=None if conditions is None else Conditions.from_dict(conditions),
             )
@@ -260,13 +269,3 @@ def _rotation(report: RoAEReport) -> dict[str, list[float]]:
         frequency = sum(p.table.inv_freq[pair] for pair in p.low_pairs)
         found[p.name] = [*map(float, (p.table.head_dim, len(p.dims), sum(p.dims), frequency))]
     return found
-
-
-def check_same_config(trained: RoAEConfig, given: RoAEConfig) -> None:
-    """Raise ValueError where a setting other than the dropout differs from the training's."""
-    for key, value in asdict(trained).items():
-        if key != "dropout" and getattr(given, key) != value:
-            raise ValueError(
-                f"the adapter was trained with model.roae.{key}={value}, and {getattr(given, key)} "
-                "is given. Leave model.roae out, or set it to what the adapter was trained with."
-            )

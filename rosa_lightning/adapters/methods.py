@@ -232,7 +232,8 @@ def check_same_method(trained: Method, given: Method) -> None:
         if then.get(key) != now.get(key) and name != "dropout" and name not in _DROPOUTS:
             raise ValueError(
                 f"the adapter was trained with {key}={then.get(key)}, and {now.get(key)} is given. "
-                f"Leave {key.rpartition('.')[0]} out, or set it to the same."
+                f"Leave {key.rpartition('.')[0]} out, or set it to what the adapter was trained "
+                "with."
             )
 
 

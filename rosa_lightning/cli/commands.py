@@ -336,7 +336,7 @@ def _skeleton(module: RoSAModule, *, double: bool) -> Any:
         )
     model = load_skeleton(module.base, **module.loading)
     module.adapt(model)
-    if module.gradient_checkpointing:
+    if module.speed.gradient_checkpointing:
         enable_checkpointing(model)
     return model.double() if double else model
 

@@ -88,7 +88,7 @@ _TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, bench, report
 TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
 _OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
 _OF_A_STEP = (
-    *("model.attn_implementation", "model.gradient_checkpointing"),
+    *("model.attn_implementation", "model.speed.gradient_checkpointing"),
     *("data.batch_size", "data.loading.tokens_per_batch"),
 )
 VISIBLE_KEYS: dict[str, tuple[str, ...]] = {

@@ -35,6 +35,8 @@ RENAMED = {
     **{f"data.{name}": f"data.loading.{name}" for name in _LOADING},
     **{f"dls.{name}": f"dls.policy_options.{name}" for name in _POLICY},
     "data.template": "data.prompt_style",
+    "model.gradient_checkpointing": "model.speed.gradient_checkpointing",
+    "model.max_new_tokens": "model.evaluation.max_new_tokens",
     "dls.moments": "dls.optimizer_state",
     "model.max_nonfinite_steps": "max_nonfinite_steps",
 }

@@ -49,8 +49,8 @@ def _cells(content: Content, name: str) -> list[str]:
     if not runs:
         failed = [*method["grid"], *method["runs"]]
         reasons = [run.get("error") or run["status"] for run in failed]
-        shown = [f"{method['trainable_parameters']:,}", "", (reasons or ["not run yet"])[-1]]
-        return shown + [""] * (len(_COLUMNS) - len(shown))
+        known = [f"{method['trainable_parameters']:,}", "", (reasons or ["not run yet"])[-1]]
+        return known + [""] * (len(_COLUMNS) - len(known))
     rate = f"{method['learning_rate']:.3g}" + (" (edge)" if method["at_edge"] else "")
     losses = [run["val_loss"] for run in runs]
     shown = f"{mean(losses):.4f}" + (f" ± {spread(losses):.4f}" if len(losses) > 1 else "")

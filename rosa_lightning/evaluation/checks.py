@@ -33,14 +33,13 @@ def check_lengths(max_length: int | None, context: int | None) -> None:
 
 
 def check_test_prompts(
-    examples: Sequence[Example], config: EvaluationConfig, max_new_tokens: int, context: int | None
+    examples: Sequence[Example], config: EvaluationConfig, context: int | None
 ) -> None:
     """Check that each test prompt can be answered, and say what is left out or cut short.
 
     Args:
         examples: The prompts and their records.
         config: How they will be answered.
-        max_new_tokens: Longest answer, in tokens.
         context: Most tokens that the base reads, if it says so.
 
     Raises:
@@ -68,12 +67,12 @@ def check_test_prompts(
         )
     for task in left_out:
         rank_zero_info(f"likelihood leaves out {task}: it has no candidates to choose from.")
-    short = sum(len(example.prompt) > longest - max_new_tokens for example in examples)
+    short = sum(len(example.prompt) > longest - config.max_new_tokens for example in examples)
     if short and "generate" in config.protocols:
         rank_zero_warn(
             f"{short} of {len(examples)} test prompts leave fewer than max_new_tokens="
-            f"{max_new_tokens} of the {context} tokens that model.base reads. Lower "
-            "model.max_new_tokens, or data.max_length to cut them."
+            f"{config.max_new_tokens} of the {context} tokens that model.base reads. Lower "
+            "model.evaluation.max_new_tokens, or data.max_length to cut them."
         )
 
 

@@ -40,6 +40,8 @@ class EvaluationConfig:
     """``generate``: the model writes, and the answer is read out of its text. ``likelihood``: of
     the task's candidate answers the likeliest is taken; tasks without candidates are left out. Both
     are reported side by side; their numbers do not compare."""
+    max_new_tokens: int = 256
+    """Longest answer written by ``test`` and ``predict``, in tokens."""
     num_beams: int = 1
     """Beams of ``generate``; 1 is greedy."""
     rules: Rules = "strict"
@@ -55,11 +57,13 @@ class EvaluationConfig:
                 f"protocols={list(self.protocols)}; expected {' or '.join(get_args(Protocol))}, or "
                 "both. Set model.evaluation.protocols."
             )
-        if not isinstance(self.num_beams, int) or self.num_beams < 1:
-            raise ValueError(
-                f"num_beams={self.num_beams} is not a whole number of at least 1. Set "
-                "model.evaluation.num_beams; 1 is greedy."
-            )
+        for name, usual in (("max_new_tokens", "256 is usual"), ("num_beams", "1 is greedy")):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{name}={value} is not a whole number of at least 1. Set "
+                    f"model.evaluation.{name}; {usual}."
+                )
         if self.rules not in get_args(Rules):
             raise ValueError(
                 f"rules={self.rules!r}; there are {' and '.join(get_args(Rules))}. Set "
@@ -74,7 +78,6 @@ class Evaluation:
         model: The causal language model, in evaluation mode.
         tokenizer: The tokenizer that the prompts were encoded with.
         config: How answers are found and read.
-        max_new_tokens: Longest answer, in tokens.
         text: What the data module says of tasks, prompts and responses.
     """
 
@@ -83,11 +86,10 @@ class Evaluation:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         config: EvaluationConfig,
-        max_new_tokens: int,
         text: TextInfo = _UNKNOWN_TEXT,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.max_new_tokens, self.text = max_new_tokens, text
+        self.text = text
         # Papers read all that was written, a made-up next instruction included.
         self.stop = text.next_prompt if config.rules == "strict" else ()
         self.answered: Mapping[tuple[Any, ...], dict[str, Any]] = {}
@@ -142,7 +144,7 @@ class Evaluation:
             self.model,
             self.tokenizer,
             batch,
-            self.max_new_tokens,
+            self.config.max_new_tokens,
             num_beams=self.config.num_beams,
             stop=self.stop,
             stop_ids=self.text.stop_ids,

@@ -217,10 +217,12 @@ def is_adapter_key(key: str) -> bool:
     return parts[-1] in ADAPTER_WEIGHTS or PEFT_ADAPTER in parts
 
 
-def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Check that a state dict holds the RoAE weights of a model and no other, all finite."""
+def check_adapter_keys(
+    model: nn.Module, given: Mapping[str, Tensor], *, everything: bool = False
+) -> None:
+    """Check that a state dict holds the adapter's weights, or all, and no other, all finite."""
     state = model.state_dict()
-    expected = {key: tuple(state[key].shape) for key in state if is_adapter_key(key)}
+    expected = {key: tuple(state[key].shape) for key in state if everything or is_adapter_key(key)}
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in given.items()}
     problems = [f"{key} is missing" for key in expected if key not in given]
     problems += [f"{key} is unknown" for key in given if key not in expected]
@@ -233,7 +235,7 @@ def check_adapter_keys(model: nn.Module, given: Mapping[str, Tensor]) -> None:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(
             f"the adapter does not fit the model: {'; '.join(problems[:3])}{more}. Give the base "
-            "and the model.roae settings that it was trained with."
+            "and the settings under model that it was trained with."
         )
     check_weights(given)
 

@@ -41,7 +41,7 @@ def compile_layers(
     """
     if is_checkpointed(model) and backend == "inductor":
         raise ValueError(
-            "model.speed.compile=true does not go with model.gradient_checkpointing=true: the "
+            "model.speed.compile and model.speed.gradient_checkpointing do not go together: the "
             "compiler cannot recompute attention in the backward pass. Set one of them to false."
         )
     if is_sharded(strategy):

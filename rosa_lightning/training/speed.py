@@ -7,6 +7,9 @@ from typing import Literal
 
 MicrobatchTokens = int | Literal["auto"] | None
 
+BUILT_LEVERS = ("gradient_checkpointing", "compile")
+"""Levers that a model is built with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
@@ -24,6 +27,8 @@ class SpeedConfig:
         recompute_activations: Compute the outputs of activation functions and norms again in the
             backward pass and hold the rest; gradients stay bit for bit. No effect with
             ``gradient_checkpointing`` and ``compile``.
+        gradient_checkpointing: Compute all activations again in the backward pass instead of
+            keeping them: less memory, more time.
         compile: Compile the decoder layers, one by one, for training on one device or under DDP.
 
     Raises:
@@ -34,6 +39,7 @@ class SpeedConfig:
     loss_chunk: int | None = None
     microbatch_tokens: MicrobatchTokens = "auto"
     recompute_activations: bool = True
+    gradient_checkpointing: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ def _of_machine(error: BaseException) -> str | None:
         return (
             f"memory is spent: {said[:300] or 'nothing more can be allocated'}. Lower "
             "data.batch_size, data.max_length or model.speed.microbatch_tokens, or set "
-            "model.gradient_checkpointing."
+            "model.speed.gradient_checkpointing."
         )
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return f"another process of the run cannot be reached: {said[:300]}"

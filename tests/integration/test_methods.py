@@ -1,0 +1,92 @@
+"""Methods of PEFT and full fine-tuning in the engine: trained, resumed, selected, evaluated."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule
+from rosa_lightning.roae.inject import is_adapter_key
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "target_modules": LINEAR}}
+DROPPED = {**LORA, "init_args": {**LORA["init_args"], "lora_dropout": 0.1}}
+PISSA = {**LORA, "init_args": {**LORA["init_args"], "init_lora_weights": "pissa"}}
+SHIRA = {"class_path": "peft.ShiraConfig", "init_args": {"r": 4, "target_modules": LINEAR}}
+WAYS = {
+    "LoRA": {"peft": LORA},
+    "LoRA with dropout": {"peft": DROPPED},
+    "PiSSA": {"peft": PISSA},
+    "SHiRA": {"peft": SHIRA},
+    "full": {"finetune": "full"},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of SHiRA
+
+
+def fit(folder, way, steps, ckpt_path=None):
+    """A training with layers selected, and its module."""
+    seed_everything(0, verbose=False)
+    module = RoSAModule("tiny", **way)
+    data = ReasoningDataModule(sources="demo", batch_size=4, max_length=256)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        default_root_dir=folder,
+        limit_val_batches=1,
+        val_check_interval=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[
+            DynamicLayerSelection(0.5, interval=2),
+            ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=3),
+        ],
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_run_ends_with_the_same_weights(way, tmp_path):
+    whole, _ = fit(tmp_path / "whole", WAYS[way], 6)
+    resumed, _ = fit(tmp_path / "rest", WAYS[way], 6, tmp_path / "whole" / "step=3.ckpt")
+    ours, theirs = whole.state_dict(), resumed.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    fresh = RoSAModule("tiny", **WAYS[way])
+    fresh.configure_model()
+    assert any(not torch.equal(value, ours[key]) for key, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("way", ["LoRA", "full"])
+def test_a_checkpoint_holds_what_trains(way, tmp_path):
+    module, trainer = fit(tmp_path, WAYS[way], 3)
+    state = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert trained <= state.keys()
+    assert way == "full" or all(map(is_adapter_key, state))
+    loaded = RoSAModule.load_from_checkpoint(tmp_path / "step=3.ckpt")
+    assert loaded.method == module.method
+    results = [trainer.validate(one, trainer.datamodule, verbose=False) for one in (module, loaded)]
+    assert results[0] == results[1]
+
+
+def test_another_method_is_refused(tmp_path):
+    fit(tmp_path, WAYS["LoRA"], 3)
+    with pytest.raises(ValueError, match=r"was trained with model.peft.class_path=peft.LoraConfig"):
+        fit(tmp_path / "other", WAYS["SHiRA"], 6, tmp_path / "step=3.ckpt")
+    with pytest.raises(ValueError, match=r"model.peft"):
+        fit(tmp_path / "other", {}, 6, tmp_path / "step=3.ckpt")
+
+
+def test_selection_freezes_the_layers_of_any_method(tmp_path):
+    module, trainer = fit(tmp_path, WAYS["LoRA"], 3)
+    selection = next(c for c in trainer.callbacks if isinstance(c, DynamicLayerSelection))
+    assert len(selection.active) == 2
+    assert module.report.num_trainable == 34304
+
+
+def test_method_and_adapter_exclude_each_other():
+    with pytest.raises(ValueError, match=r"Take model\.peft"):
+        RoSAModule("tiny", peft=LORA, adapter="somewhere").configure_model()
