@@ -183,8 +183,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def rosa_module(base: Any, *args: Any, kind: Any = None, **options: Any) -> Any:
-    """A `RoSAModule` whose settings of `speed`, and attributes, are given as plain options."""
-    from rosa_lightning import RoSAModule
+    """A `RoSAModule` whose settings of `speed`, and others, are given as plain options."""
+    from dataclasses import replace
+
+    from rosa_lightning import EvaluationConfig, RoSAModule
     from rosa_lightning.training.speed import SpeedConfig
 
     names = [name for name in options if name in SpeedConfig.__dataclass_fields__]
@@ -192,6 +194,10 @@ def rosa_module(base: Any, *args: Any, kind: Any = None, **options: Any) -> Any:
     attributes = {"optimizer": "make_optimizer", "lr_scheduler": "make_lr_scheduler"}
     attributes["max_nonfinite_steps"] = "max_nonfinite_steps"
     given = {attributes[name]: options.pop(name) for name in attributes if name in options}
+    if "max_new_tokens" in options:
+        evaluation = options.pop("evaluation", EvaluationConfig())
+        length = options.pop("max_new_tokens")
+        options["evaluation"] = replace(evaluation, max_new_tokens=length)
     module = (kind or RoSAModule)(str(base), *args, speed=speed, **options)
     for name, value in given.items():
         setattr(module, name, value)

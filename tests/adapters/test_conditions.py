@@ -107,7 +107,7 @@ def results_of(folder: Path, *arguments: str, **data) -> tuple[dict, list[str]]:
         status = command(
             "test",
             *arguments,
-            model={"max_new_tokens": 2},
+            model={"evaluation": {"max_new_tokens": 2}},
             data={"test_sources": {"path": str(folder / "r.json"), "task": "gsm8k"}, **data},
             trainer={**QUIET, "logger": False},
         )
@@ -161,9 +161,11 @@ def test_other_commands_take_it_too_and_training_goes_on_in_it(trained, capsys):
 def test_from_python_a_loaded_module_warns_of_another_style(trained):
     from lightning.pytorch import Trainer
 
-    from rosa_lightning import ReasoningDataModule, RoSAModule
+    from rosa_lightning import EvaluationConfig, ReasoningDataModule, RoSAModule
 
-    module = RoSAModule.load_from_checkpoint(trained / "it.ckpt", max_new_tokens=1)
+    module = RoSAModule.load_from_checkpoint(
+        trained / "it.ckpt", evaluation=EvaluationConfig(max_new_tokens=1)
+    )
     Path("q.txt").write_text("Why?\n")
     data = ReasoningDataModule(predict_sources="q.txt", max_length=96, prompt_style="plain")
     trainer = Trainer(logger=False, enable_progress_bar=False, precision="bf16-mixed")

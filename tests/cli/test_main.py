@@ -89,7 +89,7 @@ def test_a_run_without_a_logger_leaves_the_working_folder_alone(settings):
 
 
 def test_validate_test_and_predict_take_the_checkpoint(settings, tmp_path):
-    settings["model"]["max_new_tokens"] = 3
+    settings["model"].setdefault("evaluation", {})["max_new_tokens"] = 3
     settings["data"]["test_sources"] = [
         {"path": str(write_records(tmp_path / "t.json", 5)), "task": "gsm8k"}
     ]
@@ -366,7 +366,7 @@ def test_records_longer_than_the_base_reads_are_warned_of_in_a_training_too(sett
 def test_one_source_is_a_list_of_one(settings, given, tmp_path):
     """Though the file's lines, or what they say as YAML, look like a list of sources."""
     Path("q.txt").write_text("[a.json, b.json]\n{path: c.json}\n")
-    settings["model"]["max_new_tokens"] = 1
+    settings["model"].setdefault("evaluation", {})["max_new_tokens"] = 1
     settings["trainer"]["logger"] = False
     if given.startswith("+"):
         settings["data"]["predict_sources"] = given[1:]  # in the file

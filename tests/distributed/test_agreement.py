@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from torch.optim import SGD
 
-from rosa_lightning import DynamicLayerSelection, RoAEConfig, RoSAModule
+from rosa_lightning import DynamicLayerSelection, RoAEConfig
 from rosa_lightning.utils import agreement
 from tests import ranks
 from tests.conftest import data_module, rosa_module, save_base, write_records
@@ -82,7 +82,7 @@ def fit(folder: Path, changes: dict) -> str:
 
 
 def other(folder: Path, command: str, sources: dict) -> str:
-    module = RoSAModule(str(folder / "base"), max_new_tokens=2)
+    module = rosa_module(folder / "base", max_new_tokens=2)
     data = data_module(batch_size=4, cache_dir=None, **sources)
     return error_of(getattr(trainer_of(folder), command), module, data)
 

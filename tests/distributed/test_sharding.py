@@ -136,7 +136,7 @@ def full_run(name: str, folder: Path) -> int:
     """The full configuration on the embedded base, activations computed again."""
     settings = {
         "model.base": "tiny",
-        "model.gradient_checkpointing": "true",
+        "model.speed.gradient_checkpointing": "true",
         "data.sources": "demo",
         "data.test_sources": "null",
         "data.batch_size": 2,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from rosa_lightning import EvaluationConfig, ReasoningDataModule, RoAEConfig, RoSAModule
 from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
 from tests import ranks
-from tests.conftest import data_module, save_base, write_records
+from tests.conftest import data_module, rosa_module, save_base, write_records
 
 
 class Echo(LightningModule):
@@ -93,7 +93,7 @@ def exercises(folder: Path, num_labels: int = 11, **options) -> ReasoningDataMod
 
 
 def evaluate(base: Path, folder: Path, *callbacks, data=None, module=None, logger=None, **options):
-    built = module or RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=BOTH)
+    built = module or rosa_module(base, RoAEConfig(rank=2), max_new_tokens=5, evaluation=BOTH)
     trainer = Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -161,7 +161,7 @@ def test_contaminations_are_those_of_the_training_whatever_the_configuration_say
         limit_val_batches=0,
         num_sanity_val_steps=0,
     )
-    module = RoSAModule(str(base_folder), RoAEConfig(rank=2), max_new_tokens=2)
+    module = rosa_module(base_folder, RoAEConfig(rank=2), max_new_tokens=2)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     now = exercises(tmp_path, decontaminate=decontaminate)
@@ -248,7 +248,7 @@ def test_a_logger_that_begins_a_new_folder_does_not_hide_the_stopped_run(
 
 
 def adapted(base: Path) -> RoSAModule:
-    built = RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=BOTH)
+    built = rosa_module(base, RoAEConfig(rank=2), max_new_tokens=5, evaluation=BOTH)
     built.configure_model()
     for name, parameter in built.named_parameters():
         if name.endswith("roae_B"):
@@ -258,7 +258,7 @@ def adapted(base: Path) -> RoSAModule:
 
 def other_rules(base: Path) -> RoSAModule:
     config = EvaluationConfig(protocols=BOTH.protocols, rules="paper")
-    return RoSAModule(str(base), RoAEConfig(rank=2), max_new_tokens=5, evaluation=config)
+    return rosa_module(base, RoAEConfig(rank=2), max_new_tokens=5, evaluation=config)
 
 
 @pytest.mark.parametrize("make", [adapted, other_rules])

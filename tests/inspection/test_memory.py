@@ -20,7 +20,7 @@ from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.head import last_block, logits_at
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.speed import SpeedConfig
-from tests.conftest import build
+from tests.conftest import build, rosa_module
 from tests.model_zoo.small import build_small
 
 LAYERS = "model.layers"
@@ -144,7 +144,7 @@ def both(
     checkpointing: bool = False,
 ) -> tuple[RoSAModule, Callable[..., MemoryEstimate]]:
     """A base, real and adapted, and the estimate of the same from its configuration."""
-    module = RoSAModule("tiny", RoAEConfig(), dtype=dtype, gradient_checkpointing=checkpointing)
+    module = rosa_module("tiny", RoAEConfig(), dtype=dtype, gradient_checkpointing=checkpointing)
     module.configure_model()
     skeleton = load_skeleton("tiny", dtype=dtype)
     inject_roae(skeleton, RoAEConfig())

@@ -36,8 +36,8 @@ SMALL = {
     "fit": f"{CPU} {ONE_BATCH} --trainer.max_steps=2 --trainer.val_check_interval=2 "
     "--validate_first=false --data.loading.num_workers=0 --trainer.enable_model_summary=false",
     "validate": f"{CPU} {ONE_BATCH}",
-    "test": f"{CPU} --trainer.limit_test_batches=1 --model.max_new_tokens=4",
-    "predict": f"{CPU} --trainer.limit_predict_batches=1 --model.max_new_tokens=4",
+    "test": f"{CPU} --trainer.limit_test_batches=1 --model.evaluation.max_new_tokens=4",
+    "predict": f"{CPU} --trainer.limit_predict_batches=1 --model.evaluation.max_new_tokens=4",
     "inspect": "--data.batch_size=2 --data.max_length=64",
     "bench": "--steps=1 --rounds=1",
 }

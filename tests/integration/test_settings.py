@@ -10,9 +10,15 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.tuner import Tuner
 
 import rosa_lightning.adapted
-from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoAEConfig, RoSAModule
+from rosa_lightning import (
+    DynamicLayerSelection,
+    EvaluationConfig,
+    ReasoningDataModule,
+    RoAEConfig,
+    RoSAModule,
+)
 from rosa_lightning.training.speed import SpeedConfig
-from tests.conftest import data_module, write_records
+from tests.conftest import data_module, rosa_module, write_records
 from tests.integration.test_resume import same
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -110,7 +116,7 @@ def test_a_command_reads_its_data_and_its_tokenizer_once(data, tmp_path, monkeyp
     places = {"_read_training": ReasoningDataModule, "load_tokenizer": rosa_lightning.adapted}
     for name, place in places.items():
         monkeypatch.setattr(place, name, counted(getattr(place, name), calls))
-    module, run = RoSAModule("tiny", RoAEConfig(rank=2), max_new_tokens=2), trainer(tmp_path)
+    module, run = rosa_module("tiny", RoAEConfig(rank=2), max_new_tokens=2), trainer(tmp_path)
     run.validate(module, datamodule=data, verbose=False)
     run.fit(module, datamodule=data)
     assert sorted(calls) == ["_read_training", "load_tokenizer"]
@@ -190,7 +196,7 @@ def test_settings_that_cannot_be_used_are_refused_when_they_are_set(data):
         with pytest.raises(ValueError, match=name):
             module.speed = replace(module.speed, **{name: 0})
     with pytest.raises(ValueError, match="max_new_tokens"):
-        module.max_new_tokens = 0
+        module.evaluation = EvaluationConfig(max_new_tokens=0)
 
 
 def test_a_model_runs_with_the_settings_of_the_moment(data, tmp_path):
@@ -229,7 +235,6 @@ def test_what_a_model_is_built_with_follows_before_and_is_read_only_after(base_f
         ("roae", RoAEConfig(rank=8)),
         ("base_dtype", "float32"),
         ("quantization", "int8"),
-        ("gradient_checkpointing", True),
         ("speed", SpeedConfig(compile=True)),
         ("adapter", "folder"),
     ):

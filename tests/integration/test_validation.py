@@ -17,7 +17,7 @@ from rosa_lightning.data.prompts import AlpacaStyle
 from rosa_lightning.models import tiny
 from rosa_lightning.tasks.records import reference
 from tests import ranks
-from tests.conftest import data_module
+from tests.conftest import data_module, rosa_module
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
@@ -27,7 +27,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 
 def validated(folder: Path, data: ReasoningDataModule, **options: Any) -> dict[str, float]:
-    built = RoSAModule("tiny", **{"max_new_tokens": 8, **options})
+    built = rosa_module("tiny", **{"max_new_tokens": 8, **options})
     (metrics,) = trainer(folder).validate(built, data, verbose=False)
     return dict(metrics)
 
@@ -158,7 +158,7 @@ def test_loaders_made_by_hand_give_the_same_accuracy(tmp_path):
     loader = data.val_dataloader()
     assert isinstance(loader, DataLoader)
     (found,) = trainer(tmp_path).validate(
-        RoSAModule("tiny", max_new_tokens=8), loader, verbose=False
+        rosa_module("tiny", max_new_tokens=8), loader, verbose=False
     )
     assert found["val/accuracy"] == expected["val/accuracy"]
 
@@ -166,10 +166,10 @@ def test_loaders_made_by_hand_give_the_same_accuracy(tmp_path):
 def on_two_ranks(folder: Path) -> dict[str, float]:
     run = trainer(folder, strategy=ranks.ddp(), devices=ranks.WORLD)
     (metrics,) = run.validate(
-        RoSAModule("tiny", max_new_tokens=8), half(folder / "half.json"), verbose=False
+        rosa_module("tiny", max_new_tokens=8), half(folder / "half.json"), verbose=False
     )
     sharded = trainer(folder, strategy=ranks.fsdp2(), devices=ranks.WORLD)
-    (without,) = sharded.validate(RoSAModule("tiny", max_new_tokens=8), demo(), verbose=False)
+    (without,) = sharded.validate(rosa_module("tiny", max_new_tokens=8), demo(), verbose=False)
     assert not [name for name in without if "accuracy" in name]
     return dict(metrics)
 

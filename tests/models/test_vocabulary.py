@@ -70,7 +70,7 @@ def test_answers_are_found_without_a_row_for_padding(base, tmp_path, evaluation)
     )
     path = str(write_records(tmp_path / "test.json", 5, "the correct answer is true", "true"))
     records = data(tmp_path, test_sources=[{"path": path, "task": "boolq"}])
-    module = RoSAModule(str(base), evaluation=config, max_new_tokens=3)
+    module = rosa_module(base, evaluation=config, max_new_tokens=3)
     assert trainer(tmp_path).test(module, records, verbose=False)
 
 
