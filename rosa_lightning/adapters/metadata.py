@@ -266,6 +266,6 @@ def _rotation(report: RoAEReport) -> dict[str, list[float]]:
     """Head dimension, number, sum and frequencies' sum of the adapted dimensions, by projection."""
     found: dict[str, list[float]] = {}
     for p in report.projections:
-        frequency = sum(p.table.inv_freq[pair] for pair in p.low_pairs)
+        frequency = sum(p.table.inv_freq[pair] for pair in p.adapted_pairs)
         found[p.name] = [*map(float, (p.table.head_dim, len(p.dims), sum(p.dims), frequency))]
     return found

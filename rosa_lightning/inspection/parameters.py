@@ -122,12 +122,11 @@ def _describe(kind: LayerSummary, indices: Sequence[int]) -> Iterable[Renderable
 
 def _rotation(projection: AdaptedProjection) -> str:
     """The adapted pairs and their frequencies."""
-    table, (fastest, other) = projection.table, projection.border
-    border = "" if other is None else f", next {other:.2g}"
-    both = dict.fromkeys([f"{min(table.inv_freq):.2g}", f"{fastest:.2g}"])
+    table = projection.table
+    both = dict.fromkeys(f"{frequency:.2g}" for frequency in projection.frequencies)
     return (
-        f"{len(projection.low_pairs)} of {len(table.pairs)} pairs, dimensions "
-        f"{spans(projection.dims)} of {table.head_dim}; {' to '.join(both)} radians a token{border}"
+        f"{len(projection.adapted_pairs)} of {len(table.pairs)} pairs, dimensions "
+        f"{spans(projection.dims)} of {table.head_dim}; {' to '.join(both)} radians a token"
     )
 
 

@@ -48,7 +48,7 @@ class RoAEReport:
 
     def __str__(self) -> str:
         """One line for people."""
-        first = next((p for p in self.projections if p.low_pairs), None)
+        first = next((p for p in self.projections if p.adapted_pairs), None)
         dims = f", {len(first.dims)} of {first.table.head_dim} dimensions a head" if first else ""
         return (
             f"RoAE on {len(self.projections)} projections{dims}; {self.num_trainable:,} trainable "

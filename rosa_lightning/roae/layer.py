@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rosa_lightning.models.quantization import is_quantized
+from rosa_lightning.roae.rope import Dims
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Placement = Literal["projection", "state"]
@@ -61,6 +62,11 @@ class RoAEConfig:
     row takes it, which is LoRA. Layers without RoPE are not adapted."""
     dropout: float = 0.0
     """Dropout probability on the term's input while training, in [0, 1)."""
+    dims: Dims = "low"
+    """Which RoPE pairs of q and k are adapted: ``low``, the slowest, is RoAE. ``high`` (the
+    fastest), ``random`` and ``all`` are controls; all but the last take as many."""
+    dims_seed: int = 0
+    """Chooses the ``random`` pairs, of each layer anew."""
     placement: Placement = "projection"
     """Where the term of q and k is added: right after the projection, where it folds into the
     weight, or after the norm on Q and K of models that have one."""
@@ -90,6 +96,8 @@ class RoAEConfig:
         known, given = get_args(Target), self.targets if isinstance(self.targets, tuple) else ()
         if not 0 < len(given) == sum(given.count(target) == 1 for target in known):
             yield "targets", f"must name each of {', '.join(known)} at most once, and one at least"
+        if self.dims not in get_args(Dims):
+            yield "dims", f"is unknown; {', '.join(get_args(Dims))}"
         if self.placement not in get_args(Placement):
             yield "placement", "is unknown; projection or state"
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from random import Random
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Dims = Literal["low", "high", "random", "all"]
 
 _TOLERANCE = 1e-2
 """Share of a unit vector that may be lost to rounding before a rotation is called unreadable; some
@@ -49,6 +53,25 @@ class PairTable:
         count = max(1, round(ratio * len(self.pairs)))
         slowest_first = sorted(range(len(self.pairs)), key=lambda i: (self.inv_freq[i], -i))
         return tuple(sorted(slowest_first[:count]))
+
+    def select_pairs(self, dims: Dims, ratio: float, seed: str = "") -> tuple[int, ...]:
+        """Indices of the pairs that a choice of dimensions names, ascending.
+
+        As many as `low_frequency_pairs`, but for ``all``: the slowest, the fastest, or a draw that
+        ``seed`` decides.
+        """
+        everything = tuple(range(len(self.pairs)))
+        low = self.low_frequency_pairs(ratio)
+        if dims == "low" or not everything:
+            return low
+        if dims == "high":
+            fastest_first = sorted(everything, key=lambda i: (-self.inv_freq[i], i))
+            return tuple(sorted(fastest_first[: len(low)]))
+        return (
+            everything
+            if dims == "all"
+            else tuple(sorted(Random(seed).sample(everything, len(low))))
+        )
 
 
 def read_pair_table(rotate: Callable[[Tensor], Tensor], head_dim: int) -> PairTable:

@@ -40,7 +40,7 @@ class AdaptedProjection:
     num_heads: int = 1
     table: PairTable = _NO_PAIRS
     """All RoPE pairs of a head in this layer; empty for targets other than q and k."""
-    low_pairs: tuple[int, ...] = ()
+    adapted_pairs: tuple[int, ...] = ()
     """Indices of the adapted pairs in ``table.pairs``."""
     norm: str = ""
     """Dotted path of the norm after which the term is added; empty: right after the projection."""
@@ -50,7 +50,7 @@ class AdaptedProjection:
     @property
     def dims(self) -> tuple[int, ...]:
         """The adapted head dimensions, ascending; none for targets other than q and k."""
-        return self.table.dims_of(self.low_pairs)
+        return self.table.dims_of(self.adapted_pairs)
 
     @property
     def num_parameters(self) -> int:
@@ -58,11 +58,10 @@ class AdaptedProjection:
         return self.rank * (self.in_features + len(self.rows))
 
     @property
-    def border(self) -> tuple[float | None, float | None]:
-        """Fastest adapted and slowest other frequency, radians per token; None if there is none."""
-        low = [self.table.inv_freq[i] for i in self.low_pairs]
-        others = [f for i, f in enumerate(self.table.inv_freq) if i not in self.low_pairs]
-        return max(low, default=None), min(others, default=None)
+    def frequencies(self) -> tuple[float, float]:
+        """Slowest and fastest of the adapted pairs, radians per token; of q and k alone."""
+        adapted = [self.table.inv_freq[i] for i in self.adapted_pairs]
+        return min(adapted), max(adapted)
 
 
 def select_projections(
@@ -108,7 +107,7 @@ def _terms(
         dims = tuple(range(len(source.rows[0])))
         if target != "v":
             rotation = _rotation(layer, source, config)
-            dims = layer.table.dims_of(rotation["low_pairs"])
+            dims = layer.table.dims_of(rotation["adapted_pairs"])
         found = [(source.projection, source.rows_of(dims))]
     elif target == "o" and layer.output:
         found = [(layer.output, range(trace.widths[layer.output][1]))]
@@ -136,9 +135,10 @@ def _terms(
 
 def _rotation(layer: AttentionGeometry, source: StateRows, config: RoAEConfig) -> dict[str, Any]:
     """The fields of `AdaptedProjection` that only queries and keys have."""
-    low_pairs = layer.table.low_frequency_pairs(config.low_freq_ratio)
-    dims = layer.table.dims_of(low_pairs)
-    found = {"num_heads": len(source.rows), "table": layer.table, "low_pairs": low_pairs}
+    seed = f"{config.dims_seed} {layer.path}"  # the same pairs in q and k
+    pairs = layer.table.select_pairs(config.dims, config.low_freq_ratio, seed)
+    dims = layer.table.dims_of(pairs)
+    found = {"num_heads": len(source.rows), "table": layer.table, "adapted_pairs": pairs}
     if config.placement == "projection" or not source.norm:
         return found
     if source.rows_of(dims) != tuple(head[dim] for head in source.rows for dim in dims):

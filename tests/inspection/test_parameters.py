@@ -43,10 +43,9 @@ def test_every_layer_is_told_in_full():
     q, up = layer.projections
     assert (q.projection, q.target, q.num_heads) == ("self_attn.q_proj", "q", 5)
     assert q.dims == (*range(12, 16), *range(28, 32))
-    assert (q.table.head_dim, len(q.low_pairs), len(q.table.pairs)) == (32, 4, 16)
+    assert (q.table.head_dim, len(q.adapted_pairs), len(q.table.pairs)) == (32, 4, 16)
     assert min(q.table.inv_freq) == pytest.approx(10000 ** (-30 / 32), rel=1e-4)
-    assert q.border[0] == pytest.approx(10000 ** (-24 / 32), rel=1e-4)
-    assert q.border[1] == pytest.approx(10000 ** (-22 / 32), rel=1e-4)
+    assert q.frequencies[1] == pytest.approx(10000 ** (-24 / 32), rel=1e-4)
     assert q.num_parameters == 16 * 160 + 5 * 8 * 16
     assert layer.projection_sizes[0] == 160 * 160 + 160 + q.num_parameters
     assert (up.projection, up.dims, up.table.pairs) == ("mlp.up_proj", (), ())

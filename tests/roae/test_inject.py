@@ -264,9 +264,40 @@ def test_the_report_says_what_stands_where():
     assert [p.name for p in report.projections] == names
     q, k = report.projections[:2]
     # Eight pairs a head of 16, base 10000: frequency i is 10000 ** (-i / 8).
-    assert q.border == pytest.approx((10000 ** (-6 / 8), 10000 ** (-5 / 8)), rel=1e-4)
+    assert q.frequencies == pytest.approx((10000 ** (-7 / 8), 10000 ** (-6 / 8)), rel=1e-4)
     assert (q.dims, q.num_heads, k.num_heads) == ((6, 7, 14, 15), 4, 2)
     assert "4 of 16 dimensions a head" in str(report)
+
+
+@pytest.mark.parametrize(("dims", "pairs"), [("low", (6, 7)), ("high", (0, 1)), ("all", range(8))])
+def test_controls_adapt_other_dimensions(dims, pairs):
+    model = build("llama")
+    ids = torch.arange(12).view(1, 12)
+    projection = model.get_submodule("model.layers.0.self_attn.q_proj")
+    states = torch.randn(1, 3, projection.in_features)
+    before = projection(states)
+    report = inject_roae(model, RoAEConfig(rank=4, low_freq_ratio=0.25, dims=dims))
+    for name, parameter in model.named_parameters():
+        if name.endswith("roae_B"):
+            torch.nn.init.normal_(parameter)
+    moved = (model.get_submodule("model.layers.0.self_attn.q_proj")(states) != before).any((0, 1))
+    expected = {head * 16 + d for head in range(4) for i in pairs for d in (i, i + 8)}
+    assert set(moved.nonzero().flatten().tolist()) == expected
+    assert report.projections[0].dims == tuple(sorted(d for i in pairs for d in (i, i + 8)))
+    assert model(ids).logits.isfinite().all()
+
+
+def test_random_dimensions_are_one_draw_for_each_layer_and_seed():
+    def dims(seed):
+        config = RoAEConfig(rank=2, low_freq_ratio=0.5, dims="random", dims_seed=seed)
+        return [p.dims for p in inject_roae(build("llama"), config).projections]
+
+    first = dims(0)
+    assert first == dims(0)
+    assert first[0] == first[1]  # q and k of a layer
+    assert first[0] != first[2]  # another layer
+    assert first != dims(1)
+    assert all(len(one) == 8 for one in first)
 
 
 def test_the_slowest_pairs_of_a_half_precision_model_are_told_apart():
