@@ -107,7 +107,7 @@ class AdaptedModel(LightningModule):
         base: str,
         roae: RoAEConfig = _DEFAULT_ROAE,
         *,
-        peft: Any = None,
+        peft: dict[str, Any] | None = None,
         finetune: Literal["adapter", "full"] = "adapter",
         speed: SpeedConfig = _DEFAULT_SPEED,
         adapter: str | None = None,

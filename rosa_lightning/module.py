@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 from rosa_lightning.adapted import AdaptedModel
 from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
 from rosa_lightning.adapters.metadata import Conditions, tokenizer_digest
+from rosa_lightning.adapters.methods import method_to_dict
 from rosa_lightning.adapters.resume_checks import check_entries, check_states_fit
 from rosa_lightning.data.collators import num_rows
 from rosa_lightning.data.text_info import TextInfo
@@ -30,6 +31,7 @@ from rosa_lightning.models.finite import check_states, check_weights
 from rosa_lightning.models.loading import context_length, whole_name
 from rosa_lightning.models.quantization import check_trainable
 from rosa_lightning.roae.inject import check_adapter_keys
+from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.checkpoint_io import check_outputs, use_atomic_checkpoints
 from rosa_lightning.training.guard import StepGuard, check_clipping, check_max_nonfinite_steps
 from rosa_lightning.training.resume import (
@@ -316,20 +318,24 @@ class RoSAModule(AdaptedModel):
 
     def about_evaluation(self) -> dict[str, Any]:
         """What was evaluated and how, as plain values, for ``results.json``."""
-        state, here = self.state_dict(), self.conditions()
-        # Where every B is zero, the outputs are the base's own.
-        added = any(bool(state[name].any()) for name in state if name.endswith("roae_B"))
+        here, added = self.conditions(), self._differs_from_base()
         origin = self.trainer.ckpt_path or self.adapter or "an adapter trained in this process"
         return {
             "model": f"{self.base} + {origin}" if added else f"{self.base}, without an adapter",
             "base": self.base,
             "revision": self.base_fingerprint.revision,
-            "roae": self.hparams["roae"] if added else None,
+            **(method_to_dict(self.method) if added else {"roae": None}),
             **asdict(self.evaluation),
-            "max_new_tokens": self.evaluation.max_new_tokens,
             "cut_prompts": self.text_info().cut_prompts,
             **here.to_dict(),
         }
+
+    def _differs_from_base(self) -> bool:
+        if not isinstance(self.method, RoAEConfig):  # they begin at the base's outputs
+            return self._has_trained or self.trainer.ckpt_path is not None
+        # Where every B is zero, the outputs are the base's own.
+        state = self.state_dict()
+        return any(bool(state[name].any()) for name in state if name.endswith("roae_B"))
 
     # What an adapter was trained with, beside weights and RoAE.
 

@@ -11,7 +11,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,19 +53,17 @@ class PeftMethod:
         if isinstance(given, PeftMethod):
             return given
         if is_dataclass(given) and not isinstance(given, type):
-            known = {f.name: getattr(given, f.name) for f in fields(given) if f.init}
-            return cls(
-                f"{type(given).__module__}.{type(given).__qualname__}", _changed(given, known)
+            path = f"{type(given).__module__}.{type(given).__qualname__}"
+            kind: Any = type(given)
+            return cls(path, _changed(kind, asdict(given)))
+        if not (isinstance(given, Mapping) and isinstance(given.get("class_path"), str)):
+            raise ValueError(
+                f"model.peft={given!r} is no method of PEFT. Set class_path, such as "
+                "peft.LoraConfig, and init_args."
             )
-        if isinstance(given, Mapping) and {"class_path"} <= given.keys() <= {
-            "class_path",
-            "init_args",
-        }:
-            return cls(str(given["class_path"]), dict(given.get("init_args") or {}))
-        raise ValueError(
-            f"model.peft={given!r} is no method of PEFT. Set class_path, such as peft.LoraConfig, "
-            "and init_args."
-        )
+        # The command line adds all defaults.
+        path, init_args = given["class_path"], dict(given.get("init_args") or {})
+        return cls(path, _changed(_configuration_class(path), init_args))
 
     def config(self) -> PeftConfig:
         """The configuration that PEFT takes.
@@ -75,22 +73,7 @@ class PeftMethod:
             ValueError: No configuration of PEFT, arguments that it does not take, or a method that
                 cannot be trained in place.
         """
-        try:
-            import peft
-        except ImportError as error:
-            raise ImportError(
-                f"model.peft needs PEFT, which is missing. Run {_INSTALL}."
-            ) from error
-        module, _, name = self.class_path.rpartition(".")
-        try:
-            made = getattr(importlib.import_module(module or "peft"), name)
-        except (ImportError, AttributeError, ValueError):
-            made = None
-        if not (isinstance(made, type) and issubclass(made, peft.PeftConfig)):
-            raise ValueError(
-                f"model.peft.class_path={self.class_path} is no configuration of PEFT. Name one, "
-                "such as peft.LoraConfig."
-            )
+        made = _configuration_class(self.class_path)
         settings = {"task_type": "CAUSAL_LM", **self.init_args}
         if "random_seed" in (f.name for f in fields(made)):  # of what is not trained, nor saved
             settings = {"random_seed": 0, **settings}
@@ -104,12 +87,42 @@ class PeftMethod:
         return config
 
 
-def _changed(config: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration that are not its defaults, as plain values."""
-    default = type(config)()
-    found = {name: value for name, value in known.items() if getattr(default, name) != value}
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in found.items()}
-    return {name: getattr(value, "value", value) for name, value in plain.items()}
+def _configuration_class(path: str) -> type[PeftConfig]:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"model.peft needs PEFT, which is missing. Run {_INSTALL}.") from error
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or "peft"), name)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, peft.PeftConfig)):
+        raise ValueError(
+            f"model.peft.class_path={path} is no configuration of PEFT. Name one, such as "
+            "peft.LoraConfig."
+        )
+    return found
+
+
+def _changed(kind: type[PeftConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not a configuration's defaults, as plain values."""
+    defaults: dict[str, Any] = {}
+    for one in fields(kind):
+        made = one.default if one.default_factory is MISSING else one.default_factory()
+        defaults[one.name] = _plain(made)
+    set_by_peft = {"peft_type", "peft_version", "auto_mapping"}
+    if settings.get("init_lora_weights") != "loftq":
+        set_by_peft.add("loftq_config")
+    plain = {name: _plain(value) for name, value in settings.items() if name not in set_by_peft}
+    return {k: v for k, v in plain.items() if k not in defaults or defaults[k] != v}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    value = getattr(value, "value", value)
+    return sorted(value) if isinstance(value, set) else value
 
 
 def _check_supported(config: PeftConfig) -> None:

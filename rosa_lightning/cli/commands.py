@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -63,6 +63,10 @@ class CommandContext:
     data: ReasoningDataModule
     trainer: Mapping[str, Any]
     """The trainer's arguments, callbacks instantiated."""
+    shared: Callable[[], str]
+    """The configuration of the training, as YAML for ``fit``."""
+    build: Callable[[Sequence[Path]], RoSAModule]
+    """The module that some configuration files describe."""
 
 
 def export(

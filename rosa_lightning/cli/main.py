@@ -19,6 +19,7 @@ from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from rosa_lightning.cli.commands import (
     inspect,
     report,
 )
+from rosa_lightning.cli.compare import compare
 from rosa_lightning.cli.configuration import ONE_SELECTION, check_classes, check_trainer_settings
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.cli.process import (
@@ -80,11 +82,12 @@ COMMANDS = {
     "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
     "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
     "audit": "Look at the training data: lengths, duplicates, contamination.",
+    "compare": "Compare methods at equal budgets, or two finished tests question by question.",
     "bench": "Measure a training beside PEFT LoRA and the frozen base.",
     "report": "Write what a run has logged as one HTML page.",
 }
 """What each command does, for ``--help``."""
-_TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, bench, report)
+_TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, compare, bench, report)
 TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
 _OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
 _OF_A_STEP = (
@@ -102,6 +105,7 @@ VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
         *("data.sources", "data.test_sources", "data.tokenizer", "data.prompt_style"),
         *("data.max_length", "data.loading.decontaminate"),
     ),
+    "compare": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
     "bench": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
     "report": (),
 }
@@ -253,8 +257,12 @@ class RoSACLI(LightningCLI):
             if not action.dest.startswith(("help", "config", *VISIBLE_KEYS[name])):
                 action.help = SUPPRESS
         own = parser.add_function_arguments(
-            TOOL_COMMANDS[name], skip={"context"}, as_positional=name == "report"
+            TOOL_COMMANDS[name], skip={"context", "runs"}, as_positional=name == "report"
         )
+        if name == "compare":
+            about = "Folders of two finished tests, to compare question by question."
+            parser.add_argument("runs", nargs="*", type=str, default=[], help=about)
+            own.append("runs")
         parser._action_groups[-1].title = name
         self._subcommand_method_arguments[name] = own
         return parser
@@ -295,9 +303,29 @@ class RoSACLI(LightningCLI):
         options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
         trainer = dict(config["trainer"])
         trainer["callbacks"] = [config["dls"], *_listed(trainer.get("callbacks"))]
-        context = CommandContext(config["model"], config["data"], trainer)
+        context = CommandContext(
+            config["model"],
+            config["data"],
+            trainer,
+            partial(self._shared, subcommand),
+            partial(self._built, subcommand),
+        )
         with termination():
             TOOL_COMMANDS[subcommand](context, **options)
+
+    def _shared(self, subcommand: str) -> str:
+        """The configuration of the training that a command was given, as YAML for ``fit``."""
+        config = self.config[subcommand].clone()
+        for name in (*self._subcommand_method_arguments[subcommand], "config", "weights_only"):
+            config.pop(name, None)
+        return str(self._subcommand_parsers[subcommand].dump(config, skip_none=False))
+
+    def _built(self, subcommand: str, files: Sequence[Path]) -> RoSAModule:
+        """The module that some configuration files describe."""
+        parser = self._subcommand_parsers[subcommand]
+        config = parser.parse_args([f"--config={file}" for file in files])
+        module: RoSAModule = parser.instantiate_classes(config).model
+        return module
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as given; Lightning would overwrite it with the checkpoint's."""

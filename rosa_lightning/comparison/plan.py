@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,11 @@ def solve_rank(count: Callable[[int], int], budget: int, most: int = 4096) -> in
         budget: Trainable parameters.
         most: Highest rank.
     """
+    count = cache(count)
+    slope = max(1, count(2) - count(1))
+    guess = min(max(1, round((budget - count(1)) / slope) + 1), most)
+    if count(guess) == count(1) + slope * (guess - 1):  # as of low-rank terms: no need to search
+        return guess
     low, high = 1, most
     while high - low > 1:
         middle = (low + high) // 2

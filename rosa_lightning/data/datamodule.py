@@ -256,11 +256,12 @@ class ReasoningDataModule(LightningDataModule):
         self._prompts[purpose] = found
 
     def _read_training(self) -> None:
-        cache = cache_folder(self.loading.cache_dir)
+        cache, given = cache_folder(self.loading.cache_dir), self.loading.split_seed
+        split_seed = self.seed if given is None else given
         compared = self.loading.decontaminate and bool(self.test_sources)
         with together("reading of data.sources"):
             records: Any = {
-                source.label: load_records(source, "train", self.tasks, self.seed, cache)
+                source.label: load_records(source, "train", self.tasks, split_seed, cache)
                 for source in self.sources
             }
             tested = questions_of(self.test_sources, self.tasks) if compared else frozenset()
@@ -269,7 +270,7 @@ class ReasoningDataModule(LightningDataModule):
             tested = self.trainer.strategy.broadcast(tested)
         with together("tokenization of data.sources"):
             self._set = read_training_set(
-                records, tested, self._encoder(), cache, self.val_fraction, self.seed
+                records, tested, self._encoder(), cache, self.val_fraction, split_seed
             )
         if self._counter.names != self.source_names:
             self._counter = SampleCounter(self.source_names)

@@ -38,6 +38,9 @@ class LoadingConfig:
     val_generate: int = 32
     """Validation records whose answers each validation writes, for val/accuracy; 0 writes none.
     They are spread evenly over the sources whose task has answers to compare."""
+    split_seed: int | None = None
+    """Chooses the validation records and those of max_examples; by default data.seed, which then
+    decides the order alone."""
     num_workers: int = 0
     """Processes that prepare batches; 0 prepares them in the main process."""
     cache_dir: str | None = "auto"

@@ -90,7 +90,9 @@ class ResultWriter(Callback):
         module: Any = pl_module
         folder = self._target = _log_folder(trainer) if self.folder is None else Path(self.folder)
         weights = module.state_dict()
-        norms = [float(weights[k].float().norm()) for k in sorted(weights) if k.endswith("roae_B")]
+        norms = [
+            float(weights[k].float().norm()) for k in sorted(weights) if not k.endswith("roae_A")
+        ]
         # The norm tells apart adapters that were loaded from the same path.
         self._about = {**module.about_evaluation(), "adapter_norm": sum(norms)}
         own = bool(trainer.loggers) and self.folder is None  # a folder of this run alone

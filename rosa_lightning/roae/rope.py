@@ -67,11 +67,9 @@ class PairTable:
         if dims == "high":
             fastest_first = sorted(everything, key=lambda i: (-self.inv_freq[i], i))
             return tuple(sorted(fastest_first[: len(low)]))
-        return (
-            everything
-            if dims == "all"
-            else tuple(sorted(Random(seed).sample(everything, len(low))))
-        )
+        if dims == "random":
+            return tuple(sorted(Random(seed).sample(everything, len(low))))
+        return everything
 
 
 def read_pair_table(rotate: Callable[[Tensor], Tensor], head_dim: int) -> PairTable:

@@ -68,7 +68,7 @@ def test_the_numbers_of_every_layer_and_of_the_model_are_printed():
     assert ["model", "25,600", "1,400,160", "1.83"] in lines
     flat = " ".join(text.split())
     assert "q, k: 4 of 16 pairs, dimensions 12-15, 28-31 of 32; 0.00018 to 0.001 radians" in flat
-    assert "next 0.0018" in flat
+    assert "0.001 radians a token" in flat
 
 
 def test_layers_that_are_alike_share_a_table_and_the_others_have_their_own():

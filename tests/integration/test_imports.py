@@ -15,6 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "rosa_lightning"
 ROWS = (
     ("cli",),
+    ("comparison",),
     ("module", "inspection"),
     ("adapted",),
     ("evaluation", "training", "adapters"),

@@ -1,0 +1,229 @@
+"""``compare``: methods at equal budgets, or two finished tests question by question."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rosa_lightning.adapters.methods import Method as Applied
+from rosa_lightning.adapters.methods import PeftMethod, apply_method
+from rosa_lightning.cli.commands import CommandContext
+from rosa_lightning.comparison.compare import SHARED, Comparison, Method
+from rosa_lightning.comparison.paired import compare_answers, read_answers
+from rosa_lightning.comparison.plan import ComparisonConfig, Run, nested, slug, solve_rank
+from rosa_lightning.comparison.report import comparison_table, write_report
+from rosa_lightning.comparison.runner import read_json, write_once
+from rosa_lightning.models.loading import load_skeleton
+from rosa_lightning.module import RoSAModule
+from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.utils.tables import text_table
+
+_TOLERANCE = 0.01
+"""Share by which a method may miss the budget without a word."""
+
+
+def compare(
+    context: CommandContext,
+    *,
+    comparison: ComparisonConfig | None = None,
+    runs: list[str] | None = None,
+) -> None:
+    """Train methods at equal budgets and compare them; or compare two finished tests.
+
+    It goes on where it was stopped: run the same command again.
+
+    Args:
+        context: The configuration that all methods share.
+        comparison: The methods, budgets, learning rates and seeds.
+        runs: Folders of two finished tests.
+    """
+    if runs:
+        _compare_two(runs)
+        return
+    if comparison is None:
+        raise ValueError(
+            "nothing to compare is given. Set comparison.methods, as configs/compare.yaml does, or "
+            "name the folders of two finished tests."
+        )
+    comparison = replace(comparison, methods=_plain(comparison.methods))
+    _check_callbacks(context)
+    root = Path(comparison.folder)
+    shared = context.shared()
+    write_once(root / SHARED, shared)
+    methods = [_sized(context, comparison, name) for name in comparison.methods]
+    steps: int = context.trainer["max_steps"]
+    if steps < 1 and comparison.max_steps is None and comparison.train_seconds is None:
+        raise ValueError(
+            "the runs have no end. Set comparison.max_steps, comparison.train_seconds or "
+            "trainer.max_steps."
+        )
+    with _Display(comparison) as display:
+        content = Comparison(comparison, methods, shared, steps, display).run()
+    write_report(content, root / "report.html")
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(comparison_table(content))
+    sys.stdout.write(f"{root / 'report.html'}\n")
+
+
+def _plain(value: Any) -> Any:
+    """Values as YAML has them: the parser makes namespaces of what names a class."""
+    value = value.as_dict() if isinstance(value, Namespace) else value
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _check_callbacks(context: CommandContext) -> None:
+    callbacks = context.trainer["callbacks"]
+    saved = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor == "val/loss"]
+    if not any(one.save_last for one in saved):
+        raise ValueError(
+            "a comparison needs the best checkpoint of each run, and the last one to go on from. "
+            "Set trainer.callbacks to a ModelCheckpoint with monitor val/loss and save_last true."
+        )
+
+
+def _sized(context: CommandContext, comparison: ComparisonConfig, name: str) -> Method:
+    """A method with the rank that the budget gives; of one without a rank the size is said."""
+    overrides = nested(comparison.methods[name])
+    files = [Path(comparison.folder) / SHARED]
+    if overrides:
+        files.append(Path(comparison.folder) / slug(name) / "method.yaml")
+        write_once(files[-1], yaml.safe_dump(overrides))
+    module = context.build(files)
+
+    def count(rank: int | None) -> int:
+        model: Any = load_skeleton(module.base, **module.loading)
+        return apply_method(model, _with_rank(module.method, rank)).num_trainable
+
+    budget, rank = comparison.trainable_parameters, _rank(module)
+    if budget is not None and rank is not None:
+        rank = solve_rank(count, budget)
+        method = _with_rank(module.method, rank)
+        key = "model.peft" if isinstance(method, PeftMethod) else "model.roae"
+        overrides = nested({**comparison.methods[name], key: asdict(method)})
+    trainable = count(rank)
+    if budget is not None and abs(trainable / budget - 1) > _TOLERANCE:
+        sys.stdout.write(
+            f"{name} trains {trainable:,} parameters, which is as near to {budget:,} as it comes.\n"
+        )
+    return Method(name, overrides, rank, trainable)
+
+
+def _rank(module: RoSAModule) -> int | None:
+    method = module.method
+    if isinstance(method, RoAEConfig):
+        return method.rank
+    rank = getattr(method.config(), "r", None) if isinstance(method, PeftMethod) else None
+    return rank if isinstance(rank, int) and rank > 0 else None
+
+
+def _with_rank(method: Applied, rank: int | None) -> Applied:
+    """A method at another rank, its alpha in proportion."""
+    if rank is None:
+        return method
+    if isinstance(method, RoAEConfig):
+        return replace(method, rank=rank, alpha=method.alpha / method.rank * rank)
+    if not isinstance(method, PeftMethod):
+        return method
+    config: Any = method.config()
+    init_args = {**method.init_args, "r": rank}
+    if getattr(config, "lora_alpha", None) is not None:
+        init_args["lora_alpha"] = config.lora_alpha / config.r * rank
+    return replace(method, init_args=init_args)
+
+
+class _Display:
+    """One bar over all steps of a comparison, and a line for each run that has ended."""
+
+    def __init__(self, comparison: ComparisonConfig) -> None:
+        methods, seeds = len(comparison.methods), len(comparison.seeds)
+        self.num_runs = methods * (len(comparison.learning_rates) + seeds - 1)
+        self.num_ended = 0
+        self.console = Console()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, left in all"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.bar = self.progress.add_task("", total=None)
+        self.before = 0
+
+    def __enter__(self) -> _Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def begin(self, run: Run) -> None:
+        """Name the run."""
+        rate = f", rate {run.learning_rate:g}" if run.learning_rate else ""
+        place = f"{min(self.num_ended + 1, self.num_runs)}/{self.num_runs}"
+        self.progress.update(self.bar, description=f"{place} {run.method}{rate}, seed {run.seed}")
+
+    def at(self, step: int, steps: int) -> None:
+        """Move the bar, whose end is that of all runs at this run's length."""
+        if steps > 0:
+            total = self.before + steps * max(1, self.num_runs - self.num_ended)
+            self.progress.update(self.bar, completed=self.before + step, total=total)
+
+    def end(self, run: Run, result: dict[str, Any]) -> None:
+        """Say how it ended."""
+        loss = result.get("val_loss")
+        said = result.get("error") or result["status"]
+        if loss is not None:
+            said = f"val/loss {loss:.4f}, {result['train_seconds']:.0f} s"
+        rate = f" rate {run.learning_rate:g}" if run.learning_rate else ""
+        self.console.print(f"{run.method}{rate} seed {run.seed}: {said}", markup=False)
+        if run.method != "base":
+            self.num_ended += 1
+            self.before += result.get("steps") or 0
+
+
+def _compare_two(runs: list[str]) -> None:
+    """Two finished tests, question by question."""
+    if len(runs) != 2:
+        raise ValueError(f"{len(runs)} folders of tests are given, and two can be compared.")
+    about = []
+    for run in runs:
+        results = read_json(Path(run) / "results.json")
+        if not results.get("complete"):
+            raise ValueError(
+                f"{run} holds no finished test: results.json is missing there, or not complete. "
+                "Give the folder that `test` has written to."
+            )
+        about.append(results)
+    for key in ("prompt_style", "rules"):
+        ours, theirs = (json.dumps(one.get(key)) for one in about)
+        if ours != theirs:
+            raise ValueError(
+                f"the two tests differ in {key}: {ours} and {theirs}. Test both with the same."
+            )
+    answers = [read_answers(Path(run) / "predictions.jsonl") for run in runs]
+    columns = ("Questions", "Difference", "95 % interval", "p (bootstrap)", "p (McNemar)")
+    table = text_table(f"{runs[0]} against {runs[1]}", "Task", *columns)
+    for row in compare_answers(answers[:1], answers[1:]):
+        low, high = 100 * row["low"], 100 * row["high"]
+        table.add_row(
+            row["metric"],
+            f"{row['n']:,}",
+            f"{100 * row['mean']:+.1f}",
+            f"{low:+.1f} to {high:+.1f}",
+            f"{row['p']:.3g}",
+            f"{row['p_mcnemar']:.3g}",
+        )
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
