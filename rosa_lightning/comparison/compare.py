@@ -73,6 +73,7 @@ class Comparison:
     display: Display
     _rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     _base: dict[str, Any] = field(default_factory=dict)
+    _seen: set[Run] = field(default_factory=set)
 
     @property
     def root(self) -> Path:
@@ -130,7 +131,10 @@ class Comparison:
         """The result of a training, as a row; one that failed is a row, too."""
         folder = run.folder(self.root)
         result = read_json(folder / RESULT)
-        self.display.begin(run)
+        is_new = run not in self._seen
+        self._seen.add(run)
+        if is_new:
+            self.display.begin(run)
         if not result:
             result = {"folder": str(folder.relative_to(self.root)), **asdict(run)}
             try:
@@ -144,7 +148,8 @@ class Comparison:
             except RunFailedError as error:
                 result |= {"status": "failed", "error": str(error), "val_loss": None}
             _write_json(folder / RESULT, result)
-        self.display.end(run, result)
+        if is_new:
+            self.display.end(run, result)
         return result
 
     def _tested(self, run: Run, result: dict[str, Any]) -> dict[str, Any]:

@@ -250,14 +250,15 @@ class ReasoningDataModule(LightningDataModule):
                 )
             encoder = self._encoder(with_response=False)
             for source in sources:
-                examples = encoder(load_records(source, purpose, self.tasks, self.seed))
+                examples = encoder(
+                    load_records(source, purpose, self.tasks, self.loading.choice_seed(self.seed))
+                )
                 self.cut_prompts[source.label] = count_cut_prompts(source.label, examples, encoder)
                 found += examples
         self._prompts[purpose] = found
 
     def _read_training(self) -> None:
-        cache, given = cache_folder(self.loading.cache_dir), self.loading.split_seed
-        split_seed = self.seed if given is None else given
+        cache = cache_folder(self.loading.cache_dir)
         compared = self.loading.decontaminate and bool(self.test_sources)
         with together("reading of data.sources"):
             records: Any = {

@@ -47,6 +47,10 @@ class LoadingConfig:
     """Folder that keeps tokenised training data, and the records of large sources, for the next
     run; auto is rosa_lightning in the user's cache folder (XDG_CACHE_HOME), null keeps nothing."""
 
+    def choice_seed(self, seed: int) -> int:
+        """What chooses records, where ``seed`` is that of their order."""
+        return seed if self.split_seed is None else self.split_seed
+
     def options(self, seed: int) -> dict[str, Any]:
         """Options of every `DataLoader`."""
         # Without its own generator a loader draws from the global one at each pass, and a resumed
