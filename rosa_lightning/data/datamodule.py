@@ -235,7 +235,7 @@ class ReasoningDataModule(LightningDataModule):
             "seed",
             "val_fraction",
         )
-        loading = (self.loading.overlong, self.loading.cache_dir, self.loading.decontaminate)
+        loading = replace(self.loading, num_workers=0, val_generate=0)
         found = {name: copy(getattr(self, name)) for name in names}
         return {**found, "loading": loading, "tokenizer": self._given_tokenizer()}
 
@@ -259,10 +259,11 @@ class ReasoningDataModule(LightningDataModule):
 
     def _read_training(self) -> None:
         cache = cache_folder(self.loading.cache_dir)
+        choice = self.loading.choice_seed(self.seed)
         compared = self.loading.decontaminate and bool(self.test_sources)
         with together("reading of data.sources"):
             records: Any = {
-                source.label: load_records(source, "train", self.tasks, split_seed, cache)
+                source.label: load_records(source, "train", self.tasks, choice, cache)
                 for source in self.sources
             }
             tested = questions_of(self.test_sources, self.tasks) if compared else frozenset()
@@ -271,7 +272,7 @@ class ReasoningDataModule(LightningDataModule):
             tested = self.trainer.strategy.broadcast(tested)
         with together("tokenization of data.sources"):
             self._set = read_training_set(
-                records, tested, self._encoder(), cache, self.val_fraction, split_seed
+                records, tested, self._encoder(), cache, self.val_fraction, choice
             )
         if self._counter.names != self.source_names:
             self._counter = SampleCounter(self.source_names)
