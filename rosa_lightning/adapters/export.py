@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -13,7 +14,15 @@ from safetensors import SafetensorError
 from rosa_lightning.adapters.files import check_plain_model, write_adapter
 from rosa_lightning.adapters.lora import write_lora
 from rosa_lightning.adapters.metadata import Conditions
+from rosa_lightning.adapters.methods import (
+    FullFinetuning,
+    Method,
+    as_plain,
+    trained_otherwise,
+    write_peft,
+)
 from rosa_lightning.models.finite import check_weights
+from rosa_lightning.models.loading import base_name
 from rosa_lightning.roae.inject import merged, roae_layers, roae_report
 from rosa_lightning.utils.files import atomic_directory
 from rosa_lightning.utils.modules import in_mode
@@ -68,7 +77,7 @@ def export_adapter(
     """Write what was trained into a new folder. The model stays as it is.
 
     Args:
-        model: A base with RoAE; of a `RoSAModule` its ``model``.
+        model: A base with RoAE, or as `apply_method` left it; of a `RoSAModule` its ``model``.
         folder: Must not exist. It appears when all files are written.
         format: ``peft``: a LoRA for PEFT, vLLM or llama.cpp. ``merged``: the base with the terms
             folded in, in float32 and cast once. ``rosa``: for `load_adapter`.
@@ -79,14 +88,18 @@ def export_adapter(
         trained: How it was trained, which ``peft`` and ``rosa`` remember.
 
     Raises:
-        ValueError: No RoAE in the model, a term that the format cannot hold, an unknown format, an
-            option of another format, or a folder that exists.
+        ValueError: Nothing was added to the model, a term that the format cannot hold, an unknown
+            format, an option of another format, or a folder that exists.
         OSError: The disk is full, or refuses. Nothing is left behind.
     """
     merged_only = {"max_shard_size": max_shard_size, "dequantize": dequantize}
     check_options(format, tokenizer=tokenizer, **merged_only)
     check_plain_model(model, "export_adapter")
-    roae_report(model)
+    other = trained_otherwise(model)
+    if other is None:
+        roae_report(model)
+    else:
+        _check_format(format, other)
     for name, layer in roae_layers(model):
         check_weights({f"{name}.roae_A": layer.roae_A, f"{name}.roae_B": layer.roae_B})
         if format != "rosa":
@@ -95,9 +108,12 @@ def export_adapter(
     try:
         with atomic_directory(folder) as written:
             if format == "merged":
-                differences = _write_merged(model, written, max_shard_size or "5GB", dequantize)
+                own = merged(model, dequantize=dequantize) if other is None else as_plain(model)
+                differences = _write_merged(model, written, max_shard_size or "5GB", own)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(str(written))
+            elif other is not None:
+                write_peft(model, written, base_name(model))
             elif format == "rosa":
                 write_adapter(model, written, trained)
             else:
@@ -132,14 +148,28 @@ def check_options(format: str, **merged_only: Any) -> None:
         )
 
 
+def _check_format(format: str, method: Method) -> None:
+    possible = ("merged",) if isinstance(method, FullFinetuning) else ("peft", "merged")
+    if format not in possible:
+        what = "all weights" if isinstance(method, FullFinetuning) else "an adapter of PEFT"
+        raise ValueError(
+            f"format={format} cannot hold what was trained, {what}. Set format to "
+            f"{' or '.join(possible)}."
+        )
+
+
 def _write_merged(
-    model: PreTrainedModel, folder: Path, max_shard_size: str, dequantize: bool
+    model: PreTrainedModel, folder: Path, max_shard_size: str, plain: AbstractContextManager[Any]
 ) -> tuple[float, float]:
-    """Save the merged model; the largest difference of its logits, and the largest logit."""
+    """Save the merged model; the largest difference of its logits, and the largest logit.
+
+    Within ``plain`` the model is merged; it gives the weights to save where not all are a plain
+    model's, as a mapping.
+    """
     adapted = _sample_logits(model)
-    with merged(model, dequantize=dequantize):
+    with plain as weights:
         difference = (_sample_logits(model) - adapted).abs().max().item()
-        _save(model, folder, max_shard_size)
+        _save(model, folder, max_shard_size, weights if isinstance(weights, dict) else None)
     return difference, adapted.abs().max().item()
 
 
@@ -155,7 +185,9 @@ def _loading_note(model: PreTrainedModel) -> tuple[str, ...]:
     return (f"AutoModelForCausalLM does not load it, {library}.{name}.from_pretrained does",)
 
 
-def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+def _save(
+    model: PreTrainedModel, folder: Path, max_shard_size: str, weights: dict[str, Any] | None
+) -> None:
     """Save a model with its generation settings as the base has them.
 
     `transformers` refuses to save settings that contradict each other, which many bases carry.
@@ -166,7 +198,7 @@ def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
     if own is not None:
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=weights)
     finally:
         model.generation_config = own
     if own is not None:

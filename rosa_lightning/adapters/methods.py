@@ -10,17 +10,18 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from rosa_lightning.models.quantization import num_parameters
-from rosa_lightning.roae.inject import PEFT_ADAPTER, RoAEReport, inject_roae
+from rosa_lightning.roae.inject import PEFT_ADAPTER, RoAEReport, inject_roae, is_adapter_key
 from rosa_lightning.roae.layer import RoAEConfig
 
 if TYPE_CHECKING:
@@ -149,6 +150,10 @@ class FullFinetuning:
 Method = RoAEConfig | PeftMethod | FullFinetuning
 
 
+_METHOD = "_trained_by"
+"""Attribute of a model with the method that `apply_method` has put on it, where it is not RoAE."""
+
+
 @dataclass(frozen=True)
 class MethodReport:
     """What `apply_method` did where it was not RoAE."""
@@ -177,6 +182,7 @@ def apply_method(model: nn.Module, method: Method) -> RoAEReport | MethodReport:
     """
     if isinstance(method, RoAEConfig):
         return inject_roae(model, method)
+    vars(model)[_METHOD] = method
     if isinstance(method, FullFinetuning):
         model.requires_grad_(True).float()
         return _report(model, method, "Full fine-tuning")
@@ -257,6 +263,40 @@ def _flat(method: Method) -> dict[str, Any]:
         return {"model.finetune": "full"}
     own = {f"model.peft.init_args.{name}": value for name, value in method.init_args.items()}
     return {"model.peft.class_path": method.class_path, **own}
+
+
+def trained_otherwise(model: nn.Module) -> Method | None:
+    """The method that `apply_method` has put on a model; None for RoAE, and for none."""
+    return vars(model).get(_METHOD)
+
+
+@contextmanager
+def as_plain(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The weights of a plain model, the adapter merged for a ``with`` block.
+
+    Within it the model computes with them; afterwards it is bit for bit as it was.
+    """
+    if isinstance(trained_otherwise(model), FullFinetuning):
+        yield model.state_dict()
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    bases: list[Any] = [layer.base_layer for layer in layers]
+    kept = [(p, p.detach().clone()) for base in bases for p in base.parameters()]
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)
+        state = model.state_dict()
+        own = {key: value for key, value in state.items() if not is_adapter_key(key)}
+        yield {key.replace(".base_layer.", "."): value for key, value in own.items()}
+    finally:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that unmerging is inexact: what it leaves is replaced
+            for layer in layers:
+                layer.unmerge()
+            for parameter, values in kept:
+                parameter.copy_(values)
 
 
 def write_peft(model: nn.Module, folder: Path, base: str) -> None:

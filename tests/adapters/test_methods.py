@@ -5,7 +5,9 @@ import copy
 import peft
 import pytest
 import torch
+import transformers
 
+from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.methods import (
     FullFinetuning,
     PeftMethod,
@@ -177,3 +179,35 @@ def test_an_object_of_peft_is_its_class_and_arguments():
 def test_what_cannot_be_trained_is_refused(base, given, message):
     with pytest.raises(ValueError, match=message):
         apply_method(copy.deepcopy(base), PeftMethod.of(given))
+
+
+@pytest.mark.parametrize("name", [*METHODS, "full"])
+def test_the_merged_model_is_plain_and_computes_the_same(base, name, tmp_path):
+    if name == "full":
+        model = copy.deepcopy(base)
+        apply_method(model, FullFinetuning())
+        torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.weight, std=0.1)
+    else:
+        model, _ = trained(base, name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = export_adapter(model, tmp_path / "merged", "merged")
+    assert report.logit_difference < 1e-3
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.state_dict().keys() == base.state_dict().keys()
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        found, wanted = plain.eval()(ids).logits, model.eval()(ids).logits
+    assert torch.allclose(found, wanted, atol=2e-4)
+
+
+def test_formats_that_cannot_hold_it_are_refused(base, tmp_path):
+    model, _ = trained(base, "LoRA")
+    with pytest.raises(ValueError, match="Set format to peft or merged"):
+        export_adapter(model, tmp_path / "rosa", "rosa")
+    full = copy.deepcopy(base)
+    apply_method(full, FullFinetuning())
+    with pytest.raises(ValueError, match=r"all weights\. Set format to merged"):
+        export_adapter(full, tmp_path / "peft", "peft")
+    export_adapter(model, tmp_path / "peft", "peft")
+    assert (tmp_path / "peft" / "adapter_config.json").exists()
