@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rosa_lightning.adapters.export import export_adapter
     from rosa_lightning.adapters.files import load_adapter
+    from rosa_lightning.adapters.methods import PeftMethod
     from rosa_lightning.data.datamodule import ReasoningDataModule
     from rosa_lightning.dls.callback import DynamicLayerSelection
     from rosa_lightning.evaluation.evaluator import EvaluationConfig
     from rosa_lightning.evaluation.writers import ResultWriter
     from rosa_lightning.inspection.run_monitor import RunMonitor
+    from rosa_lightning.inspection.run_record import RunRecorder
     from rosa_lightning.inspection.throughput import TokenThroughputMonitor
     from rosa_lightning.module import RoSAModule
     from rosa_lightning.roae.inject import RoAEReport, inject_roae, merge_roae
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DynamicLayerSelection",
     "EvaluationConfig",
+    "PeftMethod",
     "ReasoningDataModule",
     "ResultWriter",
     "RoAEConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "RoAEReport",
     "RoSAModule",
     "RunMonitor",
+    "RunRecorder",
     "TokenThroughputMonitor",
     "WarmupCosine",
     "export_adapter",
@@ -44,6 +48,7 @@ __version__ = version("rosa-lightning")
 _HOMES = {
     "DynamicLayerSelection": "dls.callback",
     "EvaluationConfig": "evaluation.evaluator",
+    "PeftMethod": "adapters.methods",
     "ReasoningDataModule": "data.datamodule",
     "ResultWriter": "evaluation.writers",
     "RoAEConfig": "roae.layer",
@@ -51,6 +56,7 @@ _HOMES = {
     "RoAEReport": "roae.inject",
     "RoSAModule": "module",
     "RunMonitor": "inspection.run_monitor",
+    "RunRecorder": "inspection.run_record",
     "TokenThroughputMonitor": "inspection.throughput",
     "WarmupCosine": "training.schedule",
     "export_adapter": "adapters.export",

@@ -50,6 +50,10 @@ def rows(prefix: str, kind: Any, group: Any = None) -> list[str]:
     for name, parameter in inspect.signature(kind).parameters.items():
         key = f"{prefix}.{name}" if prefix else name
         default = parameter.default if group is None else getattr(group, name)
+        if default is not parameter.empty and group is None and dataclasses.is_dataclass(kind):
+            field = kind.__dataclass_fields__[name]
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
         if dataclasses.is_dataclass(default):
             found += rows(key, type(default), default)
         elif name not in ("context", "optimizer"):

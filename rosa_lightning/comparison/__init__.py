@@ -1,1 +1,35 @@
-"""Methods compared on one base: a plan of runs at equal budgets, their statistics, one report."""
+"""Methods compared on one base with the same data, at equal budgets.
+
+`ComparisonConfig` says what is compared and `plan` which runs that makes; `runner` trains and tests
+each in a process of its own, and `compare` goes through the plan and writes ``comparison.json``.
+`statistics` holds the paired tests, `paired` applies them to methods and to two finished tests, and
+`report` writes the table and the HTML page.
+"""
+
+from rosa_lightning.utils.lazy import lazy_names
+
+_HOMES = {
+    "Comparison": "compare",
+    "ComparisonConfig": "plan",
+    "compare_answers": "paired",
+    "holm": "statistics",
+    "mcnemar": "statistics",
+    "paired_bootstrap": "statistics",
+    "paired_t": "statistics",
+    "paired_tests": "paired",
+    "write_report": "report",
+}
+
+__all__ = [
+    "Comparison",
+    "ComparisonConfig",
+    "compare_answers",
+    "holm",
+    "mcnemar",
+    "paired_bootstrap",
+    "paired_t",
+    "paired_tests",
+    "write_report",
+]
+
+__getattr__ = lazy_names(__name__, _HOMES)

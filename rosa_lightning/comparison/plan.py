@@ -27,8 +27,6 @@ class ComparisonConfig:
         train_seconds: Seconds of training in place of steps: each method gets as many steps as it
             takes in that time, by a measurement before its first run.
         test: Answer the test sources with the best checkpoint of each run at the chosen rate.
-        forgetting: Other sources whose loss is taken before and after the training: none of them
-            may be trained on.
         folder: Where to: one run folder for each run, ``comparison.json`` and ``report.html``.
     """
 
@@ -42,7 +40,6 @@ class ComparisonConfig:
     max_steps: int | None = None
     train_seconds: float | None = None
     test: bool = True
-    forgetting: list[Any] = field(default_factory=list)
     folder: str = "comparison"
 
     def __post_init__(self) -> None:

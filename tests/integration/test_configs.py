@@ -12,8 +12,20 @@ from rosa_lightning.cli.main import main
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+CASES = [
+    (path, command)
+    for path in CONFIGS
+    for command in (
+        ["compare"]
+        if "comparison" in yaml.safe_load(path.read_text())
+        else ["fit", "validate", "test", "predict"]
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), CASES, ids=[f"{command}-{path.stem}" for path, command in CASES]
+)
 def test_every_configuration_parses_for_every_command(path, command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rosa"])
     with pytest.raises(SystemExit) as exit_:
@@ -23,6 +35,11 @@ def test_every_configuration_parses_for_every_command(path, command, monkeypatch
     written = yaml.safe_load(path.read_text())
     assert parsed["model"]["roae"] == {**parsed["model"]["roae"], **written["model"]["roae"]}
     assert parsed["model"]["base"] == written["model"]["base"]
+    for key, value in written.get("comparison", {}).items():
+        if key == "methods":  # in which classes are given all of their arguments
+            assert parsed["comparison"][key].keys() == value.keys()
+        else:
+            assert parsed["comparison"][key] == value
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

