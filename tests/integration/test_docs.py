@@ -1,9 +1,9 @@
 """Every block of README.md and docs/ runs, or says what it needs and is then parsed.
 
-A block that cannot run here follows a comment, `<!-- needs: gpu -->`, `<!-- needs: hub -->`,
-`<!-- needs: smollm2 -->` or `<!-- needs: minutes -->`, in which a reason may stand. Models and data of the hub are replaced by the embedded ones. A command
-runs on the first page that shows it. Of commands that install, test, or run a benchmark only the
-files and options are checked.
+A block that cannot run here follows a comment, `<!-- needs: gpu -->`, or hub, smollm2 or minutes in
+its place, in which a reason may stand. Models and data of the hub are replaced by the embedded
+ones. A command runs on the first page that shows it. Of commands that install, test, or run a
+benchmark only the files and options are checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from tests.options_table import PAGE, generated
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
-    r"(?:^<!-- needs: (gpu|hub|smollm2|minutes)\b[^>]*-->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- needs: (gpu|hub|smollm2|minutes)\b[^>]*-->\n)?^```(\w*)\n(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 BASES = ("path/to/model", "Qwen/Qwen3-0.6B")
 CPU = "--trainer.accelerator=cpu --trainer.enable_progress_bar=false"
