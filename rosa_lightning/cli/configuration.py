@@ -30,6 +30,27 @@ ONE_SELECTION = (
     "trainer.callbacks and give its settings as dls: {num_active: 0.5, interval: 100}; its "
     "former argument moments is dls.optimizer_state, and dls.policy: all trains every layer."
 )
+_OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
+_OF_A_STEP = (
+    *("model.attn_implementation", "model.speed.gradient_checkpointing"),
+    *("data.batch_size", "data.loading.tokens_per_batch"),
+)
+VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
+    "export": tuple(f"model.{name}" for name in _OF_A_BASE),
+    "inspect": (
+        *(f"model.{name}" for name in _OF_A_BASE),
+        *(*_OF_A_STEP, "data.max_length", "data.sources", "trainer.precision", "dls.num_active"),
+    ),
+    "audit": (
+        *("model.base", "model.revision", "model.trust_remote_code", "model.adapter"),
+        *("data.sources", "data.test_sources", "data.tokenizer", "data.prompt_style"),
+        *("data.max_length", "data.loading.decontaminate"),
+    ),
+    "compare": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
+    "bench": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
+    "report": (),
+}
+"""The keys of a training that mean something to such a command, or how they begin."""
 _GROUPS = (
     *("model", "model.roae", "model.speed", "model.evaluation"),
     *("data", "dls", "trainer"),

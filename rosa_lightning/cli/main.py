@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader, set_parsing_settings
+from jsonargparse import set_loader, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -52,7 +52,12 @@ from rosa_lightning.cli.commands import (
     report,
 )
 from rosa_lightning.cli.compare import compare
-from rosa_lightning.cli.configuration import ONE_SELECTION, check_classes, check_trainer_settings
+from rosa_lightning.cli.configuration import (
+    ONE_SELECTION,
+    VISIBLE_KEYS,
+    check_classes,
+    check_trainer_settings,
+)
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.cli.process import (
     SaveRunConfig,
@@ -62,7 +67,7 @@ from rosa_lightning.cli.process import (
     read_pipes,
     termination,
 )
-from rosa_lightning.cli.strict_yaml import check_yaml
+from rosa_lightning.cli.strict_yaml import load_yaml
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
@@ -89,28 +94,6 @@ COMMANDS = {
 """What each command does, for ``--help``."""
 _TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, compare, bench, report)
 TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
-_OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
-_OF_A_STEP = (
-    *("model.attn_implementation", "model.speed.gradient_checkpointing"),
-    *("data.batch_size", "data.loading.tokens_per_batch"),
-)
-VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
-    "export": tuple(f"model.{name}" for name in _OF_A_BASE),
-    "inspect": (
-        *(f"model.{name}" for name in _OF_A_BASE),
-        *(*_OF_A_STEP, "data.max_length", "data.sources", "trainer.precision", "dls.num_active"),
-    ),
-    "audit": (
-        *("model.base", "model.revision", "model.trust_remote_code", "model.adapter"),
-        *("data.sources", "data.test_sources", "data.tokenizer", "data.prompt_style"),
-        *("data.max_length", "data.loading.decontaminate"),
-    ),
-    "compare": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
-    "bench": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
-    "report": (),
-}
-"""The keys of a training that mean something to such a command, or how they begin."""
-_load_yaml = get_loader("yaml")
 
 
 class RoSACLI(LightningCLI):
@@ -421,12 +404,6 @@ def _run(args: Sequence[str] | None) -> int:
         sys.stderr.write(f"error: {told}\n")
         return 2 if is_configuration(error) else 1
     return 0
-
-
-def load_yaml(text: str) -> Any:
-    """Values of YAML that passes `check_yaml`."""
-    check_yaml(text)
-    return _load_yaml(text)
 
 
 def wanted_commands(args: Sequence[str]) -> Collection[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
 from rosa_lightning.utils.errors import ConfigurationError
 from rosa_lightning.utils.files import printable
@@ -17,6 +18,7 @@ _MAX_ALIASED = 10_000
 _MAX_DEPTH = 64
 _TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value", "timestamp")
 """What values of a configuration are; the other tags of YAML would make objects."""
+_load_yaml = get_loader("yaml")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -114,3 +116,9 @@ def _check(node: yaml.Node, keys: tuple[str, ...], visits: list[int], nodes: set
                 )
             lines[key.value] = key.start_mark.line + 1
             _check(value, own, visits, nodes)
+
+
+def load_yaml(text: str) -> Any:
+    """Values of YAML that passes `check_yaml`."""
+    check_yaml(text)
+    return _load_yaml(text)

@@ -227,14 +227,7 @@ class ReasoningDataModule(LightningDataModule):
 
     def _settings_to_read(self) -> dict[str, Any]:
         """The settings that decide what is read, as they are now; lists may change in place."""
-        names = (
-            *SETTINGS.values(),
-            "tasks",
-            "max_length",
-            "prompt_style",
-            "seed",
-            "val_fraction",
-        )
+        names = (*SETTINGS.values(), "tasks", "max_length", "prompt_style", "seed", "val_fraction")
         loading = replace(self.loading, num_workers=0, val_generate=0)
         found = {name: copy(getattr(self, name)) for name in names}
         return {**found, "loading": loading, "tokenizer": self._given_tokenizer()}
