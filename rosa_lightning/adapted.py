@@ -154,8 +154,9 @@ class AdaptedModel(LightningModule):
         """
         if name == "peft" and value is not None:
             value = asdict(PeftMethod.of(value))  # plain values, which load safely
-        if name in ("roae", "speed") and isinstance(value, Mapping):  # as a checkpoint has it
-            value = (RoAEConfig if name == "roae" else SpeedConfig)(**value)
+        groups = {"roae": RoAEConfig, "speed": SpeedConfig, "evaluation": EvaluationConfig}
+        if name in groups and isinstance(value, Mapping):  # as a checkpoint has it
+            value = groups[name](**value)
         settings = _BUILD_SETTINGS | {"speed"}
         if name in settings and name in vars(self) and value != vars(self)[name]:
             self._check_change(name, value)
@@ -270,7 +271,14 @@ class AdaptedModel(LightningModule):
     @property
     def method(self) -> Method:
         """What trains: RoAE, a method of PEFT, or all weights."""
+        if self.finetune not in ("adapter", "full"):
+            raise ValueError(f"finetune={self.finetune!r}: set model.finetune to adapter or full.")
         if self.finetune == "full":
+            if self.peft is not None or self.quantization is not None:
+                raise ValueError(
+                    "model.finetune=full trains all weights. Take model.peft and "
+                    "model.quantization out."
+                )
             return FullFinetuning()
         return self.roae if self.peft is None else PeftMethod.of(self.peft)
 

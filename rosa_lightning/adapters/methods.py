@@ -56,7 +56,7 @@ class PeftMethod:
         if is_dataclass(given) and not isinstance(given, type):
             path = f"{type(given).__module__}.{type(given).__qualname__}"
             kind: Any = type(given)
-            return cls(path, _changed(kind, asdict(given)))
+            return cls(_short(kind, path), _changed(kind, asdict(given)))
         if not (isinstance(given, Mapping) and isinstance(given.get("class_path"), str)):
             raise ValueError(
                 f"model.peft={given!r} is no method of PEFT. Set class_path, such as "
@@ -64,7 +64,8 @@ class PeftMethod:
             )
         # The command line adds all defaults.
         path, init_args = given["class_path"], dict(given.get("init_args") or {})
-        return cls(path, _changed(_configuration_class(path), init_args))
+        found = _configuration_class(path)
+        return cls(_short(found, path), _changed(found, init_args))
 
     def config(self) -> PeftConfig:
         """The configuration that PEFT takes.
@@ -106,13 +107,20 @@ def _configuration_class(path: str) -> type[PeftConfig]:
     return found
 
 
+def _short(kind: type[PeftConfig], path: str) -> str:
+    """A configuration's path as PEFT offers it, so that it has one spelling."""
+    import peft
+
+    return f"peft.{kind.__name__}" if getattr(peft, kind.__name__, None) is kind else path
+
+
 def _changed(kind: type[PeftConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not a configuration's defaults, as plain values."""
     defaults: dict[str, Any] = {}
     for one in fields(kind):
         made = one.default if one.default_factory is MISSING else one.default_factory()
         defaults[one.name] = _plain(made)
-    set_by_peft = {"peft_type", "peft_version", "auto_mapping"}
+    set_by_peft = {"peft_type", "peft_version", "auto_mapping", "task_type"}
     if settings.get("init_lora_weights") != "loftq":
         set_by_peft.add("loftq_config")
     plain = {name: _plain(value) for name, value in settings.items() if name not in set_by_peft}
@@ -123,7 +131,8 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     value = getattr(value, "value", value)
-    return sorted(value) if isinstance(value, set) else value
+    named = isinstance(value, set | list) and all(isinstance(one, str) for one in value)
+    return sorted(value) if named else value
 
 
 def _check_supported(config: PeftConfig) -> None:
@@ -196,7 +205,12 @@ def apply_method(model: nn.Module, method: Method) -> RoAEReport | MethodReport:
             f"{type(config).__name__} cannot be put on {type(model).__name__}: {reason} Correct "
             "model.peft.init_args."
         ) from error
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not is_adapter_key(name):
+            raise ValueError(
+                f"{type(config).__name__} trains {name} of the base too, which checkpoints of an "
+                "adapter do not hold. Take what says so out of model.peft.init_args, such as bias."
+            )
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     return _report(model, method, type(config).__name__.removesuffix("Config"))
@@ -281,8 +295,21 @@ def as_plain(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    configs: Any = model.peft_config
+    config = configs[PEFT_ADAPTER]
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"an adapter with {name} cannot be merged here. Export with format peft, and merge "
+                "with merge_and_unload of PEFT."
+            )
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     bases: list[Any] = [layer.base_layer for layer in layers]
+    if any(isinstance(base, nn.Embedding) for base in bases):
+        raise ValueError(
+            "an adapter on the embedding cannot be merged here, since the head may share its "
+            "weights. Export with format peft, and merge with merge_and_unload of PEFT."
+        )
     kept = [(p, p.detach().clone()) for base in bases for p in base.parameters()]
     try:
         for layer in layers:
@@ -305,6 +332,11 @@ def write_peft(model: nn.Module, folder: Path, base: str) -> None:
 
     configs: Any = model.peft_config
     config = configs[PEFT_ADAPTER]
+    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
+        raise ValueError(
+            "PEFT would draw the start of pissa_niter anew, and so load other weights. Export with "
+            "format merged, or train with init_lora_weights pissa."
+        )
     config.base_model_name_or_path = base
     state = get_peft_model_state_dict(model, adapter_name=PEFT_ADAPTER, save_embedding_layers=False)
     weights = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in state.items()}

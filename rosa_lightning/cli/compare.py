@@ -22,7 +22,7 @@ from rosa_lightning.comparison.paired import compare_answers, read_answers
 from rosa_lightning.comparison.plan import ComparisonConfig, Run, nested, slug, solve_rank
 from rosa_lightning.comparison.report import comparison_table, write_report
 from rosa_lightning.comparison.runner import read_json, write_once
-from rosa_lightning.models.loading import load_skeleton
+from rosa_lightning.models.loading import load_base, load_skeleton
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.tables import text_table
@@ -66,8 +66,9 @@ def compare(
             "the runs have no end. Set comparison.max_steps, comparison.train_seconds or "
             "trainer.max_steps."
         )
+    interval = _validation_interval(context, comparison.max_steps or steps)
     with _Display(comparison) as display:
-        content = Comparison(comparison, methods, shared, steps, display).run()
+        content = Comparison(comparison, methods, shared, steps, display, interval).run()
     write_report(content, root / "report.html")
     console = Console()
     console.width = max(console.width, 150)
@@ -81,9 +82,32 @@ def _plain(value: Any) -> Any:
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def _validation_interval(context: CommandContext, steps: int) -> int:
+    """Optimizer steps between validations; ValueError where the last step has none."""
+    every, accumulated = context.trainer["val_check_interval"], 1
+    accumulated = context.trainer.get("accumulate_grad_batches") or 1
+    if not isinstance(every, int) or every % accumulated:
+        raise ValueError(
+            f"trainer.val_check_interval={every} is no number of optimizer steps, so that the end "
+            "of a run may not be validated. Set it to a whole number of batches."
+        )
+    interval = every // accumulated
+    if steps > 0 and steps % interval:
+        raise ValueError(
+            f"runs of {steps} steps end without a validation, which comes every {interval} steps. "
+            "Set comparison.max_steps to a multiple, or trainer.val_check_interval."
+        )
+    return interval
+
+
 def _check_callbacks(context: CommandContext) -> None:
     callbacks = context.trainer["callbacks"]
     saved = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor == "val/loss"]
+    if any(one.dirpath for one in callbacks if isinstance(one, ModelCheckpoint)):
+        raise ValueError(
+            "ModelCheckpoint has a dirpath, which all runs would share. Take it out of "
+            "trainer.callbacks."
+        )
     if not any(one.save_last for one in saved):
         raise ValueError(
             "a comparison needs the best checkpoint of each run, and the last one to go on from. "
@@ -101,8 +125,12 @@ def _sized(context: CommandContext, comparison: ComparisonConfig, name: str) -> 
     module = context.build(files)
 
     def count(rank: int | None) -> int:
+        method = _with_rank(module.method, rank)
         model: Any = load_skeleton(module.base, **module.loading)
-        return apply_method(model, _with_rank(module.method, rank)).num_trainable
+        try:
+            return apply_method(model, method).num_trainable
+        except NotImplementedError:  # such as SHiRA, which looks at the weights
+            return apply_method(load_base(module.base, **module.loading), method).num_trainable
 
     budget, rank = comparison.trainable_parameters, _rank(module)
     if budget is not None and rank is not None:
@@ -205,7 +233,7 @@ def _compare_two(runs: list[str]) -> None:
                 "Give the folder that `test` has written to."
             )
         about.append(results)
-    for key in ("prompt_style", "rules"):
+    for key in ("template", "rules", "max_new_tokens", "num_beams", "length_normalized"):
         ours, theirs = (json.dumps(one.get(key)) for one in about)
         if ours != theirs:
             raise ValueError(

@@ -23,6 +23,7 @@ from rosa_lightning.comparison.runner import (
     fit,
     read_json,
     write_once,
+    write_overrides,
 )
 from rosa_lightning.evaluation.results import versions
 from rosa_lightning.utils.files import atomic_write
@@ -32,7 +33,7 @@ SHARED = "shared.yaml"
 """The configuration that all methods share."""
 _MAX_EXTENSIONS = 4
 """Learning rates tried beyond a grid."""
-_PROBE_STEPS = (4, 12)
+_PROBE_STEPS = (5, 25)
 """Steps of two short runs whose difference is the time of a step."""
 
 
@@ -71,6 +72,8 @@ class Comparison:
     shared_steps: int
     """Its optimizer steps."""
     display: Display
+    interval: int = 1
+    """Optimizer steps from one validation to the next; a run ends with one."""
     _rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     _base: dict[str, Any] = field(default_factory=dict)
     _seen: set[Run] = field(default_factory=set)
@@ -130,6 +133,8 @@ class Comparison:
     def _trained(self, method: Method, run: Run) -> dict[str, Any]:
         """The result of a training, as a row; one that failed is a row, too."""
         folder = run.folder(self.root)
+        overrides = self._overrides(method, run, self._steps(method))
+        write_overrides(overrides, folder)  # which refuses what was run with other settings
         result = read_json(folder / RESULT)
         is_new = run not in self._seen
         self._seen.add(run)
@@ -140,13 +145,15 @@ class Comparison:
             try:
                 record = fit(
                     self._shared_file,
-                    self._overrides(method, run, self._steps(method)),
+                    overrides,
                     folder,
                     self.display.at,
                 )
                 result |= summary(record)
             except RunFailedError as error:
                 result |= {"status": "failed", "error": str(error), "val_loss": None}
+                if error.killed:
+                    return result  # to be tried again, not kept
             _write_json(folder / RESULT, result)
         if is_new:
             self.display.end(run, result)
@@ -159,7 +166,7 @@ class Comparison:
         try:
             result["tasks"] = evaluate(self._shared_file, folder, result["checkpoint"])["results"]
         except RunFailedError as error:
-            result |= {"status": "failed", "error": str(error)}
+            return {**result, "test_error": str(error)}  # the training stands
         _write_json(folder / RESULT, result)
         return result
 
@@ -168,7 +175,13 @@ class Comparison:
         run = Run("base", 0.0, self.config.seeds[0])
         folder = self.root / "base"
         self.display.begin(run)
-        found = evaluate(self._shared_file, folder, None, self._shared(folder, run))
+        try:
+            found = evaluate(self._shared_file, folder, None, self._shared(folder, run))
+        except RunFailedError as error:
+            raise ValueError(
+                f"the test of the base failed: {error}. Set data.test_sources, or comparison.test "
+                "to false."
+            ) from error
         result = {"status": "finished", "folder": "base", "tasks": found["results"]}
         self.display.end(run, result)
         return result
@@ -187,10 +200,12 @@ class Comparison:
                 record = fit(self._shared_file, overrides, folder / str(steps), self.display.at)
                 took.append(record["train_seconds"])
             a_step = (took[1] - took[0]) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
+            a_step = a_step if a_step > 0 else took[1] / _PROBE_STEPS[1]
             known = {"seconds_per_step": a_step}
             _write_json(folder / RESULT, known)
         seconds: float = known["seconds_per_step"]
-        return max(1, round(self.config.train_seconds / seconds))
+        steps = round(self.config.train_seconds / seconds)
+        return max(1, round(steps / self.interval)) * self.interval
 
     def _overrides(
         self, method: Method, run: Run, steps: int, folder: Path | None = None

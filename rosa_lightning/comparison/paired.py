@@ -10,8 +10,8 @@ from typing import Any
 from rosa_lightning.comparison.statistics import holm, mcnemar, paired_bootstrap, paired_t
 from rosa_lightning.utils.files import open_input, read_lines
 
-Answers = dict[tuple[str, str, str, int], bool]
-"""Whether an answer is right, by protocol, source, task and number of the question."""
+Answers = dict[tuple[Any, ...], bool]
+"""Whether an answer is right, by protocol, source, task, number and prompt of the question."""
 
 
 def paired_tests(
@@ -98,4 +98,5 @@ def read_answers(path: Path) -> Answers:
     """Which answers of a ``predictions.jsonl`` are right."""
     with open_input(path) as file:
         items = [json.loads(line) for line in read_lines(file, path)]
-    return {(i["protocol"], i["source"], i["task"], i["index"]): i["correct"] for i in items}
+    names = ("protocol", "source", "task", "index", "prompt")
+    return {tuple(item.get(name) for name in names): item["correct"] for item in items}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,16 @@ class ComparisonConfig:
         for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name}={values} must hold at least one value, and each once.")
+        slugs = [slug(name) for name in self.methods]
+        if len({*slugs, "base", "time"}) != len(slugs) + 2:
+            raise ValueError(
+                f"methods={', '.join(self.methods)} make equal names of folders, or base or time. "
+                "Give each another name."
+            )
+        for name in ("max_steps", "train_seconds", "trainable_parameters"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} is not above 0. Set comparison.{name}, or null.")
         if self.max_steps is not None and self.train_seconds is not None:
             raise ValueError("max_steps and train_seconds are both set. Leave one of them out.")
 
@@ -94,7 +105,7 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
         old = level.get(last)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             value = {**old, **value}
-        level[last] = value
+        level[last] = deepcopy(value)
     return found
 
 
@@ -136,7 +147,12 @@ def solve_rank(count: Callable[[int], int], budget: int, most: int = 4096) -> in
         most: Highest rank.
     """
     count = cache(count)
-    slope = max(1, count(2) - count(1))
+    slope = count(2) - count(1)
+    if slope <= 0:
+        raise ValueError(
+            "its number of trainable parameters does not grow with its rank. Set its size itself, "
+            "and leave comparison.trainable_parameters out."
+        )
     guess = min(max(1, round((budget - count(1)) / slope) + 1), most)
     if count(guess) == count(1) + slope * (guess - 1):  # as of low-rank terms: no need to search
         return guess

@@ -32,6 +32,11 @@ Progress = Callable[[int, int], None]
 class RunFailedError(RuntimeError):
     """A run that ended with an error; its message is that of the run."""
 
+    def __init__(self, message: str, *, killed: bool = False) -> None:
+        super().__init__(message)
+        self.killed = killed
+        """By a signal, so that it may well go on another time."""
+
 
 def command(name: str, base: str, overrides: Path, *options: str) -> list[str]:
     """The command line of a run: the shared configuration, and what is different in this one."""
@@ -138,7 +143,8 @@ def _run(arguments: Sequence[str], folder: Path, progress: Progress) -> None:
                 progress(record.get("step", 0), record.get("max_steps", 0))
                 time.sleep(_POLL_SECONDS)
     if process.returncode:
-        raise RunFailedError(_reason(log, start, process.returncode))
+        reason = _reason(log, start, process.returncode)
+        raise RunFailedError(reason, killed=process.returncode < 0)
 
 
 @contextmanager

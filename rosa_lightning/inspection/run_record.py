@@ -134,6 +134,7 @@ class RunRecorder(Callback):
 
 
 def _best_checkpoint(trainer: Trainer) -> str | None:
-    checkpoints: list[Any] = trainer.checkpoint_callbacks
+    found: list[Any] = trainer.checkpoint_callbacks
+    checkpoints = sorted(found, key=lambda one: one.monitor != "val/loss")
     paths = (one.best_model_path or one.last_model_path for one in checkpoints)
     return next((str(Path(path).absolute()) for path in paths if path), None)

@@ -161,11 +161,9 @@ def test_other_commands_take_it_too_and_training_goes_on_in_it(trained, capsys):
 def test_from_python_a_loaded_module_warns_of_another_style(trained):
     from lightning.pytorch import Trainer
 
-    from rosa_lightning import EvaluationConfig, ReasoningDataModule, RoSAModule
+    from rosa_lightning import ReasoningDataModule, RoSAModule
 
-    module = RoSAModule.load_from_checkpoint(
-        trained / "it.ckpt", evaluation=EvaluationConfig(max_new_tokens=1)
-    )
+    module = RoSAModule.load_from_checkpoint(trained / "it.ckpt", evaluation={"max_new_tokens": 1})
     Path("q.txt").write_text("Why?\n")
     data = ReasoningDataModule(predict_sources="q.txt", max_length=96, prompt_style="plain")
     trainer = Trainer(logger=False, enable_progress_bar=False, precision="bf16-mixed")

@@ -24,7 +24,10 @@ from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.speed import SpeedConfig
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of SHiRA
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks",  # of SHiRA
+    "ignore:Model has `tie_word_embeddings=True`",
+)
 METHODS = {
     "LoRA": ("LoraConfig", {"r": 4, "target_modules": LINEAR}),
     "rsLoRA": ("LoraConfig", {"r": 4, "target_modules": LINEAR, "use_rslora": True}),
@@ -163,6 +166,13 @@ def test_an_object_of_peft_is_its_class_and_arguments():
         ),
         ({"class_path": "peft.AdaLoraConfig", "init_args": {"total_step": 10}}, "training loop"),
         ({"class_path": "peft.LoraConfig", "init_args": {"rank": 3}}, "does not take"),
+        (
+            {
+                "class_path": "peft.LoraConfig",
+                "init_args": {"target_modules": LINEAR, "bias": "all"},
+            },
+            "of the base too",
+        ),
         ({"class_path": "os.system"}, "no configuration of PEFT"),
         ({"class_path": "LoraKonfig"}, "no configuration of PEFT"),
         ({"r": 3}, "no method of PEFT"),
@@ -211,3 +221,25 @@ def test_formats_that_cannot_hold_it_are_refused(base, tmp_path):
         export_adapter(full, tmp_path / "peft", "peft")
     export_adapter(model, tmp_path / "peft", "peft")
     assert (tmp_path / "peft" / "adapter_config.json").exists()
+
+
+def test_exports_that_would_lose_something_are_refused(base, tmp_path):
+    for init_args, format in (
+        ({"modules_to_save": ["norm"]}, "merged"),
+        ({"target_modules": ["embed_tokens"]}, "merged"),
+        ({"init_lora_weights": "pissa_niter_4"}, "peft"),
+    ):
+        model = copy.deepcopy(base)
+        settings = {**METHODS["LoRA"][1], **init_args}
+        apply_method(model, PeftMethod("peft.LoraConfig", settings))
+        with pytest.raises(ValueError, match="Export with format"):
+            export_adapter(model, tmp_path / "out", format)
+        assert not (tmp_path / "out").exists()
+
+
+def test_one_configuration_has_one_spelling():
+    given = peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")
+    init_args = {"r": 3, "target_modules": ["q_proj", "k_proj"]}
+    assert PeftMethod.of(given) == PeftMethod.of(
+        {"class_path": "peft.LoraConfig", "init_args": init_args}
+    )

@@ -103,6 +103,23 @@ def test_a_failed_run_is_a_row(trained, tmp_path):
     assert len(content["methods"]["b"]["runs"]) == 2
 
 
+def test_other_settings_in_the_same_folder_are_refused(trained, tmp_path):
+    comparison(tmp_path).run()
+    with pytest.raises(ValueError, match="with other settings"):
+        comparison(tmp_path, max_steps=8).run()
+
+
+def test_a_run_that_was_killed_is_tried_again(trained, tmp_path, monkeypatch):
+    def killed(*_):
+        raise RunFailedError("exit status -9: ", killed=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compare, "fit", killed)
+        rows = comparison(tmp_path, ("a",)).run()["methods"]["a"]["grid"]
+        assert {row["status"] for row in rows} == {"failed"}
+    assert comparison(tmp_path, ("a",)).run()["methods"]["a"]["learning_rate"] == 1e-2
+
+
 def test_a_grid_is_extended_beyond_its_edge(trained, tmp_path):
     rates = [1e-4, 3e-4, 1e-3, 3e-3]
     content = comparison(tmp_path, ("a",), learning_rates=rates, extend_grid=True).run()

@@ -9,7 +9,7 @@ from rosa_lightning.comparison.statistics import mcnemar, paired_bootstrap, pair
 
 
 def answers(right, protocol="generate", task="gsm8k"):
-    return {(protocol, "s", task, index): value for index, value in enumerate(right)}
+    return {(protocol, "s", task, index, None): value for index, value in enumerate(right)}
 
 
 def test_by_task_and_over_all_questions():

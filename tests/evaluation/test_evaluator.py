@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -53,23 +54,24 @@ SUM = ("2 + 2?", "4", "gsm8k")
 def test_prompts_that_cannot_be_answered_are_named(prompts, protocols, words):
     config = EvaluationConfig(protocols=protocols)
     with pytest.raises(ValueError, match=words):
-        check_test_prompts(prompts, config, 1, 100)
+        check_test_prompts(prompts, replace(config, max_new_tokens=1), 100)
 
 
 @pytest.mark.filterwarnings("error")
 def test_prompts_that_can_be_answered_pass_and_what_is_left_out_is_said(caplog):
-    check_test_prompts([prompt(9, *WRONG)], EvaluationConfig(), 1, 100)
-    check_test_prompts([prompt(99), prompt(999)], BOTH, 1, None)
+    short = replace(BOTH, max_new_tokens=1)
+    check_test_prompts([prompt(9, *WRONG)], EvaluationConfig(max_new_tokens=1), 100)
+    check_test_prompts([prompt(99), prompt(999)], short, None)
     with caplog.at_level("INFO"):
-        check_test_prompts([prompt(99), prompt(9, *SUM)], BOTH, 1, 100)
+        check_test_prompts([prompt(99), prompt(9, *SUM)], short, 100)
     assert "likelihood leaves out gsm8k" in caplog.text
     with pytest.warns(UserWarning, match="1 of 2 test prompts leave fewer than max_new_tokens=5"):
-        check_test_prompts([prompt(99), prompt(9)], BOTH, 5, 100)
+        check_test_prompts([prompt(99), prompt(9)], replace(BOTH, max_new_tokens=5), 100)
 
 
 def evaluation(base, **options) -> Evaluation:
-    config = EvaluationConfig(**{"protocols": ("likelihood",), **options})
-    return Evaluation(*base, config, 4, TextInfo(task_names=["boolq", "gsm8k", "piqa"]))
+    config = EvaluationConfig(**{"protocols": ("likelihood",), "max_new_tokens": 4, **options})
+    return Evaluation(*base, config, TextInfo(task_names=["boolq", "gsm8k", "piqa"]))
 
 
 def exercise(tokenizer, choices: list[tuple[str, ...]], tasks: list[str]) -> dict:
@@ -167,4 +169,4 @@ def test_an_answer_ends_where_a_strict_reader_sees_the_next_prompt_of_its_style(
     style, rules, wanted, base
 ):
     text = TextInfo(next_prompt=STYLES[style].next_prompt)
-    assert Evaluation(*base, EvaluationConfig(rules=rules), 4, text).stop == wanted
+    assert Evaluation(*base, EvaluationConfig(rules=rules, max_new_tokens=4), text).stop == wanted

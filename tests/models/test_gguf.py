@@ -78,6 +78,7 @@ def test_missing_packages_are_named_with_what_installs_them(monkeypatch):
         load_base("any.gguf")
 
 
+@needs_smollm2
 def test_a_file_that_is_missing():
     with pytest.raises(ValueError, match="No such file"):
         load_base("nofile.gguf")
