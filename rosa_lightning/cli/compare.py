@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,8 +58,7 @@ def compare(
     comparison = replace(comparison, methods=_plain(comparison.methods))
     _check_callbacks(context)
     root = Path(comparison.folder)
-    shared = context.shared()
-    write_once(root / SHARED, shared)
+    write_once(root / SHARED, context.shared())
     methods = [_sized(context, comparison, name) for name in comparison.methods]
     steps: int = context.trainer["max_steps"]
     if steps < 1 and comparison.max_steps is None and comparison.train_seconds is None:
@@ -68,7 +68,7 @@ def compare(
         )
     interval = _validation_interval(context, comparison.max_steps or steps)
     with _Display(comparison) as display:
-        content = Comparison(comparison, methods, shared, steps, display, interval).run()
+        content = Comparison(comparison, methods, steps, display, interval).run()
     write_report(content, root / "report.html")
     console = Console()
     console.width = max(console.width, 150)
@@ -155,7 +155,7 @@ def _rank(module: RoSAModule) -> int | None:
 
 
 def _with_rank(method: Applied, rank: int | None) -> Applied:
-    """A method at another rank, its alpha in proportion."""
+    """A method at another rank and the same scale: its alpha follows."""
     if rank is None:
         return method
     if isinstance(method, RoAEConfig):
@@ -164,8 +164,12 @@ def _with_rank(method: Applied, rank: int | None) -> Applied:
         return method
     config: Any = method.config()
     init_args = {**method.init_args, "r": rank}
-    if getattr(config, "lora_alpha", None) is not None:
-        init_args["lora_alpha"] = config.lora_alpha / config.r * rank
+    for name in ("lora_alpha", "alpha"):
+        if getattr(config, name, None) is not None:
+            # rsLoRA divides by the root of the rank.
+            ratio = rank / config.r
+            factor = math.sqrt(ratio) if getattr(config, "use_rslora", False) else ratio
+            init_args[name] = getattr(config, name) * factor
     return replace(method, init_args=init_args)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,6 @@ from rosa_lightning.comparison.runner import (
     evaluate,
     fit,
     read_json,
-    write_once,
     write_overrides,
 )
 from rosa_lightning.evaluation.results import versions
@@ -67,10 +67,8 @@ class Comparison:
 
     config: ComparisonConfig
     methods: list[Method]
-    configuration: str
-    """What all methods share, as YAML for ``fit``."""
     shared_steps: int
-    """Its optimizer steps."""
+    """Optimizer steps of the configuration that all share, which lies in the folder."""
     display: Display
     interval: int = 1
     """Optimizer steps from one validation to the next; a run ends with one."""
@@ -91,9 +89,8 @@ class Comparison:
         """Do what is left of the plan; the content of ``comparison.json``.
 
         Raises:
-            ValueError: The folder holds runs of another configuration.
+            ValueError: The folder holds runs with other settings, or the base cannot be tested.
         """
-        write_once(self.root / SHARED, self.configuration)
         if self.config.test:
             self._base = self._tested_base()
         for method in self.methods:
@@ -106,7 +103,8 @@ class Comparison:
                     run = Run(method.name, row["learning_rate"], seed)
                     row["runs"].append(self._tested(run, self._trained(method, run)))
                     self._write()
-        return self._write()
+        # They draw thousands of samples of every task, so once.
+        return self._write(paired_tests(self._rows, self.config.compared_with, self.root))
 
     def _grid(self, method: Method) -> dict[str, Any]:
         """Train at all learning rates with the first seed, and take the best."""
@@ -133,28 +131,23 @@ class Comparison:
     def _trained(self, method: Method, run: Run) -> dict[str, Any]:
         """The result of a training, as a row; one that failed is a row, too."""
         folder = run.folder(self.root)
-        overrides = self._overrides(method, run, self._steps(method))
-        write_overrides(overrides, folder)  # which refuses what was run with other settings
-        result = read_json(folder / RESULT)
         is_new = run not in self._seen
         self._seen.add(run)
         if is_new:
             self.display.begin(run)
-        if not result:
-            result = {"folder": str(folder.relative_to(self.root)), **asdict(run)}
-            try:
-                record = fit(
-                    self._shared_file,
-                    overrides,
-                    folder,
-                    self.display.at,
-                )
-                result |= summary(record)
-            except RunFailedError as error:
-                result |= {"status": "failed", "error": str(error), "val_loss": None}
-                if error.killed:
-                    return result  # to be tried again, not kept
-            _write_json(folder / RESULT, result)
+        result = {"folder": str(folder.relative_to(self.root)), **asdict(run)}
+        try:
+            overrides = self._overrides(method, run, self._steps(method))
+            write_overrides(overrides, folder)  # which refuses what was run with other settings
+            if known := read_json(folder / RESULT):
+                result = known
+            else:
+                result |= summary(fit(self._shared_file, overrides, folder, self.display.at))
+                _write_json(folder / RESULT, result)
+        except RunFailedError as error:
+            result |= {"status": "failed", "error": str(error), "val_loss": None}
+            if not error.killed:  # which may well go on another time
+                _write_json(folder / RESULT, result)
         if is_new:
             self.display.end(run, result)
         return result
@@ -232,14 +225,13 @@ class Comparison:
             "trainer.logger": logger,
         }
 
-    def _write(self) -> dict[str, Any]:
-        rows = self._rows
+    def _write(self, tests: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         content = {
             "config": asdict(self.config),
             "reference": self.config.compared_with,
             "base": self._base,
-            "methods": rows,
-            "tests": paired_tests(rows, self.config.compared_with, self.root),
+            "methods": self._rows,
+            "tests": list(tests),
             "versions": versions(),
         }
         _write_json(self.root / COMPARISON, content)

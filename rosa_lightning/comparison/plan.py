@@ -64,6 +64,11 @@ class ComparisonConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} is not above 0. Set comparison.{name}, or null.")
+        if self.extend_grid and len(self.learning_rates) < 2:
+            raise ValueError(
+                "extend_grid goes on by the ratio of two learning rates, and one is given. Give "
+                "another in comparison.learning_rates, or set extend_grid to false."
+            )
         if self.max_steps is not None and self.train_seconds is not None:
             raise ValueError("max_steps and train_seconds are both set. Leave one of them out.")
 

@@ -26,9 +26,13 @@ from rosa_lightning.utils.text import one_line
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
 Items = list[dict[str, Any]]
-_FIELDS = {"protocol", "source", "index", "task", "response", "answer", "correct"}
-"""What is read of an earlier answer."""
-_TYPES = {"protocol": str, "source": str, "task": str, "index": int | None, "correct": bool}
+_FIELDS = {
+    **dict.fromkeys(("protocol", "source", "task", "response"), str),
+    "index": int | None,
+    "answer": object,
+    "correct": bool,
+}
+"""What is read of an earlier answer, and its types."""
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -199,8 +203,8 @@ def _read_items(path: Path) -> Items:
         for line in read_lines(file, path):
             with suppress(ValueError):
                 item = parse(line.decode("utf-8", "replace"))
-                whole = isinstance(item, dict) and item.keys() >= _FIELDS
-                if whole and all(isinstance(item[name], kind) for name, kind in _TYPES.items()):
+                whole = isinstance(item, dict) and item.keys() >= _FIELDS.keys()
+                if whole and all(isinstance(item[name], kind) for name, kind in _FIELDS.items()):
                     items.append(item)
     return items
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 
-from rosa_lightning.dls.layers import find_layers
-from rosa_lightning.inspection.throughput import batch_counts, lowest_active, peak_mib
+from rosa_lightning.dls.callback import DynamicLayerSelection
+from rosa_lightning.inspection.throughput import batch_counts, peak_mib
 from rosa_lightning.models.quantization import num_parameters
 from rosa_lightning.utils.files import atomic_write
 
@@ -28,8 +27,8 @@ class RunRecorder(Callback):
     ``peak_mib``, ``backward_share``, ``checkpoint`` (the best one), and ``validations``, a list of
     ``step`` and the metrics logged. Seconds are those of training alone, without start-up and
     validations; they add up over the parts of a run that was stopped and resumed.
-    ``backward_share`` is the mean share of the layers that the backward pass goes through. Counts
-    are of rank 0 but for ``examples``.
+    ``backward_share`` is that of `DynamicLayerSelection`, 1 without it. Figures are of rank 0 but
+    for ``examples``.
 
     Args:
         path: The file; by default ``run.json`` in the run's log folder.
@@ -40,14 +39,13 @@ class RunRecorder(Callback):
         self.path = path
         self._seconds = 0.0
         self._examples = 0
-        self._steps = 0
-        self._shares = 0.0
         self._peak: float | None = None
         self._validations: list[dict[str, Any]] = []
-        self._blocks: list[nn.Module] = []
+        self._selections: list[DynamicLayerSelection] = []
         self._parameters = (0, 0)
         self._target = Path()
         self._since = 0.0
+        self._is_held = False
         self._written = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,8 +53,6 @@ class RunRecorder(Callback):
         return {
             "seconds": self._seconds,
             "examples": self._examples,
-            "steps": self._steps,
-            "shares": self._shares,
             "peak": self._peak,
             "validations": self._validations,
         }
@@ -67,13 +63,13 @@ class RunRecorder(Callback):
             setattr(self, f"_{name}", value)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers and count the parameters, before any layer is frozen."""
+        """Count the parameters, and start the clock."""
         log_dir = trainer.log_dir or trainer.default_root_dir
         self._target = Path(log_dir, RECORD) if self.path is None else Path(self.path)
         if trainer.ckpt_path is None:
             self.load_state_dict(type(self)().state_dict())
-        path = find_layers(pl_module)[0].name.rpartition(".")[0]
-        self._blocks = list(pl_module.get_submodule(path).children())
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._selections = [one for one in callbacks if isinstance(one, DynamicLayerSelection)]
         held = [
             group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups
         ]
@@ -89,9 +85,6 @@ class RunRecorder(Callback):
         self._seconds += now - self._since
         self._since = now
         self._examples += int(batch_counts(batch)["examples"]) * trainer.world_size
-        lowest = lowest_active(self._blocks)
-        self._shares += 0.0 if lowest is None else 1 - lowest / len(self._blocks)
-        self._steps += 1
         if now - self._written >= _SECONDS:
             self._write(trainer, pl_module, "running")
 
@@ -104,7 +97,14 @@ class RunRecorder(Callback):
                 if name.startswith("val/")
             }
             self._validations.append({"step": trainer.global_step, **metrics})
-        self._since = time.perf_counter()
+        self._is_held = True  # checkpoints are saved after it
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the clock run on after a validation."""
+        if self._is_held:
+            self._since, self._is_held = time.perf_counter(), False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last state; of a run that was stopped by a signal it is not the end."""
@@ -126,7 +126,7 @@ class RunRecorder(Callback):
             "train_seconds": round(self._seconds, 3),
             "examples": self._examples,
             "peak_mib": None if self._peak is None else round(self._peak, 1),
-            "backward_share": self._shares / self._steps if self._steps else None,
+            "backward_share": self._selections[0].backward_share if self._selections else 1.0,
             "checkpoint": _best_checkpoint(trainer),
             "validations": self._validations,
         }

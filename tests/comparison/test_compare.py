@@ -5,11 +5,16 @@ import json
 import pytest
 import yaml
 
+from rosa_lightning.adapters.methods import PeftMethod, apply_method
+from rosa_lightning.cli.compare import _with_rank
 from rosa_lightning.cli.main import main
 from rosa_lightning.comparison import compare
 from rosa_lightning.comparison.compare import Comparison, Method, summary
 from rosa_lightning.comparison.plan import ComparisonConfig
 from rosa_lightning.comparison.runner import RunFailedError
+from rosa_lightning.models.loading import load_base
+from rosa_lightning.roae.inject import PEFT_ADAPTER
+from rosa_lightning.roae.layer import RoAEConfig
 
 
 class Display:
@@ -71,7 +76,7 @@ def comparison(folder, names=("a", "b"), **given):
         }
     )
     methods = [Method(name, {}, 4, 8) for name in names]
-    return Comparison(config, methods, "model: {}\n", 100, Display())
+    return Comparison(config, methods, 100, Display())
 
 
 def test_each_method_takes_its_best_rate_for_all_seeds(trained, tmp_path):
@@ -138,6 +143,37 @@ def test_the_best_validation_counts_and_a_diverged_run_has_none():
     assert summary(record(0.5))["val_loss"] == 0.5
     found = summary(record(float("nan")))
     assert (found["status"], found["val_loss"]) == ("diverged", None)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        RoAEConfig(rank=4, alpha=8.0),
+        PeftMethod("peft.LoraConfig", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}),
+        PeftMethod(
+            "peft.LoraConfig",
+            {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "use_rslora": True},
+        ),
+    ],
+)
+def test_another_rank_has_the_same_scale(method):
+    def scale(of):
+        model = load_base("tiny")
+        apply_method(model, of)
+        module = model.get_submodule("model.layers.0.self_attn.q_proj")
+        return module.scale if isinstance(of, RoAEConfig) else module.scaling[PEFT_ADAPTER]
+
+    assert scale(_with_rank(method, 16)) == pytest.approx(scale(method))
+
+
+def test_extending_takes_two_rates(tmp_path):
+    with pytest.raises(ValueError, match="two learning rates"):
+        comparison(tmp_path, learning_rates=[1e-3], extend_grid=True)
+
+
+def test_a_measurement_of_time_that_fails_is_a_row(tmp_path, trained):
+    content = comparison(tmp_path, ("broken",), max_steps=None, train_seconds=9.0).run()
+    assert content["methods"]["broken"]["grid"][0]["status"] == "failed"
 
 
 @pytest.mark.slow
