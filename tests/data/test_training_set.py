@@ -4,7 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rosa_lightning import ReasoningDataModule
 from rosa_lightning.data.contamination import normalized_question
+from rosa_lightning.data.settings import LoadingConfig
 from rosa_lightning.data.training_set import validation_split
 from rosa_lightning.tasks.records import Record
 
@@ -55,3 +57,19 @@ def test_questions_that_differ_in_case_and_punctuation_are_equal():
     assert normalized_question(first) == normalized_question(second) == "what is 2 2"
     assert normalized_question(record("What is 2?", context="Now")) == "what is 2 now"
     assert len({normalized_question(record(text)) for text in ["你好", "再见", "+", "-"]}) == 4
+
+
+def test_the_split_seed_keeps_the_validation_records_while_the_seed_changes_the_order():
+    def read(seed, split_seed):
+        loading = LoadingConfig(split_seed=split_seed, cache_dir=None)
+        data = ReasoningDataModule(sources="demo", seed=seed, val_fraction=0.02, loading=loading)
+        data.tokenizer = "tiny"
+        data.setup("fit")
+        held = [batch["input_ids"].tolist() for batch in data.val_dataloader()]
+        first = next(iter(data.train_dataloader()))["input_ids"].tolist()
+        return held, first
+
+    (held, first), (other_held, other_first) = read(0, 5), read(1, 5)
+    assert held == other_held
+    assert first != other_first
+    assert read(1, None)[0] != held
