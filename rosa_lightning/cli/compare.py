@@ -117,7 +117,7 @@ def _check_callbacks(context: CommandContext) -> None:
 
 def _sized(context: CommandContext, comparison: ComparisonConfig, name: str) -> Method:
     """A method with the rank that the budget gives; of one without a rank the size is said."""
-    overrides = nested(comparison.methods[name])
+    overrides = comparison.overrides(name)
     files = [Path(comparison.folder) / SHARED]
     if overrides:
         files.append(Path(comparison.folder) / slug(name) / "method.yaml")
@@ -137,7 +137,7 @@ def _sized(context: CommandContext, comparison: ComparisonConfig, name: str) -> 
         rank = solve_rank(count, budget)
         method = _with_rank(module.method, rank)
         key = "model.peft" if isinstance(method, PeftMethod) else "model.roae"
-        overrides = nested({**comparison.methods[name], key: asdict(method)})
+        overrides = nested({**overrides, key: asdict(method)})
     trainable = count(rank)
     if budget is not None and abs(trainable / budget - 1) > _TOLERANCE:
         sys.stdout.write(
@@ -177,8 +177,10 @@ class _Display:
     """One bar over all steps of a comparison, and a line for each run that has ended."""
 
     def __init__(self, comparison: ComparisonConfig) -> None:
-        methods, seeds = len(comparison.methods), len(comparison.seeds)
-        self.num_runs = methods * (len(comparison.learning_rates) + seeds - 1)
+        keys = ("learning_rates", "seeds")
+        self.num_runs = sum(
+            len(comparison.of(name, key)) for name in comparison.methods for key in keys
+        ) - len(comparison.methods)
         self.num_ended = 0
         self.console = Console()
         self.progress = Progress(

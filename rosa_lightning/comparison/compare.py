@@ -96,10 +96,12 @@ class Comparison:
         for method in self.methods:
             self._rows[method.name] = self._grid(method)
             self._write()
-        for seed in self.config.seeds:  # all methods have as many seeds wherever this stops
+        seeds = dict.fromkeys(s for m in self.methods for s in self.config.of(m.name, "seeds"))
+        for seed in seeds:  # all methods have as many seeds wherever this stops
             for method in self.methods:
                 row = self._rows[method.name]
-                if row["learning_rate"] is not None:
+                is_due = seed in self.config.of(method.name, "seeds")
+                if row["learning_rate"] is not None and is_due:
                     run = Run(method.name, row["learning_rate"], seed)
                     row["runs"].append(self._tested(run, self._trained(method, run)))
                     self._write()
@@ -108,11 +110,12 @@ class Comparison:
 
     def _grid(self, method: Method) -> dict[str, Any]:
         """Train at all learning rates with the first seed, and take the best."""
-        rates = list(self.config.learning_rates)
+        rates = list(self.config.of(method.name, "learning_rates"))
+        seed = self.config.of(method.name, "seeds")[0]
         most = len(rates) + (_MAX_EXTENSIONS if self.config.extend_grid else 0)
         tried: dict[float, dict[str, Any]] = {}
         for rate in rates:
-            tried[rate] = self._trained(method, Run(method.name, rate, self.config.seeds[0]))
+            tried[rate] = self._trained(method, Run(method.name, rate, seed))
             losses = {r: result["val_loss"] for r, result in tried.items()}
             beyond = next_learning_rate(losses) if len(tried) == len(rates) else None
             if beyond is not None and len(rates) < most:
@@ -186,7 +189,8 @@ class Comparison:
         folder = self.root / "time" / Run(method.name, 0.0, 0).folder(Path()).parent
         known = read_json(folder / RESULT)
         if not known:
-            run = Run(method.name, self.config.learning_rates[0], self.config.seeds[0])
+            first = [self.config.of(method.name, key)[0] for key in ("learning_rates", "seeds")]
+            run = Run(method.name, *first)
             took = []
             for steps in _PROBE_STEPS:
                 overrides = self._overrides(method, run, steps, folder / str(steps))

@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+_OF_A_METHOD = {"learning_rates", "seeds"}
+"""Keys of the comparison that a method may have of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
@@ -17,6 +20,7 @@ class ComparisonConfig:
     Args:
         methods: What each method has otherwise than the shared configuration, by its name, such as
             ``{"LoRA": {"model.peft": {...}, "dls.policy": "all"}}``; keys may be dotted.
+            ``comparison.learning_rates`` and ``comparison.seeds`` there are those of the method.
         reference: The method that the others are tested against; by default the first.
         trainable_parameters: Budget of every method: its rank is set to come closest to it, and
             its alpha in proportion. None leaves ranks as they are.
@@ -51,9 +55,7 @@ class ComparisonConfig:
             raise ValueError(
                 f"reference={self.reference!r} is none of the methods: {', '.join(self.methods)}."
             )
-        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name}={values} must hold at least one value, and each once.")
+        self._check_lists()
         slugs = [slug(name) for name in self.methods]
         if len({*slugs, "base", "time"}) != len(slugs) + 2:
             raise ValueError(
@@ -72,10 +74,41 @@ class ComparisonConfig:
         if self.max_steps is not None and self.train_seconds is not None:
             raise ValueError("max_steps and train_seconds are both set. Leave one of them out.")
 
+    def _check_lists(self) -> None:
+        lists = [("learning_rates", self.learning_rates), ("seeds", self.seeds)]
+        for method, given in self.methods.items():
+            own = set(nested(given).get("comparison", {}))
+            if own - _OF_A_METHOD:
+                raise ValueError(
+                    f"the method {method} sets comparison.{min(own - _OF_A_METHOD)}. Of the "
+                    f"comparison's keys a method can have these: {', '.join(sorted(_OF_A_METHOD))}."
+                )
+            lists += [(f"{key} of {method}", self.of(method, key)) for key in sorted(own)]
+        for name, values in lists:
+            if not isinstance(values, list) or not values or len(set(values)) != len(values):
+                raise ValueError(f"{name}={values} must hold at least one value, and each once.")
+
     @property
     def compared_with(self) -> str:
         """The reference, or the first method."""
         return self.reference or next(iter(self.methods))
+
+    def of(self, method: str, key: str) -> list[Any]:
+        """Learning rates or seeds of a method: its own, or those of all.
+
+        Args:
+            method: Its name.
+            key: ``learning_rates`` or ``seeds``.
+        """
+        own = nested(self.methods[method]).get("comparison", {})
+        found: list[Any] = own.get(key, getattr(self, key))
+        return found
+
+    def overrides(self, method: str) -> dict[str, Any]:
+        """What a method has otherwise than the shared configuration, nested."""
+        found = nested(self.methods[method])
+        found.pop("comparison", None)
+        return found
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,14 @@ def test_each_method_takes_its_best_rate_for_all_seeds(trained, tmp_path):
     assert {test["metric"] for test in content["tests"]} == {"val_loss"}
 
 
+def test_a_method_with_rates_and_seeds_of_its_own(trained, tmp_path):
+    own = {"comparison.learning_rates": [1e-3], "comparison.seeds": [0]}
+    content = comparison(tmp_path, methods={"a": {}, "b": own}).run()
+    assert len(content["methods"]["b"]["grid"]) == len(content["methods"]["b"]["runs"]) == 1
+    assert [run["seed"] for run in content["methods"]["a"]["runs"]] == [0, 1]
+    assert {(rate, seed) for name, rate, seed, _ in trained if name == "b"} == {(1e-3, 0)}
+
+
 def test_it_goes_on_with_what_is_left(trained, tmp_path):
     first = comparison(tmp_path, seeds=[0])
     first.run()

@@ -38,6 +38,15 @@ def test_a_learning_rate_at_the_edge_is_said_and_extended():
     assert next_learning_rate({1e-4: 1.2, 1e-3: 0.9, 4e-3: 1.0}) is None
 
 
+def test_a_method_may_have_rates_and_seeds_of_its_own():
+    rates = {"comparison.learning_rates": [1e-5]}
+    own = {**rates, "comparison": {"seeds": [1, 2]}, "dls.policy": "all"}
+    config = ComparisonConfig(methods={"A": {}, "B": own}, learning_rates=[1e-3, 1e-2], seeds=[1])
+    assert config.of("A", "learning_rates") == [1e-3, 1e-2]
+    assert (config.of("B", "learning_rates"), config.of("B", "seeds")) == ([1e-5], [1, 2])
+    assert config.overrides("B") == {"dls": {"policy": "all"}}
+
+
 def test_runs_that_failed_or_diverged_are_no_choice():
     assert best_learning_rate({1e-3: None, 1e-2: math.nan, 1e-1: 2.0}).value == 1e-1
     assert best_learning_rate({1e-3: None, 1e-2: math.nan}) is None
@@ -58,6 +67,8 @@ def test_the_rank_comes_closest_to_the_budget(budget, step, fixed):
     [
         ({"methods": {}}, "methods is empty"),
         ({"reference": "C"}, "none of the methods: A, B"),
+        ({"methods": {"A": {"comparison.test": False}}}, "A sets comparison.test.*learning_rates"),
+        ({"methods": {"A": {"comparison.seeds": []}}}, "seeds of A="),
         ({"learning_rates": []}, "learning_rates"),
         ({"seeds": [1, 1]}, "seeds"),
         ({"max_steps": 3, "train_seconds": 4.0}, "Leave one of them out"),
