@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import pytest
 import torch
@@ -59,8 +60,6 @@ def test_the_base_cannot_solve_the_demonstration_problems(model, tokenizer):
 
 
 def test_the_base_has_the_skill_that_the_demonstration_needs(model, tokenizer):
-    from random import Random
-
     turns = problems.skill_problems(Random("another seed"), 100)
     assert recipe.accuracy(model, tokenizer, turns) > 0.9
 
@@ -73,6 +72,60 @@ def test_no_problem_for_testing_is_one_for_training():
     assert len(train) >= 2000
     assert len(test) >= 200
     assert not train & test
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_heads_of_a_new_model_look_back_whatever_the_family(family, tokenizer):
+    torch.manual_seed(0)
+    model = recipe.new_model(tokenizer, family)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(10, 800, (1, 60))
+    weights_HTT = model(ids, output_attentions=True).attentions[0][0]
+    for head, offset in enumerate(recipe.OFFSETS):
+        assert weights_HTT[head].diagonal(-offset).mean() > 0.9
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_stopped_pretraining_goes_on_exactly(family, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "CHECK_EVERY", 1)
+    monkeypatch.setattr(recipe, "NUM_CHECK", 2)
+    monkeypatch.setattr(
+        problems,
+        "batch_of_turns",
+        lambda rng, _: [[turn] for turn in problems.skill_problems(rng, 2)],
+    )
+    checkpoint = tmp_path / "state.pt"
+
+    def pretrained(seed: int, steps: int):
+        torch.manual_seed(seed)
+        model = recipe.new_model(tokenizer, family)
+        recipe.pretrain(model, tokenizer, Random("text"), steps, checkpoint)
+        return model.state_dict()
+
+    whole = pretrained(0, 3)
+    checkpoint.unlink()
+    save, saved = recipe.save_state, []
+
+    def save_and_stop(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(recipe, "save_state", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrained(0, 3)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    gone_on = pretrained(1, 3)  # the start is the checkpoint's
+    assert all(torch.equal(whole[key], gone_on[key]) for key in whole)
+
+
+def test_another_family_does_not_replace_the_embedded_model(capsys):
+    with pytest.raises(SystemExit):
+        recipe.main(["--family", "qwen3"])
+    assert "--output is missing" in capsys.readouterr().err
 
 
 @pytest.mark.slow

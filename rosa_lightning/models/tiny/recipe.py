@@ -1,11 +1,15 @@
 """Make the embedded base model and the demonstration set, from nothing but a seed.
 
     python -m rosa_lightning.models.tiny.recipe [--output DIR] [--seed 0] [--steps 1500]
+    python -m rosa_lightning.models.tiny.recipe --family qwen3 --output DIR
 
 The files in this folder are those of the default seed, made with OMP_NUM_THREADS=1 in 13 minutes
 on an AMD EPYC (bfloat16 in AVX-512): 98.0 % of fresh problems of the base's own family solved, and
 0.7 % of the demonstration's test problems. Other thread counts and processors round otherwise and
 yield other weights; tokenizer and demonstration set depend on the seed alone.
+
+`qwen3` is a base of the same size with norms on Q and K, which the package does not hold. A run
+that was stopped goes on from its last checkpoint, one every 100 steps.
 """
 
 import argparse
@@ -16,12 +20,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from rosa_lightning.models.tiny import folder, problems
 
@@ -42,6 +54,11 @@ NUM_STEPS = 1500
 CHECK_EVERY = 100
 NUM_TRAIN, NUM_TEST, NUM_SKILL, NUM_CHECK = 3000, 300, 300, 100
 
+Family = Literal["llama", "qwen3"]
+FAMILIES: dict[Family, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 Row = tuple[list[int], list[float]]
 
 
@@ -97,7 +114,7 @@ def pad(rows: list[Row], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids_BT, weights_BT
 
 
-def weighted_loss(model: LlamaForCausalLM, ids_BT: Tensor, weights_BT: Tensor) -> Tensor:
+def weighted_loss(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, in nats, under the weights."""
     logits_BTV = model(input_ids=ids_BT[:, :-1]).logits
     losses = functional.cross_entropy(
@@ -109,7 +126,7 @@ def weighted_loss(model: LlamaForCausalLM, ids_BT: Tensor, weights_BT: Tensor) -
 
 @torch.no_grad()
 def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, turns: list[problems.Turn]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, turns: list[problems.Turn]
 ) -> float:
     """Share of problems whose whole response, end token included, greedy decoding would give."""
     num_right = 0
@@ -131,15 +148,17 @@ def learning_rate(step: int, num_steps: int) -> float:
     return PEAK_LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A small Llama with random weights, seeded by torch's generator."""
-    config = LlamaConfig(
+def new_model(tokenizer: PreTrainedTokenizerFast, family: Family = "llama") -> PreTrainedModel:
+    """A small model with random weights, seeded by torch's generator."""
+    make_config, make = FAMILIES[family]
+    config = make_config(
         vocab_size=len(tokenizer),
         hidden_size=160,
         intermediate_size=432,
         num_hidden_layers=4,
         num_attention_heads=5,
         num_key_value_heads=5,
+        head_dim=32,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         attention_bias=True,
@@ -147,20 +166,22 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model: PreTrainedModel = make(config)
     look_back(model)
     return model
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM) -> None:
+def look_back(model: PreTrainedModel) -> None:
     """Start head h of the first layer as one that reads the token OFFSETS[h] positions back.
 
     Looking a count up by its name is an induction circuit: on bare lists such heads learn it in 250
     steps; without them there was no sign of it after 500. The bias of q is a fixed vector in the
-    fast RoPE pairs, that of k the same vector rotated by that many tokens.
+    fast RoPE pairs, that of k the same vector rotated by that many tokens. Norms on q and k start
+    with a weight that gives these vectors their length back.
     """
-    attention, config = model.model.layers[0].self_attn, model.config
+    attention: Any = model.model.layers[0].self_attn
+    config = model.config
     head_dim: int = attention.head_dim
     half = head_dim // 2
     angles = model.model.rotary_emb.inv_freq[:NUM_POSITION_PAIRS]
@@ -170,9 +191,13 @@ def look_back(model: LlamaForCausalLM) -> None:
         attention.q_proj.bias[dims] = POSITION_STRENGTH
         attention.k_proj.bias[dims] = POSITION_STRENGTH * torch.cos(angles * OFFSETS[head])
         attention.k_proj.bias[dims + half] = POSITION_STRENGTH * torch.sin(angles * OFFSETS[head])
+    for norm in ("q_norm", "k_norm"):
+        if hasattr(attention, norm):
+            root_mean_square = POSITION_STRENGTH * math.sqrt(NUM_POSITION_PAIRS / head_dim)
+            getattr(attention, norm).weight.fill_(root_mean_square)
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the rest."""
     named = dict(model.named_parameters())
     inner = [weight for name, weight in named.items() if weight.ndim == 2 and "layers" in name]
@@ -184,13 +209,20 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: Random, num_steps: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: Random,
+    num_steps: int,
+    checkpoint: Path,
 ) -> None:
-    """Train on fresh text at every step, in bfloat16 autocast."""
+    """Train on fresh text at every step, in bfloat16 autocast; goes on from the checkpoint."""
     steppers = optimizers(model)
     check = problems.skill_problems(Random("check"), NUM_CHECK)
+    start, before = (
+        load_state(checkpoint, model, steppers, rng) if checkpoint.exists() else (0, 0.0)
+    )
     started = time.monotonic()
-    for step in range(num_steps):
+    for step in range(start, num_steps):
         rows = encode(tokenizer, problems.batch_of_turns(rng, step / num_steps))
         ids_BT, weights_BT = pad(rows, tokenizer.pad_token_id)
         with torch.autocast("cpu", torch.bfloat16):
@@ -203,14 +235,45 @@ def pretrain(
                 group["lr"] = learning_rate(step, num_steps)
             stepper.step()
         if (step + 1) % CHECK_EVERY == 0:
-            skill, seconds = accuracy(model, tokenizer, check), time.monotonic() - started
+            seconds = before + time.monotonic() - started
+            skill = accuracy(model, tokenizer, check)
             told = f"loss {loss.item():.3f}, skill {skill:.0%}, {seconds:.0f} s"
             print(f"step {step + 1}: {told}", flush=True)
+            save_state(checkpoint, model, steppers, rng, (step + 1, seconds))
+
+
+def save_state(
+    path: Path,
+    model: PreTrainedModel,
+    steppers: list[torch.optim.Optimizer],
+    rng: Random,
+    done: tuple[int, float],
+) -> None:
+    """Store all that `pretrain` goes on from; `done` is steps and seconds."""
+    holders: list[Any] = [model, *steppers]
+    parts = [holder.state_dict() for holder in holders]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    torch.save({"parts": parts, "rng": rng.getstate(), "done": done}, beside)
+    beside.replace(path)
+
+
+def load_state(
+    path: Path, model: PreTrainedModel, steppers: list[torch.optim.Optimizer], rng: Random
+) -> tuple[int, float]:
+    """Take over what `save_state` has stored; returns steps and seconds."""
+    state = torch.load(path, weights_only=True)
+    holders: list[Any] = [model, *steppers]
+    for holder, stored in zip(holders, state["parts"], strict=True):
+        holder.load_state_dict(stored)
+    rng.setstate(state["rng"])
+    done: tuple[int, float] = state["done"]
+    return done
 
 
 def write(
     output: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     records: dict[str, list[dict[str, str]]],
 ) -> None:
@@ -233,23 +296,29 @@ def write(
 def main(argv: Sequence[str] | None = None) -> None:
     """Pretrain, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=folder(), help="where the files go")
+    parser.add_argument("--output", type=Path, help="where the files go")
+    parser.add_argument("--family", choices=get_args(Family), default="llama")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     args = parser.parse_args(argv)
+    if args.output is None and args.family != "llama":
+        parser.error("--output is missing; the package's own folder holds the llama")
+    output: Path = args.output or folder()
     torch.manual_seed(args.seed)
     # One generator for each purpose: other step counts leave the demonstration set as it is.
     tokenizer = train_tokenizer(Random(f"tokenizer {args.seed}"))
     records = problems.demonstration(Random(f"demonstration {args.seed}"), NUM_TRAIN + NUM_TEST)
     train, test = records[:NUM_TRAIN], records[NUM_TRAIN:]
-    model = new_model(tokenizer)
-    pretrain(model, tokenizer, Random(f"pretraining {args.seed}"), args.steps)
+    model = new_model(tokenizer, args.family)
+    checkpoint = output / f"pretraining-{args.family}-seed-{args.seed}-steps-{args.steps}.pt"
+    pretrain(model, tokenizer, Random(f"pretraining {args.seed}"), args.steps, checkpoint)
     # What is stored is what is measured: bfloat16 weights, computed with in float32.
     model.bfloat16().float().eval()  # type: ignore[no-untyped-call]
     skill_turns = problems.skill_problems(Random(f"skill {args.seed}"), NUM_SKILL)
     skill = accuracy(model, tokenizer, skill_turns)
     base = accuracy(model, tokenizer, [problems.as_turn(record) for record in test])
-    write(args.output, model, tokenizer, {"demo_train.jsonl": train, "demo_test.jsonl": test})
+    write(output, model, tokenizer, {"demo_train.jsonl": train, "demo_test.jsonl": test})
+    checkpoint.unlink(missing_ok=True)
     print(f"parameters {model.num_parameters()}, accuracy on its own family {skill:.1%}")
     print(f"accuracy on the demonstration set's test problems {base:.1%}")
 
