@@ -255,7 +255,6 @@ class AdaptedModel(LightningModule):
         self.model = cast("PreTrainedModel", shard_and_broadcast(model.train(), strategy))
         self.loss_computer = LossComputer(self.model, self.speed)
         exclude_packed_from_ddp(self)
-        rank_zero_info(str(self.report))
 
     def _adapted_base(
         self, device: torch.device

@@ -92,9 +92,10 @@ class RoSAModule(AdaptedModel):
 
     def setup(self, stage: str) -> None:
         """Check settings before the model is loaded, and let checkpoints be written whole."""
-        context = context_length(
-            self.base, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
+        if stage == "fit":
+            check_max_nonfinite_steps(self.max_nonfinite_steps)
+            check_outputs(self.trainer)
+            check_clipping(self.trainer.gradient_clip_val)
         if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
             # Ranks finish at different lengths, and would wait for each other's shards forever.
             raise ValueError(
@@ -103,16 +104,14 @@ class RoSAModule(AdaptedModel):
                 "a full checkpoint."
             )
         text = self.text_info()
+        location = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        context = context_length(self.base, **location)
         if stage == "test":
             check_test_prompts(text.test_examples, self.evaluation, context)
         elif stage in ("fit", "validate"):
             check_lengths(text.max_length, context)
         self._checkpoint_to_check = None
         use_atomic_checkpoints(self.trainer.strategy)
-        if stage == "fit":
-            check_max_nonfinite_steps(self.max_nonfinite_steps)
-            check_outputs(self.trainer)
-            check_clipping(self.trainer.gradient_clip_val)
 
     def text_info(self) -> TextInfo:
         """What the data module says of its texts; a user's own may say nothing."""
@@ -321,7 +320,7 @@ class RoSAModule(AdaptedModel):
         here, added = self.conditions(), self._differs_from_base()
         origin = self.trainer.ckpt_path or self.adapter or "an adapter trained in this process"
         return {
-            "model": f"{self.base} + {origin}" if added else f"{self.base}, without an adapter",
+            "model": f"{self.base} + {origin}" if added else self.base,
             "base": self.base,
             "revision": self.base_fingerprint.revision,
             **(method_to_dict(self.method) if added else {"roae": None}),

@@ -118,7 +118,11 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     sharded = Path(path, SHARDED_METADATA)
     file = sharded if sharded.is_file() else Path(path)
     if not file.is_file():
-        raise ValueError(f"ckpt_path={path} is no file. Give a checkpoint of RoSAModule.")
+        problem = "is no file" if Path(path).exists() else "does not exist"
+        raise ValueError(
+            f"ckpt_path={path} {problem}. Give a checkpoint that fit has written, such as "
+            "lightning_logs/version_0/checkpoints/last.ckpt."
+        )
     try:
         with open_input(file) as opened:
             check_archive(opened, path)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from safetensors import SafetensorError
 
+from rosa_lightning.adapters.fidelity import (
+    Agreement,
+    agreement,
+    logits_on,
+    rounding_of_base,
+    sample_tokens,
+)
 from rosa_lightning.adapters.files import check_plain_model, write_adapter
 from rosa_lightning.adapters.lora import write_lora
 from rosa_lightning.adapters.metadata import Conditions
@@ -25,16 +30,18 @@ from rosa_lightning.models.finite import check_weights
 from rosa_lightning.models.loading import base_name
 from rosa_lightning.roae.inject import merged, roae_layers, roae_report
 from rosa_lightning.utils.files import atomic_directory
-from rosa_lightning.utils.modules import in_mode
 from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Format = Literal["peft", "rosa", "merged"]
-
-_SAMPLE = (2, 32)
-"""Rows and tokens on which a merged model is compared with the adapted one."""
+_WRITTEN = {
+    "peft": "a LoRA for PEFT, vLLM and llama.cpp",
+    "rosa": "an adapter for model.adapter and load_adapter",
+    "merged": "a model like any other, without this package",
+}
+"""What each format is, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +52,27 @@ class ExportReport:
     format: Format
     num_bytes: int
     """Size of all files."""
-    logit_difference: float | None = None
-    """Merged: largest difference between the logits of the adapted and the merged model."""
-    largest_logit: float | None = None
-    """Merged: the largest logit's absolute value, to hold that against."""
+    merged: Agreement | None = None
+    """Merged: of the adapted and the merged model."""
+    rounding: Agreement | None = None
+    """Merged: of the base in float32 and in its own dtype, where that is half precision."""
     notes: tuple[str, ...] = ()
     """What a user should know of the folder."""
 
     def __str__(self) -> str:
-        """One line for people."""
-        line = f"{self.format}: {self.folder}, {self.num_bytes / 2**20:.2f} MiB"
-        if self.logit_difference is not None:
-            rows, tokens = _SAMPLE
-            line += (
-                f"; largest logit difference {self.logit_difference:.2g} on {rows} x {tokens} "
-                f"random tokens (largest logit {self.largest_logit:.3g})"
-            )
-        return "; ".join((line, *self.notes))
+        """Lines for people."""
+        lines = [f"wrote {self.folder} ({self.num_bytes / 2**20:.2f} MiB): {self.what}"]
+        if self.merged is not None:
+            on = f"on {self.merged.num_tokens} tokens"
+            lines.append(f"merged against adapted, {on}: {self.merged}")
+        if self.rounding is not None:
+            lines.append(f"for scale, the base as it is against float32: {self.rounding}")
+        return "\n".join((*lines, *self.notes))
+
+    @property
+    def what(self) -> str:
+        """What the folder holds, in a few words."""
+        return _WRITTEN[self.format]
 
 
 def export_adapter(
@@ -104,12 +115,18 @@ def export_adapter(
         check_weights({f"{name}.roae_A": layer.roae_A, f"{name}.roae_B": layer.roae_B})
         if format != "rosa":
             layer.check_mergeable(dequantize=dequantize or format == "peft")
-    differences: tuple[float | None, float | None] = None, None
+    compared: tuple[Agreement | None, Agreement | None] = None, None
     try:
         with atomic_directory(folder) as written:
             if format == "merged":
                 own = merged(model, dequantize=dequantize) if other is None else as_plain(model)
-                differences = _write_merged(model, written, max_shard_size or "5GB", own)
+                ids = sample_tokens(model, tokenizer)
+                adapted_NV = logits_on(model, ids)
+                with own as weights:
+                    merged_NV = logits_on(model, ids)
+                    own_state = weights if isinstance(weights, dict) else None
+                    _save(model, written, max_shard_size or "5GB", own_state)
+                compared = agreement(adapted_NV, merged_NV), rounding_of_base(model, ids)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(str(written))
             elif other is not None:
@@ -125,7 +142,7 @@ def export_adapter(
             "or give a folder that can be made."
         ) from error
     notes = _loading_note(model) if format == "merged" else ()
-    return ExportReport(Path(folder), format, num_bytes, *differences, notes)
+    return ExportReport(Path(folder), format, num_bytes, *compared, notes)
 
 
 def check_options(format: str, **merged_only: Any) -> None:
@@ -158,21 +175,6 @@ def _check_format(format: str, method: Method) -> None:
         )
 
 
-def _write_merged(
-    model: PreTrainedModel, folder: Path, max_shard_size: str, plain: AbstractContextManager[Any]
-) -> tuple[float, float]:
-    """Save the merged model; the largest difference of its logits, and the largest logit.
-
-    Within ``plain`` the model is merged; it gives the weights to save where not all are a plain
-    model's, as a mapping.
-    """
-    adapted = _sample_logits(model)
-    with plain as weights:
-        difference = (_sample_logits(model) - adapted).abs().max().item()
-        _save(model, folder, max_shard_size, weights if isinstance(weights, dict) else None)
-    return difference, adapted.abs().max().item()
-
-
 def _loading_note(model: PreTrainedModel) -> tuple[str, ...]:
     """What loads the saved model: not always the auto class, of some vision-language models."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
@@ -203,15 +205,3 @@ def _save(
         model.generation_config = own
     if own is not None:
         own.to_json_file(folder / "generation_config.json")
-
-
-@torch.no_grad()
-def _sample_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits on some random tokens, the same at every call, in float32."""
-    generator = torch.Generator().manual_seed(0)
-    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
-    vocabulary = embeddings.weight.shape[0]
-    ids = torch.randint(vocabulary, _SAMPLE, generator=generator)
-    with in_mode(model, training=False):
-        logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return logits.float()

@@ -309,7 +309,8 @@ def report(context: CommandContext, run: str, *, output: str | None = None) -> N
 
     Args:
         context: Not looked at: what was logged stands in the run's folder.
-        run: Folder of the run, such as lightning_logs/version_0.
+        run: Folder of the run, such as lightning_logs/version_0; of a folder of runs, such as
+            lightning_logs, the newest that has something to show.
         output: File to write; report.html in the run's folder by default.
     """
     sys.stdout.write(f"{write_report(run, output=output)}\n")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import Optimizer
@@ -119,6 +120,20 @@ def check_classes(config: Mapping[str, Any]) -> None:
             )
     for key, value in _entries(config).items():
         _check_no_function(key, value)
+
+
+def check_optimizer(make: Callable[[list[Any]], Any]) -> None:
+    """Make an optimizer of one weight, to find wrong arguments before anything is loaded.
+
+    Raises:
+        ConfigurationError: It cannot be made.
+    """
+    try:
+        make([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"the optimizer cannot be made: {error}. Correct optimizer.init_args."
+        ) from error
 
 
 def _check_no_function(key: str, value: Any) -> None:

@@ -18,7 +18,6 @@ import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
@@ -56,42 +55,33 @@ from rosa_lightning.cli.configuration import (
     ONE_SELECTION,
     VISIBLE_KEYS,
     check_classes,
+    check_optimizer,
     check_trainer_settings,
 )
+from rosa_lightning.cli.messages import messages
+from rosa_lightning.cli.names import COMMANDS, DESCRIPTION
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
 from rosa_lightning.cli.process import (
     SaveRunConfig,
     configuration_errors,
+    listed,
+    no_empty_run,
     quiet_log_writers,
     quiet_quantizers,
     read_pipes,
+    run_defaults,
     termination,
 )
 from rosa_lightning.cli.strict_yaml import load_yaml
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.evaluation.writers import PredictionWriter, ResultWriter
+from rosa_lightning.inspection.progress import SHOWN
+from rosa_lightning.inspection.run_summary import RunSummary
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.checkpoint_io import check_outputs
 from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration
 
-DESCRIPTION = (
-    "RoSA fine-tuning: RoAE adapters on the low-frequency RoPE dimensions of Q and K, trained in "
-    "the layers that Dynamic Layer Selection picks."
-)
-COMMANDS = {
-    "fit": "Train adapters.",
-    "validate": "Loss and accuracy on the validation split.",
-    "test": "Write answers to the test sources and score them.",
-    "predict": "Write answers to the predict sources into predictions.jsonl.",
-    "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
-    "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
-    "audit": "Look at the training data: lengths, duplicates, contamination.",
-    "compare": "Compare methods at equal budgets, or two finished tests question by question.",
-    "bench": "Measure a training beside PEFT LoRA and the frozen base.",
-    "report": "Write what a run has logged as one HTML page.",
-}
-"""What each command does, for ``--help``."""
 _TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, compare, bench, report)
 TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
 
@@ -191,9 +181,11 @@ class RoSACLI(LightningCLI):
         # callbacks would take it for the run.
         loggers, callbacks = trainer.loggers, trainer.callbacks
         trainer.loggers = []
-        trainer.callbacks = [item for item in callbacks if isinstance(item, ProgressBar)]
+        trainer.callbacks = [c for c in callbacks if isinstance(c, ProgressBar | RunSummary)]
         (metrics,) = trainer.validate(self.model, self.datamodule, verbose=False)
         trainer.loggers, trainer.callbacks = loggers, callbacks
+        found = ", ".join(f"{SHOWN[k]} {v:.4g}" for k, v in metrics.items() if k in SHOWN)
+        rank_zero_info(f"before training: {found}")
         for logger in loggers:
             logger.log_metrics(dict(metrics), step=0)
 
@@ -251,12 +243,9 @@ class RoSACLI(LightningCLI):
         return parser
 
     def _set_seed(self) -> None:
-        """Seed; in silence where nothing is trained."""
+        """Seed, in silence."""
         with configuration_errors("seed_everything cannot be used", "Set another number."):
-            if self.subcommand in TOOL_COMMANDS:
-                seed_everything(self._get(self.config, "seed_everything"), verbose=False)
-            else:
-                super()._set_seed()
+            seed_everything(self._get(self.config, "seed_everything"), verbose=False)
 
     def instantiate_classes(self) -> None:
         """Make what the command needs; the commands of this package get no Trainer."""
@@ -274,18 +263,20 @@ class RoSACLI(LightningCLI):
             module = given["model"]
             module.make_optimizer, module.make_lr_scheduler = given.optimizer, given.lr_scheduler
             module.max_nonfinite_steps = given.max_nonfinite_steps
+        if self.subcommand == "fit":
+            check_optimizer(given.optimizer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a command of the trainer, or another."""
         config = self.config_init[subcommand]
         if subcommand not in TOOL_COMMANDS:
-            with termination():
+            with termination(), no_empty_run(self.trainer):
                 check_checkpoint_found(self.trainer, subcommand, config.get("ckpt_path"))
                 super()._run_subcommand(subcommand)
             return
         options = {name: config[name] for name in self._subcommand_method_arguments[subcommand]}
         trainer = dict(config["trainer"])
-        trainer["callbacks"] = [config["dls"], *_listed(trainer.get("callbacks"))]
+        trainer["callbacks"] = [config["dls"], *listed(trainer.get("callbacks"))]
         context = CommandContext(
             config["model"],
             config["data"],
@@ -318,17 +309,17 @@ class RoSACLI(LightningCLI):
         if self._get(self.config_init, "trainer.strategy") == ModelParallelStrategy.__name__:
             # Lightning knows the other strategies by short names, and this one by its class alone.
             kwargs["strategy"] = ModelParallelStrategy()
-        for callback in _listed(self._get(self.config_init, "trainer.callbacks")):
+        for callback in listed(self._get(self.config_init, "trainer.callbacks")):
             if isinstance(callback, DynamicLayerSelection) and callback.layers is None:
                 raise ConfigurationError(ONE_SELECTION)
+        given = self.config_init[self.subcommand]
+        kwargs |= run_defaults(given.trainer, given.dls if self.subcommand == "fit" else None)
         with configuration_errors("the trainer cannot be made", "Correct the settings of trainer."):
             trainer = super().instantiate_trainer(**kwargs)
         # Layers are frozen before other callbacks look at them.
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda item: not isinstance(item, DynamicLayerSelection))
         complete_strategy(trainer, trains=self.subcommand == "fit")
-        if isinstance(bar := trainer.progress_bar_callback, RichProgressBar):
-            bar.theme = replace(bar.theme, metrics_format=".5g")  # 15701 tokens/s, not 15701.199
         return trainer
 
 
@@ -353,8 +344,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
     0; 1 for a failure, 2 for a wrong command line, 130 for Ctrl-C; SIGTERM exits with 143.
     """
-    # Lightning still uses a name that torch 2.13 deprecates; no user can do anything about it.
-    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec\)` is deprecated")
     quiet_quantizers()
     # Nothing is called but what a type of ours or of Lightning asks for, and nothing is imported
     # that jsonargparse counts as dangerous, such as os and subprocess.
@@ -367,7 +356,7 @@ def main(args: Sequence[str] | None = None) -> int:
     # Names of files may hold bytes that are not UTF-8; they are shown as the error stream does.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    with quiet_log_writers():
+    with messages(), quiet_log_writers():
         return _run(args)
 
 
@@ -385,6 +374,7 @@ def _run(args: Sequence[str] | None) -> int:
                 "callbacks": [PredictionWriter(), ResultWriter()],
                 # The module's validation needs no rehearsal before every training.
                 "num_sanity_val_steps": 0,
+                "enable_model_summary": False,  # `RunSummary` tells more
             },
             given=sys.argv[1:] if args is None else args,
             args=None if args is None else list(args),
@@ -410,11 +400,6 @@ def wanted_commands(args: Sequence[str]) -> Collection[str]:
     """The commands that stand on a command line; all, if it may leave them to a file."""
     named = [command for command in COMMANDS if command in args]
     return named if named or {"-h", "--help"} & set(args) else tuple(COMMANDS)
-
-
-def _listed(callbacks: Any) -> list[Any]:
-    """Callbacks as Lightning takes them, one, several or none, as a list."""
-    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
 
 
 def is_checkpoint_word(ckpt_path: str) -> bool:

@@ -13,34 +13,13 @@ from jsonargparse import ArgumentError, get_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rosa_lightning.cli.configuration import ONE_SELECTION, check_groups
+from rosa_lightning.cli.names import RENAMED, SUGGESTION
 from rosa_lightning.cli.strict_yaml import StrictYAMLError, read_configuration
 from rosa_lightning.utils.errors import ConfigurationError
 from rosa_lightning.utils.text import one_line
 
 TRACEBACK_VARIABLE = "ROSA_TRACEBACK"
 """Environment variable that, set to 1, shows the traceback of a user's error."""
-
-SUGGESTION = " Did you mean"
-_LOADING = (
-    *("cache_dir", "decontaminate", "num_workers", "overlong", "stop", "temperature"),
-    *("tokens_per_batch", "val_generate"),
-)
-_POLICY = (
-    *("always_active", "fixed_layers", "score_normalization", "score_share"),
-    *("score_smoothing", "temperature"),
-)
-_SPEED = ("share_prefix", "loss_chunk", "microbatch_tokens", "recompute_activations", "compile")
-RENAMED = {
-    **{f"model.{name}": f"model.speed.{name}" for name in _SPEED},
-    **{f"data.{name}": f"data.loading.{name}" for name in _LOADING},
-    **{f"dls.{name}": f"dls.policy_options.{name}" for name in _POLICY},
-    "data.template": "data.prompt_style",
-    "model.gradient_checkpointing": "model.speed.gradient_checkpointing",
-    "model.max_new_tokens": "model.evaluation.max_new_tokens",
-    "dls.moments": "dls.optimizer_state",
-    "model.max_nonfinite_steps": "max_nonfinite_steps",
-}
-"""Keys of earlier versions, and what they are called now."""
 
 
 class RoSAParser(LightningArgumentParser):

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from rosa_lightning.cli.strict_yaml import read_configuration
+from rosa_lightning.dls.callback import DynamicLayerSelection
+from rosa_lightning.evaluation.writers import PREDICTIONS, RESULTS
+from rosa_lightning.inspection.progress import RunProgressBar
+from rosa_lightning.inspection.run_record import RunRecorder
+from rosa_lightning.inspection.run_summary import RunSummary
 from rosa_lightning.utils.errors import ConfigurationError, explain
 from rosa_lightning.utils.files import writing
 from rosa_lightning.utils.text import one_line
@@ -48,6 +57,39 @@ def termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+_OF_ANY_RUN = re.compile(r"events\.out\.tfevents\..*|(hparams|config)\.yaml|metrics\.csv")
+"""Files that a run may begin with."""
+
+
+@contextmanager
+def no_empty_run(trainer: Trainer) -> Iterator[None]:
+    """Remove the new log folders of a command that fails before it has anything to keep."""
+    logged = [one.log_dir for one in trainer.loggers if trainer.is_global_zero and one.log_dir]
+    new = [folder for folder in map(Path, logged) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in new if not trainer.global_step else []:
+            _remove_empty(folder)
+        raise
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder that holds the beginning of a run alone, and the one around if left empty."""
+    found = {path.name: path for path in folder.glob("*")}
+    answers = found.get(PREDICTIONS)
+    if answers is not None and not answers.stat().st_size:  # of a test that answered nothing
+        (folder / RESULTS).unlink(missing_ok=True)
+        answers.unlink()
+        found = {name: path for name, path in found.items() if path.exists()}
+    if all(map(_OF_ANY_RUN.fullmatch, found)):
+        with suppress(OSError):  # it may not have been made
+            for path in found.values():
+                path.unlink()
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 @contextmanager
@@ -98,6 +140,32 @@ def read_pipes(args: Sequence[str]) -> list[str]:
             text = read_configuration(name)
             read[index + (not equals)] = f"--config={text}" if equals else text
     return read
+
+
+def run_defaults(given: Any, selection: DynamicLayerSelection | None) -> dict[str, Any]:
+    """Logger and callbacks of every run, where the settings of the trainer have none of their kind.
+
+    Args:
+        given: The settings of the trainer.
+        selection: What selects layers in a training; None for the other commands.
+    """
+    callbacks, wanted = listed(given.callbacks), list[tuple[type, Callback]]()
+    if selection is not None:
+        wanted = [(RunSummary, RunSummary([selection])), (RunRecorder, RunRecorder())]
+    if given.enable_progress_bar is not False:
+        wanted.append((ProgressBar, RunProgressBar()))
+    missing = [one for kind, one in wanted if not any(isinstance(c, kind) for c in callbacks)]
+    found: dict[str, Any] = {"callbacks": [*missing, *callbacks]}
+    if given.logger in (None, True):
+        # As Lightning's own, but without a card of a made-up metric.
+        folder, job = given.default_root_dir or os.getcwd(), SLURMEnvironment.job_id()
+        found["logger"] = TensorBoardLogger(folder, version=job, default_hp_metric=False)
+    return found
+
+
+def listed(callbacks: Any) -> list[Any]:
+    """Callbacks as Lightning takes them, one, several or none, as a list."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source, as_source, demo_source
 from rosa_lightning.tasks.records import Record, Task
+from rosa_lightning.utils.text import one_line
 
 NEAR = 0.7
 """Jaccard index of word pairs from which on two questions are near."""
@@ -156,6 +157,25 @@ def _jaccard(first: set[str], second: set[str]) -> float:
     return shared / (len(first) + len(second) - shared)
 
 
+def check_hub(data_set: str) -> None:
+    """Raise OSError where the hub cannot be reached: at once, and not after the retries of a load.
+
+    With HF_HUB_OFFLINE set, what is cached is loaded without a request.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        return
+    try:
+        HfApi().dataset_info(data_set, timeout=5)
+    except Exception as error:  # of its own and of its HTTP client, without a common base
+        raise OSError(
+            f"{data_set} cannot be reached ({one_line(error, 80)}), so it was not searched for "
+            "test questions. With HF_HUB_OFFLINE=1 a cached copy is searched."
+        ) from error
+
+
 # --- what a training was of -----------------------------------------------------------------
 
 
@@ -197,6 +217,8 @@ def trained_questions(
     found, compared = set[int](), dict[str, None]()
     for training in trainings:
         sources = [as_source(fields, tasks) for fields in training["sources"]]
+        for source in filter(lambda one: one.hub, sources):
+            check_hub(str(source.hub))
         train = (
             record
             for source in sources

@@ -163,6 +163,10 @@ class ReasoningDataModule(LightningDataModule):
         """The prompts of the test sources in their order, after `setup("test")`."""
         return self._prompts.get("test", [])
 
+    def training_summary(self) -> list[str]:
+        """Lines for people on what is trained and validated on, after `setup`."""
+        return self._set.summary(self.source_names, self._shares(), self.loading.stop)
+
     def contaminated_records(self) -> tuple[list[Record], list[str]]:
         """The test records whose question was trained on, and the sources that were compared."""
         trainings = self._trained_on or [training_of(self.sources, self.seed, self._set.left_out)]
@@ -183,6 +187,12 @@ class ReasoningDataModule(LightningDataModule):
         """Reads and tokenizes what the stage needs; once, until a setting of that changes."""
         agree_on_settings(self.trainer)
         purpose = purpose_of(stage)
+        key = f"data.{SETTINGS[purpose]}"
+        if not getattr(self, SETTINGS[purpose]):  # before anything is loaded
+            raise ValueError(
+                f"There is nothing to {purpose}: {key} names no source. Set it, such as "
+                f"{key}: [{{path: FILE.jsonl}}]."
+            )
         with together("loading of the tokenizer"):
             settings = self._settings_to_read()
         if self._read_as.get(purpose) != settings:
@@ -236,11 +246,6 @@ class ReasoningDataModule(LightningDataModule):
         key, sources = f"data.{SETTINGS[purpose]}", getattr(self, SETTINGS[purpose])
         found: list[Example] = []
         with together(f"reading of {key}"):
-            if not sources:
-                raise ValueError(
-                    f"There is nothing to {purpose}: {key} names no source. Set it, such as "
-                    f"{key}: [{{path: FILE.jsonl}}]."
-                )
             encoder = self._encoder(with_response=False)
             for source in sources:
                 examples = encoder(
@@ -270,7 +275,7 @@ class ReasoningDataModule(LightningDataModule):
         if self._counter.names != self.source_names:
             self._counter = SampleCounter(self.source_names)
         self._trained_on = [training_of(self.sources, self.seed, self._set.left_out)]
-        self._set.report(self.source_names, self._shares(), self.loading.stop)
+        self._set.warn_of_unused(self.source_names, self._shares(), self.loading.stop)
 
     def _encoder(self, with_response: bool = True) -> Encoder:
         text = (self.text_tokenizer, self.prompt_style, self.max_length)
@@ -407,11 +412,6 @@ class ReasoningDataModule(LightningDataModule):
             self._counter.log(trainer)
             self._counter.add(batch["source"])
         return batch
-
-    def teardown(self, stage: str) -> None:
-        """After training, says what was trained on."""
-        if stage == "fit" and self._set.train:
-            self._counter.report(self.trainer, self._shares())
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained on, and the settings that the order depends on."""

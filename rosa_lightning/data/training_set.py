@@ -25,6 +25,9 @@ from rosa_lightning.data.sampling import Batching, BatchPlanner, Stop, epoch_len
 from rosa_lightning.data.tokenization import Encoder, Examples, count_altered, tokenize
 from rosa_lightning.tasks.records import Record
 
+ENOUGH_VALIDATION = 64
+"""Validation records from which on the best checkpoint is more than a matter of chance."""
+
 
 @dataclass
 class TrainingSet:
@@ -67,23 +70,31 @@ class TrainingSet:
         parts = [float(size) if weight is None else weight for weight, size in pairs]
         return [part / sum(parts) for part in parts]
 
-    def report(self, names: Sequence[str], shares: Sequence[float], stop: Stop) -> None:
-        """Say how much each source has and gives, and warn of one that gives nothing."""
+    def warn_of_unused(self, names: Sequence[str], shares: Sequence[float], stop: Stop) -> None:
+        """Warn of a source that gives nothing."""
         total = epoch_length(self.sizes, shares, stop)
-        for name, share, examples in zip(names, shares, self.train, strict=True):
+        for name, share in zip(names, shares, strict=True):
             if round(total * share) == 0:
                 rank_zero_warn(
                     f"source {name}: weight {share:.2g} of an epoch's {total} records is not one "
                     "record, so it is never trained on; raise its weight in data.sources, or "
                     "data.loading.temperature."
                 )
-            where = " on disk" if examples.records.on_disk else ""
-            rank_zero_info(
-                f"{name}: {len(examples)} records{where}, weight {share:.3g}, seen "
-                f"{total * share / len(examples):.2g} times an epoch"
-            )
-        if held := sum(map(len, self.val)):
-            rank_zero_info(f"validation split: {held} records")
+
+    def summary(self, names: Sequence[str], shares: Sequence[float], stop: Stop) -> list[str]:
+        """Lines for people: what each source has and gives, and what is validated on."""
+        total, lines = epoch_length(self.sizes, shares, stop), []
+        for name, share, examples in zip(names, shares, self.train, strict=True):
+            where = ", on disk" if examples.records.on_disk else ""
+            line = f"{name}: {len(examples):,} training records{where}"
+            if len(names) > 1:
+                times = total * share / len(examples)
+                line += f", {100 * share:.3g} % of each epoch, so each is seen {times:.2g} times"
+            lines.append(line)
+        held = sum(map(len, self.val))
+        few = " (too few to tell close checkpoints apart: raise data.val_fraction)"
+        lines.append(f"{held:,} validation records{few if 0 < held < ENOUGH_VALIDATION else ''}")
+        return lines
 
 
 def read_training_set(
@@ -109,8 +120,8 @@ def read_training_set(
         if is_tested.any():
             left_out |= set(map(question_digest, some.select(is_tested)))
             rank_zero_info(
-                f"{name}: {is_tested.sum()} of {len(some)} records left out, as their questions "
-                "stand in data.test_sources"
+                f"{name}: {is_tested.sum():,} of {len(some):,} records left out, whose questions "
+                "are also in data.test_sources"
             )
         masks.append(~is_tested)
     found.left_out = sorted(left_out)
@@ -236,15 +247,6 @@ class SampleCounter:
             }
             for logger in trainer.loggers:
                 logger.log_metrics(shares, step=step)
-
-    def report(self, trainer: Trainer | None, weights: Sequence[float]) -> None:
-        """Say what was trained on, beside the weights that were asked for."""
-        seen = self.counts(trainer)
-        for (name, count), weight in zip(seen.items(), weights, strict=True):
-            rank_zero_info(
-                f"trained on {name}: {count} examples, share "
-                f"{count / max(1, sum(seen.values())):.3f}, weight {weight:.3f}"
-            )
 
 
 def order_changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:

@@ -153,7 +153,7 @@ def results_table(
         notes = ["Contaminated: unknown, since the training data could not be read.", *notes]
     elif any(contaminated.values()):
         mark = (
-            "* Questions of this benchmark stand in the training data: a model trained on these "
+            "* Questions of this benchmark are also in the training data: a model trained on these "
             "may have seen the answers."
         )
         notes = [mark, *notes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ _FIELDS = {
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes the records that ``predict_step`` returns, in the order of the input.
+    """Prints answers as they come, and writes their records in the order of the input.
 
     Args:
         path: The file; by default ``predictions.jsonl`` in the run's log folder.
@@ -45,6 +46,22 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="epoch")
         self.path = path
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Print the answers of a batch, of rank 0, above the progress bar."""
+        if trainer.is_global_zero:
+            for item in outputs:
+                asked = one_line(f"{item.get('prompt', '')} {item.get('input') or ''}", 200)
+                sys.stdout.write(f"> {asked}\n{item.get('response', '').strip()}\n\n")
+            sys.stdout.flush()
 
     def write_on_epoch_end(
         self,
@@ -66,7 +83,7 @@ class PredictionWriter(BasePredictionWriter):
         everywhere = {place: one for own in of_all_ranks(found) for place, one in own.items()}
         if trainer.is_global_zero:
             atomic_write(path, *(_line(everywhere[place]) for place in sorted(everywhere)))
-            rank_zero_info(f"predictions: {path}")
+            rank_zero_info(f"{len(everywhere):,} answers are in {path}")
 
 
 class ResultWriter(Callback):
@@ -217,5 +234,6 @@ def _contamination(datamodule: Any) -> tuple[Mapping[str, int] | None, list[str]
         records, places = datamodule.contaminated_records()
     except (OSError, ValueError) as error:
         return None, None, [one_line(error)]
-    note = f"Contaminated counts questions that stand in the training data, {', '.join(places)}."
-    return Counter(record.task for record in records), places, [note]
+    note = f"Contaminated: test questions that are also in the training data ({', '.join(places)})."
+    counts = Counter(record.task for record in records)
+    return counts, places, [note] if counts else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,10 +124,12 @@ def _describe(kind: LayerSummary, indices: Sequence[int]) -> Iterable[Renderable
 def _rotation(projection: AdaptedProjection) -> str:
     """The adapted pairs and their frequencies."""
     table = projection.table
-    both = dict.fromkeys(f"{frequency:.2g}" for frequency in projection.frequencies)
+    turns = sorted(2 * math.pi / f if f else math.inf for f in projection.frequencies)
+    both = dict.fromkeys(f"{tokens:,.0f}" if tokens < 1e6 else f"{tokens:.2g}" for tokens in turns)
     return (
-        f"{len(projection.adapted_pairs)} of {len(table.pairs)} pairs, dimensions "
-        f"{spans(projection.dims)} of {table.head_dim}; {' to '.join(both)} radians a token"
+        f"{len(projection.adapted_pairs)} of {len(table.pairs)} RoPE pairs, dimensions "
+        f"{spans(projection.dims)} of {table.head_dim}, which turn once in {' to '.join(both)} "
+        "tokens"
     )
 
 

@@ -39,16 +39,15 @@ def write_report(run: str, *, output: str | None = None) -> Path:
 
     Args:
         run: Folder of the run, such as lightning_logs/version_0, with TensorBoard's event files or
-            the metrics.csv of CSVLogger.
+            the metrics.csv of CSVLogger; of a folder of runs, the newest that has logged something.
         output: HTML file to write; by default report.html in the run's folder. It holds its
             pictures and needs no network. An earlier report is replaced.
     """
-    folder = Path(run)
+    folder, logged = _find_run(Path(run))
     target = folder / "report.html" if output is None else Path(output)
     check_name(target)
     if target.is_dir():
         raise ValueError(f"output={target} is a folder. Name a file, such as {target}/report.html.")
-    logged = read_run(folder)
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     text = Template(page, autoescape=True).render(
         path=folder.resolve(),
@@ -79,6 +78,18 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def _find_run(folder: Path) -> tuple[Path, Run]:
+    """A folder and what was logged there, or else the newest one in it that has something."""
+    try:
+        return folder, read_run(folder)
+    except ValueError:
+        files = [path for name in (EVENTS, METRICS) for path in folder.glob(f"*/**/{name}")]
+        for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+            with suppress(ValueError):
+                return path.parent, read_run(path.parent)
+        raise
+
+
 def read_run(folder: str | Path) -> Run:
     """The scalars that a run's folder holds, by tag, in alphabetical order.
 
@@ -102,12 +113,9 @@ def read_run(folder: str | Path) -> Run:
     found = {tag.removeprefix(prefix): logged for tag, logged in found.items() if logged}
     found.pop("hp_metric", None)  # a placeholder of Lightning's
     if not found:
-        files = [path for pattern in (EVENTS, METRICS) for path in run.glob(f"*/**/{pattern}")]
-        newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
         raise ValueError(
             f"run={folder} holds no logged number that can be read, neither in TensorBoard's event "
-            f"files nor in {METRICS}. Give a folder that a logger has written"
-            f"{f', such as {newest.parent}' if newest else ''}."
+            f"files nor in {METRICS}. Give a folder that a logger has written."
         )
     return {tag: Series(*zip(*sorted(found[tag].items()), strict=True)) for tag in sorted(found)}
 

@@ -31,7 +31,7 @@ class RunRecorder(Callback):
     for ``examples``.
 
     Args:
-        path: The file; by default ``run.json`` in the run's log folder.
+        path: The file; by default ``run.json`` in the run's log folder, and none without a logger.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -43,7 +43,7 @@ class RunRecorder(Callback):
         self._validations: list[dict[str, Any]] = []
         self._selections: list[DynamicLayerSelection] = []
         self._parameters = (0, 0)
-        self._target = Path()
+        self._target: Path | None = None
         self._since = 0.0
         self._is_held = False
         self._written = 0.0
@@ -64,8 +64,8 @@ class RunRecorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the parameters, and start the clock."""
-        log_dir = trainer.log_dir or trainer.default_root_dir
-        self._target = Path(log_dir, RECORD) if self.path is None else Path(self.path)
+        own = Path(trainer.log_dir, RECORD) if trainer.log_dir and trainer.loggers else None
+        self._target = own if self.path is None else Path(self.path)
         if trainer.ckpt_path is None:
             self.load_state_dict(type(self)().state_dict())
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ class RunRecorder(Callback):
         self._since = now
         self._examples += int(batch_counts(batch)["examples"]) * trainer.world_size
         if now - self._written >= _SECONDS:
-            self._write(trainer, pl_module, "running")
+            self._write(trainer, "running")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics; the time of a validation does not count."""
@@ -108,14 +108,22 @@ class RunRecorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last state; of a run that was stopped by a signal it is not the end."""
-        self._write(trainer, pl_module, "stopped" if trainer.interrupted else "finished")
+        self._write(trainer, "stopped" if trainer.interrupted else "finished")
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
-        self._written = time.perf_counter()
-        if not trainer.is_global_zero:
-            return
-        peak = peak_mib(pl_module.device)
+    def figures(self, trainer: Trainer) -> dict[str, Any]:
+        """Examples, seconds of training, and peak memory so far."""
+        peak = peak_mib(trainer.strategy.root_device)
         self._peak = peak if self._peak is None or peak is None else max(peak, self._peak)
+        return {
+            "train_seconds": round(self._seconds, 3),
+            "examples": self._examples,
+            "peak_mib": None if self._peak is None else round(self._peak, 1),
+        }
+
+    def _write(self, trainer: Trainer, status: str) -> None:
+        self._written = time.perf_counter()
+        if not trainer.is_global_zero or self._target is None:
+            return
         trainable, total = self._parameters
         record = {
             "status": status,
@@ -123,9 +131,7 @@ class RunRecorder(Callback):
             "max_steps": trainer.max_steps,
             "trainable_parameters": trainable,
             "total_parameters": total,
-            "train_seconds": round(self._seconds, 3),
-            "examples": self._examples,
-            "peak_mib": None if self._peak is None else round(self._peak, 1),
+            **self.figures(trainer),
             "backward_share": self._selections[0].backward_share if self._selections else 1.0,
             "checkpoint": _best_checkpoint(trainer),
             "validations": self._validations,

@@ -25,18 +25,10 @@ Counts = dict[str, Tensor | int]
 
 RATES = ("examples", "tokens", "supervised_tokens")
 """Counts that are shown per second."""
-BAR_NAMES = {
-    "throughput/examples_per_s": "examples/s",
-    "throughput/tokens_per_s": "tokens/s",
-    "throughput/padding_share": "padding",
-    "memory/peak_mib": "MiB",
-    "throughput/mfu": "MFU",
-}
-"""What the progress bar calls the figures that it shows."""
 
 
 class TokenThroughputMonitor(Callback):
-    """Shows how fast a training runs, in the progress bar and to every logger.
+    """Tells every logger how fast a training runs, and the progress bar its examples/s.
 
     Every ``trainer.log_every_n_steps`` optimizer steps, over the batches since the last time, of
     all devices and without the time of validations: ``throughput/examples_per_s``;
@@ -44,8 +36,7 @@ class TokenThroughputMonitor(Callback):
     the responses; ``throughput/padding_share`` of what the batches hold; and ``throughput/mfu``
     where the device's peak is known: the FLOPs that the training needs as a share of that peak.
     Beside it ``memory/peak_mib``, the peak so far: PyTorch's on a CUDA device, else all of the
-    process's. The progress bar also names the lowest layer that trains, where the backward pass
-    stops.
+    process's.
 
     Batches are those of `ReasoningDataModule`, padded or packed.
     """
@@ -131,10 +122,8 @@ class TokenThroughputMonitor(Callback):
             self.latest["memory/peak_mib"] = memory
         for logger in trainer.loggers:
             logger.log_metrics(dict(self.latest), step=self._step)
-        bar = {BAR_NAMES[tag]: value for tag, value in self.latest.items() if tag in BAR_NAMES}
-        if (lowest := lowest_active(self._blocks)) is not None:
-            bar["lowest layer"] = lowest
-        pl_module.log_dict(bar, prog_bar=True, logger=False)
+        rate = self.latest["throughput/examples_per_s"]
+        pl_module.log("examples/s", rate, prog_bar=True, logger=False)
         self._restart()
 
 

@@ -206,7 +206,7 @@ def test_test_questions_are_neither_trained_on_nor_validated_on(folder, stage, c
     }
     everything = {f"{name} {n}?" for name, size in SIZES.items() for n in range(size)}
     assert asked == everything - {"a 3?", "a 4?", "a 5?", "b 7?"}
-    assert "a: 3 of 37 records left out, as their questions stand in data.test_s" in caplog.text
+    assert "a: 3 of 37 records left out, whose questions are also in data.test_s" in caplog.text
     assert "b: 1 of 23 records left out" in caplog.text
     assert caplog.text.count("left out") == 2
 
@@ -272,17 +272,16 @@ def test_predict_sources_may_be_records_or_lines_of_text(folder):
 # Shares.
 
 
-def test_shares_are_counted_logged_and_said(folder, caplog):
+def test_shares_are_counted_logged_and_said(folder):
     module = data(folder)
     logger = CSVLogger(folder)
-    with caplog.at_level("INFO"):
-        fit(module, max_epochs=2, logger=logger, log_every_n_steps=5)
+    fit(module, max_epochs=2, logger=logger, log_every_n_steps=5)
     assert {k: n / 124 for k, n in module.examples_seen().items()} == pytest.approx(
         WEIGHTS, abs=0.02
     )
     # One epoch has 62 records, and 62 * 0.3 = 18.6 of them of 8 in the training part of c.
-    assert "c: 8 records, weight 0.3, seen 2.3 times an epoch" in caplog.text
-    assert "trained on c: 38 examples, share 0.306, weight 0.300" in caplog.text
+    line = "c: 8 training records, 30 % of each epoch, so each is seen 2.3 times"
+    assert line in module.training_summary()
     rows = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
     assert rows[0].split(",") == ["data/share/a", "data/share/b", "data/share/c", "step"]
     assert [row.split(",")[-1] for row in rows[1:]] == ["5", "10", "15", "20", "25", "30"]
@@ -321,14 +320,15 @@ def test_records_on_disk_are_those_in_memory_in_the_same_order(folder, settings)
     assert disk.validated == memory.validated
 
 
-def test_large_files_stay_on_disk_unless_told_otherwise(folder, monkeypatch, caplog):
+def test_large_files_stay_on_disk_unless_told_otherwise(folder, monkeypatch):
     size = (folder / "a.jsonl").stat().st_size
     monkeypatch.setattr("rosa_lightning.data.rows._STREAM_FROM", size)
     given = [{"path": str(folder / f"{name}.jsonl")} for name in "abc"]
     given.append({"path": str(folder / "a.jsonl"), "name": "told", "stream": False})
-    with caplog.at_level("INFO"):
-        data(folder, sources=given, tokenizer=TOKENIZER).setup("fit")
-    assert re.findall(r"(\w+): \d+ records on disk", caplog.text) == ["a"]
+    module = data(folder, sources=given, tokenizer=TOKENIZER)
+    module.setup("fit")
+    said = "\n".join(module.training_summary())
+    assert re.findall(r"(\w+): \d+ training records, on disk", said) == ["a"]
 
 
 # Resuming.

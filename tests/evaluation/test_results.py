@@ -86,7 +86,7 @@ def test_a_contaminated_benchmark_is_marked_and_an_unknown_one_is_no_zero():
     marked = shown("m", SCORES, {"piqa": 4}, [])
     assert "piqa*" in marked
     assert "boolq*" not in marked
-    assert "* Questions of this benchmark stand in the training data" in marked
+    assert "* Questions of this benchmark are also in the training data" in marked
     unknown = shown("m", SCORES, None, [])
     assert "?" in next(line for line in unknown.splitlines() if "gsm8k" in line)
     assert "could not be read" in unknown

@@ -138,7 +138,7 @@ def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
     failed = [item["answer"] is None for item in items if item["protocol"] == "generate"]
     assert logged["test/format_failures"] == pytest.approx(sum(failed) / len(failed))
     assert rows["likelihood", "boolq"]["format_failure_rate"] is None
-    assert results["model"] == f"{base_folder}, without an adapter"
+    assert results["model"] == str(base_folder)
     assert results["template"] == "alpaca"
     assert results["contaminated_by"] == [str(tmp_path / "train.json")]
     assert results["cut_prompts"] == {"boolq": 0, "gsm8k": 0}

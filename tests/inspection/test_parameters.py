@@ -67,8 +67,8 @@ def test_the_numbers_of_every_layer_and_of_the_model_are_printed():
     assert ["other", "parts", "0", "131,680", "0.00"] in lines
     assert ["model", "25,600", "1,400,160", "1.83"] in lines
     flat = " ".join(text.split())
-    assert "q, k: 4 of 16 pairs, dimensions 12-15, 28-31 of 32; 0.00018 to 0.001 radians" in flat
-    assert "0.001 radians a token" in flat
+    assert "q, k: 4 of 16 RoPE pairs, dimensions 12-15, 28-31 of 32, which turn once in" in flat
+    assert "which turn once in 6,283 to 35,333 tokens" in flat  # 2 pi 10000^(12/16), ^(15/16)
 
 
 def test_layers_that_are_alike_share_a_table_and_the_others_have_their_own():
@@ -79,7 +79,7 @@ def test_layers_that_are_alike_share_a_table_and_the_others_have_their_own():
     text = printed(parameter_tables(adapted("gemma3", layer_types=kinds, num_hidden_layers=6)))
     assert "model.layers 0-1, 3-4" in text
     assert "model.layers 2, 5" in text
-    assert text.count("radians") == 2
+    assert text.count("which turn once in") == 2
 
 
 def test_a_layer_without_a_term_says_so():
