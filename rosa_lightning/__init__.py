@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rosa_lightning.adapters.export import export_adapter
     from rosa_lightning.adapters.files import load_adapter
-    from rosa_lightning.adapters.methods import PeftMethod
+    from rosa_lightning.adapters.peft_method import PeftMethod
     from rosa_lightning.data.datamodule import ReasoningDataModule
     from rosa_lightning.dls.callback import DynamicLayerSelection
     from rosa_lightning.evaluation.evaluator import EvaluationConfig
@@ -48,7 +48,7 @@ __version__ = version("rosa-lightning")
 _HOMES = {
     "DynamicLayerSelection": "dls.callback",
     "EvaluationConfig": "evaluation.evaluator",
-    "PeftMethod": "adapters.methods",
+    "PeftMethod": "adapters.peft_method",
     "ReasoningDataModule": "data.datamodule",
     "ResultWriter": "evaluation.writers",
     "RoAEConfig": "roae.layer",

@@ -19,14 +19,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rosa_lightning.adapters.files import load_adapter, read_metadata
-from rosa_lightning.adapters.metadata import BaseFingerprint, Conditions, fingerprint
+from rosa_lightning.adapters.fingerprint import BaseFingerprint, fingerprint
+from rosa_lightning.adapters.metadata import Conditions
 from rosa_lightning.adapters.methods import (
     FullFinetuning,
     Method,
     MethodReport,
-    PeftMethod,
     apply_method,
+    check_same_method,
 )
+from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.evaluation.evaluator import EvaluationConfig
 from rosa_lightning.models.loading import (
     Dtype,
@@ -83,7 +85,7 @@ class AdaptedModel(LightningModule):
             ``pip install 'rosa-lightning[peft]'``.
         finetune: ``adapter``, or ``full`` to train all weights of the base, in float32.
         adapter: Folder of an adapter to go on from, or to evaluate, that ``export`` has written
-            with format rosa or peft.
+            with format rosa or peft, or PEFT.
         revision: Branch, tag or commit of the base on the hub.
         dtype: Data type of the frozen base, under every precision of the trainer; ``auto`` is what
             the base says of itself.
@@ -153,7 +155,9 @@ class AdaptedModel(LightningModule):
             AttributeError: It says how the model is built, and the model is built.
         """
         if name == "peft" and value is not None:
-            value = asdict(PeftMethod.of(value))  # plain values, which load safely
+            method = PeftMethod.of(value)
+            method.config()  # refuses what PEFT does not take, before anything is loaded
+            value = asdict(method)  # plain values, which load safely
         groups = {"roae": RoAEConfig, "speed": SpeedConfig, "evaluation": EvaluationConfig}
         if name in groups and isinstance(value, Mapping):  # as a checkpoint has it
             value = groups[name](**value)
@@ -247,8 +251,11 @@ class AdaptedModel(LightningModule):
         model, self.base_fingerprint, self.report = load_on_rank_zero(
             partial(self._adapted_base, device), strategy
         )
-        if isinstance(self.report, RoAEReport):
-            self.roae = self.report.config  # an adapter brings its own
+        # An adapter brings its own.
+        if isinstance(self.report.config, RoAEConfig):
+            self.roae = self.report.config
+        elif isinstance(self.report.config, PeftMethod):
+            self.peft = asdict(self.report.config)
         if self.speed.compile:
             compile_layers(model, strategy)
         # Checkpointing and the base's dropout act in training mode only; Lightning keeps the mode.
@@ -259,6 +266,7 @@ class AdaptedModel(LightningModule):
     def _adapted_base(
         self, device: torch.device
     ) -> tuple[PreTrainedModel, BaseFingerprint, RoAEReport | MethodReport]:
+        self._check_adapter()
         # Weights in few bits are packed by the device's own kernels.
         model = load_base(self.base, quantization=self.quantization, device=device, **self.loading)
         found = fingerprint(model, self.base)
@@ -285,14 +293,20 @@ class AdaptedModel(LightningModule):
         """Put the method on a base as this module is told to: anew, or an adapter's."""
         if self.adapter is None:
             return apply_method(model, self.method)
-        if not isinstance(self.method, RoAEConfig):
-            raise ValueError(
-                f"model.adapter={self.adapter} holds RoAE, and another method is asked for. Take "
-                "model.peft and model.finetune out, or model.adapter."
-            )
-        given = None if self.roae is _DEFAULT_ROAE else self.roae
         self.training_conditions = read_metadata(Path(self.adapter)).conditions
-        return load_adapter(model, self.adapter, given)
+        return load_adapter(model, self.adapter, self._given_method)
+
+    @property
+    def _given_method(self) -> Method | None:
+        """The method that must be that of the adapter; None where none was given."""
+        method = self.method
+        return None if method is _DEFAULT_ROAE else method
+
+    def _check_adapter(self) -> None:
+        """Refuse an adapter of another method before its base is loaded."""
+        if self.adapter is not None:
+            trained, given = read_metadata(Path(self.adapter)).method, self._given_method
+            check_same_method(trained, trained if given is None else given)
 
     def ensure_model(self) -> PreTrainedModel:
         """The adapted model, loaded at first use."""

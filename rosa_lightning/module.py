@@ -331,7 +331,8 @@ class RoSAModule(AdaptedModel):
 
     def _differs_from_base(self) -> bool:
         if not isinstance(self.method, RoAEConfig):  # they begin at the base's outputs
-            return self._has_trained or self.trainer.ckpt_path is not None
+            loaded = self.trainer.ckpt_path or self.adapter
+            return self._has_trained or loaded is not None
         # Where every B is zero, the outputs are the base's own.
         state = self.state_dict()
         return any(bool(state[name].any()) for name in state if name.endswith("roae_B"))

@@ -8,10 +8,10 @@ from rosa_lightning.utils.lazy import lazy_names
 
 _HOMES = {
     "AdapterMetadata": "metadata",
-    "BaseFingerprint": "metadata",
+    "BaseFingerprint": "fingerprint",
     "Conditions": "metadata",
     "export_adapter": "export",
-    "fingerprint": "metadata",
+    "fingerprint": "fingerprint",
     "load_adapter": "files",
     "read_metadata": "files",
 }

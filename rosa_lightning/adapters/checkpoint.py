@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rosa_lightning.adapters.files import read_metadata
+from rosa_lightning.adapters.fingerprint import BaseFingerprint
 from rosa_lightning.adapters.metadata import (
     AdapterMetadata,
-    BaseFingerprint,
     Conditions,
 )
 from rosa_lightning.adapters.methods import (
@@ -162,12 +162,17 @@ def checkpoint_defaults(ckpt_path: str | None, model: Mapping[str, Any]) -> dict
     known = conditions.settings()
     if known.get("trainer.precision") == "32-true":
         del known["trainer.precision"]  # the trainer's own default
-    known |= {"model.base": metadata.base.base, "model.revision": metadata.base.revision}
+    base = metadata.base.base or model["base"]  # PEFT may know of none
+    known |= {"model.base": base, "model.revision": metadata.base.revision}
     names = ("base", "revision", "dtype", "quantization")
     known |= {f"model.{name}": options[name] for name in names if name in options}
     for group, value in method_to_dict(metadata.method).items():
         own = {f"model.roae.{name}": one for name, one in value.items()} if group == "roae" else {}
         known |= own or {f"model.{group}": value}
-    if known["model.revision"] is None or model["base"] not in (None, "", known["model.base"]):
-        del known["model.revision"]  # of another repository
+    if known.get("model.revision") is None or model["base"] not in (
+        None,
+        "",
+        known.get("model.base"),
+    ):
+        known.pop("model.revision", None)  # of another repository
     return known

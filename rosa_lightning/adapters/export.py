@@ -24,10 +24,9 @@ from rosa_lightning.adapters.methods import (
     Method,
     as_plain,
     trained_otherwise,
-    write_peft,
 )
+from rosa_lightning.adapters.peft_folder import write_peft
 from rosa_lightning.models.finite import check_weights
-from rosa_lightning.models.loading import base_name
 from rosa_lightning.roae.inject import merged, roae_layers, roae_report
 from rosa_lightning.utils.files import atomic_directory
 from rosa_lightning.utils.text import one_line
@@ -130,7 +129,7 @@ def export_adapter(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(str(written))
             elif other is not None:
-                write_peft(model, written, base_name(model))
+                write_peft(model, written, trained)
             elif format == "rosa":
                 write_adapter(model, written, trained)
             else:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,12 +14,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rosa_lightning.adapters import lora
+from rosa_lightning.adapters.fingerprint import fingerprint
 from rosa_lightning.adapters.metadata import (
     AdapterMetadata,
     Conditions,
-    fingerprint,
 )
-from rosa_lightning.adapters.methods import check_same_method
+from rosa_lightning.adapters.methods import Method, MethodReport, as_method, check_same_method
+from rosa_lightning.adapters.peft_folder import load_peft, peft_metadata
 from rosa_lightning.adapters.reading import naming, read_json, read_tensors
 from rosa_lightning.roae.inject import (
     RoAEReport,
@@ -28,6 +30,9 @@ from rosa_lightning.roae.inject import (
     remove_roae,
 )
 from rosa_lightning.roae.layer import RoAEConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 CONFIG_FILE = "roae_config.json"
 WEIGHTS_FILE = "roae_adapter.safetensors"
@@ -53,8 +58,9 @@ def read_metadata(folder: Path) -> AdapterMetadata:
     Raises:
         ValueError: It holds no adapter of this package, or a damaged one.
     """
-    if _is_lora(folder):
-        return lora.lora_metadata(folder)
+    kind = _kind(folder)
+    if kind != "rosa":
+        return lora.lora_metadata(folder) if kind == "lora" else peft_metadata(folder)
     path = folder / CONFIG_FILE
     config = read_json(path)
     if config.get("format") not in (1, _FORMAT) and "base" in config:
@@ -67,13 +73,13 @@ def read_metadata(folder: Path) -> AdapterMetadata:
 
 
 def load_adapter(
-    model: nn.Module, folder: str | Path, config: RoAEConfig | None = None
-) -> RoAEReport:
+    model: nn.Module, folder: str | Path, config: Method | PeftConfig | None = None
+) -> RoAEReport | MethodReport:
     """Put an adapter on a fresh base, in place.
 
     Args:
         model: The base that it was trained on; another dtype will do.
-        folder: Written by `export_adapter` in the format ``rosa`` or ``peft``.
+        folder: Written by `export_adapter` in the format ``rosa`` or ``peft``, or by PEFT.
         config: Settings that must agree with those of the adapter but for the dropout, which is
             taken from here; by default the adapter's own.
 
@@ -81,14 +87,19 @@ def load_adapter(
         What was added.
 
     Raises:
+        ImportError: It is an adapter of PEFT, which is missing.
         ValueError: No adapter, a damaged one, or one of another base; names what differs. The
             model is left as it was.
     """
     folder = Path(folder)
     check_plain_model(model, "load_adapter")
+    method = None if config is None else as_method(config)
+    if _kind(folder) == "peft":
+        return load_peft(model, folder, method)
     metadata = read_metadata(folder)
-    given = metadata.roae if config is None else config
-    check_same_method(metadata.roae, given)
+    given = metadata.method if method is None else method
+    check_same_method(metadata.method, given)
+    assert isinstance(given, RoAEConfig), "as the adapter's"
     fingerprint(model).check(metadata.base)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     report = inject_roae(model, replace(metadata.roae, dropout=given.dropout))
@@ -106,7 +117,7 @@ def load_adapter(
 @torch.no_grad()
 def _load_weights(model: nn.Module, folder: Path, report: RoAEReport) -> None:
     own = {name: value for name, value in model.named_parameters() if is_adapter_key(name)}
-    if _is_lora(folder):  # it leaves out what training did not change, which begins anew
+    if _kind(folder) == "lora":  # it leaves out what training did not change, which begins anew
         weights = lora.lora_weights(folder, report)
         left_out = {name: torch.zeros(own[name].shape) for name in own.keys() - weights.keys()}
         check_adapter_keys(model, {**weights, **left_out})
@@ -126,16 +137,16 @@ def check_plain_model(model: nn.Module, function: str) -> None:
         )
 
 
-def _is_lora(folder: Path) -> bool:
-    """Whether a folder holds an adapter in the format of PEFT; ValueError if it holds none."""
+def _kind(folder: Path) -> Literal["rosa", "lora", "peft"]:
+    """What a folder holds: RoAE, RoAE as LoRA, or a method of PEFT; ValueError if none."""
     if (folder / CONFIG_FILE).exists():
-        return False
+        return "rosa"
     if (folder / lora.CONFIG_FILE).exists():
-        return True
+        return "lora" if lora.holds_roae(folder) else "peft"
     found = f"neither {CONFIG_FILE} nor {lora.CONFIG_FILE} is there"
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "there is no such folder"
     raise ValueError(
-        f"{folder} holds no adapter: {found}. Give a folder on this machine that export has "
-        "written, with format rosa or peft."
+        f"{folder} holds no adapter: {found}. Give a folder on this machine that export or PEFT "
+        "has written."
     )

@@ -82,16 +82,16 @@ def write_lora(model: nn.Module, folder: Path, trained: Conditions | None = None
     save_file(tensors, folder / WEIGHTS_FILE, header)
 
 
+def holds_roae(folder: Path) -> bool:
+    """Whether a folder in the format of PEFT holds RoAE as `write_lora` has written it."""
+    path = folder / WEIGHTS_FILE
+    return path.exists() and {"roae", "roae_origin"} <= read_header(path).keys()
+
+
 def lora_metadata(folder: Path) -> AdapterMetadata:
-    """The metadata in a LoRA that `write_lora` has written; ValueError for any other."""
+    """The metadata in a LoRA that `write_lora` has written."""
     path = folder / WEIGHTS_FILE
     header = read_header(path)
-    if not {"roae", "roae_origin"} <= header.keys():
-        raise ValueError(
-            f"{folder} is a PEFT adapter that export has not written. To evaluate it, merge it "
-            "into its base by PEFT (PeftModel.from_pretrained, merge_and_unload, save_pretrained) "
-            "and set model.base to the merged folder."
-        )
     with naming(path):
         known = {key: parse(header[key]) for key in _HEADER if key in header}
         return AdapterMetadata.from_dict({**parse(header["roae_origin"]), **known})

@@ -9,20 +9,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rosa_lightning.adapters.fingerprint import BaseFingerprint, fingerprint, is_close
 from rosa_lightning.adapters.methods import Method, method_from_dict, method_to_dict
-from rosa_lightning.models.loading import base_name, hub_commit, whole_name
-from rosa_lightning.models.quantization import is_packed, is_quantized
-from rosa_lightning.roae.inject import RoAEReport, base_modules, roae_report
+from rosa_lightning.roae.inject import RoAEReport, roae_report
 from rosa_lightning.roae.layer import RoAEConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SAMPLE_SIZE = 4
-"""Values kept of every weight to recognise a base by."""
 _SAMPLE_TEXT = "Ada's 12,345 apples: \t 3.5 % of <b>'éß 東京\U0001f600'</b>\n\n"
 """Text whose tokens tell tokenizers apart that have the same vocabulary."""
 _PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true"}
@@ -37,70 +33,6 @@ _SETTINGS = {
     "quantization": "model.quantization",
 }
 """Configuration keys of `Conditions`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseFingerprint:
-    """What tells whether a base is the one that an adapter was trained on."""
-
-    base: str
-    """Hub id, folder, or ``tiny``."""
-    revision: str | None
-    """Commit of the hub repository, where there is one."""
-    samples: dict[str, list[float]]
-    """Middle values of every weight, by name. None of a quantised weight, which is known by its
-    name alone: the same base goes quantised or not."""
-
-    def check(self, trained: BaseFingerprint, what: str = "adapter") -> None:
-        """Raise ValueError for other weights; their name, folder or quantization may differ."""
-        ours, theirs = self.samples, trained.samples
-        differing = [name for name in theirs if not _same_values(theirs[name], ours.get(name))]
-        differing += [name for name in ours if name not in theirs]
-        if differing:
-            revision = f" at revision {trained.revision}" if trained.revision else ""
-            raise ValueError(
-                f"the {what} was trained on base {trained.base!r}{revision}, and the base given, "
-                f"{self.base!r}, is another one: {differing[0]} differs. Set model.base to the one "
-                f"that the {what} was trained on."
-            )
-
-
-def fingerprint(model: nn.Module, base: str | None = None) -> BaseFingerprint:
-    """The fingerprint of a loaded base, with RoAE or without; named as it was loaded by default."""
-    samples: dict[str, list[float]] = {}
-    seen: set[Tensor] = set()
-    for path, module in base_modules(model):
-        quantized = is_quantized(module)
-        if quantized:
-            samples[f"{path}.weight"] = []
-        for name, parameter in module.named_parameters(recurse=False):
-            # Scales and the like beside a packed weight are no weights of the base.
-            if parameter not in seen and (not quantized or name == "bias"):
-                seen.add(parameter)
-                known = not (is_packed(parameter) or parameter.is_meta)
-                samples[f"{path}.{name}"] = _middle(parameter.detach()) if known else []
-    named = base_name(model) if base is None else whole_name(base)
-    return BaseFingerprint(base=named, revision=hub_commit(model), samples=samples)
-
-
-def _middle(weight: Tensor) -> list[float]:
-    """A few values from the middle: the first ones are often padding or all alike."""
-    flat = weight.flatten()
-    start = max(0, flat.numel() // 2 - _SAMPLE_SIZE // 2)
-    values: list[float] = flat[start : start + _SAMPLE_SIZE].float().tolist()
-    return values
-
-
-def _same_values(theirs: list[float], ours: list[float] | None) -> bool:
-    """Equal up to the rounding of a load in another dtype (bfloat16 keeps 8 bits)."""
-    if ours is None or not ours or not theirs:  # the latter: quantised on either side
-        return ours is not None
-    return _is_close(ours, theirs, rtol=2**-8, atol=1e-6)
-
-
-def _is_close(ours: list[float], theirs: list[float], rtol: float, atol: float) -> bool:
-    pair = torch.tensor(ours), torch.tensor(theirs)
-    return len(ours) == len(theirs) and torch.allclose(*pair, rtol=rtol, atol=atol)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +182,7 @@ class AdapterMetadata:
         if self.rotation is None:
             return
         for name, ours in _rotation(report).items():
-            if not _is_close(ours, self.rotation.get(name, []), rtol=1e-3, atol=1e-9):
+            if not is_close(ours, self.rotation.get(name, []), rtol=1e-3, atol=1e-9):
                 raise ValueError(
                     f"the adapter was trained where {name} rotates other dimensions, or at other "
                     "frequencies, than in this base. Give the base that it was trained on, with "

@@ -1,154 +1,33 @@
 """What trains in a base: RoAE, a method of PEFT, or all of its weights.
 
-The rest of the package asks four things of a method: put it on a base (`apply_method`), which
-weights are its own (`is_adapter_key`), is it the one of a checkpoint (`check_same_method`), and how
-it is saved for others (`write_peft`).
+The rest of the package asks three things of a method: put it on a base (`apply_method`), which
+weights are its own (`is_adapter_key`), and is it the one of a checkpoint (`check_same_method`).
+`peft_folder` reads and writes what PEFT saves.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rosa_lightning.adapters.fingerprint import BaseFingerprint, fingerprint
+from rosa_lightning.adapters.peft_method import DROPOUTS, PeftMethod
 from rosa_lightning.models.quantization import num_parameters
 from rosa_lightning.roae.inject import PEFT_ADAPTER, RoAEReport, inject_roae, is_adapter_key
 from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_INSTALL = "pip install 'rosa-lightning[peft]'"
-_NEEDS_DATA = ("eva", "corda", "lora_ga")
-"""Values of ``init_lora_weights`` that PEFT computes from training data, by calls of its own."""
-_NEEDS_CALLS = ("ADALORA", "XLORA")
-"""Methods of PEFT whose training loop must call them."""
-_DROPOUTS = ("lora_dropout", "module_dropout")
-"""Settings that may differ between two trainings of the same weights."""
-
-
-@dataclass(frozen=True)
-class PeftMethod:
-    """A method of PEFT, by its configuration's class and arguments.
-
-    Args:
-        class_path: Such as ``peft.LoraConfig``.
-        init_args: Its arguments; without ``target_modules`` PEFT chooses them by the model's type.
-    """
-
-    class_path: str
-    init_args: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, given: Any) -> PeftMethod:
-        """Of a mapping with those two, or a `peft.PeftConfig`; ValueError for anything else."""
-        if isinstance(given, PeftMethod):
-            return given
-        if is_dataclass(given) and not isinstance(given, type):
-            path = f"{type(given).__module__}.{type(given).__qualname__}"
-            kind: Any = type(given)
-            return cls(_short(kind, path), _changed(kind, asdict(given)))
-        if not (isinstance(given, Mapping) and isinstance(given.get("class_path"), str)):
-            raise ValueError(
-                f"model.peft={given!r} is no method of PEFT. Set class_path, such as "
-                "peft.LoraConfig, and init_args."
-            )
-        # The command line adds all defaults.
-        path, init_args = given["class_path"], dict(given.get("init_args") or {})
-        found = _configuration_class(path)
-        return cls(_short(found, path), _changed(found, init_args))
-
-    def config(self) -> PeftConfig:
-        """The configuration that PEFT takes.
-
-        Raises:
-            ImportError: PEFT is missing.
-            ValueError: No configuration of PEFT, arguments that it does not take, or a method that
-                cannot be trained in place.
-        """
-        made = _configuration_class(self.class_path)
-        settings = {"task_type": "CAUSAL_LM", **self.init_args}
-        if "random_seed" in (f.name for f in fields(made)):  # of what is not trained, nor saved
-            settings = {"random_seed": 0, **settings}
-        try:
-            config: PeftConfig = made(**settings)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.class_path} does not take these model.peft.init_args: {error}"
-            ) from error
-        _check_supported(config)
-        return config
-
-
-def _configuration_class(path: str) -> type[PeftConfig]:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(f"model.peft needs PEFT, which is missing. Run {_INSTALL}.") from error
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module or "peft"), name)
-    except (ImportError, AttributeError, ValueError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, peft.PeftConfig)):
-        raise ValueError(
-            f"model.peft.class_path={path} is no configuration of PEFT. Name one, such as "
-            "peft.LoraConfig."
-        )
-    return found
-
-
-def _short(kind: type[PeftConfig], path: str) -> str:
-    """A configuration's path as PEFT offers it, so that it has one spelling."""
-    import peft
-
-    return f"peft.{kind.__name__}" if getattr(peft, kind.__name__, None) is kind else path
-
-
-def _changed(kind: type[PeftConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not a configuration's defaults, as plain values."""
-    defaults: dict[str, Any] = {}
-    for one in fields(kind):
-        made = one.default if one.default_factory is MISSING else one.default_factory()
-        defaults[one.name] = _plain(made)
-    set_by_peft = {"peft_type", "peft_version", "auto_mapping", "task_type"}
-    if settings.get("init_lora_weights") != "loftq":
-        set_by_peft.add("loftq_config")
-    plain = {name: _plain(value) for name, value in settings.items() if name not in set_by_peft}
-    return {k: v for k, v in plain.items() if k not in defaults or defaults[k] != v}
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    value = getattr(value, "value", value)
-    named = isinstance(value, set | list) and all(isinstance(one, str) for one in value)
-    return sorted(value) if named else value
-
-
-def _check_supported(config: PeftConfig) -> None:
-    name = getattr(config.peft_type, "value", config.peft_type)
-    reason = ""
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        reason = "it adds tokens to the input, not weights to layers"
-    elif name in _NEEDS_CALLS:
-        reason = "its training loop must call it"
-    elif (start := getattr(config, "init_lora_weights", None)) in _NEEDS_DATA:
-        reason = f"init_lora_weights={start} computes its start from data"
-    if reason:
-        raise ValueError(
-            f"{type(config).__name__} cannot be trained here: {reason}. Set model.peft to another "
-            "method, such as peft.LoraConfig."
-        )
+_CHOSEN_BY_PEFT = ("target_modules", "feedforward_modules")
+"""Settings that PEFT fills in by the type of the model where they are not given."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +38,14 @@ class FullFinetuning:
 Method = RoAEConfig | PeftMethod | FullFinetuning
 
 
-_METHOD = "_trained_by"
-"""Attribute of a model with the method that `apply_method` has put on it, where it is not RoAE."""
+def as_method(given: Any) -> Method:
+    """A method, or a configuration of PEFT, as a method."""
+    return given if isinstance(given, RoAEConfig | FullFinetuning) else PeftMethod.of(given)
+
+
+_APPLIED = "_trained_by"
+"""Attribute of a model with the method that `apply_method` has put on it, where it is not RoAE, and
+the fingerprint of its base."""
 
 
 @dataclass(frozen=True)
@@ -183,52 +68,130 @@ class MethodReport:
         )
 
 
-def apply_method(model: nn.Module, method: Method) -> RoAEReport | MethodReport:
+def apply_method(
+    model: nn.Module, method: Method, weights: Mapping[str, Tensor] | None = None
+) -> RoAEReport | MethodReport:
     """Put a method on a base, in place, with its trained weights in float32.
 
+    Args:
+        model: A fresh base.
+        method: What trains.
+        weights: Of an adapter of PEFT, by the names that PEFT saves them under; by default the
+            method's own start.
+
     Raises:
-        ValueError: The model or the method does not allow it; says why.
+        ValueError: The model, the method or the weights do not allow it; says why. But for full
+            fine-tuning the model is left as it was.
     """
     if isinstance(method, RoAEConfig):
         return inject_roae(model, method)
-    vars(model)[_METHOD] = method
+    base = fingerprint(model)
     if isinstance(method, FullFinetuning):
         model.requires_grad_(True).float()
-        return _report(model, method, "Full fine-tuning")
-    config = method.config()
-    model.requires_grad_(False)
-    try:
-        _inject(model, config)
-    except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{type(config).__name__} cannot be put on {type(model).__name__}: {reason} Correct "
-            "model.peft.init_args."
-        ) from error
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not is_adapter_key(name):
-            raise ValueError(
-                f"{type(config).__name__} trains {name} of the base too, which checkpoints of an "
-                "adapter do not hold. Take what says so out of model.peft.init_args, such as bias."
-            )
-        if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    return _report(model, method, type(config).__name__.removesuffix("Config"))
+        report = _report(model, method, "Full fine-tuning")
+    else:
+        config = method.config()
+        name = type(config).__name__.removesuffix("Config")
+        with _undone_on_error(model, _changes_base(config)):
+            model.requires_grad_(False)
+            _inject(model, config, empty=weights is not None)
+            if weights is not None:
+                _load(model, weights)
+            _train_in_float32(model, name)
+            report = _report(model, method, name)
+    vars(model)[_APPLIED] = (method, base)
+    return report
 
 
-def _inject(model: nn.Module, config: PeftConfig) -> None:
+def _changes_base(config: PeftConfig) -> bool:
+    """Whether the start changes the base's weights, so that a resumed run must draw it again."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
+
+
+def _inject(model: nn.Module, config: PeftConfig, *, empty: bool) -> None:
+    """Add the layers; ``empty`` leaves weights that are loaded next on the meta device."""
     from peft import inject_adapter_in_model
 
-    start = getattr(config, "init_lora_weights", True)
-    # These starts change the base's weights, so a resumed run must draw them again.
-    fixed = isinstance(start, str) and start != "gaussian"
+    fixed = _changes_base(config)
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
     with torch.random.fork_rng(devices=[], enabled=fixed), warnings.catch_warnings():
         if fixed:
             torch.manual_seed(0)
         # It asks transformers for an attribute by its older name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        on_meta = any(parameter.is_meta for parameter in model.parameters())
-        inject_adapter_in_model(config, model, PEFT_ADAPTER, low_cpu_mem_usage=on_meta)
+        shared = getattr(config, "trainable_token_indices", None)  # by embedding and head
+        low_memory = on_meta or (empty and not fixed and not shared)
+        try:
+            inject_adapter_in_model(config, model, PEFT_ADAPTER, low_cpu_mem_usage=low_memory)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{type(config).__name__} cannot be put on {type(model).__name__}: "
+                f"{one_line(error)} Correct model.peft.init_args."
+            ) from error
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Fill an adapter of PEFT."""
+    from peft import set_peft_model_state_dict
+
+    empty = any(p.is_meta for n, p in model.named_parameters() if is_adapter_key(n))
+    try:
+        keys: Any = set_peft_model_state_dict(
+            model,
+            {key.removeprefix(SAVED_PREFIX): value for key, value in weights.items()},
+            PEFT_ADAPTER,
+            low_cpu_mem_usage=empty,
+        )
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else one_line(error)
+        raise ValueError(f"the adapter does not fit the model: {reason}. {_GIVE_BASE}") from error
+    named = dict(model.named_parameters(remove_duplicate=False))  # second names are missing, too
+    there = {parameter for key, parameter in named.items() if key not in keys.missing_keys}
+    missing = [k for k in keys.missing_keys if is_adapter_key(k) and named.get(k) not in there]
+    problems = [f"{key} is missing" for key in missing]
+    problems += [f"{key} is unknown" for key in keys.unexpected_keys]
+    if problems:
+        raise ValueError(
+            f"the adapter does not fit the model: {'; '.join(problems[:3])}. {_GIVE_BASE}"
+        )
+
+
+SAVED_PREFIX = "base_model.model."
+"""Begins the names under which PEFT saves weights: `PeftModel` stands around the model there."""
+_GIVE_BASE = "Give the base that it was trained on, and a folder as PEFT saved it."
+
+
+def _train_in_float32(model: nn.Module, name: str) -> None:
+    """Cast what a method of PEFT trains; ValueError if that is more than checkpoints hold."""
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and not is_adapter_key(key):
+            raise ValueError(
+                f"{name} trains {key} of the base too, which checkpoints of an adapter do not "
+                "hold. Take what says so out of model.peft.init_args, such as bias."
+            )
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, changes_weights: bool) -> Iterator[None]:
+    """Leave a model as it was where putting a method of PEFT on it fails."""
+    modules = dict(model.named_modules())
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = [(p, p.detach().clone()) for p in model.parameters()] if changes_weights else []
+    try:
+        yield
+    except BaseException:
+        for path, module in modules.items():  # outer ones first
+            if path and model.get_submodule(path) is not module:
+                model.set_submodule(path, module)
+        for parameter, required_grad in flags:
+            parameter.requires_grad_(required_grad)
+        for parameter, values in kept:
+            parameter.data = values
+        vars(model).pop("peft_config", None)
+        raise
 
 
 def _report(model: nn.Module, method: Method, name: str) -> MethodReport:
@@ -257,17 +220,29 @@ def method_from_dict(plain: Mapping[str, Any]) -> Method:
 def check_same_method(trained: Method, given: Method) -> None:
     """Raise ValueError where a setting other than dropout differs from the training's.
 
-    It would make the same weights another function.
+    It would make the same weights another function. Modules that PEFT chose need not be given.
     """
     then, now = _flat(trained), _flat(given)
     for key in [*then, *(key for key in now if key not in then)]:
-        name = key.rpartition(".")[2]
-        if then.get(key) != now.get(key) and name != "dropout" and name not in _DROPOUTS:
+        group, _, name = key.rpartition(".")
+        chosen = name in _CHOSEN_BY_PEFT and key not in now and type(trained) is type(given)
+        if then.get(key) != now.get(key) and name not in DROPOUTS and not chosen:
+            if type(trained) is not type(given):
+                names = f"{_title(trained)}, and {_title(given)} is given"
+            else:
+                names = "{}={}, and {} is given".format(
+                    key, *(one.get(key, "its default") for one in (then, now))
+                )
             raise ValueError(
-                f"the adapter was trained with {key}={then.get(key)}, and {now.get(key)} is given. "
-                f"Leave {key.rpartition('.')[0]} out, or set it to what the adapter was trained "
-                "with."
+                f"the adapter was trained with {names}. Leave {group} out, or set it to what the "
+                "adapter was trained with."
             )
+
+
+def _title(method: Method) -> str:
+    if isinstance(method, PeftMethod):
+        return f"model.peft.class_path={method.class_path}"
+    return "model.roae" if isinstance(method, RoAEConfig) else "model.finetune=full"
 
 
 def _flat(method: Method) -> dict[str, Any]:
@@ -281,7 +256,14 @@ def _flat(method: Method) -> dict[str, Any]:
 
 def trained_otherwise(model: nn.Module) -> Method | None:
     """The method that `apply_method` has put on a model; None for RoAE, and for none."""
-    return vars(model).get(_METHOD)
+    applied = vars(model).get(_APPLIED)
+    return None if applied is None else applied[0]
+
+
+def base_before(model: nn.Module) -> BaseFingerprint:
+    """The fingerprint of the base on which a method of PEFT was put."""
+    base: BaseFingerprint = vars(model)[_APPLIED][1]
+    return base
 
 
 @contextmanager
@@ -324,22 +306,3 @@ def as_plain(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                 layer.unmerge()
             for parameter, values in kept:
                 parameter.copy_(values)
-
-
-def write_peft(model: nn.Module, folder: Path, base: str) -> None:
-    """Write a method of PEFT as PEFT itself saves it, into an existing folder."""
-    from peft import get_peft_model_state_dict
-
-    configs: Any = model.peft_config
-    config = configs[PEFT_ADAPTER]
-    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
-        raise ValueError(
-            "PEFT would draw the start of pissa_niter anew, and so load other weights. Export with "
-            "format merged, or train with init_lora_weights pissa."
-        )
-    config.base_model_name_or_path = base
-    state = get_peft_model_state_dict(model, adapter_name=PEFT_ADAPTER, save_embedding_layers=False)
-    weights = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
-    config.save_pretrained(folder)
-    about = {"format": "pt", "base": json.dumps(base)}
-    save_file(weights, folder / "adapter_model.safetensors", about)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -45,11 +46,16 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; finite floating-point numbers alone."""
+    """The tensors of a safetensors file, on the CPU; finite numbers, and indices."""
     with _open(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        check_weights(tensors)
+        check_weights({key: value for key, value in tensors.items() if not _is_index(key, value)})
         return tensors
+
+
+def _is_index(key: str, tensor: Tensor) -> bool:
+    """Whether a tensor says where weights stand, as SHiRA keeps them."""
+    return key.endswith("indices") and tensor.dtype in (torch.int32, torch.int64)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rosa_lightning.adapters.methods import Method as Applied
-from rosa_lightning.adapters.methods import PeftMethod, apply_method
+from rosa_lightning.adapters.methods import apply_method
+from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.cli.commands import CommandContext
 from rosa_lightning.comparison.compare import SHARED, Comparison, Method
 from rosa_lightning.comparison.paired import compare_answers, read_answers

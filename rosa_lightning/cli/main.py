@@ -60,7 +60,7 @@ from rosa_lightning.cli.configuration import (
 )
 from rosa_lightning.cli.messages import messages
 from rosa_lightning.cli.names import COMMANDS, DESCRIPTION
-from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser
+from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser, begin_anew
 from rosa_lightning.cli.process import (
     SaveRunConfig,
     configuration_errors,
@@ -102,7 +102,9 @@ class RoSACLI(LightningCLI):
         """Optimizer and schedule at the top level, given to the model."""
         # Not required: a checkpoint or an adapter may name it. `parse_arguments` asks for it.
         parser.set_defaults({"model.base": ""})
-        next(action for action in parser._actions if action.dest == "model.base").required = False
+        actions = {action.dest: action for action in parser._actions}
+        actions["model.base"].required = False
+        begin_anew(actions["model.peft"])
         parser.add_argument(
             "--validate_first",
             type=bool,

@@ -76,6 +76,21 @@ class RoSAParser(LightningArgumentParser):
         raise SystemExit(2)
 
 
+def begin_anew(action: Any) -> None:
+    """Let an option of a dictionary with a ``class_path`` drop the arguments of another class.
+
+    jsonargparse takes those for attributes, and fails where a file or a default has set some.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 4 and args[3] in (f"--{self.dest}", f"--{self.dest}.class_path"):
+            args[1].pop(self.dest, None)
+        return kind.__call__(self, *args, **kwargs)
+
+    kind = type(action)
+    action.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
 def short_message(message: str) -> str:
     """The telling part of a parser's message, on one line.
 

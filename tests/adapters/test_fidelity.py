@@ -13,7 +13,8 @@ from rosa_lightning.adapters.fidelity import (
     rounding_of_base,
     sample_tokens,
 )
-from rosa_lightning.adapters.methods import PeftMethod, apply_method
+from rosa_lightning.adapters.methods import apply_method
+from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.models import tiny
 from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig

@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from rosa_lightning.adapters import lora
 from rosa_lightning.adapters.files import load_adapter
@@ -22,7 +21,7 @@ from rosa_lightning.models.loading import load_base
 from rosa_lightning.roae.inject import inject_roae, is_adapter_key, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.roae.targets import select_projections
-from tests.conftest import FAMILIES, build, save_base
+from tests.conftest import FAMILIES, build
 from tests.model_zoo.small import build_small, causal_models
 
 IDS = torch.arange(3, 12)[None]
@@ -138,24 +137,6 @@ def test_the_base_is_found_by_the_name_in_the_configuration(tmp_path):
 
 
 # LoRA from elsewhere.
-
-
-def test_a_lora_of_peft_is_refused_and_evaluated_as_the_message_says(tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base"))
-    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "up_proj"]))
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    theirs.save_pretrained(tmp_path / "theirs")
-    expected = logits(theirs.eval())
-    model = load_base(str(tmp_path / "base"))
-    with pytest.raises(ValueError, match=r"PEFT.*merge_and_unload.*set model\.base") as error:
-        load_adapter(model, tmp_path / "theirs")
-    assert "\n" not in str(error.value)
-    whole = peft.PeftModel.from_pretrained(model, tmp_path / "theirs").merge_and_unload()
-    whole.save_pretrained(tmp_path / "merged")
-    merged = load_base(str(tmp_path / "merged"))
-    assert_close(logits(merged), expected, atol=1e-5, rtol=0)
 
 
 def _further(tensors: dict[str, Tensor]) -> None:

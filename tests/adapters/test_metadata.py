@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
+from rosa_lightning.adapters.fingerprint import fingerprint
 from rosa_lightning.adapters.metadata import (
     AdapterMetadata,
     Conditions,
     contradictions,
-    fingerprint,
     tokenizer_digest,
 )
 from rosa_lightning.models.loading import load_base

@@ -10,13 +10,13 @@ import transformers
 from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.methods import (
     FullFinetuning,
-    PeftMethod,
     apply_method,
     check_same_method,
     method_from_dict,
     method_to_dict,
-    write_peft,
 )
+from rosa_lightning.adapters.peft_folder import write_peft
+from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.roae.inject import is_adapter_key
 from rosa_lightning.roae.layer import RoAEConfig
@@ -79,7 +79,7 @@ def batch():
 @pytest.mark.parametrize("name", METHODS)
 def test_peft_loads_what_is_written(base, name, tmp_path):
     model, report = trained(base, name)
-    write_peft(model, tmp_path, base.config.name_or_path)
+    write_peft(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     ids = batch()["input_ids"]
     with torch.no_grad():
@@ -165,7 +165,17 @@ def test_an_object_of_peft_is_its_class_and_arguments():
             "input",
         ),
         ({"class_path": "peft.AdaLoraConfig", "init_args": {"total_step": 10}}, "training loop"),
-        ({"class_path": "peft.LoraConfig", "init_args": {"rank": 3}}, "does not take"),
+        (
+            {"class_path": "peft.LoraConfig", "init_args": {"rank": 3}},
+            r"rank: peft.LoraConfig takes no .*It takes r, target",
+        ),
+        ({"class_path": "peft.LoraConfig", "loraalpha": 3}, "Did you mean lora_alpha"),
+        (
+            {"class_path": "peft.LoraConfig", "init_args": {"target_modules": 3}},
+            r"target_modules=3 does not fit peft.LoraConfig, which takes .*list\[str\], str",
+        ),
+        ({"class_path": "peft.LoraConfig", "init_args": {"target_modules": [3]}}, "does not fit"),
+        ({"class_path": "peft.LoraConfig", "init_args": {"r": 3.5}}, "r=3.5 does not fit"),
         (
             {
                 "class_path": "peft.LoraConfig",
@@ -235,6 +245,13 @@ def test_exports_that_would_lose_something_are_refused(base, tmp_path):
         with pytest.raises(ValueError, match="Export with format"):
             export_adapter(model, tmp_path / "out", format)
         assert not (tmp_path / "out").exists()
+
+
+def test_arguments_that_peft_takes_pass():
+    more = {"lora_alpha": 2.5, "init_lora_weights": "pissa_niter_4", "rank_pattern": {"q_proj": 2}}
+    settings = {"class_path": "peft.LoraConfig", "init_args": {"target_modules": "all-linear"}}
+    assert PeftMethod.of({**settings, "init_args": more}).config().lora_alpha == 2.5
+    assert PeftMethod.of({**settings, "r": 3}).config().r == 3  # as a command line nests it
 
 
 def test_one_configuration_has_one_spelling():

@@ -12,7 +12,6 @@ import torch
 import transformers
 import yaml
 from lightning.pytorch import Callback, Trainer
-from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rosa_lightning import DynamicLayerSelection
@@ -179,16 +178,6 @@ def test_a_base_without_rope_is_one_line(settings, tmp_path, capsys):
 
 def test_a_command_without_sources_names_the_setting(settings, capsys):
     assert "nothing to test: data.test_sources" in refused(capsys, "test", settings)
-
-
-def test_a_lora_of_peft_is_refused_in_one_line_that_says_how_to_evaluate_it(
-    settings, base_folder, tmp_path, capsys
-):
-    settings["data"]["test_sources"] = "demo"
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
-    lora = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
-    lora.save_pretrained(tmp_path)
-    assert "merge" in refused(capsys, "test", settings, "--model.adapter", str(tmp_path))
 
 
 def test_exercises_that_cannot_be_answered_are_named_before_the_base_is_loaded(

@@ -5,7 +5,8 @@ import json
 import pytest
 import yaml
 
-from rosa_lightning.adapters.methods import PeftMethod, apply_method
+from rosa_lightning.adapters.methods import apply_method
+from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.cli.compare import _with_rank
 from rosa_lightning.cli.main import main
 from rosa_lightning.comparison import compare

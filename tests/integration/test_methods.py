@@ -1,12 +1,20 @@
 """Methods of PEFT and full fine-tuning in the engine: trained, resumed, selected, evaluated."""
 
+from pathlib import Path
+
+import peft
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule
+from rosa_lightning.cli.main import main
+from rosa_lightning.models.loading import load_base, load_tokenizer
 from rosa_lightning.roae.inject import is_adapter_key
+
+TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "target_modules": LINEAR}}
@@ -87,6 +95,54 @@ def test_selection_freezes_the_layers_of_any_method(tmp_path):
     assert module.report.num_trainable == 34304
 
 
-def test_method_and_adapter_exclude_each_other():
-    with pytest.raises(ValueError, match=r"Take model\.peft"):
-        RoSAModule("tiny", peft=LORA, adapter="somewhere").configure_model()
+def test_wrong_arguments_are_found_before_the_base_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("rosa_lightning.adapted.load_base", lambda *_, **__: pytest.fail("loaded"))
+    wrong = {"r=x": "r='x' does not fit", "rank=3": "takes no such argument", "r=3.5": "does not"}
+    for given, message in wrong.items():
+        name, value = given.split("=")
+        own = ["--model.peft.class_path=peft.LoraConfig", f"--model.peft.init_args.{name}={value}"]
+        assert main(["fit", "--config", TINY, "--trainer.logger=false", *own]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+
+
+def test_every_command_goes_on_from_an_adapter_of_peft(tmp_path, monkeypatch, capsys):
+    """Oracle: the answers of the same adapter merged by PEFT into a plain base."""
+    monkeypatch.chdir(tmp_path)
+    base = load_base("tiny")
+    settings = {"r": 4, "target_modules": LINEAR, "use_dora": True}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**settings))
+    torch.manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained("lora")
+    theirs.merge_and_unload().save_pretrained("merged")
+    load_tokenizer("tiny").save_pretrained("merged")
+    common = ["--config", TINY, "--trainer.logger=false", "--trainer.limit_predict_batches=1"]
+    common += ["--trainer.enable_progress_bar=false", "--model.evaluation.max_new_tokens=8"]
+    adapter, predict = ["--model.adapter=lora"], ["--data.predict_sources=demo", "--data.limit=8"]
+    answers = []
+    for model in (adapter, ["--model.base=merged", "--model.roae.rank=1"]):
+        assert main(["predict", *common, *predict[:1], *model]) == 0
+        answers.append(Path("predictions.jsonl").read_text())
+    assert answers[0] == answers[1]
+    # Trained on with the settings of the folder; a checkpoint then needs no folder.
+    step = ["--trainer.max_steps=1", "--trainer.default_root_dir=run", "--dls.policy=all"]
+    assert main(["fit", *common, *step, *adapter, "--trainer.limit_val_batches=0"]) == 0
+    (checkpoint,) = Path("run").rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["rosa"]["peft"]["init_args"] == {**settings, "target_modules": sorted(LINEAR)}
+    assert main(["export", "--config", TINY, *adapter, "--output=out", "--format=merged"]) == 0
+    plain = AutoModelForCausalLM.from_pretrained("merged").state_dict()
+    for key, value in AutoModelForCausalLM.from_pretrained("out").state_dict().items():
+        torch.testing.assert_close(value, plain[key])
+    capsys.readouterr()
+    contradicting = "--model.peft={class_path: peft.MissConfig, init_args: {r: 4}}"
+    assert main(["fit", *common, *step, *adapter, contradicting]) == 1
+    assert "class_path=peft.LoraConfig, and peft.MissConfig is given" in capsys.readouterr().err
+    module = RoSAModule("tiny", adapter="lora", finetune="full")
+    with pytest.raises(ValueError, match=r"and model\.finetune=full is given"):
+        module.configure_model()

@@ -27,7 +27,7 @@ from rosa_lightning import (
 )
 from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.files import load_adapter
-from rosa_lightning.adapters.metadata import fingerprint
+from rosa_lightning.adapters.fingerprint import fingerprint
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.models.quantization import ready_four_bit_layers
 from rosa_lightning.roae.inject import is_adapter_key, roae_layers
