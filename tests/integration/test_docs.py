@@ -44,7 +44,7 @@ SMALL = {
 }
 """What keeps a command short."""
 Words = list[str]
-CHECKERS = ("pytest", "ruff", "mypy", "tensorboard")
+CHECKERS = ("pytest", "ruff", "mypy", "tensorboard", "mkdocs")
 
 
 @pytest.fixture(scope="module")
