@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console, Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from rosa_lightning.adapters.checkpoint import read_checkpoint
@@ -21,8 +23,8 @@ from rosa_lightning.adapters.export import Format, check_options, export_adapter
 from rosa_lightning.cli.bench import bench_tables, run_bench
 from rosa_lightning.data.audit import Audit, audit_records, token_lengths
 from rosa_lightning.data.datamodule import ReasoningDataModule
+from rosa_lightning.data.encoding import Example
 from rosa_lightning.data.records import load_records
-from rosa_lightning.data.tokenization import Encoder
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.inspection.activations import (
     activation_figure,
@@ -207,7 +209,11 @@ def inspect(
 
 
 def audit(
-    context: CommandContext, *, ckpt_path: str | None = None, output: str | None = None
+    context: CommandContext,
+    *,
+    ckpt_path: str | None = None,
+    output: str | None = None,
+    show: NonNegativeInt = 0,
 ) -> None:
     """Look at the training data: lengths, duplicates, contradictions, contamination.
 
@@ -215,27 +221,54 @@ def audit(
         context: The sources to train on and to test on, and the tokenizer, its own or the base's.
         ckpt_path: Checkpoint whose settings are the defaults of ``model``.
         output: JSON file for the figures, with the numbers of the records concerned.
+        show: Records of each source to print as they are trained on: text, tokens, and which of
+            them carry loss.
     """
     if output is not None and (Path(output).suffix != ".json" or Path(output).is_dir()):
         raise ValueError(f"output={output} is not the name of a JSON file, such as audit.json.")
     data = context.data
     if data.tokenizer is None and context.module.base:
         data.tokenizer = context.module.tokenizer
-    lengths = None
+    lengths, console = None, Console()
+    sources = {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.sources}
     if data.tokenizer is not None:
-        encoder = Encoder(data.text_tokenizer, data.prompt_style)
+        encoder = data.encoder()
         lengths = partial(token_lengths, encoder=encoder)
+        for records in sources.values():
+            for example in encoder(records[:show])[:show]:
+                console.print(shown_example(example, data.text_tokenizer))
+    elif show:
+        raise ValueError("show needs a tokenizer. Set model.base or data.tokenizer.")
     found = audit_records(
-        {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.sources},
+        sources,
         {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.test_sources},
         lengths,
         max_length=data.max_length,
         decontaminate=data.loading.decontaminate,
     )
-    Console().print(audit_tables(found))
+    console.print(audit_tables(found))
     if output is not None:
         atomic_write(Path(output), json.dumps(found.to_dict(), indent=1).encode())
         sys.stdout.write(f"\n{output}\n")
+
+
+def shown_example(example: Example, tokenizer: Any) -> Group:
+    """A record as it is trained on, for `rich` to print: its text, tokens, and where loss is."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    labels = [label >= 0 for label in example.labels(-1)]
+    pairs = zip(labels, [*example.prompt, *example.response], strict=True)
+    for carries, some in groupby(pairs, key=itemgetter(0)):
+        ids = [number for _, number in some]
+        style = "green" if carries else "dim"
+        table.add_row(Text("loss" if carries else "no loss", style), Text(tokenizer.decode(ids)))
+        tokens = "|".join(tokenizer.convert_ids_to_tokens(ids))
+        table.add_row(Text(f"{len(ids)} tokens", style), Text(tokens, style))
+    record = example.record
+    title = f"{record.source}, record {record.index}: {sum(labels)} of {len(labels)} tokens"
+    cut = ", cut to data.max_length" if example.too_long else ""
+    return Group(Text(f"{title} carry loss{cut}", "bold"), table, Text())
 
 
 def audit_tables(audit: Audit) -> Group:
@@ -371,7 +404,7 @@ def _draw_activations(
     if data.tokenizer is None:
         data.tokenizer = context.module.tokenizer
     data.num_embeddings = context.module.num_embeddings
-    if data.batching == "packed":  # the figure is of padded rows
+    if data.batching in ("packed", "best_fit"):  # the figure is of padded rows
         data.batching = "length"
     data.setup("fit")
     norms = rotated_norms(model, islice(data.train_dataloader(), num_batches))

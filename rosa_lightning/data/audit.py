@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rosa_lightning.data.contamination import compare, question_digest
-from rosa_lightning.data.tokenization import Encoder
+from rosa_lightning.data.encoding import Encoder
 from rosa_lightning.tasks.records import (
     NUMBER_TOLERANCE,
     Record,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_lightning.data.tokenization import Example
+from rosa_lightning.data.encoding import Example
 from rosa_lightning.models.kv_cache import common_start
 from rosa_lightning.models.vocabulary import num_embeddings
 from rosa_lightning.tasks.records import candidates, reference
@@ -57,20 +57,17 @@ class TrainCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Inputs, `labels` and `answer_mask` (B, T); `source` and `index` (B,); `task`.
 
-        Labels are aligned with the input ids, IGNORE_INDEX off the response; the answer mask marks
-        the tokens of the final answer with EOS. `num_label_positions` is the number of last
+        Labels are aligned with the input ids, IGNORE_INDEX where there is no loss; the answer mask
+        marks the tokens of the final answer with EOS. `num_label_positions` is the number of last
         columns outside which no row has a label. `num_shared` tokens stand at the beginning of
         every row and predict no label.
         """
         rows = [example.prompt + example.response for example in examples]
         inputs = _inputs(rows, self.pad_id)
-        labels_BT = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
+        labels_BT = _left_padded([one.labels(IGNORE_INDEX) for one in examples], IGNORE_INDEX)
         answer_mask_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-        width = labels_BT.shape[1]
         for row, example in enumerate(examples):
-            start = width - len(example.response)
-            labels_BT[row, start:] = inputs["input_ids"][row, start:]
-            answer_mask_BT[row, start + example.answer :] = True
+            answer_mask_BT[row, example.answer - len(example.response) :] = True
         before = min(len(example.prompt) for example in examples) - 1
         return {
             **inputs,
@@ -100,7 +97,7 @@ class PackedCollator:
         positions: list[int] = []
         for example in examples:
             ids += [*example.prompt, *example.response]
-            labels += [IGNORE_INDEX] * len(example.prompt) + list(example.response)
+            labels += example.labels(IGNORE_INDEX)
             before = len(example.prompt) + example.answer
             is_answer += [False] * before + [True] * (example.num_tokens - before)
             positions += range(example.num_tokens)
@@ -125,7 +122,7 @@ class PromptCollator:
         """Inputs (B, T); `index` (B,); lists of what the records say."""
         records = [example.record for example in examples]
         return {
-            **_inputs([example.prompt for example in examples], self.pad_id),
+            **_inputs([example.asked for example in examples], self.pad_id),
             "task": [record.task for record in records],
             "source": [record.source for record in records],
             "index": torch.tensor([record.index for record in records]),

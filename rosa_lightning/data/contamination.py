@@ -1,10 +1,11 @@
 """Which test questions stand in the training data: exact and near matches.
 
 Exact: the same `question_key`. Near: not exact, but the word pairs of both questions overlap by a
-Jaccard index of at least `NEAR`, and they hold the same numbers. Word pairs in more than a tenth of
-a benchmark's questions ("Please choose the correct answer to ...") are not counted. All such
-overlaps are found, by prefix filtering (Bayardo et al., "Scaling Up All Pairs Similarity Search",
-WWW 2007), where MinHash would estimate them.
+Jaccard index of at least `NEAR`, and they hold the same numbers. Of a conversation every user's
+turn is compared; plain text holds a question of at least `_LONG` words that stands in it. Word
+pairs in more than a tenth of a benchmark's questions ("Please choose the correct answer to ...")
+are not counted. All such overlaps are found, by prefix filtering (Bayardo et al., "Scaling Up All
+Pairs Similarity Search", WWW 2007), where MinHash would estimate them.
 
 The threshold comes from reading pairs of the LLM-Adapters files (the first 60 % of the test sets):
 at 0.7, 38 of BoolQ's 1962 questions are near one of its training file, and 3 of these 38 ask
@@ -35,6 +36,8 @@ from rosa_lightning.utils.text import one_line
 
 NEAR = 0.7
 """Jaccard index of word pairs from which on two questions are near."""
+_LONG = 8
+"""Words from which on a question is looked for in plain text."""
 _FRAME_SHARE, _FRAME_COUNT = 0.1, 10
 """Word pairs in more questions than this share and this number frame a benchmark's questions."""
 
@@ -49,12 +52,23 @@ class Contamination:
     """The same for near matches, of test records that have no exact one."""
 
 
+def _asked(record: Record) -> list[str]:
+    """What a record asks, turn by turn; the whole of a plain text."""
+    if record.is_text:
+        return [record.output]
+    users = [turn.content for turn in record.turns if turn.role == "user"]
+    return users or [f"{record.instruction} {record.input}"]
+
+
 def normalized_question(record: Record) -> str:
-    """Instruction and input in lower case, every run of other than letters and digits one space.
+    """All that is asked in lower case, every run of other than letters and digits one space.
 
     A question without any is taken as it is.
     """
-    asked = f"{record.instruction} {record.input}"
+    return _normalized(" ".join(_asked(record)))
+
+
+def _normalized(asked: str) -> str:
     return re.sub(r"[\W_]+", " ", asked.casefold()).strip() or asked
 
 
@@ -63,10 +77,14 @@ def question_key(record: Record) -> str:
 
     Without letters ("7 + 5 = ?") its signs matter; there only case and white space are levelled.
     """
-    normal = normalized_question(record)
+    return _key(" ".join(_asked(record)))
+
+
+def _key(asked: str) -> str:
+    normal = _normalized(asked)
     if any(map(str.isalpha, normal)):
         return normal
-    return " ".join(f"{record.instruction} {record.input}".casefold().split())
+    return " ".join(asked.casefold().split())
 
 
 def question_keys(records: Iterable[Record]) -> frozenset[str]:
@@ -76,12 +94,40 @@ def question_keys(records: Iterable[Record]) -> frozenset[str]:
 
 def question_digest(record: Record) -> str:
     """What a record asks, as 16 characters, for checkpoints."""
-    return hashlib.blake2b(question_key(record).encode(), digest_size=8).hexdigest()
+    return digest_of(question_key(record))
+
+
+def digest_of(key: str) -> str:
+    """A `question_key` as 16 characters."""
+    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+
+
+class Questions:
+    """Test questions (`question_keys`), to be found in training records."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self.keys = keys
+        self._by_start: defaultdict[str, list[str]] = defaultdict(list)
+        for key in keys:
+            if len(words := key.split(" ")) >= _LONG:
+                self._by_start[" ".join(words[:_LONG])].append(key)
+
+    def held_by(self, record: Record) -> set[str]:
+        """Those that a record asks, in any turn, and those that a plain text holds."""
+        if not record.is_text:
+            asked = _asked(record)
+            return {key for key in map(_key, {*asked, " ".join(asked)}) if key in self.keys}
+        text = normalized_question(record)
+        words = text.split(" ")
+        starts = (" ".join(words[n : n + _LONG]) for n in range(len(words)))
+        found = {key for start in starts for key in self._by_start.get(start, ())}
+        return {key for key in found if f" {key} " in f" {text} "}
 
 
 def contaminated(records: Sequence[Record], questions: Collection[str]) -> NDArray[np.bool_]:
-    """Which records ask one of these questions (`question_keys`); near matches do not count."""
-    found = (question_key(record) in questions for record in records)
+    """Which records hold one of these questions (`question_keys`); near matches do not count."""
+    known = Questions(questions)
+    found = (bool(known.held_by(record)) for record in records)
     return np.fromiter(found, dtype=np.bool_, count=len(records))
 
 
@@ -89,15 +135,17 @@ def compare(train: Iterable[Record], benchmarks: Sequence[Sequence[Record]]) -> 
     """Which records of each benchmark have their question in the training data, read once."""
     keys = [[question_key(record) for record in benchmark] for benchmark in benchmarks]
     indices = [_QuestionIndex(questions) for questions in keys]
+    known = [Questions(index.same) for index in indices]
     exact: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in keys]
     near: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in keys]
     for position, record in enumerate(train):
-        key = question_key(record)
-        pairs, numbers = _word_pairs(key), _numbers(key)
-        for index, same, alike in zip(indices, exact, near, strict=True):
-            for tested in index.same.get(key, ()):
-                same[tested].append(position)
-            for tested in index.near(pairs, numbers):
+        turns = [] if record.is_text else [*map(_key, _asked(record))]
+        parts = [(_word_pairs(key), _numbers(key)) for key in turns]
+        for index, questions, same, alike in zip(indices, known, exact, near, strict=True):
+            for key in questions.held_by(record):
+                for tested in index.same[key]:
+                    same[tested].append(position)
+            for tested in {one for part in parts for one in index.near(*part)}:
                 alike[tested].append(position)
     return [
         Contamination(

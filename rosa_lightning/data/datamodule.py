@@ -12,17 +12,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 
 from rosa_lightning.data import collators
+from rosa_lightning.data.batches import Batching, BatchPlanner
 from rosa_lightning.data.contamination import questions_of, trained_questions, training_of
+from rosa_lightning.data.encoding import Encoder, Example, checked_tokenizer
 from rosa_lightning.data.prompts import StyleName
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sampling import (
-    Batching,
-    BatchPlanner,
     LengthSortedSampler,
     Mixture,
     MixtureSampler,
     ResumableLoader,
     answered_first,
+    report_packs,
 )
 from rosa_lightning.data.settings import CHECKED, LoadingConfig, agree_on_settings, check_settings
 from rosa_lightning.data.sources import (
@@ -36,14 +37,7 @@ from rosa_lightning.data.sources import (
     weighted_sources,
 )
 from rosa_lightning.data.text_info import TextInfo
-from rosa_lightning.data.tokenization import (
-    Encoder,
-    Example,
-    cache_folder,
-    checked_tokenizer,
-    count_cut_prompts,
-    tokens_digest,
-)
+from rosa_lightning.data.tokenization import cache_folder, count_cut_prompts, tokens_digest
 from rosa_lightning.data.training_set import (
     SampleCounter,
     TrainingSet,
@@ -75,9 +69,10 @@ class ReasoningDataModule(LightningDataModule):
             with {answer}; prompt, with the rows' fields in braces; answer, the answer's field.
         tokenizer: Hub id or folder of the tokenizer, or tiny, or from Python an object; by default
             the model's own.
-        batch_size: Records a batch, on each device.
+        batch_size: Records a batch, on each device; with best_fit, packs.
         batching: Records of a training batch: length puts those of like length together, random
-            takes them as they follow one another, packed lays them end to end, without padding.
+            takes them as they follow one another, packed lays them end to end, without padding,
+            best_fit fills packs of max_length tokens so, as few as it can.
         max_length: Longest record, in tokens, prompt and response together.
         prompt_style: Text around the instruction: alpaca, as LLM-Adapters has it; chat, the
             tokenizer's own chat template; or plain.
@@ -246,7 +241,7 @@ class ReasoningDataModule(LightningDataModule):
         key, sources = f"data.{SETTINGS[purpose]}", getattr(self, SETTINGS[purpose])
         found: list[Example] = []
         with together(f"reading of {key}"):
-            encoder = self._encoder(with_response=False)
+            encoder = self.encoder(with_response=False)
             for source in sources:
                 examples = encoder(
                     load_records(source, purpose, self.tasks, self.loading.choice_seed(self.seed))
@@ -270,16 +265,18 @@ class ReasoningDataModule(LightningDataModule):
             tested = self.trainer.strategy.broadcast(tested)
         with together("tokenization of data.sources"):
             self._set = read_training_set(
-                records, tested, self._encoder(), cache, self.val_fraction, choice
+                records, tested, self.encoder(), cache, self.val_fraction, choice
             )
         if self._counter.names != self.source_names:
             self._counter = SampleCounter(self.source_names)
         self._trained_on = [training_of(self.sources, self.seed, self._set.left_out)]
         self._set.warn_of_unused(self.source_names, self._shares(), self.loading.stop)
 
-    def _encoder(self, with_response: bool = True) -> Encoder:
+    def encoder(self, with_response: bool = True) -> Encoder:
+        """What makes token ids of records."""
         text = (self.text_tokenizer, self.prompt_style, self.max_length)
-        return Encoder(*text, self.loading.overlong, with_response, self._num_rows)
+        loading = self.loading
+        return Encoder(*text, loading.overlong, with_response, self._num_rows, loading.loss_turns)
 
     @property
     def _num_rows(self) -> int | None:
@@ -306,7 +303,7 @@ class ReasoningDataModule(LightningDataModule):
     @property
     def text_info(self) -> TextInfo:
         """What a model is told of the texts; complete after `setup`."""
-        style = self._encoder().style
+        style = self.encoder().style
         return TextInfo(
             tasks=self.tasks,
             task_names=self.task_names or TextInfo.task_names,
@@ -332,6 +329,8 @@ class ReasoningDataModule(LightningDataModule):
             return self._loader(mixture, self._collator())
         mixed = (self._set.sizes, self._shares(), self.source_names, self.seed, self._planner())
         sampler = MixtureSampler(*mixed, stop=self.loading.stop, **self._ranks())
+        if self.batching == "best_fit":
+            report_packs(sampler, self.trainer)
         return ResumableLoader(
             mixture,
             sampler,
@@ -342,7 +341,8 @@ class ReasoningDataModule(LightningDataModule):
         )
 
     def _planner(self) -> BatchPlanner:
-        return self._set.planner(self.batching, self.batch_size, self.loading.tokens_per_batch)
+        batches = (self.batching, self.batch_size, self.loading.tokens_per_batch)
+        return self._set.planner(*batches, self.max_length)
 
     def _ranks(self) -> dict[str, Any]:
         return getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
@@ -394,7 +394,7 @@ class ReasoningDataModule(LightningDataModule):
 
     def _collator(self) -> collators.TrainCollator | collators.PackedCollator:
         names = tuple(self.source_names)
-        if self.batching == "packed":
+        if self.batching in ("packed", "best_fit"):
             return collators.PackedCollator(names)
         return collators.TrainCollator(names, self._pad_id())
 
@@ -443,5 +443,6 @@ class ReasoningDataModule(LightningDataModule):
             **{name: getattr(self, name) for name in ("batch_size", "batching", "seed")},
             **{name: getattr(self.loading, name) for name in loading},
             "lengths": self._planner().digest(),
+            "pack": self.max_length if self.batching == "best_fit" else None,
             "content": self._set.content,
         }

@@ -5,148 +5,16 @@ stays text: a special token that one spells (``</s>`` in a record about HTML) is
 characters that it is, while special tokens that a chat template writes are encoded as such.
 """
 
-import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
+from rosa_lightning.data.text_tokens import TextTokenizer, Tokens, prompt_prefix
 from rosa_lightning.models.kv_cache import common_start
-from rosa_lightning.tasks.records import Record
+from rosa_lightning.tasks.records import Record, Turn
 
 StyleName = Literal["alpaca", "chat", "plain"]
-
-# Private-use characters around the special tokens that a field spells.
-_START, _END = "\U000f0000", "\U000f0001"
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A text in token ids."""
-
-    ids: list[int]
-    starts: list[int] | None
-    """Index of each token's first character in the text without marks, ascending; None where the
-    tokenizer does not say."""
-
-    def covering(self, character: int) -> int | None:
-        """Index of the first token that covers a character of the text; None if unknown."""
-        last = bisect_right(self.starts, character) - 1 if self.starts else -1
-        return bisect_left(self.starts, self.starts[last]) if self.starts and last >= 0 else None
-
-    def behind(self, count: int, characters: int) -> "Tokens":
-        """The tokens after the first `count`, as of the text after its first `characters`."""
-        starts = self.starts and [start - characters for start in self.starts[count:]]
-        return Tokens(self.ids[count:], starts)
-
-
-@dataclass(frozen=True)
-class TextTokenizer:
-    """Encodes texts without the special tokens that a tokenizer adds by itself."""
-
-    tokenizer: Any
-    end: str = ""
-    """A further token that fields do not write: it ends a turn and may not be marked as special."""
-
-    @cached_property
-    def _special(self) -> str:
-        """A pattern of all special tokens, the longest first; of nothing if there are none."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
-        special |= {*self.tokenizer.all_special_tokens, self.end}
-        found = sorted((token for token in special if token.strip()), key=len, reverse=True)
-        return "|".join(map(re.escape, found)) or "(?!)"
-
-    @cached_property
-    def _marked(self) -> re.Pattern[str]:
-        return re.compile(f"{_START}({self._special}){_END}")
-
-    @cached_property
-    def _before(self) -> list[tuple[str, list[int]]]:
-        """Characters to stand before a text, one of which is mostly merged with nothing."""
-        return [(one, self._encoded([one])[0].ids) for one in "\n|=~"]
-
-    def mark(self, field: str) -> str:
-        """The field, with marks around all that spells a special token."""
-        return re.sub(self._special, f"{_START}\\g<0>{_END}", field)
-
-    def unmark(self, text: str) -> str:
-        """The text without marks."""
-        return self._marked.sub(r"\1", text) if _START in text else text
-
-    def __call__(self, texts: Iterable[str]) -> list[Tokens]:
-        """Tokens of texts whose fields are marked."""
-        texts = list(texts)
-        plain = [text for text in texts if _START not in text]
-        encoded = iter(self._encoded(plain) if plain else [])
-        return [self._in_parts(text) if _START in text else next(encoded) for text in texts]
-
-    def following(self, text: str) -> Tokens:
-        """Tokens of a text that follows another one, whose tokens are known."""
-        return self._in_parts(text, follows=True)
-
-    def _in_parts(self, text: str, follows: bool = False) -> Tokens:
-        # Every other part spells a special token.
-        parts = self._marked.split(text)
-        tokens = [
-            self._as_text(part) if number % 2 else self._part(part, follows or number > 0)
-            for number, part in enumerate(parts)
-        ]
-        return _joined(tokens, parts)
-
-    def _part(self, part: str, follows: bool = True, **options: Any) -> Tokens:
-        """Tokens of a text. Of one that follows another, without the space of a first word."""
-        if not part:
-            return Tokens([], [])
-        for before, ids in self._before if follows else ():
-            (found,) = self._encoded([before + part], **options)
-            if found.ids[: len(ids)] == ids:
-                return found.behind(len(ids), 1)
-        (found,) = self._encoded([part], **options)
-        return found
-
-    def _as_text(self, token: str) -> Tokens:
-        """Tokens of the characters of a special token."""
-        found = self._part(token, split_special_tokens=True)
-        if self.tokenizer.convert_tokens_to_ids(token) in found.ids and len(token) > 1:
-            # It is not special to the tokenizer, or also a word of its vocabulary.
-            halves = (token[:1], token[1:])
-            found = _joined([self._part(one, split_special_tokens=True) for one in halves], halves)
-        return found
-
-    def _encoded(self, texts: list[str], **options: Any) -> list[Tokens]:
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-            **options,
-        )
-        if not encoded.is_fast:  # of the others, none tells its offsets
-            return [Tokens(list(ids), None) for ids in encoded["input_ids"]]
-        return [Tokens(one.ids, [start for start, _ in one.offsets]) for one in encoded.encodings]
-
-
-def prompt_prefix(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer itself puts before a text (BOS), mostly one or none."""
-    text = "a"
-    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-    full = tokenizer(text)["input_ids"]
-    starts = range(len(full) - len(bare) + 1)
-    start = next((start for start in starts if full[start : start + len(bare)] == bare), 0)
-    return list(full[:start])
-
-
-def _joined(tokens: Sequence[Tokens], texts: Sequence[str]) -> Tokens:
-    """Tokens of texts that follow one another."""
-    ids = [one for part in tokens for one in part.ids]
-    if any(part.starts is None for part in tokens):
-        return Tokens(ids, None)
-    offsets = zip(tokens, accumulate(map(len, texts), initial=0), strict=False)
-    return Tokens(ids, [offset + start for part, offset in offsets for start in part.starts or ()])
-
 
 # --- styles ---------------------------------------------------------------------------------
 
@@ -161,7 +29,9 @@ class EncodedRecord(NamedTuple):
     reply: Tokens
     """The response and the token that ends it."""
     rewritten: bool = False
-    """Whether the style changes the response, outer white space aside."""
+    """Whether the style changes a response, outer white space aside."""
+    earlier: tuple[tuple[int, int], ...] = ()
+    """First and past the last token, in the prompt, of each earlier reply and what ends it."""
 
 
 class PromptStyle:
@@ -201,7 +71,13 @@ class PromptStyle:
         return f"{instruction}\n{context}\n" if context else f"{instruction}\n"
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
-        """Token ids of the prompts, without the prefix."""
+        """Token ids of the prompts, without the prefix; ValueError for conversations."""
+        if turns := next((record for record in records if record.turns), None):
+            raise ValueError(
+                f"source {turns.source}, record {turns.index} is a conversation of "
+                f"{len(turns.turns) + 1} turns, which only the prompt style chat writes. Set "
+                "data.prompt_style: chat."
+            )
         mark = self.texts.mark
         found = self.texts(self.apply(mark(one.instruction), mark(one.input)) for one in records)
         return [tokens.ids for tokens in found]
@@ -236,8 +112,11 @@ class AlpacaStyle(PromptStyle):
         return f"{paired}{self._WRITE}{asked}### Input:\n{context}\n\n### Response:\n"
 
 
+_HOLE = "\U000f0002"
+"""Stands for earlier replies where their surroundings are looked at."""
 _ASKED, _REPLY = "ROSA-ASKED", "ROSA-REPLY"
 """Stand for the user's and the assistant's text where their surroundings are looked at."""
+_ALONE = (Turn("user", _ASKED),)
 _REPLIES = (
     *(_REPLY, "an", "It is", "The", "To", "Yes", "true", "We", "I", "A", "B", "So", "Let"),
     *("42", "(A)", '"so"', "'so'", "-1", "$x$", "\\(x\\)", "*", "# A", "<a>", "[1]", "{a}", "="),
@@ -275,7 +154,7 @@ class _Border(NamedTuple):
 
 
 class ChatStyle(PromptStyle):
-    """The tokenizer's own chat template: a user's message and the assistant's reply (`chat`).
+    """The tokenizer's own chat template: a user's message or several turns, and the reply (`chat`).
 
     A conversation is rendered and tokenized as a whole, so that its ids are those of
     `apply_chat_template`; `add_generation_prompt` is not looked at. The prompt is the tokens that
@@ -293,9 +172,10 @@ class ChatStyle(PromptStyle):
     @cached_property
     def prefix(self) -> list[int]:
         """Tokens at the beginning that a prompt keeps when it is cut: BOS, if any."""
-        (found,) = self._until_border([self._around(_ASKED)[0]])
+        (found,) = self._until_border([self._around(_ALONE)[0]])
         own, bos = prompt_prefix(self.tokenizer), [self.tokenizer.bos_token_id]
-        return next((start for start in (own, bos) if start and start == found[: len(start)]), [])
+        starts = (start for start in (own, bos) if start and start == found.ids[: len(start)])
+        return next(starts, [])
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -304,49 +184,109 @@ class ChatStyle(PromptStyle):
 
     def apply(self, instruction: str, context: str) -> str:
         """The text before the response."""
-        asked = self.texts.mark(_question(instruction, context))
-        return self.texts.unmark(self._around(asked)[0])
+        asked = Turn("user", self.texts.mark(_question(instruction, context)))
+        return self.texts.unmark(self._around([asked])[0])
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         """Token ids of the prompts, without the prefix."""
-        users = [self.texts.mark(_question(one.instruction, one.input)) for one in records]
-        found = self._until_border([self._around(user)[0] for user in users])
-        return [prompt[len(self.prefix) :] for prompt in found]
+        found = self._until_border([self._around(self._turns(one))[0] for one in records])
+        return [prompt.ids[len(self.prefix) :] for prompt in found]
 
     def encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Prompts and responses in token ids; white space around a response is the template's."""
-        users = [_question(one.instruction, one.input) for one in records]
-        yield from self._conversations(users, [one.output.strip() for one in records])
+        yield from self._conversations(
+            [self._turns(one) for one in records], [one.output.strip() for one in records]
+        )
 
     def response(self, text: str, *, end: bool = False) -> list[int]:
         """Token ids of a response as they follow a prompt; `end` adds the token that ends it."""
-        (encoded,) = self._conversations(["Q"], [text], end=end)
+        (encoded,) = self._conversations([[Turn("user", "Q")]], [text], end=end)
         return encoded.reply.ids
 
+    def _turns(self, record: Record) -> list[Turn]:
+        """All turns before the reply, fields marked."""
+        turns = record.turns or (Turn("user", _question(record.instruction, record.input)),)
+        stripped = (t.content.strip() if t.role == "assistant" else t.content for t in turns)
+        found = [Turn(t.role, self.texts.mark(s)) for t, s in zip(turns, stripped, strict=True)]
+        if record.turns:
+            try:
+                self._around(found)
+            except ValueError as error:
+                where = f"source {record.source}, record {record.index}"
+                raise ValueError(
+                    f"{where} ({', '.join(t.role for t in turns)}): {error}"
+                ) from error
+        return found
+
     def _conversations(
-        self, users: Sequence[str], replies: Sequence[str], *, end: bool = True
+        self, asked: Sequence[Sequence[Turn]], replies: Sequence[str], *, end: bool = True
     ) -> Iterator[EncodedRecord]:
-        """Questions and replies, which are not marked yet, as turns."""
+        """Turns, which are marked, and replies, which are not yet."""
         texts = self.texts
-        users, replies = ([*map(texts.mark, some)] for some in (users, replies))
-        around = [self._around(user) for user in users]
-        written = [self._written(*one) for one in zip(users, replies, around, strict=True)]
+        replies = [*map(texts.mark, replies)]
+        around = [self._around(turns) for turns in asked]
+        written = [self._written(*one) for one in zip(asked, replies, around, strict=True)]
         befores = [before for before, _ in around]
         ending = self._ending.text + self._ending.token if end else ""
         added = [] if self._ending.token or not end else [self._ending.stop]
         prompts = self._until_border(befores)
         rows = zip(befores, written, strict=True)
         wholes = texts(before + reply + ending for before, (reply, _) in rows)
-        for before, prompt, (reply, rewritten), whole in zip(
-            befores, prompts, written, wholes, strict=True
+        for turns, before, prompt, (reply, rewritten), whole in zip(
+            asked, befores, prompts, written, wholes, strict=True
         ):
-            if whole.ids[: len(prompt)] == prompt:
-                tokens = whole.behind(len(prompt), len(texts.unmark(before)))
+            if whole.ids[: len(prompt.ids)] == prompt.ids:
+                tokens = whole.behind(len(prompt.ids), len(texts.unmark(before)))
             else:
                 merged = before[len(before) - self._border.merged :]
                 tokens = texts.following(merged + reply + ending).behind(0, len(merged))
             tokens.ids.extend(added)
-            yield EncodedRecord(prompt[len(self.prefix) :], texts.unmark(reply), tokens, rewritten)
+            spans, changed = self._earlier(turns, before)
+            yield EncodedRecord(
+                prompt.ids[len(self.prefix) :],
+                texts.unmark(reply),
+                tokens,
+                rewritten or changed,
+                tuple(self._tokens_in(prompt, before, span) for span in spans),
+            )
+
+    def _earlier(self, turns: Sequence[Turn], before: str) -> tuple[list[tuple[int, int]], bool]:
+        """Where replies among the turns stand in their text, each with what ends it.
+
+        And whether the template rewrites any; one that is not found is left out.
+        """
+        replies = [turn.content for turn in turns if turn.role == "assistant"]
+        if not replies:
+            return [], False
+        holes = [Turn(t.role, _HOLE if t.role == "assistant" else t.content) for t in turns]
+        first, *parts = self._around(holes)[0].split(_HOLE)
+        if len(parts) != len(replies) or not before.startswith(first):
+            return [], True
+        ending = self._ending.text + self._ending.token
+        found, start, rewritten = list[tuple[int, int]](), len(first), False
+        for reply, part in zip(replies, parts, strict=True):
+            length = len(reply) if before.startswith(reply, start) else 0
+            stop = before.find(part, start + length)
+            if stop < 0:
+                return found, True
+            rewritten |= before[start:stop].strip() != reply
+            found.append((start, stop + len(ending) * part.startswith(ending)))
+            start = stop + len(part)
+        return found, rewritten
+
+    def _tokens_in(self, prompt: Tokens, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """First and past the last token of an earlier reply, counted behind the prefix.
+
+        It begins where the prompt of a reply would end.
+        """
+        befores = [text[: span[0] - self._border.merged], text[: span[1]]]
+        if prompt.starts is None:
+            alone = [tokens.ids for tokens in self.texts(befores)]
+            start, stop = (len(common_start([ids, prompt.ids])) for ids in alone)
+        else:
+            first, last = (len(self.texts.unmark(before)) for before in befores)
+            start, stop = prompt.covering(first) or 0, bisect_left(prompt.starts, last)
+        return start - len(self.prefix), stop - len(self.prefix)
 
     @cached_property
     def _ending(self) -> _Ending:
@@ -365,7 +305,7 @@ class ChatStyle(PromptStyle):
     @cached_property
     def _surroundings(self) -> tuple[str, str]:
         """The text before and after the reply `_REPLY` to `_ASKED`."""
-        text, other = (self._rendered(_ASKED, reply) for reply in _REPLIES[:2])
+        text, other = (self._rendered(_ALONE, reply) for reply in _REPLIES[:2])
         before, _, after = text.partition(_REPLY)
         is_framed = other.startswith(before) and other.endswith(after)
         if not is_framed or text.count(_REPLY) != 1 or _ASKED not in before:
@@ -379,7 +319,7 @@ class ChatStyle(PromptStyle):
     @cached_property
     def _border(self) -> _Border:
         before, after = self._surroundings
-        written = {reply: self._rendered(_ASKED, reply) for reply in _REPLIES}
+        written = {reply: self._rendered(_ALONE, reply) for reply in _REPLIES}
         intact = [reply for reply in _REPLIES if written[reply] == before + reply + after]
         starts = [tokens.ids for tokens in self.texts(before + reply for reply in intact)]
         # An unknown word may be the same token whatever it is.
@@ -389,45 +329,51 @@ class ChatStyle(PromptStyle):
         merged = [tokens.ids == found.ids[:size] for tokens in self.texts(shorter)]
         return _Border(found.ids[size:], merged.index(True) if True in merged else 0)
 
-    def _until_border(self, befores: Sequence[str]) -> list[list[int]]:
-        """Token ids up to the border, of texts that stand before replies."""
+    def _until_border(self, befores: Sequence[str]) -> list[Tokens]:
+        """Tokens up to the border, of texts that stand before replies."""
         behind, merged = self._border
         wholes = self.texts(before + _REPLY for before in befores)
         found = []
         for before, whole in zip(befores, wholes, strict=True):
             if whole.ids[-len(behind) :] == behind:
-                found.append(whole.ids[: -len(behind)])
+                size = len(whole.ids) - len(behind)
+                found.append(Tokens(whole.ids[:size], whole.starts and whole.starts[:size]))
             else:  # what is asked is merged with what stands close to the reply
-                found.append(self.texts([before[: len(before) - merged]])[0].ids)
+                found.append(self.texts([before[: len(before) - merged]])[0])
         return found
 
-    def _around(self, user: str) -> tuple[str, str]:
-        before, _, after = self._rendered(user, _REPLY).rpartition(_REPLY)
+    def _around(self, turns: Sequence[Turn]) -> tuple[str, str]:
+        before, _, after = self._rendered(turns, _REPLY).rpartition(_REPLY)
         return before, after
 
-    def _written(self, user: str, reply: str, around: tuple[str, str]) -> tuple[str, bool]:
+    def _written(
+        self, turns: Sequence[Turn], reply: str, around: tuple[str, str]
+    ) -> tuple[str, bool]:
         """What the template makes of a reply, and whether that is another text."""
         before, after = around
-        text = self._rendered(user, reply)
+        text = self._rendered(turns, reply)
         inside = text.removeprefix(before).removesuffix(after)
         if before + inside + after == text and (inside or not reply):
             return inside, inside.strip() != reply.strip()
         # In another place than that of other replies, which is where a model is asked for it.
         return reply, True
 
-    def _rendered(self, user: str, reply: str) -> str:
+    def _rendered(self, turns: Sequence[Turn], reply: str) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
                 "data.prompt_style is chat, but the tokenizer has no chat template. Set "
                 "data.prompt_style: alpaca or plain, or data.tokenizer to that of a chat model."
             )
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
+        messages = [turn._asdict() for turn in (*turns, Turn("assistant", reply))]
         try:
-            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, **_OPTIONS)
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **_OPTIONS)
         except Exception as error:  # Jinja's, or whatever a template raises
+            hint = "Set data.prompt_style: alpaca or plain"
+            if len(messages) > 2:
+                hint = "Take such conversations out, or set data.tokenizer to one that has them"
             raise ValueError(
                 f"The tokenizer's chat template cannot be used: {' '.join(str(error).split())}. "
-                "Set data.prompt_style: alpaca or plain."
+                f"{hint}."
             ) from error
         return text
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rosa_lightning.data.sources import Purpose, Source
+from rosa_lightning.data.sources import COMPRESSED, Purpose, Source, file_kind, is_pattern
 from rosa_lightning.tasks.records import Task
 from rosa_lightning.utils import strict_json
 from rosa_lightning.utils.files import (
+    LINE_BYTES,
     check_input,
     check_name,
+    memory_bytes,
     open_input,
     read_bytes,
     read_lines,
@@ -24,18 +29,22 @@ from rosa_lightning.utils.text import one_line
 _STREAM_FROM = 2**28
 """Bytes from which on the records of a training source stay on disk."""
 _MOST_DECODED = 2**31
-"""Bytes that a Parquet file may decode to, where its own size does not make more plausible."""
+"""Bytes that a file may decode to, where its own size does not make more plausible."""
 _RATIO = 100
-"""Times its own size that a Parquet file may decode to in any case."""
+"""Times its own size that a file may decode to in any case."""
+_PACKED = 4
+"""Times its compressed size that text has, about."""
+_TEXT_BYTES = 2**26
+"""Largest .txt file, which is one record."""
 _ROWS_A_READ = 256
-_SUFFIXES = ".json, .jsonl, .parquet"
 
 
 @dataclass(frozen=True)
 class Rows:
     """All rows of a source, to be gone through once."""
 
-    rows: Iterable[Any]
+    rows: Iterable[tuple[str, Any]]
+    """Each with what messages call it: its file or hub data set, and its number there from 1."""
     on_disk: bool
     """Whether they are too many for memory."""
     content: Callable[[], str]
@@ -77,34 +86,68 @@ def _hub_rows(source: Source, task: Task, purpose: Purpose) -> Rows:
     told_by = getattr(rows, "cache_files", None) or rows.info.download_checksums
     about = repr([source.hub, source.subset, source.split, revision, told_by])
     digest = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
-    return Rows(rows, _stays(source, purpose, size), lambda: digest)
+    return Rows(_numbered(source.location, rows), _stays(source, purpose, size), lambda: digest)
+
+
+def _numbered(where: object, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{where}, record {number}", row
 
 
 def _file_rows(source: Source, purpose: Purpose) -> Rows:
-    path = Path(source.location)
-    check_name(path)
-    suffix = path.suffix.lower()
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist. Name an existing file with path.")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder. Name one file in it ({_SUFFIXES}).")
-    if suffix == ".txt" and purpose != "predict":
-        raise ValueError(
-            f"{path} is a text file, which holds prompts only. Name it in data.predict_sources, "
-            f"or give {_SUFFIXES} here."
-        )
-    readers = {".json": _json, ".jsonl": _json_lines, ".parquet": _parquet, ".txt": _text_lines}
-    if suffix not in readers:
-        raise ValueError(f"{path} ends in {suffix!r}; expected {_SUFFIXES} (or .txt to predict).")
-    with _reading(path):
-        check_input(path)
-    stays = suffix != ".json" and _stays(source, purpose, path.stat().st_size)
+    paths = _files(source.location)
+    for path in paths:
+        if file_kind(path) == ".txt" and purpose == "test":
+            raise ValueError(
+                f"{path} is a text file, which holds no answers. Name it in data.sources or "
+                f"data.predict_sources, or give {', '.join(_READERS)} here."
+            )
+        if file_kind(path) not in _READERS:
+            expected = f"{', '.join(_READERS)}, also with {' or '.join(COMPRESSED)}"
+            raise ValueError(f"{path} ends in {path.suffix!r}; expected {expected}.")
+        with _reading(path):
+            check_input(path)
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for path in paths:
+            kind = file_kind(path)
+            asks = kind == ".txt" and purpose == "predict"
+            yield from _numbered(path, (_text_lines if asks else _READERS[kind])(path))
 
     def digest() -> str:
-        with open_input(path) as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+        found = hashlib.blake2b(digest_size=8)
+        for path in paths:
+            with open_input(path) as file:
+                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+            found.update(content.digest())
+        return content.hexdigest() if len(paths) == 1 else found.hexdigest()
 
-    return Rows(readers[suffix](path), stays, digest)
+    sizes = [p.stat().st_size * (_PACKED if p.suffix.lower() in COMPRESSED else 1) for p in paths]
+    is_whole = len(paths) == 1 and file_kind(paths[0]) == ".json"
+    return Rows(rows(), not is_whole and _stays(source, purpose, sum(sizes)), digest)
+
+
+def _files(location: str) -> list[Path]:
+    """The file, or those of a folder or pattern, sorted."""
+    path = Path(location)
+    check_name(path)
+    if path.is_dir():
+        known = (p for p in path.rglob("[!.]*") if file_kind(p) in _READERS)
+        found = sorted(p for p in known if not p.is_dir())
+        if not found:
+            suffixes = ", ".join(_READERS)
+            raise IsADirectoryError(
+                f"{path} is a folder without data. Name a file or a folder with {suffixes} files."
+            )
+        return found
+    if path.exists():
+        return [path]
+    if not is_pattern(location):
+        raise FileNotFoundError(f"{path} does not exist. Name an existing file with path.")
+    found = sorted(map(Path, glob(location, recursive=True)))
+    if not found:
+        raise FileNotFoundError(f"{path} matches no file. Name files that exist with path.")
+    return found
 
 
 @contextmanager
@@ -115,6 +158,42 @@ def _reading(path: Path) -> Iterator[None]:
         if error.strerror is None:  # ours, and says what to do
             raise
         raise OSError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read from, decompressed by its name."""
+    import pyarrow
+
+    how = COMPRESSED.get(path.suffix.lower())
+    with _reading(path), open_input(path) as file:
+        if how is None:
+            yield file
+            return
+        try:
+            with pyarrow.CompressedInputStream(file, how) as stream:
+                yield io.BufferedReader(stream)
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = one_line(error, 200).rstrip(".")
+            raise ValueError(f"{path} cannot be decompressed: {reason}. Write it again.") from error
+
+
+def _most(path: Path) -> int:
+    """Bytes that a file may decode to."""
+    return max(_MOST_DECODED, _RATIO * path.stat().st_size)
+
+
+def _whole(path: Path, most: int | None = None) -> str:
+    """The text of a file that is read at once."""
+    if path.suffix.lower() not in COMPRESSED:
+        with _reading(path):
+            return _decoded(str(path), read_bytes(path, most))
+    limit = min(memory_bytes() // 2, _most(path)) if most is None else most
+    with _opened(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} decompresses to more than {limit:,} bytes. Write it in parts.")
+    return _decoded(str(path), content)
 
 
 def _decoded(where: str, content: bytes) -> str:
@@ -130,10 +209,8 @@ def _decoded(where: str, content: bytes) -> str:
 
 
 def _json(path: Path) -> Iterator[Any]:
-    with _reading(path):
-        content = read_bytes(path)
     try:
-        rows = strict_json.parse(_decoded(str(path), content))
+        rows = strict_json.parse(_whole(path))
     except strict_json.JSONError as error:
         hint = " If it holds one object a line, name it .jsonl." if error.extra_data else ""
         raise ValueError(f"{path} {error}. Expected a list of objects.{hint}") from error
@@ -147,11 +224,23 @@ def _json(path: Path) -> Iterator[Any]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Lines that are not blank, and where they stand."""
-    with _reading(path), open_input(path) as file:
+    for where, text in _all_lines(path):
+        if (line := text.rstrip("\r\n")).strip():
+            yield where, line
+
+
+def _all_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines with their line breaks, and where they stand."""
+    size = 0
+    with _opened(path) as file:
         for number, content in enumerate(read_lines(file, path), start=1):
+            size += len(content)
+            if size > _most(path):
+                raise ValueError(
+                    f"{path} decompresses to more than {_most(path):,} bytes. Write it in parts."
+                )
             where = f"{path}, line {number}"
-            if (line := _decoded(where, content).rstrip("\r\n")).strip():
-                yield where, line
+            yield where, _decoded(where, content)
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
@@ -160,6 +249,35 @@ def _json_lines(path: Path) -> Iterator[Any]:
             yield strict_json.parse(line)
         except strict_json.JSONError as error:
             raise ValueError(f"{where} {error}. Expected one object a line.") from error
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    """Rows of a CSV file with a header; all values are text."""
+    csv.field_size_limit(LINE_BYTES)
+    reader = csv.DictReader((line for _, line in _all_lines(path)), strict=True)
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names) or not all(names):
+            raise ValueError(
+                f"{path} has the header {', '.join(names)}; expected a different name for each "
+                "column. Write one as the first line."
+            )
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {reader.line_num} has not the header's {len(names)} values. Put "
+                    "values that hold commas, quotes or line breaks in quotes."
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.reader.line_num} is not CSV: {one_line(error)}. Write it "
+            "again, or as .jsonl."
+        ) from error
+
+
+def _document(path: Path) -> Iterator[Any]:
+    yield {"text": _whole(path, _TEXT_BYTES)}
 
 
 def _text_lines(path: Path) -> Iterator[Any]:
@@ -201,8 +319,7 @@ def _decoded_rows(path: Path, table: Any) -> Iterator[Any]:
         raise _UnfitError(
             f"{path} has two columns named {twice[0]!r}. Leave out or rename one of them."
         )
-    size, about = path.stat().st_size, table.metadata
-    limit = max(_MOST_DECODED, _RATIO * size)
+    size, about, limit = path.stat().st_size, table.metadata, _most(path)
     groups = [about.row_group(number) for number in range(about.num_row_groups)]
     columns = [group.column(number) for group in groups for number in range(group.num_columns)]
     told = (max(one.total_uncompressed_size, one.num_values) for one in columns)
@@ -218,6 +335,15 @@ def _decoded_rows(path: Path, table: Any) -> Iterator[Any]:
         if decoded > limit:
             raise too_large
         yield from batch.to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+    ".csv": _csv,
+    ".txt": _document,
+}
 
 
 def kind_of(value: object) -> str:

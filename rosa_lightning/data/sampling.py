@@ -1,34 +1,29 @@
-"""Which records train, in which order and batches: samplers, and the loader that resumes.
+"""Which records train, in which order: mixtures, samplers, and the loader that resumes.
 
 Everything is a function of the sources' sizes and weights, the records' lengths and a seed; no
 global generator is read. A step is one batch on each rank: R ranks, N records.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from rosa_lightning.data.tokenization import Example, Examples
+from rosa_lightning.data.batches import BatchPlanner, seeded
+from rosa_lightning.data.encoding import Example
+from rosa_lightning.data.tokenization import Examples
 from rosa_lightning.tasks.records import reference
 
-Batching = Literal["length", "random", "packed"]
 Stop = Literal["total", "first_exhausted", "oversample"]
 
 _LONGEST_EPOCH = 2**31
-_WINDOW = 128
-"""Steps whose records are sorted together: more of them leave less padding, and mix less."""
-_SEGMENT = 8
-"""Steps of all lengths that follow one another, so that sources whose records are longer or
-shorter than others' keep their share at any time."""
-
 # --- mixture --------------------------------------------------------------------------------
 
 
@@ -105,7 +100,7 @@ def epoch_order(
         positions.append(_within_source(size, epoch * count, count, seed, name).add_(offset))
         offset += size
         if len(sizes) > 1:
-            generator = _generator(seed, "times", name, epoch)
+            generator = seeded(seed, "times", name, epoch)
             jitter = torch.rand(count, generator=generator, dtype=torch.float64)
             # In place: with millions of records each temporary copy counts.
             times.append(jitter.add_(torch.arange(count)).div_(max(count, 1)))
@@ -121,143 +116,11 @@ def _within_source(size: int, start: int, count: int, seed: int, name: str) -> T
         return torch.empty(0, dtype=torch.int64)
     first, last = start // size, (start + count - 1) // size
     rounds = [
-        torch.randperm(size, generator=_generator(seed, "records", name, number))
+        torch.randperm(size, generator=seeded(seed, "records", name, number))
         for number in range(first, last + 1)
     ]
     joined = rounds[0] if len(rounds) == 1 else torch.cat(rounds)
     return joined[start - first * size :][:count]
-
-
-def _generator(*parts: int | str) -> torch.Generator:
-    """A generator whose seed these parts decide."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-# --- batches --------------------------------------------------------------------------------
-
-
-def _no_lengths() -> NDArray[np.int32]:
-    return np.empty(0, np.int32)
-
-
-@dataclass(frozen=True, eq=False)
-class BatchPlanner:
-    """How an epoch's records are made into batches.
-
-    length: windows of 128 steps of the mixed order are sorted by length and cut into steps, which
-    are shuffled so that sources keep their shares at any time. random: as the records follow one
-    another. packed: likewise, and a step is dealt to the ranks so that all have about as many
-    tokens. In each step all ranks have equally many records.
-    """
-
-    batching: Batching
-    batch_size: int
-    """Records a batch."""
-    tokens_per_batch: int | None = None
-    """In place of batch_size: the most tokens a batch may have on a rank, padding counted."""
-    lengths: NDArray[np.int32] = field(default_factory=_no_lengths)
-    """Tokens of each record, by its position in the sources laid end to end; random batches of
-    so many records need none."""
-
-    def num_steps(self, num_records: int, ranks: int) -> int | None:
-        """Steps of so many records; None where it depends on their lengths."""
-        return None if self.tokens_per_batch else -(-num_records // (ranks * self.batch_size))
-
-    def digest(self) -> str | None:
-        """Tells lengths from others; None where there are none."""
-        if not len(self.lengths):
-            return None
-        return hashlib.blake2b(self.lengths.tobytes(), digest_size=8).hexdigest()
-
-    def steps(
-        self, order_N: NDArray[np.int64], ranks: int, seed: int, epoch: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The records step by step, in `order_N` itself, and where each step ends, shape (steps,).
-
-        Rank r has every R-th record of a step, from r on. Each step has a multiple of R records,
-        as `order_N` must have.
-        """
-        if self.batching != "length":
-            ends = np.cumsum(self._cut(order_N, ranks))
-            if self.batching == "packed" and ranks > 1:
-                for step in np.split(order_N, ends[:-1]):
-                    step[:] = step[_deal(self.lengths[step], ranks)]
-            return order_N, ends
-        tokens, rows = self.tokens_per_batch, self.batch_size
-        if tokens:
-            rows = max(1, int(tokens / self.lengths.mean()))
-        window = ranks * rows * _WINDOW
-        sizes_of_parts = []
-        for number, start in enumerate(range(0, len(order_N), window)):
-            generator = _generator(seed, "steps", epoch, number)
-            some = order_N[start : start + window]
-            ranked = some[np.argsort(self.lengths[some], kind="stable")]
-            sizes = self._cut(ranked, ranks)
-            if not tokens:  # else the last, short step would have the longest
-                sizes = sizes[torch.randperm(len(sizes), generator=generator).numpy()]
-            steps = np.split(ranked, np.cumsum(sizes)[:-1])
-            turns = _spread(len(sizes), generator)
-            some[:] = np.concatenate([steps[turn] for turn in turns])
-            sizes_of_parts.append(sizes[turns])
-        return order_N, np.cumsum(np.concatenate(sizes_of_parts))
-
-    def _cut(self, records_N: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
-        """Sizes of the steps that follow one another in these records."""
-        if not self.tokens_per_batch:
-            size = ranks * self.batch_size
-            sizes = np.full(-(-len(records_N) // size), size)
-            sizes[-1] = len(records_N) - size * (len(sizes) - 1)
-            return sizes
-        lengths_UR = self.lengths[records_N].reshape(-1, ranks)
-        take = _taken_packed if self.batching == "packed" else _taken_padded
-        rounds, start = [], 0
-        while start < len(lengths_UR):
-            rounds.append(take(lengths_UR[start:], self.tokens_per_batch))
-            start += rounds[-1]
-        return np.array(rounds) * ranks
-
-
-def _taken_padded(lengths_UR: NDArray[np.int32], budget: int) -> int:
-    """How many rounds, a record to each rank, fit into a padded batch."""
-    most = max(1, budget // int(lengths_UR[0].max()))
-    longest_U = np.maximum.accumulate(lengths_UR[:most].max(1).astype(np.int64))
-    tokens_U = longest_U * np.arange(1, len(longest_U) + 1)
-    return max(1, int(np.searchsorted(tokens_U, budget, side="right")))
-
-
-def _taken_packed(lengths_UR: NDArray[np.int32], budget: int) -> int:
-    """How many rounds fit into one row on each rank, dealt as `_deal` does."""
-    ranks = lengths_UR.shape[1]
-    tokens_U = lengths_UR[: budget + 1].sum(1, dtype=np.int64).cumsum()
-    taken = int(np.searchsorted(tokens_U, budget * ranks, side="right"))
-    while taken > 1:
-        lengths_N = lengths_UR[:taken].ravel()
-        if lengths_N[_deal(lengths_N, ranks)].reshape(-1, ranks).sum(0).max() <= budget:
-            break
-        taken -= 1
-    return max(1, taken)
-
-
-def _deal(lengths_N: NDArray[np.int32], ranks: int) -> NDArray[np.int64]:
-    """An order in which every R-th record, from any on, makes about the same sum.
-
-    The longest goes to the first rank, the next to the second, and after the last rank, whose
-    turn comes twice, back.
-    """
-    turns_UR = np.argsort(-lengths_N, kind="stable").reshape(-1, ranks)
-    turns_UR[1::2] = turns_UR[1::2, ::-1]
-    return turns_UR.ravel()
-
-
-def _spread(num_steps: int, generator: torch.Generator) -> NDArray[np.int64]:
-    """Steps, given from short to long, in a random order whose every segment has all lengths."""
-    segments = -(-num_steps // _SEGMENT)
-    rounds = -(-num_steps // segments)
-    # Each of so many neighbours in length goes to another segment.
-    segment = torch.rand(rounds, segments, generator=generator).argsort(1).flatten()[:num_steps]
-    turns = (segment + torch.rand(num_steps, generator=generator)).argsort()
-    return turns.numpy()
 
 
 # --- samplers and the loader ----------------------------------------------------------------
@@ -335,11 +198,29 @@ class MixtureSampler(DistributedSampler[list[int]]):
         order, ends = self._steps(self.epoch)
         starts = np.concatenate([[0], ends[:-1]])[self._start :]
         for start, end in zip(starts, ends[self._start :], strict=True):
-            yield order[start + self.rank : end : self.num_replicas].tolist()
+            batch = order[start + self.rank : end : self.num_replicas]
+            yield batch[batch >= 0].tolist()
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The records of an epoch on all ranks, before they are made into batches."""
+        return epoch_order(self.sizes, self.counts, self.names, self.seed, epoch)
 
     def _steps(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        order = epoch_order(self.sizes, self.counts, self.names, self.seed, epoch)
-        return self.planner.steps(order, self.num_replicas, self.seed, epoch)
+        return self.planner.steps(self.order(epoch), self.num_replicas, self.seed, epoch)
+
+
+def report_packs(sampler: MixtureSampler, trainer: Trainer | None) -> None:
+    """Say how full the packs of the first epoch are, and log it."""
+    order, planner = sampler.order(0), sampler.planner
+    packs = len(planner.packs(order, sampler.seed, 0))
+    fill = planner.lengths[order].sum(dtype=np.int64) / (packs * planner.max_length)
+    rank_zero_info(
+        f"{len(order)} records in {packs} packs of {planner.max_length} tokens, which are "
+        f"{fill:.1%} full"
+    )
+    if trainer is not None:
+        for logger in trainer.loggers:
+            logger.log_metrics({"data/pack_fill": float(fill)}, step=trainer.global_step)
 
 
 class Mixture(Dataset[Any]):
@@ -422,7 +303,7 @@ def answered_first(sources: Sequence[Examples], tasks: Sequence[str], most: int)
     """Positions of the records whose answers a validation writes, the longest prompt first.
 
     They are spread evenly over the sources, laid end to end, but for those of free text: any
-    wording may be right there.
+    wording may be right there. Of a conversation the last reply is written.
     """
     examples = Mixture(sources)
     ends = np.cumsum([0, *map(len, sources)]).tolist()
@@ -431,5 +312,9 @@ def answered_first(sources: Sequence[Examples], tasks: Sequence[str], most: int)
     numbers = np.linspace(0, len(positions) - 1, min(most, len(positions)))
     chosen = [positions[round(number)] for number in numbers]
     known = dict(zip(chosen, examples[chosen], strict=True))
-    kept = [position for position in chosen if reference(known[position].record) is not None]
-    return sorted(kept, key=lambda position: -len(known[position].prompt))
+    kept = [
+        position
+        for position in chosen
+        if not (record := known[position].record).is_text and reference(record) is not None
+    ]
+    return sorted(kept, key=lambda position: -len(known[position].asked))

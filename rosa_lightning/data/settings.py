@@ -9,9 +9,10 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch import Trainer
 
+from rosa_lightning.data.batches import Batching
+from rosa_lightning.data.encoding import LossTurns, Overlong
 from rosa_lightning.data.prompts import STYLES
-from rosa_lightning.data.sampling import Batching, Stop
-from rosa_lightning.data.tokenization import Overlong
+from rosa_lightning.data.sampling import Stop
 from rosa_lightning.utils.agreement import agree, configuration, several_ranks
 from rosa_lightning.utils.stopping import Stopping
 
@@ -30,7 +31,10 @@ class LoadingConfig:
     """Leave out training records whose question is one of test_sources, compared in lower case
     without punctuation. How many is printed."""
     overlong: Overlong = "cut"
-    """What becomes of records beyond max_length: cut the prompt's beginning, or drop the record."""
+    """What becomes of records beyond max_length: cut the prompt's beginning, of a conversation by
+    whole turns, or drop the record. Plain text is split."""
+    loss_turns: LossTurns = "all"
+    """Replies of a conversation that carry loss: all, or the last."""
     tokens_per_batch: int | None = None
     """Most tokens of a training batch, padding counted, on each device, in place of batch_size;
     batches of short records then have more of them, and each counts for less. Validation, test and
@@ -75,6 +79,7 @@ _CHOICES = {
     "batching": get_args(Batching),
     "loading.stop": get_args(Stop),
     "loading.overlong": get_args(Overlong),
+    "loading.loss_turns": get_args(LossTurns),
 }
 
 

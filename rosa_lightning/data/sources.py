@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from glob import has_magic
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,28 @@ SETTINGS: dict[Purpose, str] = {
 """The setting that names the sources of a purpose."""
 
 
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+"""Suffixes of compressed files, with what decompresses them."""
+FIELDS = (
+    *("messages", "conversations", "system", "instruction", "input", "output", "answer"),
+    *("prompt", "response", "completion", "question", "text"),
+)
+"""Fields of the kinds of rows that are known, beside those of tasks."""
+
+
+def file_kind(path: Path) -> str:
+    """The suffix of a file, that of its content where it is compressed: .jsonl of a.jsonl.gz."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    # Parquet compresses by itself, and is read by position.
+    is_table = inner is not path and inner.suffix.lower() == ".parquet"
+    return path.suffix.lower() if is_table else inner.suffix.lower()
+
+
+def is_pattern(location: str) -> bool:
+    """Whether a path stands for all files that match it."""
+    return has_magic(location) and not Path(location).exists()
+
+
 def purpose_of(stage: str) -> Purpose:
     """What records are for in a stage of Lightning's, which gives an enumeration or its value."""
     value = str(getattr(stage, "value", stage))
@@ -36,7 +59,9 @@ class Source:
     name: str | None = None
     """Name in logs and tables; by default the file's name or the hub id's last part."""
     path: str | None = None
-    """Local file: .json (a list of objects), .jsonl, .parquet; to predict also .txt."""
+    """Local file, or a folder or pattern (data/*.jsonl) of several: .json (a list of objects),
+    .jsonl, .parquet, .csv, or .txt, which is one text to train on and one prompt a line to predict.
+    All but .parquet may be compressed (.gz, .zst)."""
     hub: str | None = None
     """Hugging Face data set id, such as openai/gsm8k."""
     subset: str | None = None
@@ -47,6 +72,9 @@ class Source:
     """Branch, tag or commit of the hub data set."""
     task: str | None = None
     """Benchmark, which sets the answer format; by default told from the name, else text."""
+    columns: dict[str, str] | None = None
+    """Columns by the field that each stands for, such as {prompt: question, response: answer};
+    the others are not read. By default columns are named as the fields."""
     weight: float | None = None
     """Share in training, relative to the other sources; by default the number of records."""
     max_examples: int | None = None
@@ -58,7 +86,12 @@ class Source:
     @cached_property
     def label(self) -> str:
         """The name, given or told from the path or hub id."""
-        return self.name or (Path(self.path).stem if self.path else str(self.hub).split("/")[-1])
+        if self.name or not self.path:
+            return self.name or str(self.hub).split("/")[-1]
+        path = Path(self.path)
+        while has_magic(path.name):
+            path = path.parent
+        return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).stem or "files"
 
     @cached_property
     def benchmark(self) -> str:
@@ -154,16 +187,41 @@ def _check_fields(source: Source, tasks: Mapping[str, Task]) -> None:
             f"Source {source.label} has stream {stream!r}; expected true or false, without "
             "quotes. Leave it out to stream files from 256 MiB on."
         )
-    if stream and Path(source.path or "").suffix.lower() == ".json":
+    if stream and source.path and file_kind(Path(source.path)) == ".json":
         raise ValueError(
             f"Source {source.label} has stream: true, but a .json file is one list, read whole. "
             "Write it one object a line as .jsonl, or as .parquet, or leave stream out."
         )
+    _check_columns(source, tasks)
     if source.task is not None and find_task(source.task, tasks) is None:
         raise ValueError(
             f"Source {source.label} has task {source.task!r}{nearest(source.task, tasks)}. "
             f"There are {', '.join(tasks)}. Define others under data.tasks."
         )
+
+
+def _check_columns(source: Source, tasks: Mapping[str, Task]) -> None:
+    if source.columns is None:
+        return
+    task = tasks.get(find_task(source.task or source.label, tasks) or "")
+    known = [*FIELDS, *(task.fields if task else ())]
+    example = "such as columns: {prompt: question, response: answer}"
+    if not isinstance(source.columns, Mapping) or not source.columns:
+        raise TypeError(
+            f"Source {source.label} has columns {source.columns!r}; expected column names by "
+            f"field, {example}."
+        )
+    for key, column in source.columns.items():
+        if key not in known:
+            raise ValueError(
+                f"Source {source.label} has columns for {key!r}{nearest(str(key), known)}, which "
+                f"is no field of a row. The fields are {', '.join(known)}."
+            )
+        if not isinstance(column, str) or not column:
+            raise TypeError(
+                f"Source {source.label} has columns {key}: {column!r}; expected the name of a "
+                f"column, {example}."
+            )
 
 
 def demo_source(split: Literal["train", "test"]) -> Source:

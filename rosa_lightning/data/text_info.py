@@ -11,7 +11,7 @@ from rosa_lightning.tasks.records import TASKS, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rosa_lightning.data.tokenization import Example
+    from rosa_lightning.data.encoding import Example
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rosa_lightning.data.batches import Batching, BatchPlanner
 from rosa_lightning.data.contamination import (
+    Questions,
     contaminated,
+    digest_of,
     normalized_question,
-    question_digest,
 )
+from rosa_lightning.data.encoding import Encoder
 from rosa_lightning.data.records import Records, content_digest
-from rosa_lightning.data.sampling import Batching, BatchPlanner, Stop, epoch_length, shares_by_size
-from rosa_lightning.data.tokenization import Encoder, Examples, count_altered, tokenize
+from rosa_lightning.data.sampling import Stop, epoch_length, shares_by_size
+from rosa_lightning.data.tokenization import Examples, count_altered, tokenize
 from rosa_lightning.tasks.records import Record
 
 ENOUGH_VALIDATION = 64
@@ -53,14 +56,17 @@ class TrainingSet:
             found |= {f"{name} (training)": train, f"{name} (validation)": val}
         return found
 
-    def planner(self, batching: Batching, batch_size: int, tokens: int | None) -> BatchPlanner:
+    def planner(
+        self, batching: Batching, batch_size: int, tokens: int | None, max_length: int
+    ) -> BatchPlanner:
         """How the training records are made into batches, by their lengths where these count."""
+        planner = BatchPlanner(batching, batch_size, tokens, max_length)
         if not self.train or (batching == "random" and not tokens):
-            return BatchPlanner(batching, batch_size, tokens)
-        exact = tokens is not None
+            return planner
+        exact = tokens is not None or batching == "best_fit"
         if exact not in self._lengths:
             self._lengths[exact] = np.concatenate([one.lengths(exact) for one in self.train])
-        return BatchPlanner(batching, batch_size, tokens, self._lengths[exact])
+        return replace(planner, lengths=self._lengths[exact])
 
     def shares(self, weights: Sequence[float | None], temperature: float | None) -> list[float]:
         """Each source's part of the training stream, by weight or by size; they sum to 1."""
@@ -86,7 +92,8 @@ class TrainingSet:
         total, lines = epoch_length(self.sizes, shares, stop), []
         for name, share, examples in zip(names, shares, self.train, strict=True):
             where = ", on disk" if examples.records.on_disk else ""
-            line = f"{name}: {len(examples):,} training records{where}"
+            what = "pieces of text" if examples.records[0].is_text else "records"
+            line = f"{name}: {len(examples):,} training {what}{where}"
             if len(names) > 1:
                 times = total * share / len(examples)
                 line += f", {100 * share:.3g} % of each epoch, so each is seen {times:.2g} times"
@@ -118,7 +125,8 @@ def read_training_set(
                 "questions."
             )
         if is_tested.any():
-            left_out |= set(map(question_digest, some.select(is_tested)))
+            keys = map(Questions(tested).held_by, some.select(is_tested))
+            left_out |= {digest_of(key) for some_keys in keys for key in some_keys}
             rank_zero_info(
                 f"{name}: {is_tested.sum():,} of {len(some):,} records left out, whose questions "
                 "are also in data.test_sources"
@@ -133,11 +141,15 @@ def read_training_set(
     for (name, some), rest, mask, held in zip(records.items(), kept, masks, validated, strict=True):
         whole = rest is some or some.on_disk
         found.content[name] = some.content if whole else content_digest(rest)
-        examples = tokenize(some, encoder, cache).select(mask)
+        examples = tokenize(some, encoder, cache)
+        numbers = examples.record_numbers
+        validates = np.zeros(len(some), np.bool_)
+        validates[mask] = held
+        examples, is_held = examples.select(mask[numbers]), validates[numbers][mask[numbers]]
         too_long = count_altered(name, examples)
         used = ~too_long if encoder.overlong == "drop" else np.ones(len(examples), np.bool_)
-        found.train.append(examples.select(used & ~held))
-        found.val.append(examples.select(used & held))
+        found.train.append(examples.select(used & ~is_held))
+        found.val.append(examples.select(used & is_held))
         if not len(found.train[-1]):
             raise ValueError(
                 f"source {name}: all {len(examples)} records are longer than data.max_length="

@@ -19,7 +19,7 @@ from rosa_lightning.tasks.records import (
 )
 
 if TYPE_CHECKING:
-    from rosa_lightning.data.tokenization import Example
+    from rosa_lightning.data.encoding import Example
 
 
 def check_lengths(max_length: int | None, context: int | None) -> None:

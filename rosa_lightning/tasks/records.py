@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from rosa_lightning.tasks import answers
 from rosa_lightning.tasks.answers import NUMBER_TOLERANCE as NUMBER_TOLERANCE
@@ -12,12 +13,24 @@ from rosa_lightning.tasks.registry import TASKS as TASKS
 from rosa_lightning.tasks.registry import Task as Task
 
 
+class Turn(NamedTuple):
+    """A turn of a conversation."""
+
+    role: str
+    """system, user, assistant or tool."""
+    content: str
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One exercise: what is asked, what is taught, and the gold answer."""
+    """One exercise: what is asked, what is taught, and the gold answer.
+
+    Of a conversation the last reply is the output, and the user's turn before it the instruction. A
+    text without an instruction is all output.
+    """
 
     instruction: str
-    """What is asked."""
+    """What is asked; empty for plain text."""
     input: str
     """Further context, mostly empty."""
     output: str
@@ -32,6 +45,13 @@ class Record:
     """Number of the record in its source, counted from 1."""
     own_task: Task | None = None
     """The task itself, where it is the user's own; None for those in `TASKS`."""
+    turns: tuple[Turn, ...] = ()
+    """All turns before the output; () where that is one question alone."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is plain text, without a question."""
+        return not self.instruction and not self.turns
 
 
 def plain_name(name: str) -> str:

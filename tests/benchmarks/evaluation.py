@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from timing import in_turn
 
+from rosa_lightning.data.encoding import Encoder, Example
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source
-from rosa_lightning.data.tokenization import Encoder, Example
 from rosa_lightning.evaluation.likelihood import log_likelihoods, uncached_log_likelihoods
 from rosa_lightning.models.loading import load_base, load_tokenizer
 from rosa_lightning.tasks.records import candidates

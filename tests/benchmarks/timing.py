@@ -112,9 +112,9 @@ def hf_trainer(model: Any, folder: str, rows: Any, tokenizer: Any, callback: Any
 def encoded(paths: list[str], tokenizer: Any, max_length: int = 1024) -> list[dict[str, list[int]]]:
     """The records as `ReasoningDataModule` encodes them, prompts without loss."""
     from rosa_lightning.data.collators import IGNORE_INDEX
+    from rosa_lightning.data.encoding import Encoder
     from rosa_lightning.data.records import load_records
     from rosa_lightning.data.sources import Source
-    from rosa_lightning.data.tokenization import Encoder
 
     records = [r for path in paths for r in load_records(Source(path=path), "train")]
     examples = Encoder(tokenizer, max_length=max_length)(records)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,10 +22,12 @@ from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.files import load_adapter
 from rosa_lightning.cli import commands
 from rosa_lightning.cli.main import main
-from rosa_lightning.models.loading import load_base
+from rosa_lightning.data.encoding import Example
+from rosa_lightning.models.loading import load_base, load_tokenizer
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import inject_roae, roae_layers
 from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.tasks.records import Record
 from rosa_lightning.utils.files import atomic_directory
 from tests.conftest import rosa_module
 from tests.data.test_audit import STORY, audit, numbered
@@ -404,6 +407,35 @@ def test_audit_needs_no_weights_and_writes_its_figures(leaky, base_folder, capsy
     assert [benchmark[name] for name in names] == [1, 1, 0]
     assert benchmark["exact"] == [{"record": 1, "source": "mine", "source_record": 2}]
     assert [path.name for path in Path("deep").iterdir()] == ["audit.json"]
+
+
+def test_audit_shows_what_records_became(leaky, capsys):
+    status, printed, _ = run(capsys, "audit", *leaky, "--model.base", "tiny", "--show", "2")
+    assert status == 0
+    lines = words(printed)
+    assert "mine, record 2: 2 of" in printed
+    assert "record 3" not in printed
+    shown = [line for line in lines if line.startswith("loss")]
+    assert shown == ["loss 1<|end|>", "loss 2<|end|>"]
+    assert "2 tokens 1|<|end|>" in lines
+    assert "\x1b" not in printed
+    status, _, errors = run(capsys, "audit", *leaky, "--show", "1")
+    assert status != 0
+    assert errors == ["error: show needs a tokenizer. Set model.base or data.tokenizer."]
+
+
+def test_what_carries_loss_is_coloured_on_a_terminal():
+    tokenizer = load_tokenizer("tiny")
+    ids = tokenizer("one two", add_special_tokens=False)["input_ids"]
+    record = Record("one", "", "two", None, "text", "a", 1)
+    example = Example(record, ids, [*ids, *ids], gaps=[len(ids), len(ids) + 1])
+    stream = io.StringIO()
+    Console(file=stream, force_terminal=True, width=60).print(
+        commands.shown_example(example, tokenizer)
+    )
+    green = re.findall(r"\x1b\[32m *(\w+)", stream.getvalue())
+    assert green.count("loss") == 2
+    assert "\x1b[2m" in stream.getvalue()
 
 
 def test_an_audit_that_cannot_be_made_ends_in_one_line(leaky, capsys):

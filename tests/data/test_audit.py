@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rosa_lightning.data.audit import Audit, Match, audit_records, token_lengths
-from rosa_lightning.data.tokenization import Encoder
+from rosa_lightning.data.encoding import Encoder
 from rosa_lightning.tasks.custom import with_own_tasks
 from rosa_lightning.tasks.records import Record
 from tests.conftest import byte_tokenizer

@@ -5,7 +5,7 @@ import pickle
 import torch
 
 from rosa_lightning.data.collators import IGNORE_INDEX, PromptCollator, TrainCollator
-from rosa_lightning.data.tokenization import Encoder
+from rosa_lightning.data.encoding import Encoder
 from tests.data.test_tokenization import PLAIN, WITH_BOS, record
 
 RECORDS = [

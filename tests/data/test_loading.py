@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rosa_lightning.data.batches import BatchPlanner
 from rosa_lightning.data.sampling import (
-    BatchPlanner,
     MixtureSampler,
     ResumableLoader,
     epoch_counts,
@@ -29,8 +29,8 @@ def planners(draw):
     seed = draw(st.integers(0, 5))
     lengths = np.random.default_rng(seed).integers(1, LONGEST + 1, 300).astype(np.int32)
     tokens = draw(st.none() | st.integers(LONGEST, 200))
-    batching = draw(st.sampled_from(["length", "random", "packed"]))
-    return BatchPlanner(batching, draw(st.integers(1, 7)), tokens, lengths)
+    batching = draw(st.sampled_from(["length", "random", "packed", "best_fit"]))
+    return BatchPlanner(batching, draw(st.integers(1, 7)), tokens, LONGEST, lengths)
 
 
 def names_of(sizes):
@@ -87,8 +87,10 @@ def test_ranks_share_the_records_of_an_epoch_without_overlap_or_loss(
     sizes, weights = mixture
     every = samplers(mixture, planner, ranks, stop)
     parts = epoch_of(every, epoch)
-    # Equally many batches of equally many records on all ranks.
-    assert len({tuple(map(len, part)) for part in parts}) == 1
+    # Equally many batches on all ranks, of equally many records where none is packed to the brim.
+    if planner.batching != "best_fit":
+        assert len({tuple(map(len, part)) for part in parts}) == 1
+    assert all(batch for part in parts for batch in part)
     assert {len(part) for part in parts} == {one.num_batches(epoch) for one in every}
     total = epoch_length(sizes, weights, stop, ranks)
     counts = epoch_counts(weights, total)
@@ -121,6 +123,10 @@ def test_random_batches_are_the_order_itself(mixture, ranks, batch_size, stop):
 def test_batches_keep_to_their_size_or_their_tokens(mixture, planner, ranks):
     for part in epoch_of(samplers(mixture, planner, ranks), 2):
         sizes = [len(batch) for batch in part]
+        if planner.batching == "best_fit":
+            budget = planner.tokens_per_batch or planner.batch_size * LONGEST
+            assert all(planner.lengths[batch].sum() <= budget for batch in part)
+            continue
         if planner.tokens_per_batch is None:
             # One step may be short, as the epoch is no multiple.
             assert sorted(sizes)[1:] == [planner.batch_size] * (len(sizes) - 1)
@@ -175,7 +181,7 @@ def test_ranks_have_like_lengths_in_a_step(tokens):
     mixture = [4000], [1]
 
     def spread(batching):
-        planner = BatchPlanner(batching, 8, tokens, lengths)
+        planner = BatchPlanner(batching, 8, tokens, 32, lengths)
         parts = epoch_of(samplers(mixture, planner, 4), 0)
         steps = zip(*([lengths[batch].sum() for batch in part] for part in parts), strict=True)
         return np.mean([np.ptp(step) / np.mean(step) for step in steps])
@@ -183,3 +189,4 @@ def test_ranks_have_like_lengths_in_a_step(tokens):
     assert spread("random") > 0.4
     assert spread("length") < 0.05
     assert spread("packed") < 0.2
+    assert spread("best_fit") < 0.1

@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rosa_lightning.data.collators import IGNORE_INDEX, TrainCollator
+from rosa_lightning.data.encoding import Encoder, Example
 from rosa_lightning.data.prompts import STYLES, AlpacaStyle, ChatStyle, PromptStyle
-from rosa_lightning.data.tokenization import Encoder, Example
 from rosa_lightning.tasks.records import Record
 from tests.chat_shapes import KINDS, SHAPES, shaped_tokenizer
 from tests.conftest import data_module
@@ -102,7 +102,7 @@ ODD = st.lists(
 
 @pytest.mark.parametrize(("kind", "name"), [pair for pair in KIND_AND_SHAPE if pair[0] != "words"])
 @settings(max_examples=8)
-@given(asked=ODD, reply=ODD)
+@given(asked=ODD.filter(bool), reply=ODD)
 @given_example(asked="<|im_end|> </s><s>", reply="<|im_end|> </s>[INST]<|eot_id|>")
 @given_example(asked="ROSA-REPLY", reply="ROSA-REPLY")
 def test_text_is_that_of_the_whole_conversation_whatever_is_said(kind, name, asked, reply):

@@ -1,10 +1,13 @@
 """Files and hub data sets read into records, and the held-out split."""
 
+import gzip
 import json
 from dataclasses import replace
 
+import pyarrow
 import pytest
 
+from rosa_lightning.data import rows
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source, as_source
 from rosa_lightning.tasks.records import TASKS, Record
@@ -135,7 +138,92 @@ def test_streamed_records_are_those_in_memory(write):
     assert load(path, "test", stream=True) == load(path, "test")  # only training is streamed
 
 
+def compressed(content: bytes, name: str) -> bytes:
+    if name.endswith(".gz"):
+        return gzip.compress(content[:10]) + gzip.compress(content[10:])  # as cat joins files
+    return bytes(pyarrow.compress(content, "zstd", asbytes=True)) if ".zst" in name else content
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_compressed_files_are_read_as_their_content(write, suffix, stream):
+    lines = "".join(json.dumps({**ROW, "answer": n}) + "\n" for n in range(3)).encode()
+    listed = json.dumps([{**ROW, "answer": n} for n in range(3)]).encode()
+    table = b"instruction,output,answer\n" + b"".join(
+        b'"What is\n2 + ""2""?",It is 4.,%d\r\n' % n for n in range(3)
+    )
+    for name, content in {"a.jsonl": lines, "a.json": listed, "a.csv": table}.items():
+        if stream and name == "a.json":
+            continue
+        name += suffix
+        found = load(write(name, compressed(content, name.lower())), stream=stream)
+        assert [(r.output, r.answer, r.source, r.index) for r in found] == [
+            ("It is 4.", str(n), "a", n + 1) for n in range(3)
+        ]
+    assert found[0].instruction == 'What is\n2 + "2"?'
+
+
+@pytest.mark.parametrize("where", ["", "*.jsonl", "**/*.jsonl", "b*/*"])
+def test_records_of_a_folder_or_pattern_are_those_of_its_files(write, tmp_path, where):
+    (tmp_path / "data" / "below").mkdir(parents=True)
+    files = {"b.jsonl": 2, "a.jsonl": 1, "below/c.jsonl": 3}
+    for name, count in files.items():
+        write(f"data/{name}", [{**ROW, "output": name}] * count)
+    (tmp_path / "data" / "README.md").write_text("Not data.")
+    (tmp_path / "data" / ".hidden.jsonl").write_text("{")
+    path = str(tmp_path / "data" / where)
+    names = {"*.jsonl": ["a.jsonl", "b.jsonl"], "b*/*": ["below/c.jsonl"]}
+    chosen = names.get(where, ["a.jsonl", "b.jsonl", "below/c.jsonl"])
+    found = load(path, name="some")
+    assert [r.output for r in found] == [name for name in chosen for _ in range(files[name])]
+    assert [r.index for r in found] == list(range(1, len(found) + 1))
+    assert load(path, name="some", stream=True) == found
+    assert Source(path=path).label == "data"
+    write("data/a.jsonl", [{**ROW, "instruction": 1}])
+    if "a.jsonl" in chosen:
+        assert "data/a.jsonl, record 1: field 'instruction'" in message(path)
+
+
+def test_a_text_file_is_one_text_to_train_on(write):
+    (found,) = load(write("a.txt", "One.\n\nTwo.\n"))
+    assert found == Record("", "", "One.\n\nTwo.\n", None, "text", "a", 1)
+    assert found.is_text
+    assert "which holds no answers" in message(write("a.txt", "One."), "test")
+
+
 # Files that are not.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "instruction,output\na\n", ["line 2", "2 values", "quotes"]),
+        ("a.csv", "instruction,output\na,b,c\n", ["line 2", "2 values"]),
+        ("a.csv", 'instruction,output\na,"b\n', ["line 2 is not CSV"]),
+        ("a.csv", "instruction,instruction\na,b\n", ["header instruction, instruction"]),
+        ("a.csv", b"instruction,output\na,\xff\n", ["line 2 is not UTF-8"]),
+        ("a.jsonl.gz", b"\x1f\x8b\x08nonsense", ["cannot be decompressed"]),
+        ("a.jsonl.zst", b"nonsense", ["cannot be decompressed"]),
+        ("a.parquet.gz", b"", ["ends in '.gz'"]),
+    ],
+)
+def test_damaged_tables_and_archives_are_named(write, name, content, words):
+    text = message(write(name, content))
+    assert all(word in text for word in words), text
+
+
+def test_a_file_that_unpacks_to_far_more_than_text_would_is_refused(write, monkeypatch):
+    monkeypatch.setattr(rows, "_MOST_DECODED", 1000)
+    line = json.dumps(ROW).encode() + b"\n"
+    for name, content in {"a.jsonl.gz": line * 5000, "a.json.gz": b"[" + b" " * 400_000}.items():
+        text = message(write(name, gzip.compress(content)))
+        assert "decompresses to more than" in text
+
+
+def test_nothing_that_matches_is_an_error(write, tmp_path):
+    assert "matches no file" in message(str(tmp_path / "*.jsonl"), error=OSError)
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without data" in message(str(tmp_path / "empty"), error=OSError)
 
 
 def test_unreadable_file(write, monkeypatch):
@@ -159,8 +247,7 @@ def test_unreadable_file(write, monkeypatch):
         ("a.jsonl", '{"instruction": 1}', ["record 1", "'instruction' is a number"]),
         ("a.jsonl", "\n{]\n", ["a.jsonl, line 2 is not JSON"]),
         ("a.json", b'["\xff"]', ["is not UTF-8 text (byte 2)"]),
-        ("a.csv", "a,b", ["ends in '.csv'", ".jsonl"]),
-        ("a.txt", "One?", ["holds prompts only", "data.predict_sources"]),
+        ("a.tsv", "a,b", ["ends in '.tsv'", ".jsonl"]),
     ],
 )
 def test_file_of_wrong_shape(write, name, content, words):
@@ -301,5 +388,5 @@ def test_records_to_look_at_may_lack_a_response(write):
     assert [r.output for r in load(write("a.json", rows), "audit")] == [" ", ""]
     rows = [{"question": "What?", "answer": ""}, {"question": "Why?"}]
     assert [r.output for r in load(write("b.json", rows), "audit")] == ["", ""]
-    with pytest.raises(ValueError, match=r"ends in '\.csv'"):
-        load(write("c.csv", ""), "audit")
+    with pytest.raises(ValueError, match=r"ends in '\.tsv'"):
+        load(write("c.tsv", ""), "audit")

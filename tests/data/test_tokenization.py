@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from rosa_lightning.data.prompts import prompt_prefix
+from rosa_lightning.data.encoding import Encoder, Example
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source
-from rosa_lightning.data.tokenization import Encoder, Example, cache_folder, tokenize
+from rosa_lightning.data.text_tokens import prompt_prefix
+from rosa_lightning.data.tokenization import cache_folder, tokenize
 from rosa_lightning.tasks.custom import with_own_tasks
 from rosa_lightning.tasks.records import Record
 from tests.hostile import KINDS, limited, put

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from rosa_lightning.data.collators import PackedCollator, TrainCollator
-from rosa_lightning.data.tokenization import Example
+from rosa_lightning.data.encoding import Example
 from rosa_lightning.tasks.records import Record
 from rosa_lightning.training import loss as forward
 from rosa_lightning.training.loss import LossComputer
