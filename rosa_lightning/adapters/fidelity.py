@@ -55,8 +55,9 @@ def sample_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     if tokenizer is not None:
         lines = (tiny.folder() / "demo_test.jsonl").read_text().splitlines()[:40]
         text = " ".join(json.loads(line)["instruction"] for line in lines)
-        ids = torch.tensor(tokenizer(text)["input_ids"][: _ROWS * _TOKENS])
-        if len(ids) == _ROWS * _TOKENS and ids.max() < vocabulary:
+        size = _ROWS * _TOKENS
+        ids = torch.tensor(tokenizer(text, truncation=True, max_length=size)["input_ids"])
+        if len(ids) == size and ids.max() < vocabulary:
             return ids.view(_ROWS, _TOKENS)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (_ROWS, _TOKENS), generator=generator)

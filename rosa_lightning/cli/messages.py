@@ -13,7 +13,7 @@ _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _SAID_BY_NONE_OF_US = re.compile(
     r"💡 Tip|Seed set to|(GPU|TPU|HPU) available|LOCAL_RANK|Loading `train_dataloader` to estimate|"
     r"`Trainer\.fit` stopped|`Trainer\(.*\)` was configured|Using .* Automatic Mixed Precision|"
-    r"Restoring states from|Restored all states|Loaded model weights from"
+    r"Restoring states from|Restored all states|Loaded model weights from|\nDetected Keyboard"
 )
 """How lines of Lightning begin that tell a user nothing, or what is said in other words."""
 _WARNED_OF_NOTHING = (

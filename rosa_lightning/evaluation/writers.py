@@ -19,7 +19,14 @@ from rich.console import Console
 
 from rosa_lightning.evaluation.evaluator import item_id
 from rosa_lightning.evaluation.results import results_table, versions, write_results
-from rosa_lightning.utils.files import atomic_write, open_input, read_lines, read_text, writing
+from rosa_lightning.utils.files import (
+    atomic_write,
+    open_input,
+    read_lines,
+    read_text,
+    shown,
+    writing,
+)
 from rosa_lightning.utils.rng import of_all_ranks
 from rosa_lightning.utils.strict_json import parse
 from rosa_lightning.utils.text import one_line
@@ -83,7 +90,7 @@ class PredictionWriter(BasePredictionWriter):
         everywhere = {place: one for own in of_all_ranks(found) for place, one in own.items()}
         if trainer.is_global_zero:
             atomic_write(path, *(_line(everywhere[place]) for place in sorted(everywhere)))
-            rank_zero_info(f"{len(everywhere):,} answers are in {path}")
+            rank_zero_info(f"{len(everywhere):,} answers are in {shown(path)}")
 
 
 class ResultWriter(Callback):
@@ -181,7 +188,7 @@ class ResultWriter(Callback):
         }
         results = self._target / RESULTS
         write_results(results, evaluated.scores, contaminated, **about, complete=True)
-        notes = [*note, f"{results}, {PREDICTIONS}: {seconds:.1f} s"]
+        notes = [*note, f"{seconds:.1f} s; {shown(results)} and {PREDICTIONS}"]
         console = Console()
         console.width = max(console.width, 100)  # a file, say, is as wide as it must be
         console.print(results_table(about["model"], evaluated.scores, contaminated, notes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -21,6 +20,7 @@ from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_num_active
 from rosa_lightning.inspection.run_record import RunRecorder
+from rosa_lightning.utils.files import shown
 
 _POLICIES = {
     "top_k": "by the gradients of their norm weights",
@@ -220,9 +220,3 @@ def next_commands(trainer: Any, module: Any, folder: Path) -> list[str]:
     if trainer.loggers and any(folder.glob("*tfevents*")):
         commands.append(f"tensorboard --logdir {shlex.quote(shown(folder.parent))}")
     return commands
-
-
-def shown(path: str | Path) -> str:
-    """A path from the working folder, where that is no longer."""
-    whole = os.path.abspath(path)
-    return min(whole, os.path.relpath(whole), key=len)

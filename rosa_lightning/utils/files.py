@@ -123,6 +123,12 @@ def check_archive(file: IO[bytes], name: str | Path) -> None:
         )
 
 
+def shown(path: str | Path) -> str:
+    """A path as seen from the working folder, where that is shorter."""
+    whole = os.path.abspath(path)
+    return min(whole, os.path.relpath(whole), key=len)
+
+
 def printable(name: object) -> str:
     """Text without halves of surrogate pairs, which stand for bytes of names not in UTF-8."""
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", str(name))

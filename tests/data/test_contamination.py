@@ -13,6 +13,7 @@ from rosa_lightning.data.contamination import (
     Contamination,
     compare,
     question_key,
+    trained_questions,
 )
 from rosa_lightning.tasks.records import Record
 
@@ -167,3 +168,23 @@ def test_the_contamination_of_a_benchmark_from_its_own_training_file_are_found(
     test = read(real_data / "test" / f"{name}.json")
     found = matches(read(real_data / "train" / f"{name}.json"), test)
     assert (len(found.exact), len(found.near), len(test)) == (exact, near, size)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_that_is_out_of_reach_is_told_at_once(offline, monkeypatch):
+    asked = []
+
+    def refuse(self, data_set, *, timeout):
+        asked.append((data_set, timeout))
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: offline)
+    monkeypatch.setattr("rosa_lightning.data.contamination.load_records", lambda *_: [])
+    trainings = [{"sources": [{"hub": "some/set"}], "seed": 0, "left_out": []}]
+    if offline:  # what is cached is read, without a request
+        assert trained_questions(trainings, [], {}) == ([], ["hub data set some/set"])
+    else:
+        with pytest.raises(OSError, match=r"some/set cannot be reached \(no route\)"):
+            trained_questions(trainings, [], {})
+    assert len(asked) == (not offline)
