@@ -1,4 +1,4 @@
-"""The commands that are no training: ``audit``, ``bench``, ``export``, ``inspect``, ``report``."""
+"""The commands that are no training: ``audit``, ``export``, ``inspect``, ``report``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from rich.text import Text
 
 from rosa_lightning.adapters.checkpoint import read_checkpoint
 from rosa_lightning.adapters.export import Format, check_options, export_adapter
-from rosa_lightning.cli.bench import bench_tables, run_bench
 from rosa_lightning.data.audit import Audit, audit_records, token_lengths
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.encoding import Example
@@ -315,26 +314,6 @@ def audit_tables(audit: Audit) -> Group:
         does = "true leaves out" if audit.decontaminate else "false trains on"
         parts.append(note(f"data.loading.decontaminate: {does} (exact) {', '.join(held)}"))
     return Group(*parts)
-
-
-def bench(
-    context: CommandContext,
-    *,
-    ckpt_path: str | None = None,
-    steps: PositiveInt = 8,
-    rounds: PositiveInt = 5,
-) -> None:
-    """Measure a training as configured, beside PEFT LoRA in the plain way and the frozen base.
-
-    Args:
-        context: All that a training needs; it runs on one device, and keeps nothing.
-        ckpt_path: Checkpoint whose settings are the defaults of ``model``.
-        steps: Batches of each turn.
-        rounds: Turns of each of the three.
-    """
-    _check_base(context.module)
-    found = run_bench(context.module, context.data, context.trainer, steps=steps, rounds=rounds)
-    Console().print(bench_tables(found))
 
 
 def report(context: CommandContext, run: str, *, output: str | None = None) -> None:

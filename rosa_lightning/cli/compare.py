@@ -7,13 +7,22 @@ import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from rosa_lightning.adapters.methods import Method as Applied
 from rosa_lightning.adapters.methods import apply_method
@@ -24,13 +33,19 @@ from rosa_lightning.comparison.paired import compare_answers, read_answers
 from rosa_lightning.comparison.plan import ComparisonConfig, Run, nested, slug, solve_rank
 from rosa_lightning.comparison.report import comparison_table, write_report
 from rosa_lightning.comparison.runner import read_json, write_once
+from rosa_lightning.comparison.speed import METHODS, measure_speed, speed_table
 from rosa_lightning.models.loading import load_base, load_skeleton
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.utils.files import atomic_write
 from rosa_lightning.utils.tables import text_table
 
 _TOLERANCE = 0.01
 """Share by which a method may miss the budget without a word."""
+SPEED_ONLY = (
+    "Measure time and memory alone, of trainings that take turns; without comparison.methods, of "
+    "the configuration beside LoRA."
+)
 
 
 def compare(
@@ -38,6 +53,9 @@ def compare(
     *,
     comparison: ComparisonConfig | None = None,
     runs: list[str] | None = None,
+    speed_only: bool = False,
+    speed_steps: PositiveInt = 8,
+    speed_rounds: PositiveInt = 5,
 ) -> None:
     """Train methods at equal budgets and compare them; or compare two finished tests.
 
@@ -47,9 +65,16 @@ def compare(
         context: The configuration that all methods share.
         comparison: The methods, budgets, learning rates and seeds.
         runs: Folders of two finished tests.
+        speed_only: Measure time and memory alone, of trainings that take turns; without
+            ``comparison.methods``, of the configuration beside LoRA.
+        speed_steps: Optimizer steps of a turn, with ``speed_only``.
+        speed_rounds: Turns of each method, with ``speed_only``; one more goes before.
     """
     if runs:
         _compare_two(runs)
+        return
+    if speed_only:
+        _measure_speed(context, comparison, int(speed_steps), int(speed_rounds))
         return
     if comparison is None:
         raise ValueError(
@@ -75,6 +100,31 @@ def compare(
     console.width = max(console.width, 150)
     console.print(comparison_table(content))
     sys.stdout.write(f"{root / 'report.html'}\n")
+
+
+def _measure_speed(
+    context: CommandContext, config: ComparisonConfig | None, steps: int, rounds: int
+) -> None:
+    """Time and memory of methods; it keeps ``speed.json`` alone."""
+    config = config or ComparisonConfig(methods=METHODS, reference=[*METHODS][-1])
+    kept = Path(config.folder) / "speed.json"
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with TemporaryDirectory() as folder, Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("count parameters", total=len(config.methods) * (rounds + 1) + 1)
+        config = replace(config, methods=_plain(config.methods), folder=folder)
+        write_once(Path(folder) / SHARED, context.shared())
+        methods = [_sized(context, config, name) for name in config.methods]
+
+        def say(text: str) -> None:
+            progress.update(bar, description=text, advance=1)
+
+        content = measure_speed(config, methods, steps=steps, rounds=rounds, say=say)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(kept, json.dumps(content, indent=1).encode())
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(speed_table(content))
+    sys.stdout.write(f"{kept}\n")
 
 
 def _plain(value: Any) -> Any:

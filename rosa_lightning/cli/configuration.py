@@ -48,7 +48,6 @@ VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
         *("data.max_length", "data.loading.decontaminate"),
     ),
     "compare": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
-    "bench": ("model.", "data.", "dls.", "optimizer", "lr_scheduler", "trainer."),
     "report": (),
 }
 """The keys of a training that mean something to such a command, or how they begin."""

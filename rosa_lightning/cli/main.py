@@ -45,12 +45,11 @@ from rosa_lightning.cli.commands import (
     NO_BASE,
     CommandContext,
     audit,
-    bench,
     export,
     inspect,
     report,
 )
-from rosa_lightning.cli.compare import compare
+from rosa_lightning.cli.compare import SPEED_ONLY, compare
 from rosa_lightning.cli.configuration import (
     ONE_SELECTION,
     VISIBLE_KEYS,
@@ -82,8 +81,10 @@ from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.checkpoint_io import check_outputs
 from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration
 
-_TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, compare, bench, report)
+_TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, compare, report)
 TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
+_OF_COMPARE = ("runs", "speed_only")
+"""Arguments that are written without a value, or without their name."""
 
 
 class RoSACLI(LightningCLI):
@@ -234,12 +235,13 @@ class RoSACLI(LightningCLI):
             if not action.dest.startswith(("help", "config", *VISIBLE_KEYS[name])):
                 action.help = SUPPRESS
         own = parser.add_function_arguments(
-            TOOL_COMMANDS[name], skip={"context", "runs"}, as_positional=name == "report"
+            TOOL_COMMANDS[name], skip={"context", *_OF_COMPARE}, as_positional=name == "report"
         )
         if name == "compare":
             about = "Folders of two finished tests, to compare question by question."
             parser.add_argument("runs", nargs="*", type=str, default=[], help=about)
-            own.append("runs")
+            parser.add_argument("--speed_only", action="store_true", help=SPEED_ONLY)
+            own += _OF_COMPARE
         parser._action_groups[-1].title = name
         self._subcommand_method_arguments[name] = own
         return parser

@@ -28,11 +28,12 @@ COMMANDS = {
     "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
     "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
     "audit": "Look at the training data: lengths, duplicates, contamination.",
-    "compare": "Compare methods at equal budgets, or two finished tests question by question.",
-    "bench": "Measure a training beside PEFT LoRA and the frozen base.",
+    "compare": "Compare methods at equal budgets, or their speed alone, or two finished tests.",
     "report": "Write what a run has logged as one HTML page.",
 }
 """What each command does, for ``--help``."""
+RENAMED_COMMANDS = {"bench": "compare --speed_only"}
+"""Commands of earlier versions, and what they are called now."""
 SUGGESTION = " Did you mean"
 _LOADING = (
     *("cache_dir", "decontaminate", "num_workers", "overlong", "stop", "temperature"),
@@ -88,6 +89,8 @@ def general_help() -> str:
 def first_look(args: Sequence[str]) -> str | None:
     """What is plainly wrong with a command line, in one line; None if the parser is to see it."""
     command = args[0]
+    if command in RENAMED_COMMANDS:
+        return f"the command {command} is {RENAMED_COMMANDS[command]} now."
     if not command.startswith("-") and command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         advice = f"{SUGGESTION} {near[0]}?" if near else f" Choose from {', '.join(COMMANDS)}."

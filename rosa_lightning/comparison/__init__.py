@@ -3,7 +3,7 @@
 `ComparisonConfig` says what is compared and `plan` which runs that makes; `runner` trains and tests
 each in a process of its own, and `compare` goes through the plan and writes ``comparison.json``.
 `statistics` holds the paired tests, `paired` applies them to methods and to two finished tests, and
-`report` writes the table and the HTML page.
+`report` writes the table and the HTML page. `speed` measures time and memory alone.
 """
 
 from rosa_lightning.utils.lazy import lazy_names

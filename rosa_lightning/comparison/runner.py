@@ -143,7 +143,7 @@ def _run(arguments: Sequence[str], folder: Path, progress: Progress) -> None:
                 progress(record.get("step", 0), record.get("max_steps", 0))
                 time.sleep(_POLL_SECONDS)
     if process.returncode:
-        reason = _reason(log, start, process.returncode)
+        reason = failure_reason(log, start, process.returncode)
         raise RunFailedError(reason, killed=process.returncode < 0)
 
 
@@ -160,8 +160,14 @@ def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
         raise
 
 
-def _reason(log: Path, start: int, status: int) -> str:
-    """What a run said last, its error if it named one."""
+def failure_reason(log: Path, start: int, status: int) -> str:
+    """What a run said last, its error if it named one.
+
+    Args:
+        log: Its output.
+        start: Where that begins, in bytes.
+        status: With which it ended.
+    """
     with log.open("rb") as file:
         file.seek(start)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]

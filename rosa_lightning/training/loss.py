@@ -174,7 +174,7 @@ class LossComputer:
         """Logits (N, V), by what a model's forward itself can leave out, if anything."""
         width = inputs["input_ids"].shape[1]
         packed = is_packed_batch(batch)
-        if "logits_to_keep" in forward_arguments(self.model):
+        if self.speed.supervised_only and "logits_to_keep" in forward_arguments(self.model):
             keep = columns_N if packed else batch["num_label_positions"] + 1
             inputs = {**inputs, "logits_to_keep": keep}
         logits_BKV: Tensor = self.model(**inputs).logits
@@ -238,6 +238,8 @@ class LossComputer:
         return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _can_narrow(self, batch: dict[str, Any]) -> bool:
+        if not self.speed.supervised_only:
+            return False
         if "head" not in self._unsupported:
             ids_BT = batch["input_ids"]
             reason = _SHARDED if self.sharded else head.unsupported_reason(self.model, ids_BT)

@@ -29,10 +29,12 @@ class SpeedConfig:
             ``gradient_checkpointing`` and ``compile``.
         gradient_checkpointing: Compute all activations again in the backward pass instead of
             keeping them: less memory, more time.
+        supervised_only: Run the head and the last feed-forward block at tokens with loss alone,
+            where that is exact; false computes the logits of all tokens, as other trainers do.
         compile: Compile the decoder layers, one by one, for training on one device or under DDP.
 
     Raises:
-        ValueError: A number below 1.
+        ValueError: A number below 1, or ``loss_chunk`` without ``supervised_only``.
     """
 
     share_prefix: bool = True
@@ -40,9 +42,15 @@ class SpeedConfig:
     microbatch_tokens: MicrobatchTokens = "auto"
     recompute_activations: bool = True
     gradient_checkpointing: bool = False
+    supervised_only: bool = True
     compile: bool = False
 
     def __post_init__(self) -> None:
+        if self.loss_chunk is not None and not self.supervised_only:
+            raise ValueError(
+                "loss_chunk has no effect without supervised_only. Set model.speed.loss_chunk to "
+                "null, or model.speed.supervised_only to true."
+            )
         for name in ("loss_chunk", "microbatch_tokens"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1

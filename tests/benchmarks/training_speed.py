@@ -186,15 +186,27 @@ def train_lora(turns: Turns, base: str, paths: list[str], batch_size: int, order
     ).train()
 
 
+def frozen_base(base: str) -> Any:
+    """A module in which nothing trains, with a backward pass down to its first layer."""
+    from rosa_lightning import RoSAModule
+    from rosa_lightning.roae.inject import remove_roae
+
+    module = RoSAModule(base)
+    module.configure_model()
+    remove_roae(module.model)
+    module.model.requires_grad_(False)
+    module.model.enable_input_require_grads()
+    return module
+
+
 def compare_floor(turns: Turns, base: str, paths: list[str], batch_size: int) -> None:
     """Note the time of forward and backward with RoAE over that without, on the same batches."""
     import torch
 
     from rosa_lightning import RoSAModule
-    from rosa_lightning.cli.bench import frozen_base
 
     torch.manual_seed(0)
-    adapted, floor = RoSAModule(base), frozen_base(RoSAModule(base))
+    adapted, floor = RoSAModule(base), frozen_base(base)
     adapted.configure_model()
     data = data_module(base, paths, batch_size)
     data.setup("fit")
@@ -374,7 +386,7 @@ def run_script(name: str, *arguments: str) -> list[Figure]:
 
 
 def on_cpu(options: argparse.Namespace) -> None:
-    from rosa_lightning.cli.bench import machine
+    from rosa_lightning.comparison.speed import machine
 
     print(f"{machine()}, {options.threads} threads a process")
     print(f"{options.records} records, batches of {options.batch_size}, {options.rounds} rounds")

@@ -20,7 +20,7 @@ from timing import lora_on, ratios, spread
 from torch import nn
 
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
-from rosa_lightning.cli.bench import machine
+from rosa_lightning.comparison.speed import machine
 from rosa_lightning.inspection.throughput import flops_per_token, head_flops
 from rosa_lightning.training.loss import LossComputer
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from rosa_lightning.inspection.throughput import (
     flops_per_token,
     head_flops,
     lowest_active,
+    peak_mib,
     rates,
     uncounted,
 )
@@ -212,3 +215,13 @@ def test_mixtures_of_experts_and_packed_weights_are_not_counted(llama):
     del block.experts
     block.experts = torch.nn.Parameter(torch.zeros(4, 2, 2))
     assert "three axes" in str(uncounted(llama.model.layers))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no such peak")
+def test_the_peak_of_a_process_is_not_that_of_its_parent():
+    held = torch.ones(2**29, dtype=torch.uint8)  # 512 MiB
+    code = "import torch\nfrom rosa_lightning.inspection.throughput import peak_mib\n"
+    code += "print(peak_mib(torch.device('cpu')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(found.stdout) < peak_mib(torch.device("cpu")) - len(held) / 2**21

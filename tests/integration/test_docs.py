@@ -40,7 +40,6 @@ SMALL = {
     "test": f"{CPU} --trainer.limit_test_batches=1 --model.evaluation.max_new_tokens=4",
     "predict": f"{CPU} --trainer.limit_predict_batches=1 --model.evaluation.max_new_tokens=4",
     "inspect": "--data.batch_size=2 --data.max_length=64",
-    "bench": "--steps=1 --rounds=1",
 }
 """What keeps a command short."""
 Words = list[str]

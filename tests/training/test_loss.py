@@ -123,6 +123,17 @@ def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, ch
     assert max(widths.head) == min(12, chunk or 12)
 
 
+def test_logits_of_all_tokens_where_that_is_asked_for():
+    model, batch = adapted(build("llama")), batch_of()
+    options = {"share_prefix": False, "supervised_only": False}
+    check(model.eval(), batch, **options)
+    widths = Widths(model)
+    LossComputer(model, SpeedConfig(**options)).loss(batch)
+    assert widths.head == [batch["input_ids"].numel()]
+    with pytest.raises(ValueError, match="loss_chunk has no effect"):
+        SpeedConfig(supervised_only=False, loss_chunk=4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "neox"])
 def test_after_the_last_attention_only_supervised_positions_are_computed(family):
     model, batch, counts = adapted(build(family)), batch_of(), []
