@@ -128,7 +128,7 @@ def test_the_command_measures_methods_at_a_budget(tmp_path, monkeypatch, capsys)
     plan = {
         "methods": {
             "RoSA": {},
-            "LoRA": {"model.peft": lora, "model.roae": None, "dls.policy": "all"},
+            "LoRA": {"model.peft": lora, "dls.policy": "all"},
             "broken": {"data.sources": "missing.json"},
         },
         "reference": "LoRA",
