@@ -151,7 +151,7 @@ def _conversation(row: Mapping[str, Any], field: str, where: str, purpose: Purpo
     turns, answer = _turns(row, field, where), _answer(row, where)
     replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
     waits = bool(turns) and turns[-1].role != "assistant"
-    if purpose == "predict" or answer is not None:
+    if purpose == "predict" or (answer is not None and purpose != "train"):
         asked, output = (turns, "") if waits else (turns[:-1], turns[-1].content if turns else "")
     elif replies:
         asked, output = turns[: replies[-1]], turns[replies[-1]].content
@@ -312,7 +312,8 @@ def _gsm8k_solution(row: Mapping[str, Any], where: str, purpose: Purpose) -> tup
         found = "missing" if value is None else f"{str(value)[:40]!r}"
         raise ValueError(
             f"{where}: field 'answer' is {found}; beside 'question' expected GSM8K's solution "
-            "ending in '#### 42'. (Other schemas: instruction, input, output, answer.)"
+            "ending in '#### 42'. To train on other answers, name the columns in the source: "
+            "columns: {prompt: question, response: answer}."
         )
     _check_value(value, "answer", where)
     return value, value.rsplit("####", 1)[1].strip() or None

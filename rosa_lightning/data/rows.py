@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,8 +133,9 @@ def _files(location: str) -> list[Path]:
     path = Path(location)
     check_name(path)
     if path.is_dir():
-        known = (p for p in path.rglob("[!.]*") if file_kind(p) in _READERS)
-        found = sorted(p for p in known if not p.is_dir())
+        known = (one for one in path.rglob("*") if file_kind(one) in _READERS)
+        shown = (one for one in known if not re.search(r"(^|/)\.", str(one.relative_to(path))))
+        found = sorted(one for one in shown if not one.is_dir())
         if not found:
             suffixes = ", ".join(_READERS)
             raise IsADirectoryError(

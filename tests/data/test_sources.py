@@ -171,6 +171,8 @@ def test_records_of_a_folder_or_pattern_are_those_of_its_files(write, tmp_path, 
         write(f"data/{name}", [{**ROW, "output": name}] * count)
     (tmp_path / "data" / "README.md").write_text("Not data.")
     (tmp_path / "data" / ".hidden.jsonl").write_text("{")
+    (tmp_path / "data" / ".cache").mkdir()
+    write("data/.cache/d.jsonl", [ROW])
     path = str(tmp_path / "data" / where)
     names = {"*.jsonl": ["a.jsonl", "b.jsonl"], "b*/*": ["below/c.jsonl"]}
     chosen = names.get(where, ["a.jsonl", "b.jsonl", "below/c.jsonl"])
@@ -339,6 +341,27 @@ def test_hub_rows_are_read_with_subset_split_and_revision(hub):
     (found,) = load_records(source)
     assert found == Record("How many?", "", "#### 3", "3", "gsm8k", "gsm8k", 1)
     assert asked == {"name": "openai/gsm8k", "subset": "main", "split": "test", "revision": "v1"}
+
+
+def test_streamed_hub_conversations_are_those_in_memory(hub, monkeypatch):
+    import datasets
+
+    turns = [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}]
+    asked = hub([{"chat": turns * (n + 1), "id": n} for n in range(9)])
+    source = Source(hub="a/chats", columns={"conversations": "chat"})
+    memory = list(load_records(source))
+    served = datasets.load_dataset
+
+    def stream(*args, streaming=False, **options):
+        found = served(*args, streaming=streaming, **options)
+        return found.to_iterable_dataset() if streaming else found
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    streamed = load_records(replace(source, stream=True))
+    assert asked["streaming"]
+    assert streamed.on_disk
+    assert list(streamed) == memory
+    assert [len(one.turns) for one in memory] == [0, *range(3, 18, 2)]
 
 
 def test_hub_rows_on_disk_are_those_in_memory(hub):
