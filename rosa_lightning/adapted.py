@@ -12,8 +12,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
 )
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -236,12 +234,6 @@ class AdaptedModel(LightningModule):
     def _configure(self, device: torch.device) -> None:
         trainer = self.attached_trainer()
         strategy = None if trainer is None else trainer.strategy
-        sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
-        if sharded and not isinstance(self.method, RoAEConfig):
-            raise ValueError(
-                f"{type(strategy).__name__} shards RoAE, and no other method yet. Set "
-                "trainer.strategy to ddp, or take model.peft and model.finetune out."
-            )
         if isinstance(strategy, DeepSpeedStrategy):
             raise ValueError(
                 "RoSAModule does not run under DeepSpeedStrategy, which gathers weights for as "

@@ -44,8 +44,8 @@ def as_method(given: Any) -> Method:
 
 
 _APPLIED = "_trained_by"
-"""Attribute of a model with the method that `apply_method` has put on it, where it is not RoAE, and
-the fingerprint of its base."""
+"""Attribute of a model with what `apply_method` did, where it was not RoAE, and the fingerprint of
+the base."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def apply_method(
                 _load(model, weights)
             _train_in_float32(model, name)
             report = _report(model, method, name)
-    vars(model)[_APPLIED] = (method, base)
+    vars(model)[_APPLIED] = (report, base)
     return report
 
 
@@ -195,10 +195,17 @@ def _undone_on_error(model: nn.Module, changes_weights: bool) -> Iterator[None]:
 
 
 def _report(model: nn.Module, method: Method, name: str) -> MethodReport:
-    trained = {n.rpartition(".")[0]: p for n, p in model.named_parameters() if p.requires_grad}
-    modules = {path.partition(f".{PEFT_ADAPTER}")[0].rpartition(".")[0] or path for path in trained}
+    modules = {adapted_module(n) for n, p in model.named_parameters() if p.requires_grad}
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return MethodReport(method, name, len(modules), num_trainable, num_parameters(model))
+
+
+def adapted_module(name: str) -> str:
+    """The module that a weight belongs to or, as a weight of PEFT, is added to; dotted paths."""
+    owner = name.rpartition(".")[0]
+    return (
+        owner.partition(f".{PEFT_ADAPTER}")[0].rpartition(".")[0] if is_adapter_key(name) else owner
+    )
 
 
 def method_to_dict(method: Method) -> dict[str, Any]:
@@ -257,7 +264,13 @@ def _flat(method: Method) -> dict[str, Any]:
 def trained_otherwise(model: nn.Module) -> Method | None:
     """The method that `apply_method` has put on a model; None for RoAE, and for none."""
     applied = vars(model).get(_APPLIED)
-    return None if applied is None else applied[0]
+    return None if applied is None else applied[0].config
+
+
+def method_report(model: nn.Module) -> MethodReport:
+    """What `apply_method` did to a model where `trained_otherwise` is not None."""
+    report: MethodReport = vars(model)[_APPLIED][0]
+    return report
 
 
 def base_before(model: nn.Module) -> BaseFingerprint:

@@ -31,7 +31,10 @@ ONE_SELECTION = (
     "trainer.callbacks and give its settings as dls: {num_active: 0.5, interval: 100}; its "
     "former argument moments is dls.optimizer_state, and dls.policy: all trains every layer."
 )
-_OF_A_BASE = ("base", "revision", "dtype", "quantization", "trust_remote_code", "adapter", "roae")
+_OF_A_BASE = (
+    *("base", "revision", "dtype", "quantization", "trust_remote_code"),
+    *("adapter", "roae", "peft", "finetune"),
+)
 _OF_A_STEP = (
     *("model.attn_implementation", "model.speed.gradient_checkpointing"),
     *("data.batch_size", "data.loading.tokens_per_batch"),

@@ -75,11 +75,6 @@ CURVES = (
     ),
     Chart("Layers", "Lowest layer that trains", "layer", "dls/lowest_active", "from zero"),
     Chart("Layers", "Mean share of a full backward pass so far", "", "dls/backward_share", "share"),
-    *(
-        Chart("RoAE", title.format(t), unit, rf"roae/{kind}/(\d+)/{t}", "from zero", layers=True)
-        for kind, (title, unit) in UPDATES.items()
-        for t in get_args(Target)
-    ),
     Chart("Cost", "Examples", "per second", "throughput/examples_per_s", "from zero"),
     Chart(
         *("Cost", "Tokens trained on", "per second"),
@@ -91,13 +86,36 @@ CURVES = (
 )
 
 
+def update_charts(updates: Iterable[tuple[str, str]]) -> list[Chart]:
+    """Charts of how far adapters have moved: of each kind (``roae``, ``peft``) and target."""
+    names = {"roae": "RoAE", "peft": "PEFT"}
+    order = {target: position for position, target in enumerate(get_args(Target))}
+    known = sorted(set(updates), key=lambda one: (one[0], order.get(one[1], len(order)), one[1]))
+    return [
+        Chart(
+            *(names[kind], title.format(target), unit),
+            *(rf"{kind}/{measure}/(\d+)/{re.escape(target)}", "from zero"),
+            layers=True,
+        )
+        for kind in names
+        for measure, (title, unit) in UPDATES.items()
+        for own, target in known
+        if own == kind
+    ]
+
+
+_SECTIONS = ("Training", "Layers", "RoAE", "PEFT", "Cost")
+_UPDATE = re.compile(r"(roae|peft)/update_norm/\d+/(.+)")
+
+
 def draw_charts(run: Run) -> dict[str, dict[str, bytes]]:
     """SVGs of all charts that the run has numbers for, by section and title."""
-    drawn: dict[str, dict[str, bytes]] = {name: {} for name in ("Training", "Layers", "RoAE")}
+    drawn: dict[str, dict[str, bytes]] = {name: {} for name in _SECTIONS}
+    updates = [(match[1], match[2]) for tag in run if (match := _UPDATE.fullmatch(tag))]
     with mpl.rc_context(fname=STYLE):
         for title, figure in _selections(run):
             drawn["Layers"][title] = _svg(figure)
-        for chart in CURVES:
+        for chart in (*CURVES, *update_charts(updates)):
             if lines := _lines(chart, run):
                 drawn.setdefault(chart.section, {})[chart.title] = _svg(_draw(chart, lines))
     return {section: charts for section, charts in drawn.items() if charts}

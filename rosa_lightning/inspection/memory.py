@@ -1,7 +1,7 @@
 """Memory that a training step takes, measured on fake tensors, which have shapes and no data.
 
-The adapted model runs forward and backward, and the optimizer steps; the storages that are alive
-are counted. So all that architecture, attention kernel, dtypes and checkpointing do is included.
+The model runs forward and backward, and the optimizer steps; the storages that are alive are
+counted. So all that architecture, attention kernel, dtypes and checkpointing do is included.
 
 Axes: B batch, T tokens.
 """
@@ -19,7 +19,6 @@ from torch.optim import AdamW, Optimizer
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_indices
 from rosa_lightning.models.quantization import Quantization
-from rosa_lightning.roae.inject import is_adapter_key, roae_report
 from rosa_lightning.roae.tracing import fake_tensors
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.microbatches import accumulate_loss, rows_at_once
@@ -41,11 +40,11 @@ class MemoryEstimate:
     base: dict[str, int]
     """Weights and buffers of the frozen base, by dtype; quantised ones by their scheme."""
     adapter: int
-    """RoAE weights."""
+    """Weights that train: the adapter's, or all."""
     gradients: int
     """Gradients of what trains, at the end of the backward pass."""
     optimizer: int
-    """The optimizer's state, of all adapters."""
+    """The optimizer's state, of all that trains."""
     activations: int
     """What the forward pass up to the head keeps for the backward pass."""
     logits: int
@@ -87,14 +86,15 @@ def estimate_memory(
     does a device, for its libraries. The attention kernel is the one that a CPU would run.
 
     Args:
-        model: A `transformers` language model with RoAE, with its weights or on the meta device,
-            and with gradient checkpointing on if that is wanted. It is left as it is.
+        model: A `transformers` language model with what trains in it, as `apply_method` leaves it,
+            with its weights or on the meta device, and with gradient checkpointing on if that is
+            wanted. It is left as it is.
         batch_size: B.
         length: T, padding included; the batch is taken to hold some.
         response_length: Tokens of the longest response, below T.
         quantization: Take the linear layers of the base, but for the head, at the bits of this
             scheme. What the library unpacks while a layer runs is left out.
-        optimizer: Makes the optimizer from the adapters.
+        optimizer: Makes the optimizer from what trains.
         autocast: The lower dtype of a ``-mixed`` precision.
         active_layers: Positions of the layers that train; all by default. The optimizer keeps the
             state of the others, too.
@@ -103,14 +103,16 @@ def estimate_memory(
         speed: As `RoSAModule` takes it; ``auto`` is for whole batches here, and so is none.
 
     Raises:
-        ValueError: No RoAE, no such layers, no batch, or a model or an optimizer that asks for
-            numbers, which fake tensors do not hold.
+        ValueError: Nothing trains, no such layers, no batch, or a model, a method or an optimizer
+            that asks for numbers, which fake tensors do not hold.
     """
-    roae_report(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"nothing trains in {type(model).__name__}. Call apply_method first.")
     check_batch(batch_size, length, response_length)
     check_not_quantized(model, quantization)
     speed = speed or SpeedConfig()
     num_tokens = None if speed.microbatch_tokens == "auto" else speed.microbatch_tokens
+    optimized = {name for name, p in model.named_parameters() if p.requires_grad}
     trains = _what_trains(model, active_layers, scoring)
 
     def fake(tensor: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ def estimate_memory(
 
     try:
         with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
-            step = _Step(model, optimizer, speed)
+            step = _Step(model, optimized, optimizer, speed)
             ids_BT = torch.zeros(batch_size, length, dtype=torch.int64)
             names = ("input_ids", "attention_mask", "position_ids", "labels")
             batch: dict[str, Any] = {name: ids_BT.clone() for name in names}
@@ -134,7 +136,7 @@ def estimate_memory(
     base, saved = _base_bytes(model, quantization)
     return MemoryEstimate(
         base=base,
-        adapter=_num_bytes(step.adapters),
+        adapter=_num_bytes(step.optimized),
         gradients=step.gradients,
         optimizer=step.state,
         activations=step.activations,
@@ -173,8 +175,8 @@ def _base_bytes(model: Any, quantization: Quantization | None) -> tuple[dict[str
     }
     sizes: dict[str, int] = {}
     saved = 0
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not is_adapter_key(name):
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.requires_grad:
             kind, size = str(tensor.dtype).removeprefix("torch."), tensor.nbytes
             if quantization and tensor in packed:
                 kind, size = quantization, round(tensor.numel() * BITS[quantization] / 8)
@@ -187,17 +189,17 @@ def _what_trains(
     model: nn.Module, active_layers: Collection[int] | None, scoring: bool
 ) -> set[Tensor]:
     """The parameters that take gradients."""
-    adapters: set[Tensor] = {p for name, p in model.named_parameters() if is_adapter_key(name)}
+    trained: set[Tensor] = {p for p in model.parameters() if p.requires_grad}
     if scoring and active_layers is not None:
         raise ValueError("in a scoring step all layers take gradients. Leave active_layers out.")
     if scoring:
-        return adapters | {norm for layer in find_layers(model) for norm in layer.norms}
+        return trained | {norm for layer in find_layers(model) for norm in layer.norms}
     if active_layers is None:
-        return adapters
+        return trained
     layers = find_layers(model)
     active = resolve_indices("active_layers", [*active_layers], [layer.index for layer in layers])
     inactive = [layer for number, layer in enumerate(layers) if number not in active]
-    return adapters - {p for layer in inactive for p in layer.candidates.values()}
+    return trained - {p for layer in inactive for p in layer.candidates.values()}
 
 
 class _Step:
@@ -206,24 +208,25 @@ class _Step:
     def __init__(
         self,
         model: Any,
+        optimized: Collection[str],
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         speed: SpeedConfig,
     ) -> None:
         self.model = model
         recomputes = speed.recompute_activations and not speed.compile
         self.computer = LossComputer(model, replace(speed, recompute_activations=recomputes))
-        self.adapters = [p for name, p in model.named_parameters() if is_adapter_key(name)]
-        for adapter in self.adapters:
-            adapter.grad = torch.zeros_like(adapter)
-        self.optimizer = optimizer(self.adapters)
+        self.optimized = [p for name, p in model.named_parameters() if name in optimized]
+        for parameter in self.optimized:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = optimizer(self.optimized)
         self.optimizer.step()  # makes the state
-        for adapter in self.adapters:
-            if not adapter.requires_grad:
-                adapter.grad = None
+        for parameter in self.optimized:
+            if not parameter.requires_grad:
+                parameter.grad = None
         states = self.optimizer.state.values()
         state = [v for one in states for v in one.values() if isinstance(v, Tensor)]
         self.state = _num_bytes(state)
-        held = (*state, *model.parameters(), *model.buffers(), *_gradients(self.adapters))
+        held = (*state, *model.parameters(), *model.buffers(), *_gradients(self.optimized))
         self.memory = MemoryTracker(held)
 
     def run(self, batch: dict[str, Any], num_rows: int, autocast: torch.dtype | None) -> None:

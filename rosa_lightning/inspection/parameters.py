@@ -1,4 +1,4 @@
-"""What RoAE adapts in each layer of a model, and what a training step takes: tables to print."""
+"""What trains in each layer of a model, and what a training step takes: tables to print."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from rosa_lightning.adapters.methods import (
+    MethodReport,
+    adapted_module,
+    method_report,
+    trained_otherwise,
+)
 from rosa_lightning.dls.layers import find_layers, outermost_lists
 from rosa_lightning.dls.selector import SelectionConfig
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
-from rosa_lightning.roae.inject import roae_report
+from rosa_lightning.roae.inject import RoAEReport, roae_report
 from rosa_lightning.roae.layer import RoAELinear, spans
 from rosa_lightning.roae.targets import AdaptedProjection
 from rosa_lightning.utils.tables import note, text_table
@@ -75,23 +82,81 @@ def _inside(projection: AdaptedProjection, prefix: str) -> AdaptedProjection:
     )
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(module: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def parameter_tables(model: nn.Module) -> Group:
-    """What RoAE adapts in each layer, for `rich` to print; layers that are alike share a table."""
+    """What trains in each layer, for `rich` to print; layers that are alike share a table.
+
+    Raises:
+        ValueError: No method was put on the model.
+    """
+    if trained_otherwise(model) is not None:
+        return _module_tables(model)
     kinds, report = summarize(model), roae_report(model)
     parts: list[RenderableType] = []
     for kind, indices in kinds.items():
         parts += [*_describe(kind, indices), ""]
+    return Group(*parts, _model_table(model, [(k, len(i)) for k, i in kinds.items()], report))
+
+
+def _model_table(
+    model: nn.Module,
+    layers: Sequence[tuple[LayerSummary | ModuleSummary, int]],
+    report: RoAEReport | MethodReport,
+) -> Table:
+    """The whole model, from its kinds of layers and the number of each."""
     table = text_table(None, type(model).__name__, *_NUMBERS)
-    inside = sum(kind.total * len(indices) for kind, indices in kinds.items())
-    num_layers = sum(map(len, kinds.values()))
-    table.add_row(f"{num_layers} layers", *_cells(report.num_trainable, inside))
-    table.add_row("other parts", *_cells(0, report.num_total - inside))
+    total = sum(kind.total * count for kind, count in layers)
+    trainable = sum(kind.trainable * count for kind, count in layers)
+    num_layers = sum(count for _, count in layers)
+    table.add_row(f"{num_layers} layers", *_cells(trainable, total))
+    rest = report.num_trainable - trainable, report.num_total - total
+    table.add_row("other parts", *_cells(*rest))
     table.add_row("model", *_cells(report.num_trainable, report.num_total), style="bold")
-    return Group(*parts, table)
+    return table
+
+
+@dataclass(frozen=True)
+class ModuleSummary:
+    """What layers that are alike have in common, where something other than RoAE trains."""
+
+    stack: str
+    """Dotted path of the list of layers."""
+    modules: tuple[tuple[str, int, int], ...]
+    """Path inside the layer, trainable and all parameters of each module in which some train."""
+    trainable: int
+    total: int
+
+
+def _module_tables(model: nn.Module) -> Group:
+    """The modules of each kind of layers in which something trains."""
+    lists = outermost_lists(model, lambda stack: _count(stack, trained=True) > 0)
+    kinds: dict[ModuleSummary, list[int]] = {}
+    for stack, layers in lists.items():
+        for index, layer in enumerate(layers):
+            trained = [name for name, p in layer.named_parameters() if p.requires_grad]
+            modules = tuple(
+                (path, _count(module := layer.get_submodule(path), trained=True), _count(module))
+                for path in dict.fromkeys(map(adapted_module, trained))
+            )
+            kind = ModuleSummary(stack, modules, _count(layer, trained=True), _count(layer))
+            kinds.setdefault(kind, []).append(index)
+    parts: list[RenderableType] = []
+    for kind, indices in kinds.items():
+        title = f"{kind.stack} {spans(indices)}"
+        if not kind.modules:
+            parts += [Text(f"{title}: nothing trains; {kind.total:,} parameters a layer"), ""]
+            continue
+        table = text_table(None, "Module", *_NUMBERS)
+        for path, *numbers in kind.modules:
+            table.add_row(path, *_cells(*numbers))
+        table.add_row("one layer", *_cells(kind.trainable, kind.total), style="bold")
+        parts += [Text(title, style="bold"), table, ""]
+    return Group(
+        *parts, _model_table(model, [(k, len(i)) for k, i in kinds.items()], method_report(model))
+    )
 
 
 def _describe(kind: LayerSummary, indices: Sequence[int]) -> Iterable[RenderableType]:
@@ -183,6 +248,7 @@ def memory_table(estimates: Mapping[str, MemoryEstimate | str]) -> Group:
         sizes = {f"weights, {dtype}": size for dtype, size in estimate.base.items()}
         names = ("adapter", "gradients", "optimizer", "activations", "logits", "peak")
         for name, size in {**sizes, **{name: getattr(estimate, name) for name in names}}.items():
+            name = "trained weights" if name == "adapter" else name
             rows.setdefault(name, []).append(readable_size(size))
     for name, cells in rows.items():
         table.add_row(name, *cells, style="bold" if name == "peak" else None)

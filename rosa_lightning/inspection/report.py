@@ -24,7 +24,7 @@ from rosa_lightning.utils.files import (
 
 EVENTS = "events.out.tfevents.*"
 METRICS = "metrics.csv"
-KNOWN = re.compile(r"(?:(.+?)-)??(?:train|val|test|dls|roae|throughput|memory)/")
+KNOWN = re.compile(r"(?:(.+?)-)??(?:train|val|test|dls|roae|peft|throughput|memory)/")
 """A tag that this package logs, and the prefix that Lightning's loggers join to it."""
 HEADLINES = re.compile(
     "(?:train|val)/loss|(?:val|test)/accuracy|dls/(?:lowest_active|backward_saved|backward_share)"

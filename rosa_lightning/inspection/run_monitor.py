@@ -1,29 +1,23 @@
 """`RunMonitor`: which layers train, and how far the adapters have moved, for loggers.
 
-Axes: R rank, D input width, L rows that take the term; in the raster S selections, L layers.
+Axes: S selections, L layers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
 
 from rosa_lightning.dls.callback import DynamicLayerSelection
-from rosa_lightning.inspection.charts import CURVES, raster_figure
+from rosa_lightning.inspection.charts import CURVES, raster_figure, update_charts
 from rosa_lightning.inspection.throughput import TokenThroughputMonitor
-from rosa_lightning.roae.inject import roae_report
-from rosa_lightning.roae.layer import RoAELinear
-from rosa_lightning.roae.targets import layer_of
+from rosa_lightning.inspection.updates import Update, find_updates, layer_number, update_metrics
 
 RASTER = "dls/raster"
 """Tag of the picture."""
@@ -38,7 +32,9 @@ class RunMonitor(Callback):
     often each was selected so far in this run. Every ``trainer.log_every_n_steps`` optimizer steps:
     ``roae/update_norm/<layer>/<target>``, the Frobenius norm of what RoAE adds to a projection's
     weight, and ``roae/relative_update/...``, that norm by the norm of the frozen rows it is added
-    to. `TokenThroughputMonitor` shows what a run costs.
+    to. Of a method of PEFT these are ``peft/update_norm/<layer>/<module>`` and so on, of what
+    merging changes in a module's weight; full fine-tuning has none, as no copy of the base is kept.
+    `TokenThroughputMonitor` shows what a run costs.
 
     TensorBoard also gets a picture of the active layers over the steps of this fit, ``dls/raster``,
     and a layout of its custom scalars page.
@@ -79,8 +75,8 @@ class RunMonitor(Callback):
         try:
             self._updates = find_updates(pl_module)
         except ValueError as error:
-            rank_zero_info(f"RoAE update norms are not shown: {error}.")
-        selects, targets = self._selection is not None, {u.target for u in self._updates}
+            rank_zero_info(f"update norms are not shown: {error}.")
+        selects, targets = self._selection is not None, {(u.kind, u.target) for u in self._updates}
         measures = any(isinstance(c, TokenThroughputMonitor) for c in callbacks)
         for board in _tensorboards(trainer):
             board.experiment.add_custom_scalars(dashboard(selects, targets, measures=measures))
@@ -109,7 +105,7 @@ class RunMonitor(Callback):
             self._scores.append(list(selection.scores or [0.0] * len(self._layers)))
             counts = zip(self._layers, selection.selection_counts, strict=True)
             metrics: dict[str, float] = {
-                f"dls/selection_count/{_number(n, self._layers)}": count for n, count in counts
+                f"dls/selection_count/{layer_number(n, self._layers)}": count for n, count in counts
             }
             metrics["dls/backward_saved"] = min(selection.active) / selection.num_layers
             self._log(trainer, metrics)
@@ -150,21 +146,24 @@ class RunMonitor(Callback):
 
 
 def dashboard(
-    selects: bool, targets: Collection[str], *, measures: bool = True
+    selects: bool, targets: Collection[tuple[str, str]], *, measures: bool = True
 ) -> dict[str, dict[str, list[Any]]]:
     """The layout of TensorBoard's custom scalars: sections, their charts, and patterns of tags.
 
     Args:
         selects: Whether layers are selected.
-        targets: The projections that carry RoAE.
+        targets: Kind and target of the updates that are logged.
         measures: Whether `TokenThroughputMonitor` runs beside.
     """
-    charts = [(chart.section, chart.title, chart.unit, chart.tags) for chart in CURVES]
+    updates = update_charts(targets)
+    curves = [chart for chart in CURVES if chart.section != "Cost"]
+    curves += updates + [chart for chart in CURVES if chart.section == "Cost"]
+    charts = [(chart.section, chart.title, chart.unit, chart.tags) for chart in curves]
     charts.append(("Layers", "Selections of each layer so far", "", r"dls/selection_count/\d+"))
     shown = {"Training": bool(targets), "Layers": selects, "Cost": measures}
     layout: dict[str, dict[str, list[Any]]] = {}
     for section, title, unit, tags in charts:
-        if shown.get(section, tags.rpartition("/")[2] in targets):
+        if shown.get(section, True):
             name = f"{title}, {unit}" if unit else title
             # After the prefix of the logger, if it has one.
             layout.setdefault(section, {})[name] = ["Multiline", [f"(?:.+-)?{tags}$"]]
@@ -178,89 +177,3 @@ def _choice(selection: DynamicLayerSelection) -> tuple[int, tuple[int, ...]]:
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _number(layer: int, layers: Sequence[int]) -> str:
-    """A layer's number in tags, with zeros before it, so that tags sort by number."""
-    return f"{layer:0{max(2, len(str(max(layers))))}d}"
-
-
-@dataclass(frozen=True)
-class Update:
-    """What the terms of one target add in one decoder layer; usually it is one term."""
-
-    layer: int
-    """Number of the decoder layer."""
-    target: str
-    terms: tuple[RoAELinear, ...]
-    base_norm: float | None
-    """Frobenius norm of the frozen rows that take the terms; None where no plain weight holds them:
-    the base is quantised, or the terms are added after a norm."""
-
-
-def find_updates(root: nn.Module) -> list[Update]:
-    """The updates of the adapted model in a module, by layer, then target; empty without RoAE.
-
-    Raises:
-        ValueError: A sharded strategy keeps the adapters in pieces, whose norms no rank knows.
-    """
-    grouped: dict[tuple[int, str], list[RoAELinear]] = {}
-    for model in root.modules():
-        try:
-            projections = roae_report(model).projections
-        except ValueError:  # carries no RoAE
-            continue
-        for projection in projections:
-            term: Any = model.get_submodule(projection.name)
-            # FSDP1 stands around it, FSDP2 shards its weights.
-            if not isinstance(term, RoAELinear) or not all(map(_is_plain, term.parameters(False))):
-                raise ValueError("the strategy keeps adapter weights in shards")
-            number = int(layer_of(projection.layer).rpartition(".")[2] or 0)
-            grouped.setdefault((number, projection.target), []).append(term)
-    return [
-        Update(layer, target, tuple(terms), _base_norm(terms))
-        for (layer, target), terms in sorted(grouped.items(), key=lambda item: item[0][0])
-    ]
-
-
-def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """Norms of what the updates add to the weights, by tag; in one transfer from the device."""
-    metrics: dict[str, float] = {}
-    layers = [update.layer for update in updates]
-    squares = [torch.stack([update_norm(t) ** 2 for t in update.terms]) for update in updates]
-    norms = torch.stack([square.sum().sqrt() for square in squares]).tolist() if updates else []
-    for update, norm in zip(updates, norms, strict=True):
-        place = f"{_number(update.layer, layers)}/{update.target}"
-        metrics[f"roae/update_norm/{place}"] = norm
-        if update.base_norm:
-            metrics[f"roae/relative_update/{place}"] = norm / update.base_norm
-    return metrics
-
-
-@torch.no_grad()
-def update_norm(term: RoAELinear) -> Tensor:
-    """Frobenius norm of ``scale * B A``, a scalar.
-
-    ``||B A||^2 = sum((B^T B) * (A A^T))`` takes two R x R products and never the L x D one.
-    """
-    a_RD, b_LR = _wide(term.roae_A), _wide(term.roae_B)
-    square = ((b_LR.T @ b_LR) * (a_RD @ a_RD.T)).sum()
-    # Rounding can leave a little less than nothing.
-    return term.scale * square.clamp(min=0).sqrt()
-
-
-@torch.no_grad()
-def _base_norm(terms: Sequence[RoAELinear]) -> float | None:
-    if any(term.defer or not _is_plain(term.weight) for term in terms):
-        return None
-    return math.hypot(*(float(_wide(t.weight[t.rows.to(t.weight.device)]).norm()) for t in terms))
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is the whole matrix in numbers of its own: not sharded, not quantised."""
-    return type(weight.data) is Tensor and weight.ndim == 2 and weight.is_floating_point()
-
-
-def _wide(weight: Tensor) -> Tensor:
-    # Apple's GPUs have no float64.
-    return weight.float() if weight.device.type == "mps" else weight.double()

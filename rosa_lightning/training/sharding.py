@@ -72,12 +72,15 @@ def _on_meta(tensor: Tensor) -> Tensor:
 def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Module:
     """Give every rank the values of rank 0, and shard the model where the strategy shards.
 
-    Adapters are units of their own: FSDP joins or reduces the weights of a unit in one data type,
-    and theirs is float32 whatever the base's. So are the norms of a layer, or scoring would take
-    room for gradients of the whole base under FSDP1. Returns the model, which FSDP1 wraps.
+    RoAE adapters are units of their own: FSDP joins or reduces the weights of a unit in one data
+    type, and theirs is float32 whatever the base's. So are the norms of a layer, or scoring would
+    take room for gradients of the whole base under FSDP1. Weights of PEFT belong to the unit of
+    their layer, since PEFT also reads them outside the forward of the module that holds them.
+    Returns the model, which FSDP1 wraps.
 
     Raises:
-        ValueError: Tensor parallelism, or shards of a quantised base, which are not supported.
+        ValueError: Tensor parallelism, shards of a quantised base, or data types that FSDP1 cannot
+            join.
     """
     if strategy is None:
         return model
@@ -98,6 +101,8 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
         plan.append((path, [(m, name) for m, parameters in named for name, _ in parameters]))
     filled: dict[Tensor, nn.Parameter] = {}
     for path, parameters in plan:
+        if isinstance(strategy, FSDPStrategy):
+            _check_dtypes(path, {module.get_parameter(name).dtype for module, name in parameters})
         if several_ranks():
             _broadcast(parameters, strategy.root_device, filled)
         if shard is not None:
@@ -110,6 +115,17 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
                 # output, and an output that is a view would lose it if changed in place.
                 unit.register_forward_hook(lambda _module, _args, output: output.clone())
     return model
+
+
+def _check_dtypes(path: str, dtypes: set[torch.dtype]) -> None:
+    """Refuse a unit that FSDP1 cannot join, as of a method of PEFT in a base in fewer bits."""
+    if len(dtypes) > 1:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(
+            f"FSDPStrategy joins the weights of a unit in one data type, and those of "
+            f"{path or 'the model'} are {names}. Set trainer.strategy to ModelParallelStrategy, or "
+            "model.dtype to float32."
+        )
 
 
 def _broadcast(
@@ -148,12 +164,8 @@ def _units(model: nn.Module) -> Iterator[str]:
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The members of each outermost list of layers that holds an adapter, by dotted path."""
-
-    def adapted(stack: nn.ModuleList) -> bool:
-        return any(isinstance(module, RoAELinear) for module in stack.modules())
-
-    lists = outermost_lists(model, adapted)
+    """The members of each outermost list of layers in which something trains, by dotted path."""
+    lists = outermost_lists(model, lambda stack: any(p.requires_grad for p in stack.parameters()))
     return {f"{name}.{n}": layer for name, stack in lists.items() for n, layer in enumerate(stack)}
 
 

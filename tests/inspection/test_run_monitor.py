@@ -4,6 +4,7 @@ import math
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,12 +22,14 @@ from rosa_lightning import (
     TokenThroughputMonitor,
     inject_roae,
 )
+from rosa_lightning.adapters.methods import FullFinetuning, apply_method
+from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.dls import PolicyOptions
+from rosa_lightning.inspection.charts import UPDATES, Series, draw_charts
 from rosa_lightning.inspection.run_monitor import (
     dashboard,
-    find_updates,
-    update_metrics,
 )
+from rosa_lightning.inspection.updates import find_updates, update_metrics
 from rosa_lightning.roae.inject import roae_layers
 from tests.conftest import build
 
@@ -278,3 +281,56 @@ def test_sharded_adapters_are_refused():
     term.roae_B = nn.Parameter(term.roae_B.detach().flatten()[:5])  # as FSDP shows its piece
     with pytest.raises(ValueError, match="shards"):
         find_updates(model)
+
+
+METHODS_OF_PEFT = {
+    "LoRA": peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"]),
+    "DoRA": peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"]),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj", "down_proj"]),
+    "IA3": peft.IA3Config(
+        target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS_OF_PEFT)
+def test_the_norm_of_a_method_of_peft_is_that_of_what_the_module_computes(name):
+    """Oracle: the module's own output on unit vectors, less that of the frozen one."""
+    model = build("llama")
+    apply_method(model, PeftMethod.of(METHODS_OF_PEFT[name]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    norms = update_metrics(find_updates(model))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert len(norms) == 2 * 2 * len(model.model.layers)
+    for number, layer in enumerate(model.model.layers):
+        for path in ("self_attn.q_proj", "mlp.down_proj"):
+            module = layer.get_submodule(path)
+            weight = module.get_base_layer().weight
+            unit = torch.eye(weight.shape[1])
+            with torch.no_grad():
+                change = (module(unit) - module.get_base_layer()(unit)).norm()
+            place = f"{number:02d}/{path}"
+            assert norms[f"peft/update_norm/{place}"] == pytest.approx(float(change), rel=1e-4)
+            relative = float(change / weight.norm())
+            assert norms[f"peft/relative_update/{place}"] == pytest.approx(relative, rel=1e-4)
+
+
+def test_where_updates_cannot_be_had_the_reason_is_told():
+    model = build("llama")
+    apply_method(model, FullFinetuning())
+    with pytest.raises(ValueError, match="keeps no copy of the base"):
+        find_updates(model)
+
+
+def test_updates_of_peft_have_charts_of_their_own():
+    tags = [f"peft/{kind}/0{n}/self_attn.q_proj" for kind in UPDATES for n in range(2)]
+    run = {tag: Series((1, 2), (0.0, 1.0)) for tag in tags}
+    assert list(draw_charts(run)) == ["PEFT"]
+    assert len(draw_charts(run)["PEFT"]) == 2
+    layout = dashboard(False, [("peft", "self_attn.q_proj"), ("roae", "q")])
+    assert [len(layout[section]) for section in ("RoAE", "PEFT")] == [2, 2]
+    patterns = [pattern for _, (pattern, *_) in layout["PEFT"].values()]
+    assert {tag for tag in tags for p in patterns if re.match(p, tag)} == set(tags)
