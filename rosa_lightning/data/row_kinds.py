@@ -150,13 +150,9 @@ def _conversation(row: Mapping[str, Any], field: str, where: str, purpose: Purpo
     """A conversation: the turns to its last reply, or those that await one."""
     turns, answer = _turns(row, field, where), _answer(row, where)
     replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-    waits = bool(turns) and turns[-1].role != "assistant"
-    if purpose == "predict" or (answer is not None and purpose != "train"):
-        asked, output = (turns, "") if waits else (turns[:-1], turns[-1].content if turns else "")
-    elif replies:
-        asked, output = turns[: replies[-1]], turns[replies[-1]].content
-    else:
-        asked, output = turns, ""
+    waits = purpose == "predict" or (answer is not None and purpose != "train")
+    end = len(turns) if not replies or (waits and turns[-1].role != "assistant") else replies[-1]
+    asked, output = turns[:end], turns[end].content if end < len(turns) else ""
     users = [turn.content for turn in asked if turn.role == "user"]
     if not users:
         raise ValueError(
@@ -245,7 +241,7 @@ def _converted(
         )
     if answer is not None and output is None:
         output = task.response.replace("{answer}", written(answer))
-    return _Said(instruction, output or "", answer, is_made="instruction" not in row)
+    return _Said(instruction, output or "", answer, is_made=True)
 
 
 def _check_use(

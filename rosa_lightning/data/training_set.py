@@ -113,26 +113,10 @@ def read_training_set(
     seed: int,
 ) -> TrainingSet:
     """Tokenize sources, without the questions in `tested` (`question_keys`), and split them."""
-    found, masks = TrainingSet(), []
-    left_out = set[str]()
-    for name, some in records.items():
-        is_tested = contaminated(some, tested) if tested else np.zeros(len(some), np.bool_)
-        if is_tested.all():
-            raise ValueError(
-                f"source {name}: the questions of all {len(some)} records stand in "
-                "data.test_sources, so data.loading.decontaminate leaves none. Take the source out "
-                "of data.sources, or set data.loading.decontaminate: false to train on test "
-                "questions."
-            )
-        if is_tested.any():
-            keys = map(Questions(tested).held_by, some.select(is_tested))
-            left_out |= {digest_of(key) for some_keys in keys for key in some_keys}
-            rank_zero_info(
-                f"{name}: {is_tested.sum():,} of {len(some):,} records left out, whose questions "
-                "are also in data.test_sources"
-            )
-        masks.append(~is_tested)
-    found.left_out = sorted(left_out)
+    found = TrainingSet()
+    compared = [_untested(name, some, tested) for name, some in records.items()]
+    masks = [mask for mask, _ in compared]
+    found.left_out = sorted({digest for _, left_out in compared for digest in left_out})
     kept = [
         some if mask.all() else some.select(mask)
         for some, mask in zip(records.values(), masks, strict=True)
@@ -156,6 +140,28 @@ def read_training_set(
                 f"{encoder.max_length} tokens. Raise it, or set data.loading.overlong: cut."
             )
     return found
+
+
+def _untested(
+    name: str, records: Records, tested: frozenset[str]
+) -> tuple[NDArray[np.bool_], set[str]]:
+    """Which records hold no test question, and digests of those that the others hold."""
+    is_tested = contaminated(records, tested) if tested else np.zeros(len(records), np.bool_)
+    if is_tested.all():
+        raise ValueError(
+            f"source {name}: the questions of all {len(records)} records stand in "
+            "data.test_sources, so data.loading.decontaminate leaves none. Take the source out "
+            "of data.sources, or set data.loading.decontaminate: false to train on test "
+            "questions."
+        )
+    if not is_tested.any():
+        return ~is_tested, set()
+    rank_zero_info(
+        f"{name}: {is_tested.sum():,} of {len(records):,} records left out, whose questions "
+        "are also in data.test_sources"
+    )
+    held = map(Questions(tested).held_by, records.select(is_tested))
+    return ~is_tested, {digest_of(key) for keys in held for key in keys}
 
 
 # --- the validation split -------------------------------------------------------------------

@@ -131,7 +131,8 @@ def _steps(trainer: Any) -> str:
     size = getattr(trainer.datamodule, "batch_size", None)
     examples = (size or 0) * trainer.accumulate_grad_batches * trainer.world_size
     if examples and not trainer.datamodule.loading.tokens_per_batch:
-        text += f" of {examples} examples each"
+        what = "packs" if trainer.datamodule.batching == "best_fit" else "examples"
+        text += f" of {examples} {what} each"
     if before:
         text += f", going on after step {before:,} of {trainer.ckpt_path}"
     return text

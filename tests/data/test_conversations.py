@@ -161,6 +161,14 @@ def test_special_tokens_in_turns_are_text_and_move_no_border():
     assert encode.tokenizer.decode(trained) == ends
 
 
+def test_a_token_that_joins_a_reply_to_what_stands_before_carries_loss():
+    turns = [TALK[0], Turn("assistant", "Item"), *TALK[2:]]  # of "\nIt", which is one token
+    encode = encoder("chatml", "merging bytes")
+    (made,) = encode([as_record(turns)])
+    trained = [one for one, on in zip(ids_of(made), with_loss(made), strict=True) if on]
+    assert encode.tokenizer.decode(trained).startswith("\nItem<|im_end|>")
+
+
 def test_reasoning_that_a_template_drops_from_earlier_replies_is_counted():
     turns = [TALK[0], Turn("assistant", "<think>2 and 2</think>It is 4."), *TALK[2:]]
     plain, made = encoder("deepseek r1")([as_record(TALK), as_record(turns)])
