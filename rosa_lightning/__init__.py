@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rosa_lightning.evaluation.writers import ResultWriter
     from rosa_lightning.inspection.run_monitor import RunMonitor
     from rosa_lightning.inspection.run_record import RunRecorder
+    from rosa_lightning.inspection.text_loss import TextLoss
     from rosa_lightning.inspection.throughput import TokenThroughputMonitor
     from rosa_lightning.module import RoSAModule
     from rosa_lightning.roae.inject import RoAEReport, inject_roae, merge_roae
@@ -35,6 +36,7 @@ __all__ = [
     "RoSAModule",
     "RunMonitor",
     "RunRecorder",
+    "TextLoss",
     "TokenThroughputMonitor",
     "WarmupCosine",
     "export_adapter",
@@ -57,6 +59,7 @@ _HOMES = {
     "RoSAModule": "module",
     "RunMonitor": "inspection.run_monitor",
     "RunRecorder": "inspection.run_record",
+    "TextLoss": "inspection.text_loss",
     "TokenThroughputMonitor": "inspection.throughput",
     "WarmupCosine": "training.schedule",
     "export_adapter": "adapters.export",

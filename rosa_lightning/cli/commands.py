@@ -64,8 +64,8 @@ class CommandContext:
     data: ReasoningDataModule
     trainer: Mapping[str, Any]
     """The trainer's arguments, callbacks instantiated."""
-    shared: Callable[[], str]
-    """The configuration of the training, as YAML for ``fit``."""
+    shared: Callable[..., str]
+    """The configuration of the training as YAML for ``fit``, or that of some files or texts."""
     build: Callable[[Sequence[Path]], RoSAModule]
     """The module that some configuration files describe."""
 

@@ -10,30 +10,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
 
 from rosa_lightning.adapters.methods import Method as Applied
 from rosa_lightning.adapters.methods import apply_method
 from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.cli.commands import CommandContext
-from rosa_lightning.comparison.compare import SHARED, Comparison, Method
+from rosa_lightning.comparison.compare import SHARED, Comparison
+from rosa_lightning.comparison.data import describe_data, write_general_text
 from rosa_lightning.comparison.paired import compare_answers, read_answers
-from rosa_lightning.comparison.plan import ComparisonConfig, Run, nested, slug, solve_rank
-from rosa_lightning.comparison.report import comparison_table, write_report
-from rosa_lightning.comparison.runner import read_json, write_once
+from rosa_lightning.comparison.plan import ComparisonConfig, Method, nested, slug, solve_rank
+from rosa_lightning.comparison.progress import ProgressDisplay
+from rosa_lightning.comparison.report import comparison_tables, write_report
+from rosa_lightning.comparison.runner import Runner, alone, hangup_ends, read_json, write_once
 from rosa_lightning.comparison.speed import METHODS, measure_speed, speed_table
+from rosa_lightning.comparison.verdict import verdict
 from rosa_lightning.models.loading import load_base, load_skeleton
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.layer import RoAEConfig
@@ -83,9 +79,35 @@ def compare(
         )
     comparison = replace(comparison, methods=_plain(comparison.methods))
     _check_callbacks(context)
-    root = Path(comparison.folder)
-    write_once(root / SHARED, context.shared())
-    methods = [_sized(context, comparison, name) for name in comparison.methods]
+    root, console = Path(comparison.folder), Console()
+    with alone(root), hangup_ends(), ProgressDisplay(comparison, console) as display:
+        content = _run(context, comparison, display)
+    report = write_report(content, root / "report.html")
+    console.print(comparison_tables(content))
+    for line in verdict(content):
+        console.print(line, markup=False, highlight=False)
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+
+
+def _run(
+    context: CommandContext, comparison: ComparisonConfig, display: ProgressDisplay
+) -> dict[str, Any]:
+    """Run what is left of a comparison, in a folder that no other works in."""
+    root = Path(comparison.folder).absolute()
+    file, text = root / SHARED, context.shared()
+    write_once(file, text, lambda: context.shared([file]) == text)
+    runner = Runner(file, context.shared)
+    methods = []
+    for name in comparison.methods:
+        display.say(f"size of {name}")
+        method = _method(context, comparison, name, runner)
+        methods.append(method)
+        budget = comparison.trainable_parameters
+        if budget is not None and abs(method.trainable_parameters / budget - 1) > _TOLERANCE:
+            display.note(
+                f"{name} trains {method.trainable_parameters:,} parameters, "
+                + (f"as near to {budget:,} as it comes." if method.rank else "as it has no rank.")
+            )
     steps: int = context.trainer["max_steps"]
     if steps < 1 and comparison.max_steps is None and comparison.train_seconds is None:
         raise ValueError(
@@ -93,13 +115,25 @@ def compare(
             "trainer.max_steps."
         )
     interval = _validation_interval(context, comparison.max_steps or steps)
-    with _Display(comparison) as display:
-        content = Comparison(comparison, methods, steps, display, interval).run()
-    write_report(content, root / "report.html")
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(comparison_table(content))
-    sys.stdout.write(f"{root / 'report.html'}\n")
+    texts = None
+    if comparison.general_text is not None:
+        texts = root / "general_text.jsonl"
+        write_general_text(comparison.general_text, texts)
+    display.say("test questions in the training data")
+    data = _described(context, root, comparison.split_seed)
+    return Comparison(
+        comparison, methods, steps, runner, display, interval, texts=texts, data=data
+    ).run()
+
+
+def _described(context: CommandContext, root: Path, seed: int) -> dict[str, Any]:
+    """What is said of the data, which stay the same, so it is found once."""
+    path = root / "data.json"
+    found = read_json(path)
+    if not found:
+        found = describe_data(context.data, seed)
+        atomic_write(path, json.dumps(found, indent=1).encode())
+    return found
 
 
 def _measure_speed(
@@ -113,7 +147,8 @@ def _measure_speed(
         bar = progress.add_task("count parameters", total=len(config.methods) * (rounds + 1) + 1)
         config = replace(config, methods=_plain(config.methods), folder=folder)
         write_once(Path(folder) / SHARED, context.shared())
-        methods = [_sized(context, config, name) for name in config.methods]
+        runner = Runner(Path(folder) / SHARED)
+        methods = [_method(context, config, name, runner) for name in config.methods]
 
         def say(text: str) -> None:
             progress.update(bar, description=text, advance=1)
@@ -166,14 +201,26 @@ def _check_callbacks(context: CommandContext) -> None:
         )
 
 
-def _sized(context: CommandContext, comparison: ComparisonConfig, name: str) -> Method:
-    """A method with the rank that the budget gives; of one without a rank the size is said."""
-    overrides = comparison.overrides(name)
-    files = [Path(comparison.folder) / SHARED]
+def _method(
+    context: CommandContext, comparison: ComparisonConfig, name: str, runner: Runner
+) -> Method:
+    """A method with the rank that the budget gives, which is kept for later calls."""
+    overrides, folder = comparison.overrides(name), runner.shared.parent / slug(name)
+    given: Any = {"given": overrides, "budget": comparison.trainable_parameters}
+    given = json.loads(json.dumps(given))
+    files = [runner.shared]
     if overrides:
-        files.append(Path(comparison.folder) / slug(name) / "method.yaml")
-        write_once(files[-1], yaml.safe_dump(overrides))
-    module = context.build(files)
+        files.append(runner.prepare(overrides, folder, "method.yaml"))
+    kept = read_json(folder / "method.json")
+    if not given.items() <= kept.items():
+        method = _sized(context.build(files), name, overrides, comparison.trainable_parameters)
+        kept = asdict(method) | given
+        atomic_write(folder / "method.json", json.dumps(kept, indent=1).encode())
+    return Method(name, kept["overrides"], kept["rank"], kept["trainable_parameters"])
+
+
+def _sized(module: RoSAModule, name: str, overrides: dict[str, Any], budget: int | None) -> Method:
+    """A method with the rank whose number of trainable parameters comes closest to the budget."""
 
     def count(rank: int | None) -> int:
         method = _with_rank(module.method, rank)
@@ -181,20 +228,17 @@ def _sized(context: CommandContext, comparison: ComparisonConfig, name: str) -> 
         try:
             return apply_method(model, method).num_trainable
         except NotImplementedError:  # such as SHiRA, which looks at the weights
+            no_bar: Any = disable_progress_bar  # of transformers, within ours
+            no_bar()
             return apply_method(load_base(module.base, **module.loading), method).num_trainable
 
-    budget, rank = comparison.trainable_parameters, _rank(module)
+    rank = _rank(module)
     if budget is not None and rank is not None:
         rank = solve_rank(count, budget)
         method = _with_rank(module.method, rank)
         key = "model.peft" if isinstance(method, PeftMethod) else "model.roae"
         overrides = nested({**overrides, key: asdict(method)})
-    trainable = count(rank)
-    if budget is not None and abs(trainable / budget - 1) > _TOLERANCE:
-        sys.stdout.write(
-            f"{name} trains {trainable:,} parameters, which is as near to {budget:,} as it comes.\n"
-        )
-    return Method(name, overrides, rank, trainable)
+    return Method(name, overrides, rank, count(rank))
 
 
 def _rank(module: RoSAModule) -> int | None:
@@ -222,59 +266,6 @@ def _with_rank(method: Applied, rank: int | None) -> Applied:
             factor = math.sqrt(ratio) if getattr(config, "use_rslora", False) else ratio
             init_args[name] = getattr(config, name) * factor
     return replace(method, init_args=init_args)
-
-
-class _Display:
-    """One bar over all steps of a comparison, and a line for each run that has ended."""
-
-    def __init__(self, comparison: ComparisonConfig) -> None:
-        keys = ("learning_rates", "seeds")
-        self.num_runs = sum(
-            len(comparison.of(name, key)) for name in comparison.methods for key in keys
-        ) - len(comparison.methods)
-        self.num_ended = 0
-        self.console = Console()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps, left in all"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self.bar = self.progress.add_task("", total=None)
-        self.before = 0
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def begin(self, run: Run) -> None:
-        """Name the run."""
-        rate = f", rate {run.learning_rate:g}" if run.learning_rate else ""
-        place = f"{min(self.num_ended + 1, self.num_runs)}/{self.num_runs}"
-        self.progress.update(self.bar, description=f"{place} {run.method}{rate}, seed {run.seed}")
-
-    def at(self, step: int, steps: int) -> None:
-        """Move the bar, whose end is that of all runs at this run's length."""
-        if steps > 0:
-            total = self.before + steps * max(1, self.num_runs - self.num_ended)
-            self.progress.update(self.bar, completed=self.before + step, total=total)
-
-    def end(self, run: Run, result: dict[str, Any]) -> None:
-        """Say how it ended."""
-        loss = result.get("val_loss")
-        said = result.get("error") or result["status"]
-        if loss is not None:
-            said = f"val/loss {loss:.4f}, {result['train_seconds']:.0f} s"
-        rate = f" rate {run.learning_rate:g}" if run.learning_rate else ""
-        self.console.print(f"{run.method}{rate} seed {run.seed}: {said}", markup=False)
-        if run.method != "base":
-            self.num_ended += 1
-            self.before += result.get("steps") or 0
 
 
 def _compare_two(runs: list[str]) -> None:

@@ -291,9 +291,15 @@ class RoSACLI(LightningCLI):
         with termination():
             TOOL_COMMANDS[subcommand](context, **options)
 
-    def _shared(self, subcommand: str) -> str:
-        """The configuration of the training that a command was given, as YAML for ``fit``."""
+    def _shared(self, subcommand: str, files: Sequence[Path | str] = ()) -> str:
+        """The configuration of a training that a command was given, as YAML for ``fit``.
+
+        In its place that of some configuration files, or of their texts.
+        """
         config = self.config[subcommand].clone()
+        if files:
+            parser = self._subcommand_parsers[subcommand]
+            config = parser.parse_args([f"--config={file}" for file in files])
         for name in (*self._subcommand_method_arguments[subcommand], "config", "weights_only"):
             config.pop(name, None)
         return str(self._subcommand_parsers[subcommand].dump(config, skip_none=False))

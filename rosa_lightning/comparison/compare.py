@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from rosa_lightning.comparison.paired import paired_tests
+from rosa_lightning.comparison.hparams import write_experiment, write_run
+from rosa_lightning.comparison.paired import forgetting, paired_tests
 from rosa_lightning.comparison.plan import (
     ComparisonConfig,
+    Method,
     Run,
     best_learning_rate,
     nested,
     next_learning_rate,
 )
-from rosa_lightning.comparison.runner import (
-    RESULT,
-    RunFailedError,
-    evaluate,
-    fit,
-    read_json,
-    write_overrides,
-)
+from rosa_lightning.comparison.runner import RESULT, RunFailedError, Runner, read_json
 from rosa_lightning.evaluation.results import versions
+from rosa_lightning.inspection.text_loss import file_digest
 from rosa_lightning.utils.files import atomic_write
 
 COMPARISON = "comparison.json"
@@ -37,28 +35,17 @@ _PROBE_STEPS = (5, 25)
 """Steps of two short runs whose difference is the time of a step."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method as it is run."""
-
-    name: str
-    overrides: dict[str, Any]
-    """Of the shared configuration, with the rank that the budget gives."""
-    rank: int | None
-    trainable_parameters: int
-
-
 class Display(Protocol):
-    """Shows how far a comparison is."""
+    """Shows how far a comparison is; jobs are of a kind: train, test, text or time."""
 
-    def begin(self, run: Run) -> None:
-        """A run begins."""
+    def begin(self, kind: str, run: Run) -> None:
+        """A job begins."""
 
     def at(self, step: int, steps: int) -> None:
-        """The step that it is at."""
+        """It goes on, at a step of so many; 0 of 0 where it has none."""
 
-    def end(self, run: Run, result: dict[str, Any]) -> None:
-        """It has ended, now or earlier."""
+    def end(self, kind: str, run: Run, result: dict[str, Any], *, known: bool = False) -> None:
+        """It has ended, now or, if it is known, in an earlier call."""
 
 
 @dataclass
@@ -69,9 +56,14 @@ class Comparison:
     methods: list[Method]
     shared_steps: int
     """Optimizer steps of the configuration that all share, which lies in the folder."""
+    runner: Runner
     display: Display
     interval: int = 1
     """Optimizer steps from one validation to the next; a run ends with one."""
+    texts: Path | None = None
+    """File of general texts, for the loss on them before and after."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What `describe_data` says of the data."""
     _rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     _base: dict[str, Any] = field(default_factory=dict)
     _seen: set[Run] = field(default_factory=set)
@@ -81,17 +73,13 @@ class Comparison:
         """Folder of all runs."""
         return Path(self.config.folder).absolute()
 
-    @property
-    def _shared_file(self) -> str:
-        return str(self.root / SHARED)
-
     def run(self) -> dict[str, Any]:
         """Do what is left of the plan; the content of ``comparison.json``.
 
         Raises:
             ValueError: The folder holds runs with other settings, or the base cannot be tested.
         """
-        if self.config.test:
+        if self.config.test or self.texts is not None:
             self._base = self._tested_base()
         for method in self.methods:
             self._rows[method.name] = self._grid(method)
@@ -103,10 +91,9 @@ class Comparison:
                 is_due = seed in self.config.of(method.name, "seeds")
                 if row["learning_rate"] is not None and is_due:
                     run = Run(method.name, row["learning_rate"], seed)
-                    row["runs"].append(self._tested(run, self._trained(method, run)))
+                    row["runs"].append(self._tested(method, run, self._trained(method, run)))
                     self._write()
-        # They draw thousands of samples of every task, so once.
-        return self._write(paired_tests(self._rows, self.config.compared_with, self.root))
+        return self._write(with_tests=True)  # which draw thousands of samples, so once
 
     def _grid(self, method: Method) -> dict[str, Any]:
         """Train at all learning rates with the first seed, and take the best."""
@@ -136,51 +123,84 @@ class Comparison:
         folder = run.folder(self.root)
         is_new = run not in self._seen
         self._seen.add(run)
-        if is_new:
-            self.display.begin(run)
         result = {"folder": str(folder.relative_to(self.root)), **asdict(run)}
+        known: dict[str, Any] = {}
         try:
             overrides = self._overrides(method, run, self._steps(method))
-            write_overrides(overrides, folder)  # which refuses what was run with other settings
-            if known := read_json(folder / RESULT):
+            self.runner.prepare(overrides, folder)
+            known = read_json(folder / RESULT)
+            if known:
                 result = known
             else:
-                result |= summary(fit(self._shared_file, overrides, folder, self.display.at))
+                self.display.begin("train", run)
+                since = time.monotonic()
+                result |= summary(self.runner.fit(folder, self.display.at))
+                result["wall_seconds"] = {"train": round(time.monotonic() - since, 1)}
                 _write_json(folder / RESULT, result)
         except RunFailedError as error:
             result |= {"status": "failed", "error": str(error), "val_loss": None}
             if not error.killed:  # which may well go on another time
                 _write_json(folder / RESULT, result)
         if is_new:
-            self.display.end(run, result)
+            write_run(folder, method, result)
+            self.display.end("train", run, result, known=bool(known))
         return result
 
-    def _tested(self, run: Run, result: dict[str, Any]) -> dict[str, Any]:
-        if not self.config.test or result["status"] != "finished" or "tasks" in result:
+    def _tested(self, method: Method, run: Run, result: dict[str, Any]) -> dict[str, Any]:
+        """A finished run with its answers, and its loss on general text, where asked for."""
+        if result["status"] != "finished":
             return result
-        folder = run.folder(self.root)
-        try:
-            result["tasks"] = evaluate(self._shared_file, folder, result["checkpoint"])["results"]
-        except RunFailedError as error:
-            return {**result, "test_error": str(error)}  # the training stands
-        _write_json(folder / RESULT, result)
-        return result
+        result, errors = self._evaluated(run, run.folder(self.root), result)
+        _write_json(run.folder(self.root) / RESULT, result)
+        write_run(run.folder(self.root), method, result)
+        return result | errors  # which are tried again: the training stands
 
     def _tested_base(self) -> dict[str, Any]:
         """The base itself, before any training."""
-        run = Run("base", 0.0, self.config.seeds[0])
-        folder = self.root / "base"
-        self.display.begin(run)
-        try:
-            found = evaluate(self._shared_file, folder, None, self._shared(folder, run))
-        except RunFailedError as error:
+        run, folder = Run("base", 0.0, self.config.seeds[0]), self.root / "base"
+        self.runner.prepare(nested(self._shared(folder, run)), folder)
+        known = read_json(folder / RESULT) or {"status": "finished", "folder": "base"}
+        result, errors = self._evaluated(run, folder, known)
+        if errors:
             raise ValueError(
-                f"the test of the base failed: {error}. Set data.test_sources, or comparison.test "
-                "to false."
-            ) from error
-        result = {"status": "finished", "folder": "base", "tasks": found["results"]}
-        self.display.end(run, result)
+                f"the test of the base failed: {next(iter(errors.values()))}. Set "
+                "data.test_sources, or comparison.test to false and comparison.general_text to "
+                "null."
+            )
+        _write_json(folder / RESULT, result)
         return result
+
+    def _evaluated(
+        self, run: Run, folder: Path, result: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """A result with what is asked for of its checkpoint, and the errors of what failed."""
+        checkpoint, texts, tick = result.get("checkpoint"), self.texts, self.display.at
+        result, errors = dict(result), dict[str, str]()
+        jobs: dict[str, Callable[[], Any]] = {}
+        if self.config.test:
+            jobs["test"] = lambda: self.runner.test(folder, checkpoint, tick)["results"]
+        if texts is not None:
+            jobs["text"] = lambda: without_texts(
+                self.runner.text_loss(folder, checkpoint, texts, tick)
+            )
+        for kind, job in jobs.items():
+            name = {"test": "tasks", "text": "text_loss"}[kind]
+            known = name in result and (kind == "test" or result[name]["texts"] == self._digest)
+            try:
+                if not known:
+                    self.display.begin(kind, run)
+                    since = time.monotonic()
+                    result[name] = job()
+                    took = {kind: round(time.monotonic() - since, 1)}
+                    result["wall_seconds"] = result.get("wall_seconds", {}) | took
+            except RunFailedError as error:
+                errors[f"{kind}_error"] = str(error)
+            self.display.end(kind, run, result | errors, known=known)
+        return result, errors
+
+    @cached_property
+    def _digest(self) -> str | None:
+        return None if self.texts is None else file_digest(self.texts)
 
     def _steps(self, method: Method) -> int:
         """Optimizer steps of a run of a method."""
@@ -192,14 +212,16 @@ class Comparison:
             first = [self.config.of(method.name, key)[0] for key in ("learning_rates", "seeds")]
             run = Run(method.name, *first)
             took = []
+            self.display.begin("time", run)
             for steps in _PROBE_STEPS:
-                overrides = self._overrides(method, run, steps, folder / str(steps))
-                record = fit(self._shared_file, overrides, folder / str(steps), self.display.at)
-                took.append(record["train_seconds"])
+                probe = folder / str(steps)
+                self.runner.prepare(self._overrides(method, run, steps, probe), probe)
+                took.append(self.runner.fit(probe, self.display.at)["train_seconds"])
             a_step = (took[1] - took[0]) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
             a_step = a_step if a_step > 0 else took[1] / _PROBE_STEPS[1]
             known = {"seconds_per_step": a_step}
             _write_json(folder / RESULT, known)
+            self.display.end("time", run, known)
         seconds: float = known["seconds_per_step"]
         steps = round(self.config.train_seconds / seconds)
         return max(1, round(steps / self.interval)) * self.interval
@@ -229,16 +251,22 @@ class Comparison:
             "trainer.logger": logger,
         }
 
-    def _write(self, tests: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def _write(self, *, with_tests: bool = False) -> dict[str, Any]:
+        reference, trained = self.config.compared_with, self.data.get("trained_tasks", [])
         content = {
             "config": asdict(self.config),
-            "reference": self.config.compared_with,
+            "reference": reference,
+            "data": self.data,
             "base": self._base,
             "methods": self._rows,
-            "tests": list(tests),
+            "tests": paired_tests(self._rows, reference, self.root) if with_tests else [],
+            "forgetting": (
+                forgetting(self._rows, self._base, self.root, trained) if with_tests else {}
+            ),
             "versions": versions(),
         }
         _write_json(self.root / COMPARISON, content)
+        write_experiment(self.root, self._rows)
         return content
 
 
@@ -260,6 +288,11 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         "trainable_parameters": record["trainable_parameters"],
         "checkpoint": record["checkpoint"],
     }
+
+
+def without_texts(found: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a loss on texts beside its file, which has each text."""
+    return {name: found[name] for name in ("loss", "tokens", "texts")}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -32,6 +32,9 @@ class ComparisonConfig:
         train_seconds: Seconds of training in place of steps: each method gets as many steps as it
             takes in that time, by a measurement before its first run.
         test: Answer the test sources with the best checkpoint of each run at the chosen rate.
+        general_text: Texts on which the loss is computed before and after training, to see what is
+            forgotten: demo (40 paragraphs in the package), a .txt file with a text a line, .jsonl,
+            .json or .parquet with the field text, or a source, such as ``{"hub": ...}``.
         folder: Where to: one run folder for each run, ``comparison.json`` and ``report.html``.
     """
 
@@ -45,6 +48,7 @@ class ComparisonConfig:
     max_steps: int | None = None
     train_seconds: float | None = None
     test: bool = True
+    general_text: str | dict[str, Any] | None = None
     folder: str = "comparison"
 
     def __post_init__(self) -> None:
@@ -122,6 +126,22 @@ class Run:
     def folder(self, root: Path) -> Path:
         """Where the run lies."""
         return root / slug(self.method) / f"lr-{self.learning_rate:g}-seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as it is run."""
+
+    name: str
+    overrides: dict[str, Any]
+    """Of the shared configuration, with the rank that the budget gives."""
+    rank: int | None
+    trainable_parameters: int
+
+
+def finished(method: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a method's row, one for each seed, that came to their end."""
+    return [run for run in method["runs"] if run["status"] == "finished"]
 
 
 def slug(name: str) -> str:

@@ -10,23 +10,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import yaml
+from filelock import FileLock, Timeout
 
-from rosa_lightning.comparison.plan import nested
+from rosa_lightning.comparison.child import GRACE_S
+from rosa_lightning.inspection.text_loss import TEXT_LOSS, file_digest
 from rosa_lightning.utils.files import atomic_write, read_text
 
 RESULT = "result.json"
 LOG = "log.txt"
 _OVERRIDES = "overrides.yaml"
 _RECORD = "run.json"
-_RECORDER = "rosa_lightning.inspection.run_record.RunRecorder"
+_TEXT_LOSS = "rosa_lightning.TextLoss"
 _POLL_SECONDS = 0.5
 
 Progress = Callable[[int, int], None]
 """Takes the step that a run is at, and how many it has."""
+Whole = Callable[[Sequence[Path | str]], str]
 
 
 class RunFailedError(RuntimeError):
@@ -38,78 +43,138 @@ class RunFailedError(RuntimeError):
         """By a signal, so that it may well go on another time."""
 
 
-def command(name: str, base: str, overrides: Path, *options: str) -> list[str]:
-    """The command line of a run: the shared configuration, and what is different in this one."""
-    head = [sys.executable, "-m", "rosa_lightning", name]
-    return [*head, "--config", base, "--config", str(overrides), *options]
-
-
-def fit(
-    base: str, overrides: Mapping[str, Any], folder: Path, progress: Progress
-) -> dict[str, Any]:
-    """Train, or go on with a training that was stopped; the record that `RunRecorder` wrote.
+@dataclass(frozen=True)
+class Runner:
+    """Runs the commands of a comparison, each in a process of its own.
 
     Args:
-        base: The configuration that all runs share.
-        overrides: What is different in this one, nested.
-        folder: Of the run.
-        progress: Told of each step that the record shows.
-
-    Raises:
-        RunFailedError: The training ended with an error.
-        ValueError: The folder holds a run with other settings.
+        shared: The configuration that all runs share, a file.
+        whole: Gives the whole configuration that a list of files or texts makes. By it settings
+            are told apart: a key may have been added since a run, or be written in another way.
     """
-    file = write_overrides(overrides, folder)
-    record = read_json(folder / _RECORD)
-    if record.get("status") != "finished":
-        last = folder / "checkpoints" / "last.ckpt"
-        options = [f"--trainer.callbacks+={_RECORDER}"]
-        options += [f"--ckpt_path={last}"] if last.exists() else []
-        if not last.exists():  # what was written before the first checkpoint
-            for name in ("config.yaml", _RECORD):
-                (folder / name).unlink(missing_ok=True)
-        _run(command("fit", base, file, *options), folder, progress)
+
+    shared: Path
+    whole: Whole | None = None
+
+    def prepare(self, overrides: Mapping[str, Any], folder: Path, name: str = _OVERRIDES) -> Path:
+        """Write what differs from the shared configuration as a file, and return its path.
+
+        Raises:
+            ValueError: There is one with other settings.
+        """
+        path, text = folder / name, yaml.safe_dump(dict(overrides), sort_keys=True)
+        whole, shared = self.whole, self.shared
+        same = None if whole is None else lambda: whole([shared, path]) == whole([shared, text])
+        write_once(path, text, same)
+        return path
+
+    def fit(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """Train, or go on with a training that was stopped; the record of `RunRecorder`.
+
+        Args:
+            folder: Of the run, with its overrides.
+            progress: Told of each step that the record shows.
+
+        Raises:
+            RunFailedError: The training ended with an error.
+        """
         record = read_json(folder / _RECORD)
         if record.get("status") != "finished":
-            raise RunFailedError(
-                f"the training ended without its last step; {folder / LOG} says more"
+            last = folder / "checkpoints" / "last.ckpt"
+            # No card with a made-up metric in TensorBoard; `hparams` writes the true ones.
+            options = ["--trainer.logger.init_args.default_hp_metric=false"]
+            options += [f"--ckpt_path={last}"] if last.exists() else []
+            if not last.exists():  # what was written before the first checkpoint
+                for name in ("config.yaml", _RECORD):
+                    (folder / name).unlink(missing_ok=True)
+            self._run("fit", folder, options, progress)
+            record = read_json(folder / _RECORD)
+            if record.get("status") != "finished":
+                raise RunFailedError(
+                    f"the training ended without its last step; {folder / LOG} says more"
+                )
+        return record
+
+    def test(self, folder: Path, ckpt_path: str | None, progress: Progress) -> dict[str, Any]:
+        """Answer the test sources with a checkpoint; the content of ``results.json``.
+
+        Args:
+            folder: Of the run, with its overrides.
+            ckpt_path: The checkpoint; None for the base itself.
+            progress: Told that it goes on.
+        """
+        results = folder / "results.json"
+        if not read_json(results).get("complete"):
+            self._run("test", folder, _of(ckpt_path), progress)
+        return read_json(results)
+
+    def text_loss(
+        self, folder: Path, ckpt_path: str | None, texts: Path, progress: Progress
+    ) -> dict[str, Any]:
+        """Loss of a checkpoint on texts; what `TextLoss` wrote.
+
+        Args:
+            folder: Of the run, with its overrides.
+            ckpt_path: The checkpoint; None for the base itself.
+            texts: File of the texts.
+            progress: Told that it goes on.
+        """
+        found = folder / TEXT_LOSS
+        digest = file_digest(texts)
+        if read_json(found).get("texts") != digest:
+            made = {"path": str(found), "texts": str(texts)}
+            options = [f"--trainer.callbacks+={_TEXT_LOSS}"]
+            options += [f"--trainer.callbacks.{name}={value}" for name, value in made.items()]
+            # A validation as short as can be, for what it brings along: devices and precision.
+            options += ["--trainer.limit_val_batches=1", "--trainer.logger=false"]
+            options.append(f"--trainer.default_root_dir={folder}")
+            options += ["--data.loading.val_generate=0", *_of(ckpt_path)]
+            self._run("validate", folder, options, progress)
+        return read_json(found)
+
+    def _run(self, name: str, folder: Path, options: Sequence[str], progress: Progress) -> None:
+        """Run a command, with its output in the run's log; a signal is handed on."""
+        head = [sys.executable, "-m", "rosa_lightning.comparison.child", str(folder / ".lock")]
+        files = [f"--config={self.shared}", f"--config={folder / _OVERRIDES}"]
+        log = folder / LOG
+        start = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [*head, name, *files, *options],
+                stdin=subprocess.PIPE,  # by which it notices that this process is gone
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C reaches this process alone, which hands it on
             )
-    return record
+            with _handed_on(process):
+                while process.poll() is None:
+                    record = read_json(folder / _RECORD) if name == "fit" else {}
+                    progress(record.get("step", 0), record.get("max_steps", 0))
+                    time.sleep(_POLL_SECONDS)
+        if process.returncode:
+            reason = failure_reason(log, start, process.returncode)
+            raise RunFailedError(reason, killed=process.returncode < 0)
 
 
-def evaluate(
-    base: str, folder: Path, ckpt_path: str | None, overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Answer the test sources with a checkpoint; the content of ``results.json``.
+def _of(ckpt_path: str | None) -> list[str]:
+    return [] if ckpt_path is None else [f"--ckpt_path={ckpt_path}"]
+
+
+def write_once(path: Path, text: str, same: Callable[[], bool] | None = None) -> None:
+    """Write a file of settings; ValueError if there is one with others.
 
     Args:
-        base: The configuration that all runs share.
-        folder: Of the run, with its overrides.
-        ckpt_path: The checkpoint; None for the base itself.
-        overrides: Of the base, whose folder has none yet; keys may be dotted.
+        path: The file.
+        text: Its content.
+        same: Says of one with another text whether it means the same; it is kept then.
     """
-    if overrides is not None:
-        write_overrides(nested(overrides), folder)
-    results = folder / "results.json"
-    if not read_json(results).get("complete"):
-        options = [] if ckpt_path is None else [f"--ckpt_path={ckpt_path}"]
-        _run(command("test", base, folder / _OVERRIDES, *options), folder, lambda *_: None)
-    return read_json(results)
-
-
-def write_overrides(overrides: Mapping[str, Any], folder: Path) -> Path:
-    """Write what is different in a run, into its folder."""
-    path = folder / _OVERRIDES
-    write_once(path, yaml.safe_dump(dict(overrides), sort_keys=True))
-    return path
-
-
-def write_once(path: Path, text: str) -> None:
-    """Write a file of settings; ValueError if there is one with others."""
-    if path.exists() and read_text(path) != text:
+    if path.exists():
+        if read_text(path) == text or (same is not None and same()):
+            return
         raise ValueError(
-            f"{path.parent} holds what was run with other settings. Give another folder, or remove "
-            "that one."
+            f"{path} is of a comparison with other settings. Set comparison.folder to another "
+            "folder, or remove that one."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, text.encode())
@@ -123,41 +188,62 @@ def read_json(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _run(arguments: Sequence[str], folder: Path, progress: Progress) -> None:
-    """Run a command, with its output in the run's log; a signal is handed on, and waited for."""
-    log = folder / LOG
-    start = log.stat().st_size if log.exists() else 0
-    environment = {**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which hands it on
-        )
-        with _handed_on(process):
-            while process.poll() is None:
-                record = read_json(folder / _RECORD)
-                progress(record.get("step", 0), record.get("max_steps", 0))
-                time.sleep(_POLL_SECONDS)
-    if process.returncode:
-        reason = failure_reason(log, start, process.returncode)
-        raise RunFailedError(reason, killed=process.returncode < 0)
-
-
 @contextmanager
 def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End a process with this one, by a signal that lets a training save a checkpoint."""
     try:
         yield
     except BaseException:
-        process.send_signal(signal.SIGTERM)  # a training saves a checkpoint
+        process.send_signal(signal.SIGTERM)
+        sys.stderr.write(
+            "stopping: the run at hand writes its state, and the same command goes on from there. "
+            "Ctrl-C again ends it at once.\n"
+        )
         try:
-            process.wait(timeout=600)
+            process.wait(timeout=GRACE_S)
         finally:
             process.kill()
         raise
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; ValueError where another comparison works in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another comparison works in {folder}. Wait for its end, or set comparison.folder to "
+            "another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def hangup_ends() -> Iterator[None]:
+    """Let SIGHUP, a terminal's end, unwind the stack, unless it is ignored, as by nohup."""
+    number = getattr(signal, "SIGHUP", None)  # Windows has none
+    before = None if number is None else signal.getsignal(number)
+    if number is None or before == signal.SIG_IGN:
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def failure_reason(log: Path, start: int, status: int) -> str:

@@ -24,8 +24,8 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Group
 
-from rosa_lightning.comparison.compare import SHARED, Method
-from rosa_lightning.comparison.plan import ComparisonConfig, nested, slug
+from rosa_lightning.comparison.compare import SHARED
+from rosa_lightning.comparison.plan import ComparisonConfig, Method, nested, slug
 from rosa_lightning.comparison.runner import LOG, RunFailedError, failure_reason
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.evaluation.results import versions

@@ -34,7 +34,12 @@ def _differences(ours: Sequence[float], theirs: Sequence[float], least: int) -> 
 
 
 def paired_bootstrap(
-    ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Difference:
     """Mean difference over questions; interval and p-value from resampled questions.
 
@@ -44,11 +49,14 @@ def paired_bootstrap(
     Args:
         ours: A value for each question, such as 1.0 for a right answer.
         theirs: Of the other method, for the same questions in the same order.
+        weights: What a question counts for in the mean, such as the tokens of a text; by default
+            all the same. They are drawn with the questions.
         resamples: Number of resamples.
         seed: Of the random generator.
     """
     differences_Q = _differences(ours, theirs, 1)
-    mean = float(differences_Q.mean())
+    weights_Q = np.ones(len(differences_Q)) if weights is None else np.asarray(weights, np.float64)
+    mean = float(np.average(differences_Q, weights=weights_Q))
     generator = np.random.default_rng(seed)
     size = len(differences_Q)
     means = np.empty(resamples)
@@ -56,7 +64,8 @@ def paired_bootstrap(
     for start in range(0, resamples, rows):
         number = min(rows, resamples - start)
         chosen = generator.integers(size, size=(number, size))
-        means[start : start + number] = differences_Q[chosen].mean(axis=1)
+        sums = (differences_Q * weights_Q)[chosen].sum(axis=1)
+        means[start : start + number] = sums / weights_Q[chosen].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     # Up to rounding of the sums, which depends on the order of the questions.
     as_far = np.abs(means - mean) >= abs(mean) * (1 - 1e-9)

@@ -1,7 +1,8 @@
 """What a model, a training step and a run look like.
 
 Parameters and memory before a run (`parameters`, `memory`, `activations`), throughput and curves
-during it (`throughput`, `run_monitor`), and one HTML page after it (`report`, `charts`).
+during it (`throughput`, `run_monitor`, `run_record`, `text_loss`), and one HTML page after it
+(`report`, `charts`, `page`).
 """
 
 from rosa_lightning.utils.lazy import lazy_names

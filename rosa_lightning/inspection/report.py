@@ -8,16 +8,13 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from jinja2 import Template
-
 from rosa_lightning.inspection.charts import Run, Series, draw_charts
+from rosa_lightning.inspection.page import write_page
 from rosa_lightning.utils.files import (
     SETTINGS_BYTES,
-    atomic_write,
     check_input,
     check_name,
     open_input,
-    printable,
     read_bytes,
     read_lines,
 )
@@ -48,8 +45,9 @@ def write_report(run: str, *, output: str | None = None) -> Path:
     check_name(target)
     if target.is_dir():
         raise ValueError(f"output={target} is a folder. Name a file, such as {target}/report.html.")
-    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    text = Template(page, autoescape=True).render(
+    write_page(
+        target,
+        Path(__file__).with_name("report.html"),
         path=folder.resolve(),
         run=logged,
         last_step=max(series.steps[-1] for series in logged.values()),
@@ -65,7 +63,6 @@ def write_report(run: str, *, output: str | None = None) -> Path:
         },
         number=_number,
     )
-    atomic_write(target, printable(text).encode())
     return target
 
 

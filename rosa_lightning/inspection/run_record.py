@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ _SECONDS = 2.0
 class RunRecorder(Callback):
     """Writes ``run.json`` into the run's folder, again and again while the run goes on.
 
-    Its fields: ``status`` (running, stopped or finished), ``step`` of ``max_steps``,
+    Its fields: ``status`` (running, stopped, failed or finished), ``step`` of ``max_steps``,
     ``trainable_parameters`` of ``total_parameters``, ``train_seconds``, ``examples``,
     ``peak_mib``, ``backward_share``, ``checkpoint`` (the best one), and ``validations``, a list of
     ``step`` and the metrics logged. Seconds are those of training alone, without start-up and
@@ -107,8 +108,17 @@ class RunRecorder(Callback):
             self._since, self._is_held = time.perf_counter(), False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last state; of a run that was stopped by a signal it is not the end."""
-        self._write(trainer, "stopped" if trainer.interrupted else "finished")
+        """Write the last state."""
+        self._write(trainer, "finished")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write how far a training came that was stopped, by a signal, or failed."""
+        if self._target is not None and trainer.state.fn == "fit":
+            by_signal = isinstance(exception, KeyboardInterrupt | SystemExit)
+            with suppress(OSError):  # the error at hand is the one to be seen
+                self._write(trainer, "stopped" if by_signal else "failed")
 
     def figures(self, trainer: Trainer) -> dict[str, Any]:
         """Examples, seconds of training, and peak memory so far."""

@@ -1,6 +1,8 @@
 """A comparison from its plan to its results, with trainings of numbers alone, and a real one."""
 
 import json
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -9,10 +11,10 @@ from rosa_lightning.adapters.methods import apply_method
 from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.cli.compare import _with_rank
 from rosa_lightning.cli.main import main
-from rosa_lightning.comparison import compare
-from rosa_lightning.comparison.compare import Comparison, Method, summary
-from rosa_lightning.comparison.plan import ComparisonConfig
-from rosa_lightning.comparison.runner import RunFailedError
+from rosa_lightning.comparison.compare import Comparison, summary
+from rosa_lightning.comparison.plan import ComparisonConfig, Method
+from rosa_lightning.comparison.runner import RunFailedError, Runner
+from rosa_lightning.inspection.text_loss import file_digest
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.roae.inject import PEFT_ADAPTER
 from rosa_lightning.roae.layer import RoAEConfig
@@ -22,12 +24,12 @@ class Display:
     def __init__(self):
         self.ended = []
 
-    def begin(self, run): ...
+    def begin(self, kind, run): ...
 
     def at(self, step, steps): ...
 
-    def end(self, run, result):
-        self.ended.append((run.method, run.learning_rate, run.seed))
+    def end(self, kind, run, result, *, known=False):
+        self.ended.append((kind, run.method, known))
 
 
 def record(loss, seconds=10.0):
@@ -47,24 +49,34 @@ def record(loss, seconds=10.0):
     }
 
 
-@pytest.fixture
-def trained(monkeypatch):
+class Trainings(Runner):
     """Trainings whose loss is a function of method, rate and seed; what was asked of them."""
-    asked = []
 
-    def fit(base, overrides, folder, progress):
+    asked: ClassVar[list[tuple[str, float, int, int]]] = []
+
+    def fit(self, folder, progress):
+        overrides = yaml.safe_load((folder / "overrides.yaml").read_text())
         rate, seed = overrides["optimizer"]["init_args"]["lr"], overrides["seed_everything"]
-        asked.append((folder.parent.name, rate, seed, overrides["trainer"]["max_steps"]))
+        self.asked.append((folder.parent.name, rate, seed, overrides["trainer"]["max_steps"]))
         if folder.parent.name == "broken":
             raise RunFailedError("exit status 1: it diverged")
         best = {"a": 1e-2, "b": 1e-3}.get(folder.parent.name, 1e-3)
         return record(abs(rate - best) * 100 + 0.1 * seed, 2.0 * overrides["trainer"]["max_steps"])
 
-    monkeypatch.setattr(compare, "fit", fit)
-    return asked
+    def text_loss(self, folder, ckpt_path, texts, progress):
+        found = {"loss": 2.0, "tokens": 4, "texts": file_digest(texts), "by_text": [[8.0, 4]]}
+        (folder / "text_loss.json").write_text(json.dumps(found))
+        return found
 
 
-def comparison(folder, names=("a", "b"), **given):
+@pytest.fixture
+def trained(monkeypatch):
+    monkeypatch.setattr(Trainings, "asked", [])
+    return Trainings.asked
+
+
+def comparison(folder, names=("a", "b"), others=None, **given):
+    others = others or {}
     config = ComparisonConfig(
         **{
             "methods": {name: {} for name in names},
@@ -77,7 +89,7 @@ def comparison(folder, names=("a", "b"), **given):
         }
     )
     methods = [Method(name, {}, 4, 8) for name in names]
-    return Comparison(config, methods, 100, Display())
+    return Comparison(config, methods, 100, Trainings(folder / "shared.yaml"), Display(), **others)
 
 
 def test_each_method_takes_its_best_rate_for_all_seeds(trained, tmp_path):
@@ -106,7 +118,7 @@ def test_it_goes_on_with_what_is_left(trained, tmp_path):
     later = comparison(tmp_path)
     later.run()
     assert trained[done:] == [("a", 1e-2, 1, 4), ("b", 1e-3, 1, 4)]
-    assert len(later.display.ended) == 8  # what was done is shown too
+    assert [known for *_, known in later.display.ended] == 6 * [True] + 2 * [False]
 
 
 def test_a_failed_run_is_a_row(trained, tmp_path):
@@ -128,7 +140,7 @@ def test_a_run_that_was_killed_is_tried_again(trained, tmp_path, monkeypatch):
         raise RunFailedError("exit status -9: ", killed=True)
 
     with monkeypatch.context() as patched:
-        patched.setattr(compare, "fit", killed)
+        patched.setattr(Trainings, "fit", killed)
         rows = comparison(tmp_path, ("a",)).run()["methods"]["a"]["grid"]
         assert {row["status"] for row in rows} == {"failed"}
     assert comparison(tmp_path, ("a",)).run()["methods"]["a"]["learning_rate"] == 1e-2
@@ -183,6 +195,46 @@ def test_extending_takes_two_rates(tmp_path):
 def test_a_measurement_of_time_that_fails_is_a_row(tmp_path, trained):
     content = comparison(tmp_path, ("broken",), max_steps=None, train_seconds=9.0).run()
     assert content["methods"]["broken"]["grid"][0]["status"] == "failed"
+
+
+def test_general_text_is_added_to_a_comparison_that_is_done(trained, tmp_path):
+    before = comparison(tmp_path).run()
+    done = len(trained)
+    texts = tmp_path / "general_text.jsonl"
+    for content in ("one", "another"):  # other texts are read anew
+        texts.write_text(json.dumps({"text": content}))
+        after = comparison(tmp_path, others={"texts": texts}).run()
+        kept = {run["text_loss"]["texts"] for m in after["methods"].values() for run in m["runs"]}
+        assert kept == {after["base"]["text_loss"]["texts"]} == {file_digest(texts)}
+    assert len(trained) == done
+    assert after["forgetting"]["a"]["text_loss"]["mean"] == 0.0
+    losses = [[run["val_loss"] for run in m["runs"]] for m in after["methods"].values()]
+    assert losses == [[run["val_loss"] for run in m["runs"]] for m in before["methods"].values()]
+
+
+def test_settings_written_in_another_way_are_the_same(trained, tmp_path):
+    """As where a release has added a key, whose default stands in what is written now."""
+
+    def whole(files):
+        texts = [file.read_text() if isinstance(file, Path) else file for file in files[1:]]
+        given = yaml.safe_load("".join(texts))
+        return json.dumps({"new": {"key": 0}, **given}, sort_keys=True)
+
+    comparison(tmp_path, ("a",)).run()
+    done = len(trained)
+    config = ComparisonConfig(
+        methods={"a": {}},
+        learning_rates=[1e-3, 3e-3, 1e-2],
+        seeds=[0, 1],
+        max_steps=4,
+        test=False,
+        folder=str(tmp_path),
+    )
+    runner = Trainings(tmp_path / "shared.yaml", whole)
+    Comparison(config, [Method("a", {"new.key": 0}, 4, 8)], 100, runner, Display()).run()
+    assert len(trained) == done
+    with pytest.raises(ValueError, match="other settings"):
+        Comparison(config, [Method("a", {"new.key": 1}, 4, 8)], 100, runner, Display()).run()
 
 
 @pytest.mark.slow

@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from rosa_lightning.comparison.paired import compare_answers, paired_tests, read_answers
+from rosa_lightning.comparison.paired import (
+    compare_answers,
+    compare_texts,
+    forgetting,
+    paired_tests,
+    read_answers,
+)
 from rosa_lightning.comparison.statistics import mcnemar, paired_bootstrap, paired_t
 
 
@@ -69,6 +75,48 @@ def test_every_method_against_the_reference(rows, tmp_path):
     assert ("C", "val_loss") not in found  # one seed alone has both
     assert found["C", "generate/t"]["seeds"] == [0]
     assert found["A", "generate/t"]["p_holm"] >= found["A", "generate/t"]["p"]
+
+
+def test_texts_count_for_their_tokens_and_once_whatever_the_number_of_seeds():
+    ours, theirs = [[(30.0, 10), (4.0, 2)], [(10.0, 10), (2.0, 2)]], [[(10.0, 10), (6.0, 2)]] * 2
+    found = compare_texts(ours, theirs)
+    expected = paired_bootstrap([2.0, 1.5], [1.0, 3.0], weights=[10, 2])
+    assert found == {"n": 2, **expected._asdict()}
+    assert found["mean"] == pytest.approx((20 + 3 - 10 - 6) / 12)
+
+
+def test_other_texts_are_refused():
+    with pytest.raises(ValueError, match="different texts"):
+        compare_texts([[(30.0, 10)]], [[(30.0, 9)]])
+
+
+def test_what_was_forgotten_of_texts_and_of_tasks_not_trained_on(tmp_path):
+    def result(name, right, losses):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [
+            {"protocol": "generate", "source": task, "task": task, "index": i, "correct": value}
+            for task, values in right.items()
+            for i, value in enumerate(values)
+        ]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (folder / "text_loss.json").write_text(json.dumps({"by_text": losses}))
+        text = {"loss": sum(s for s, _ in losses) / sum(n for _, n in losses)}
+        about = {"seed": 0, "status": "finished", "folder": name}
+        return {**about, "tasks": [], "text_loss": text}
+
+    base = result("base", {"gsm8k": [False] * 4, "svamp": [True, True]}, [(8.0, 4), (3.0, 2)])
+    run = result("A", {"gsm8k": [True] * 4, "svamp": [True, False]}, [(12.0, 4), (3.0, 2)])
+    rows = {"A": {"runs": [run]}, "failed": {"runs": []}}
+    found = forgetting(rows, base, tmp_path, ["gsm8k"])
+    assert found.keys() == {"A"}
+    assert found["A"].keys() == {"text_loss", "untrained/generate"}
+    text, tasks = found["A"]["text_loss"], found["A"]["untrained/generate"]
+    assert (text["base"], text["mean"]) == pytest.approx((11 / 6, 4 / 6))
+    assert (tasks["base"], tasks["mean"], tasks["n"]) == (1.0, -0.5, 2)
+    everything = forgetting(rows, base, tmp_path, [])["A"]["untrained/generate"]
+    assert everything["n"] == 6
+    assert "untrained/generate" not in forgetting(rows, base, tmp_path, ["gsm8k", "svamp"])["A"]
 
 
 def test_answers_are_read(rows, tmp_path):

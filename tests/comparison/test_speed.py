@@ -14,8 +14,7 @@ from rosa_lightning import ReasoningDataModule
 from rosa_lightning.cli.main import main
 from rosa_lightning.cli.names import answer_early
 from rosa_lightning.comparison import speed
-from rosa_lightning.comparison.compare import Method
-from rosa_lightning.comparison.plan import ComparisonConfig
+from rosa_lightning.comparison.plan import ComparisonConfig, Method
 from rosa_lightning.comparison.runner import RunFailedError
 from rosa_lightning.comparison.speed import TakeTurns, measure_speed, speed_ratio, speed_table
 from tests.conftest import rosa_module

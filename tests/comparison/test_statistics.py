@@ -70,6 +70,26 @@ def test_paired_bootstrap():
     assert found.p == pytest.approx(stats.ttest_rel(ours * 1.0, theirs * 1.0).pvalue, abs=0.04)
 
 
+def test_weighted_paired_bootstrap():
+    generator = np.random.default_rng(4)
+    ours, theirs = generator.normal(2.0, 0.3, 60), generator.normal(2.1, 0.3, 60)
+    tokens = generator.integers(1, 200, 60)
+
+    def per_token(difference, weight, axis=-1):
+        return (difference * weight).sum(axis) / weight.sum(axis)
+
+    found = paired_bootstrap(ours, theirs, weights=tokens, resamples=20_000)
+    reference = stats.bootstrap(
+        *((ours - theirs, tokens), per_token),
+        paired=True,
+        method="percentile",
+        n_resamples=20_000,
+        rng=1,
+    ).confidence_interval
+    assert found.mean == pytest.approx(per_token(ours - theirs, tokens))
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.005)
+
+
 def test_paired_bootstrap_of_equal_and_of_clear_answers():
     assert paired_bootstrap([1, 0, 1], [1, 0, 1]).p == 1.0
     assert paired_bootstrap([1.0] * 30, [0.0] * 30, resamples=999) == (1.0, 1.0, 1.0, 0.001)

@@ -3,14 +3,16 @@
 import json
 from itertools import count
 
-from lightning.pytorch import Trainer
+import pytest
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rosa_lightning import DynamicLayerSelection, ReasoningDataModule, RoSAModule, RunRecorder
 from rosa_lightning.inspection import run_record
 
 
-def fit(folder, steps, ckpt_path=None):
+def fit(folder, steps, ckpt_path=None, more=()):
     selection = DynamicLayerSelection(0.5, interval=2)
     trainer = Trainer(
         accelerator="cpu",
@@ -25,6 +27,7 @@ def fit(folder, steps, ckpt_path=None):
             selection,
             ModelCheckpoint(folder, monitor="val/loss", save_last=True),
             RunRecorder(str(folder / "run.json")),
+            *more,
         ],
     )
     module = RoSAModule("tiny")
@@ -46,6 +49,26 @@ def test_what_was_trained_and_for_how_long(tmp_path, monkeypatch):
     assert record["checkpoint"] == trainer.checkpoint_callback.best_model_path
     assert record["train_seconds"] >= 4  # a tick or more for each step
     assert record["peak_mib"] > 0
+
+
+class Raises(Callback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(SIGTERMException(143), "stopped"), (RuntimeError("broken"), "failed")],
+)
+def test_a_run_that_does_not_come_to_its_end_says_so(tmp_path, error, status):
+    with pytest.raises(type(error)):
+        fit(tmp_path, 6, more=[Raises(error)])
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["status"], record["step"]) == (status, 3)
 
 
 def test_a_resumed_run_adds_up(tmp_path):
