@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -38,6 +41,8 @@ from rosa_lightning.utils.tables import text_table
 
 _TOLERANCE = 0.01
 """Share by which a method may miss the budget without a word."""
+_SHOWN = ("enable_model_summary", "enable_progress_bar")
+"""Keys of the trainer that say what is shown."""
 SPEED_ONLY = (
     "Measure time and memory alone, of trainings that take turns; without comparison.methods, of "
     "the configuration beside LoRA."
@@ -94,9 +99,9 @@ def _run(
 ) -> dict[str, Any]:
     """Run what is left of a comparison, in a folder that no other works in."""
     root = Path(comparison.folder).absolute()
-    file, text = root / SHARED, context.shared()
-    write_once(file, text, lambda: context.shared([file]) == text)
-    runner = Runner(file, context.shared)
+    file, whole = root / SHARED, partial(_what_counts, context)
+    write_once(file, context.shared(), lambda: whole([file]) == whole())
+    runner = Runner(file, whole)
     methods = []
     for name in comparison.methods:
         display.say(f"size of {name}")
@@ -124,6 +129,14 @@ def _run(
     return Comparison(
         comparison, methods, steps, runner, display, interval, texts=texts, data=data
     ).run()
+
+
+def _what_counts(context: CommandContext, files: Sequence[Path | str] = ()) -> str:
+    """The configuration of some files, or the one given, without what changes no result."""
+    settings = yaml.safe_load(context.shared(files))
+    for key in _SHOWN:
+        settings["trainer"].pop(key, None)
+    return yaml.safe_dump(settings)
 
 
 def _described(context: CommandContext, root: Path, seed: int) -> dict[str, Any]:
