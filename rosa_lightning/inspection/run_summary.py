@@ -117,6 +117,8 @@ def _plan(
             f"{module.base}: {type(model).__name__}, {model.dtype}".replace("torch.", ""),
         )
         rows += [("method", method), ("parameters", parameters)]
+        remark = getattr(report, "remark", "")
+        rows += [("note", remark)] if remark else []
     if hasattr(trainer.datamodule, "training_summary"):  # type: ignore[attr-defined]
         lines = trainer.datamodule.training_summary()  # type: ignore[attr-defined]
         rows += zip(("data", *[""] * len(lines)), lines, strict=False)

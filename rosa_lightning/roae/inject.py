@@ -56,6 +56,17 @@ class RoAEReport:
             f"({100 * self.num_trainable / self.num_total:.2f} %)"
         )
 
+    @property
+    def remark(self) -> str:
+        """What a norm after the terms does to them, in one line; empty where there is none."""
+        through_norm = (p for p in self.projections if p.is_before_norm)
+        if any(len(p.adapted_pairs) < len(p.table.pairs) for p in through_norm):
+            return (
+                "the norm on Q and K scales the other dimensions with the adapted ones; "
+                "model.roae.placement=state adapts after it, for export as rosa only (docs/roae.md)"
+            )
+        return ""
+
 
 def inject_roae(model: nn.Module, config: RoAEConfig) -> RoAEReport:
     """Freeze a causal language model and wrap its Q and K projections with RoAE, in place.

@@ -46,6 +46,8 @@ class AdaptedProjection:
     """Dotted path of the norm after which the term is added; empty: right after the projection."""
     norm_layout: str = ""
     """Axes of the norm's output, see `RoAENorm`."""
+    is_before_norm: bool = False
+    """A norm follows the term. It divides all dimensions of a head by their common length."""
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -140,7 +142,7 @@ def _rotation(layer: AttentionGeometry, source: StateRows, config: RoAEConfig) -
     dims = layer.table.dims_of(pairs)
     found = {"num_heads": len(source.rows), "table": layer.table, "adapted_pairs": pairs}
     if config.placement == "projection" or not source.norm:
-        return found
+        return {**found, "is_before_norm": bool(source.norm)}
     if source.rows_of(dims) != tuple(head[dim] for head in source.rows for dim in dims):
         raise _no_state(layer, f"{source.norm} orders the heads otherwise than its projection")
     return {**found, "norm": source.norm, "norm_layout": source.norm_layout}

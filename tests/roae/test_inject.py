@@ -211,6 +211,47 @@ def test_placement_state_adds_after_the_norm_on_low_dimensions_alone(family, ids
         assert layer.roae_B.grad.abs().sum() > 0
 
 
+def _first_queries(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    """What comes out of the norm on Q in the first layer, as (..., head_dim)."""
+    seen = []
+    attention = model.model.layers[0].self_attn
+    hook = attention.q_norm.register_forward_hook(lambda norm, args, out: seen.append(out))
+    model(ids_BT)
+    hook.remove()
+    return seen[0].reshape(*seen[0].shape[:2], -1, attention.head_dim)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "olmo2"])
+@torch.no_grad()
+def test_a_norm_after_the_term_scales_the_fast_dimensions_by_one_factor(family, ids_BT):
+    model = build(family)
+    frozen = _first_queries(model, ids_BT)
+    inject_roae(model, RoAEConfig(rank=4, low_freq_ratio=0.25))
+    randomise(model)
+    pairs = frozen.shape[-1] // 2
+    fast = [dim for dim in range(2 * pairs) if dim % pairs < 3 * pairs // 4]
+    factor = (_first_queries(model, ids_BT) / frozen)[..., fast]
+    assert_close(factor, factor[..., :1].expand_as(factor))
+    assert (factor - 1).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "is_said"),
+    [
+        ("qwen3", {}, True),
+        ("gemma3", {"dims": "high"}, True),
+        ("qwen3", {"placement": "state"}, False),
+        ("qwen3", {"low_freq_ratio": 1.0}, False),  # there are no other dimensions
+        ("qwen3", {"targets": ("v", "up")}, False),
+        ("llama", {}, False),
+    ],
+)
+def test_a_report_says_when_a_norm_takes_the_term_to_other_dimensions(family, settings, is_said):
+    report = inject_roae(build(family), RoAEConfig(rank=4, **settings))
+    assert bool(report.remark) is is_said
+    assert "\n" not in f"{report}{report.remark}"
+
+
 def test_placement_state_refuses_to_merge_and_changes_nothing(ids_BT):
     model = build("qwen3")
     inject_roae(model, RoAEConfig(rank=4, placement="state"))
