@@ -258,7 +258,7 @@ class AdaptedModel(LightningModule):
     def _adapted_base(
         self, device: torch.device
     ) -> tuple[PreTrainedModel, BaseFingerprint, RoAEReport | MethodReport]:
-        self._check_adapter()
+        self._check_method()
         # Weights in few bits are packed by the device's own kernels.
         model = load_base(self.base, quantization=self.quantization, device=device, **self.loading)
         found = fingerprint(model, self.base)
@@ -294,11 +294,19 @@ class AdaptedModel(LightningModule):
         method = self.method
         return None if method is _DEFAULT_ROAE else method
 
-    def _check_adapter(self) -> None:
-        """Refuse an adapter of another method before its base is loaded."""
+    def _check_method(self) -> None:
+        """Refuse, before the base is loaded, what cannot be put on it."""
+        method = self.method
         if self.adapter is not None:
             trained, given = read_metadata(Path(self.adapter)).method, self._given_method
             check_same_method(trained, trained if given is None else given)
+            method = trained
+        if self.quantization is not None and isinstance(method, PeftMethod) and method.changes_base:
+            raise ValueError(
+                f"init_lora_weights={method.init_args['init_lora_weights']} changes the base's "
+                f"weights, which model.quantization={self.quantization} holds in few bits. Take "
+                "one of them out."
+            )
 
     def ensure_model(self) -> PreTrainedModel:
         """The adapted model, loaded at first use."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rosa_lightning.adapters.fingerprint import BaseFingerprint, fingerprint
 from rosa_lightning.adapters.peft_method import DROPOUTS, PeftMethod
-from rosa_lightning.models.quantization import num_parameters
+from rosa_lightning.models.quantization import is_quantized, num_parameters
 from rosa_lightning.roae.inject import PEFT_ADAPTER, RoAEReport, inject_roae, is_adapter_key
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.text import one_line
@@ -92,9 +92,9 @@ def apply_method(
     else:
         config = method.config()
         name = type(config).__name__.removesuffix("Config")
-        with _undone_on_error(model, _changes_base(config)):
+        with _undone_on_error(model, method.changes_base):
             model.requires_grad_(False)
-            _inject(model, config, empty=weights is not None)
+            _inject(model, config, fixed=method.changes_base, empty=weights is not None)
             if weights is not None:
                 _load(model, weights)
             _train_in_float32(model, name)
@@ -103,17 +103,17 @@ def apply_method(
     return report
 
 
-def _changes_base(config: PeftConfig) -> bool:
-    """Whether the start changes the base's weights, so that a resumed run must draw it again."""
-    start = getattr(config, "init_lora_weights", True)
-    return isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
+def _inject(model: nn.Module, config: PeftConfig, *, fixed: bool, empty: bool) -> None:
+    """Add the layers.
 
-
-def _inject(model: nn.Module, config: PeftConfig, *, empty: bool) -> None:
-    """Add the layers; ``empty`` leaves weights that are loaded next on the meta device."""
+    Args:
+        model: The base.
+        config: Of PEFT.
+        fixed: Draw the same start each time.
+        empty: Leave weights that are loaded next on the meta device.
+    """
     from peft import inject_adapter_in_model
 
-    fixed = _changes_base(config)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     with torch.random.fork_rng(devices=[], enabled=fixed), warnings.catch_warnings():
         if fixed:
@@ -304,6 +304,11 @@ def as_plain(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         raise ValueError(
             "an adapter on the embedding cannot be merged here, since the head may share its "
             "weights. Export with format peft, and merge with merge_and_unload of PEFT."
+        )
+    if any(is_quantized(base) for base in bases):
+        raise ValueError(
+            "an adapter of PEFT on a quantised base cannot be merged. Set model.quantization to "
+            "null, or export with format peft."
         )
     kept = [(p, p.detach().clone()) for base in bases for p in base.parameters()]
     try:

@@ -60,6 +60,12 @@ class PeftMethod:
         found = _configuration_class(path)
         return cls(_short(found, path), _changed(found, init_args))
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether its start changes the base's weights; a resumed run must draw it again."""
+        start = self.init_args.get("init_lora_weights", True)
+        return isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
+
     def config(self) -> PeftConfig:
         """The configuration that PEFT takes.
 

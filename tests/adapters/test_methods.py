@@ -18,6 +18,7 @@ from rosa_lightning.adapters.methods import (
 from rosa_lightning.adapters.peft_folder import write_peft
 from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.models.loading import load_base
+from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import is_adapter_key
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.training.loss import LossComputer
@@ -260,3 +261,39 @@ def test_one_configuration_has_one_spelling():
     assert PeftMethod.of(given) == PeftMethod.of(
         {"class_path": "peft.LoraConfig", "init_args": init_args}
     )
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "OFT", "MiSS", "IA3"])
+def test_a_method_trains_on_a_quantised_base_as_in_peft(name, tmp_path):
+    pytest.importorskip("torchao")
+    found = []
+    for owner in ("ours", "theirs"):
+        base = load_base("tiny", quantization="int8", device=torch.device("cpu"))
+        torch.manual_seed(0)
+        if owner == "ours":
+            apply_method(base, method(name))
+            model = base
+        else:
+            class_name, init_args = METHODS[name]
+            config = getattr(peft, class_name)(task_type="CAUSAL_LM", **init_args)
+            model = peft.get_peft_model(base, config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        loss = model(**batch()).loss
+        loss.backward()
+        found.append((loss, [parameter.grad for parameter in trained]))
+        if owner == "ours":
+            with pytest.raises(ValueError, match="quantised base cannot be merged"):
+                export_adapter(model, tmp_path / "merged", "merged")
+            export_adapter(model, tmp_path / "out", "peft")
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_start_that_changes_a_quantised_base_is_refused_before_it_is_loaded(monkeypatch):
+    monkeypatch.setattr("rosa_lightning.adapted.load_base", lambda *_, **__: pytest.fail("loaded"))
+    module = RoSAModule("tiny", peft=method("PiSSA"), quantization="int8")
+    with pytest.raises(ValueError, match=r"pissa changes the base's weights, which model\.quant"):
+        module.configure_model()

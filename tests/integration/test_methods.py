@@ -1,5 +1,6 @@
 """Methods of PEFT and full fine-tuning in the engine: trained, resumed, selected, evaluated."""
 
+import re
 from pathlib import Path
 
 import peft
@@ -28,10 +29,13 @@ WAYS = {
     "SHiRA": {"peft": SHIRA},
     "full": {"finetune": "full"},
 }
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of SHiRA
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks",  # of SHiRA
+    "ignore:Model has `tie_word_embeddings=True`",
+)
 
 
-def fit(folder, way, steps, ckpt_path=None):
+def fit(folder, way, steps, ckpt_path=None, **selection):
     """A training with layers selected, and its module."""
     seed_everything(0, verbose=False)
     module = RoSAModule("tiny", **way)
@@ -47,7 +51,7 @@ def fit(folder, way, steps, ckpt_path=None):
         enable_model_summary=False,
         num_sanity_val_steps=0,
         callbacks=[
-            DynamicLayerSelection(0.5, interval=2),
+            DynamicLayerSelection(**{"num_active": 0.5, "interval": 2, **selection}),
             ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=3),
         ],
     )
@@ -93,6 +97,51 @@ def test_selection_freezes_the_layers_of_any_method(tmp_path):
     selection = next(c for c in trainer.callbacks if isinstance(c, DynamicLayerSelection))
     assert len(selection.active) == 2
     assert module.report.num_trainable == 34304
+
+
+OUTSIDE = {
+    **LORA["init_args"],
+    "target_modules": ["q_proj", "embed_tokens"],
+    "modules_to_save": ["input_layernorm"],
+}
+
+
+@pytest.mark.parametrize("way", [{"peft": {**LORA, "init_args": OUTSIDE}}, {"finetune": "full"}])
+@pytest.mark.parametrize("state", ["reset", "free"])
+def test_what_trains_outside_the_layers_goes_on_and_frozen_layers_stand(way, state, tmp_path):
+    """One selection: what it leaves out stays as it was, trained norms too."""
+    module, trainer = fit(tmp_path, way, 3, interval=100, optimizer_state=state)
+    selection = next(c for c in trainer.callbacks if isinstance(c, DynamicLayerSelection))
+    seed_everything(0, verbose=False)
+    start = RoSAModule("tiny", **way)
+    start.configure_model()
+    before, held = dict(start.named_parameters()), trainer.optimizers[0].state
+    assert len(selection.active) == 2
+    kinds = {True: 0, False: 0, None: 0}
+    for name, parameter in module.named_parameters():
+        if not before[name].requires_grad:
+            continue
+        number = re.search(r"\.layers\.(\d+)\.", name)
+        active = None if number is None else int(number[1]) in selection.active
+        kinds[active] += 1
+        moved = not torch.equal(parameter, before[name])
+        assert moved == (active is not False), name
+        assert (parameter in held) == (active is not False), name
+        if active is not False:
+            assert held[parameter]["step"] == 3
+    assert all(kinds.values())
+
+
+def test_a_pattern_narrows_what_is_selected(tmp_path):
+    """`trainable` leaves what it does not match training in every layer."""
+    module, trainer = fit(tmp_path, WAYS["LoRA"], 3, interval=100, trainable="*lora_B*")
+    selection = next(c for c in trainer.callbacks if isinstance(c, DynamicLayerSelection))
+    held = trainer.optimizers[0].state
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            number = int(re.search(r"\.layers\.(\d+)\.", name)[1])
+            trains = "lora_A" in name or number in selection.active
+            assert (parameter in held) == trains, name
 
 
 def test_wrong_arguments_are_found_before_the_base_is_loaded(monkeypatch, capsys):
