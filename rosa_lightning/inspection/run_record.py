@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.inspection.throughput import batch_counts, peak_mib
@@ -135,6 +136,7 @@ class RunRecorder(Callback):
         if not trainer.is_global_zero or self._target is None:
             return
         trainable, total = self._parameters
+        path, _ = best_checkpoint(trainer)
         record = {
             "status": status,
             "step": trainer.global_step,
@@ -143,14 +145,18 @@ class RunRecorder(Callback):
             "total_parameters": total,
             **self.figures(trainer),
             "backward_share": self._selections[0].backward_share if self._selections else 1.0,
-            "checkpoint": _best_checkpoint(trainer),
+            "checkpoint": path and str(Path(path).absolute()),
             "validations": self._validations,
         }
         atomic_write(self._target, json.dumps(record, indent=1).encode())
 
 
-def _best_checkpoint(trainer: Trainer) -> str | None:
-    found: list[Any] = trainer.checkpoint_callbacks
-    checkpoints = sorted(found, key=lambda one: one.monitor != "val/loss")
-    paths = (one.best_model_path or one.last_model_path for one in checkpoints)
-    return next((str(Path(path).absolute()) for path in paths if path), None)
+def best_checkpoint(trainer: Any) -> tuple[str | None, str]:
+    """The best checkpoint by validation loss, or else the last; and what it was chosen by."""
+    found = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    for one in sorted(found, key=lambda one: one.monitor != "val/loss"):
+        if path := one.best_model_path or one.last_model_path:
+            score = one.best_model_score
+            has_score = one.monitor and score is not None
+            return path, f"{one.monitor} {float(score):.4g}" if has_score else ""
+    return None, ""

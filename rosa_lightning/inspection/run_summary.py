@@ -19,7 +19,7 @@ from rich.text import Text
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_num_active
-from rosa_lightning.inspection.run_record import RunRecorder
+from rosa_lightning.inspection.run_record import RunRecorder, best_checkpoint
 from rosa_lightning.utils.files import shown
 
 _POLICIES = {
@@ -185,24 +185,13 @@ def _results(trainer: Any, folder: Path, seconds: float) -> list[tuple[str, str]
     rows = [("done", done), ("run", shown(folder))] if trainer.loggers else [("done", done)]
     path, score = best_checkpoint(trainer)
     if path is not None:
-        rows.append(("best" if score else "checkpoint", shown(path) + score))
+        rows.append(("best" if score else "checkpoint", shown(path) + f" ({score})" * bool(score)))
     for one in trainer.callbacks:
         if isinstance(one, DynamicLayerSelection) and one.num_selections:
             pairs = zip(one.candidate_layers, one.selection_counts, strict=True)
             counts = ", ".join(f"{n} ({count})" for n, count in pairs if count)
             rows.append(("layers", f"selected, of {one.num_selections} times: {counts}"))
     return rows
-
-
-def best_checkpoint(trainer: Any) -> tuple[str | None, str]:
-    """The best checkpoint by validation loss, or else the last; and what it was chosen by."""
-    callbacks = sorted(trainer.checkpoint_callbacks, key=lambda one: one.monitor != "val/loss")
-    for one in callbacks:
-        if path := one.best_model_path or one.last_model_path:
-            score = one.best_model_score
-            has_score = one.monitor and score is not None
-            return path, f" ({one.monitor} {float(score):.4g})" if has_score else ""
-    return None, ""
 
 
 def next_commands(trainer: Any, module: Any, folder: Path) -> list[str]:

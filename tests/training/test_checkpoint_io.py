@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -193,7 +194,7 @@ def test_a_log_folder_that_cannot_be_written_is_one_line(
     assert demonstration(tmp_path, monkeypatch, f"--trainer.logger={logger}") == 1
     error = error_line(capsys)
     assert f"logs cannot be written to {place}/lightning_logs/version_0: Read-only file" in error
-    assert "trainer.logger.init_args.save_dir" in error
+    assert re.search(r"trainer\.(logger\.init_args\.save_dir|default_root_dir)", error)
 
 
 class Fills(Callback):
@@ -224,7 +225,7 @@ def test_a_full_disk_of_the_logs_is_one_line(kind, steps, tmp_path, mount, monke
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     (error,) = [line for line in errors.splitlines() if "error: " in line]
-    assert "the logs cannot be written: [Errno 28] No space left on device" in error
+    assert re.search("cannot be written: .*No space left on device", error)
     assert "trainer.logger.init_args.save_dir" in error
 
 
