@@ -226,7 +226,7 @@ def test_a_full_disk_of_the_logs_is_one_line(kind, steps, tmp_path, mount, monke
     assert "Traceback" not in errors
     (error,) = [line for line in errors.splitlines() if "error: " in line]
     assert re.search("cannot be written: .*No space left on device", error)
-    assert "trainer.logger.init_args.save_dir" in error
+    assert re.search(r"trainer\.(logger\.init_args\.save_dir|default_root_dir)", error)
 
 
 # Words for checkpoints.
