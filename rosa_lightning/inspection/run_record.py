@@ -157,6 +157,7 @@ def best_checkpoint(trainer: Any) -> tuple[str | None, str]:
     for one in sorted(found, key=lambda one: one.monitor != "val/loss"):
         if path := one.best_model_path or one.last_model_path:
             score = one.best_model_score
-            has_score = one.monitor and score is not None
-            return path, f"{one.monitor} {float(score):.4g}" if has_score else ""
+            if one.monitor is None or score is None:
+                return path, ""
+            return path, f"{one.monitor} {float(score):.4g}"
     return None, ""
