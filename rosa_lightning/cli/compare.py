@@ -141,7 +141,7 @@ def _what_counts(context: CommandContext, files: Sequence[Path | str] = ()) -> s
 
 def _described(context: CommandContext, root: Path, seed: int) -> dict[str, Any]:
     """What is said of the data, which stay the same, so it is found once."""
-    path = root / "data.json"
+    path = root / "contamination.json"
     found = read_json(path)
     if not found:
         found = describe_data(context.data, seed)
