@@ -240,7 +240,7 @@ def _sized(module: RoSAModule, name: str, overrides: dict[str, Any], budget: int
         model: Any = load_skeleton(module.base, **module.loading)
         try:
             return apply_method(model, method).num_trainable
-        except NotImplementedError:  # such as SHiRA, which looks at the weights
+        except ValueError:  # such as SHiRA, which looks at the weights; or the error of a user
             no_bar: Any = disable_progress_bar  # of transformers, within ours
             no_bar()
             return apply_method(load_base(module.base, **module.loading), method).num_trainable
