@@ -258,8 +258,11 @@ class ChatStyle(PromptStyle):
         replies = [turn.content for turn in turns if turn.role == "assistant"]
         if not replies:
             return [], False
-        holes = [Turn(t.role, _HOLE if t.role == "assistant" else t.content) for t in turns]
-        first, *parts = self._around(holes)[0].split(_HOLE)
+        hole = _HOLE
+        while any(hole in turn.content for turn in turns):
+            hole += _HOLE
+        holes = [Turn(t.role, hole if t.role == "assistant" else t.content) for t in turns]
+        first, *parts = self._around(holes)[0].split(hole)
         if len(parts) != len(replies) or not before.startswith(first):
             return [], True
         ending = self._ending.text + self._ending.token

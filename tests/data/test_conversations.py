@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example as given_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
@@ -103,6 +104,7 @@ MULTI_TURN = [name for name in SHAPES if name != "falcon"]  # which ends no turn
 @pytest.mark.parametrize("name", MULTI_TURN)
 @settings(max_examples=15)
 @given(turns=conversations(roles=("user",)))
+@given_example(turns=[Turn(role, "\U000f0002") for role in ("user", "assistant") * 3])
 def test_loss_is_on_the_replies_and_what_ends_them_in_every_template(name, turns):
     shape, encode = SHAPES[name], encoder(name)
     (made,) = encode([as_record(turns)])
@@ -372,6 +374,7 @@ def test_text_on_disk_is_split_as_in_memory_and_resumes(tmp_path, cache):
         assert list(first) == list(second)
     train, val = memory._set.train[0], memory._set.val[0]
     assert len(train) > 50
+    assert len(val) > 3
     assert not {e.record.output for e in train} & {e.record.output for e in val}
     batches = [batch["input_ids"].tolist() for batch in memory.train_dataloader()]
     again = disk.train_dataloader()
