@@ -26,7 +26,7 @@ from rosa_lightning.data.collators import num_rows
 from rosa_lightning.data.text_info import TextInfo
 from rosa_lightning.evaluation.checks import check_lengths, check_test_prompts
 from rosa_lightning.evaluation.evaluator import Evaluation, EvaluationConfig, predictions
-from rosa_lightning.evaluation.generation import generate
+from rosa_lightning.evaluation.generation import Sampling, generate
 from rosa_lightning.models.finite import check_states, check_weights
 from rosa_lightning.models.loading import context_length, whole_name
 from rosa_lightning.models.quantization import check_trainable
@@ -308,10 +308,15 @@ class RoSAModule(AdaptedModel):
         self._text = self.text_info()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Write an answer to each prompt, greedily; records as `predictions` gives them."""
-        tokenizer, stop_ids = self._text.tokenizer or self.tokenizer, self._text.stop_ids
+        """Write an answer to each prompt; records as `predictions` gives them."""
+        config = self.evaluation
         texts = generate(
-            self.ensure_model(), tokenizer, batch, self.evaluation.max_new_tokens, stop_ids=stop_ids
+            self.ensure_model(),
+            self._text.tokenizer or self.tokenizer,
+            batch,
+            config.max_new_tokens,
+            sampling=Sampling(config.temperature, config.top_p),
+            stop_ids=self._text.stop_ids,
         )
         return predictions(batch, texts, self._text.tasks)
 

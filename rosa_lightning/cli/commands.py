@@ -1,4 +1,4 @@
-"""The commands that are no training: ``audit``, ``export``, ``inspect``, ``report``."""
+"""Commands that are no training: ``audit``, ``export``, ``inspect``, ``report``."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ def export(
     """
     module = context.module
     check_options(format, max_shard_size=max_shard_size, dequantize=dequantize)
-    _check_base(module)
+    check_base(module)
     if ckpt_path is None and module.adapter is None:
         raise ValueError("no adapter is given. Set ckpt_path to a checkpoint, or model.adapter.")
     if Path(output).exists():  # before the base is loaded, which may take minutes
         raise ValueError(f"output={output} exists already. Give a new folder, or remove it first.")
-    model = _loaded(module, ckpt_path).eval()
+    model = loaded_model(module, ckpt_path).eval()
     tokenizer = _own_tokenizer(context) if format == "merged" else None
     report = export_adapter(
         model,
@@ -114,7 +114,7 @@ def export(
     sys.stdout.write(f"{report}\n")
 
 
-def _loaded(module: RoSAModule, ckpt_path: str | None) -> Any:
+def loaded_model(module: RoSAModule, ckpt_path: str | None) -> Any:
     """The adapted model, with the weights of a checkpoint."""
     module.configure_model()
     if ckpt_path is not None:
@@ -168,7 +168,7 @@ def inspect(
     """
     console = Console()
     module, data = context.module, context.data
-    _check_base(module)
+    check_base(module)
     length = data.max_length - 1 if response_length is None else response_length
     rows = data.longest_rows
     check_batch(rows, data.max_length, length)
@@ -328,7 +328,8 @@ def report(context: CommandContext, run: str, *, output: str | None = None) -> N
     sys.stdout.write(f"{write_report(run, output=output)}\n")
 
 
-def _check_base(module: RoSAModule) -> None:
+def check_base(module: RoSAModule) -> None:
+    """Refuse a configuration that names no base."""
     if not module.base:
         raise ValueError(NO_BASE)
 
@@ -379,7 +380,7 @@ def _draw_activations(
     context: CommandContext, ckpt_path: str | None, png: Path, num_batches: int
 ) -> str:
     """Draw the rotated states of some training texts; says where the pictures are."""
-    model, data = _loaded(context.module, ckpt_path), context.data
+    model, data = loaded_model(context.module, ckpt_path), context.data
     if data.tokenizer is None:
         data.tokenizer = context.module.tokenizer
     data.num_embeddings = context.module.num_embeddings

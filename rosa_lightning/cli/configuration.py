@@ -40,6 +40,10 @@ _OF_A_STEP = (
     *("data.batch_size", "data.loading.tokens_per_batch"),
 )
 VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
+    "chat": (
+        *(f"model.{name}" for name in _OF_A_BASE),
+        *("model.evaluation.max_new_tokens", "data.tokenizer", "trainer.accelerator"),
+    ),
     "export": tuple(f"model.{name}" for name in _OF_A_BASE),
     "inspect": (
         *(f"model.{name}" for name in _OF_A_BASE),

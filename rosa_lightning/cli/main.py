@@ -41,6 +41,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rosa_lightning.adapters.checkpoint import checkpoint_defaults
 from rosa_lightning.adapters.metadata import contradictions
+from rosa_lightning.cli.chat import chat
 from rosa_lightning.cli.commands import (
     NO_BASE,
     CommandContext,
@@ -81,7 +82,14 @@ from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.checkpoint_io import check_outputs
 from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration
 
-_TOOLS: tuple[Callable[..., None], ...] = (export, inspect, audit, compare, report)
+_TOOLS: tuple[Callable[..., None], ...] = (
+    chat,
+    export,
+    inspect,
+    audit,
+    compare,
+    report,
+)
 TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
 _OF_COMPARE = ("runs", "speed_only")
 """Arguments that are written without a value, or without their name."""

@@ -25,6 +25,7 @@ COMMANDS = {
     "validate": "Loss and accuracy on the validation split.",
     "test": "Write answers to the test sources and score them.",
     "predict": "Write answers to the predict sources into predictions.jsonl.",
+    "chat": "Talk to a base or a trained adapter.",
     "export": "Write a trained adapter for PEFT and servers, or merged into its base.",
     "inspect": "Show what RoAE adapts and the memory it takes, without loading weights.",
     "audit": "Look at the training data: lengths, duplicates, contamination.",

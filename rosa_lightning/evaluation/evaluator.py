@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rosa_lightning.data.text_info import TextInfo
-from rosa_lightning.evaluation.generation import generate
+from rosa_lightning.evaluation.generation import Sampling, generate
 from rosa_lightning.evaluation.likelihood import log_likelihoods
 from rosa_lightning.evaluation.metrics import TaskCounts
 from rosa_lightning.evaluation.results import Score, averages, scores_of
@@ -44,6 +44,11 @@ class EvaluationConfig:
     """Longest answer written by ``test`` and ``predict``, in tokens."""
     num_beams: int = 1
     """Beams of ``generate``; 1 is greedy."""
+    temperature: float = 0.0
+    """Of ``predict``: divides the logits before tokens are drawn; 0 takes the likeliest token, as
+    ``test`` always does."""
+    top_p: float = 1.0
+    """Of ``predict``: tokens are drawn from the likeliest that hold this probability together."""
     rules: Rules = "strict"
     """How ``generate`` reads texts: ``strict``, the last stated answer, or ``paper``, as
     LLM-Adapters does, so that numbers compare with those of papers."""
@@ -64,6 +69,7 @@ class EvaluationConfig:
                     f"{name}={value} is not a whole number of at least 1. Set "
                     f"model.evaluation.{name}; {usual}."
                 )
+        Sampling(self.temperature, self.top_p)  # which checks them
         if self.rules not in get_args(Rules):
             raise ValueError(
                 f"rules={self.rules!r}; there are {' and '.join(get_args(Rules))}. Set "

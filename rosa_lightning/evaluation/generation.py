@@ -1,8 +1,9 @@
-"""Texts that a model writes, by the `generate` of transformers: greedy or by beam search."""
+"""Texts that a model writes, by the `generate` of transformers: greedy, by beams or drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +15,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float = 0.0
+    """Divides the logits; 0 draws nothing and takes the likeliest token."""
+    top_p: float = 1.0
+    """Tokens are drawn from the likeliest ones that hold this probability together, above 0."""
+
+    def __post_init__(self) -> None:
+        for name, is_right, expected in (
+            ("temperature", self.temperature >= 0, "at least 0; 0 draws nothing"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1; 1 leaves no token out"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name}={getattr(self, name)} is not {expected}.")
+
+    def settings(self) -> dict[str, Any]:
+        """As `GenerationConfig` takes it."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "top_k": 0, **vars(self)}
+
+
+GREEDY = Sampling()
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -21,8 +49,10 @@ def generate(
     max_new_tokens: int,
     *,
     num_beams: int = 1,
+    sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
+    streamer: Any = None,
 ) -> list[str]:
     """Continuations of left-padded prompts, without special tokens.
 
@@ -35,8 +65,10 @@ def generate(
         batch: ``input_ids`` and ``attention_mask``, shape (B, T).
         max_new_tokens: Longest continuation, in tokens.
         num_beams: Beams of the search; 1 is greedy.
+        sampling: Temperature and top-p of drawn tokens.
         stop: Texts that are not part of a continuation, nor is what follows them.
         stop_ids: Tokens that end a continuation, besides those of tokenizer and model.
+        streamer: Of `transformers`; takes the tokens of a single row as they come.
     """
     from transformers import GenerationConfig
 
@@ -44,7 +76,7 @@ def generate(
     ids_of = (list(stop_ids), tokenizer.eos_token_id, own.eos_token_id)
     ends = [one for ids in ids_of for one in (ids if isinstance(ids, list) else [ids])]
     config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
+        **sampling.settings(),
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
         pad_token_id=padding_id(tokenizer, num_embeddings(model)),
@@ -67,6 +99,7 @@ def generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             stopping_criteria=[has_stopped] if stop else [],
+            streamer=streamer,
         )
     finally:
         model.generation_config = own

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
 
-from rosa_lightning.evaluation.generation import generate
+from rosa_lightning.evaluation.generation import Sampling, generate
 from rosa_lightning.models.loading import load_base, load_tokenizer
 
 
@@ -41,6 +43,25 @@ def test_the_bases_own_generation_settings_do_not_change_the_answer(base):
     plain = generate(model, tokenizer, batch, max_new_tokens=6)
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0)
     assert generate(model, tokenizer, batch, max_new_tokens=6) == plain
+
+
+def test_drawn_tokens_are_those_of_the_nucleus_as_often_as_their_probability(base):
+    model, tokenizer = base
+    rows = 4000
+    batch = prompts_of(tokenizer, ["Say 1."])
+    probabilities = (model(**batch).logits[0, -1] / 1.5).softmax(-1)
+    ordered, order = probabilities.sort(descending=True)
+    kept = order[: int((ordered.cumsum(0) < 0.6).sum()) + 1]
+    many = {name: ids.repeat(rows, 1) for name, ids in batch.items()}
+    torch.manual_seed(0)
+    drawn = generate(model, tokenizer, many, 1, sampling=Sampling(1.5, 0.6))
+    share = probabilities[kept] / probabilities[kept].sum()
+    expected: dict[str, float] = defaultdict(float)
+    for token, one in zip(kept.tolist(), share.tolist(), strict=True):
+        expected[tokenizer.decode(token, skip_special_tokens=True)] += one
+    assert {*drawn} <= {*expected}
+    for text, one in expected.items():
+        assert drawn.count(text) / rows == pytest.approx(one, abs=4 * (one / rows) ** 0.5 + 1e-3)
 
 
 def test_beams_find_no_less_likely_text_than_greedy_search(base):

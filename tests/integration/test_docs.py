@@ -8,6 +8,7 @@ benchmark only the files and options are checked.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -39,6 +40,7 @@ SMALL = {
     "validate": f"{CPU} {ONE_BATCH}",
     "test": f"{CPU} --trainer.limit_test_batches=1 --model.evaluation.max_new_tokens=4",
     "predict": f"{CPU} --trainer.limit_predict_batches=1 --model.evaluation.max_new_tokens=4",
+    "chat": "--model.evaluation.max_new_tokens=4",
     "inspect": "--data.batch_size=2 --data.max_length=64",
 }
 """What keeps a command short."""
@@ -101,7 +103,9 @@ def run(words: Words, needs: str = "") -> None:
         shutil.rmtree("lightning_logs", ignore_errors=True)
     if "--output" in words:
         shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
-    assert main([*words, *short]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO("Hello\n"))  # what chat reads
+        assert main([*words, *short]) == 0
 
 
 def run_shell(text: str, needs: str, page: Path) -> None:
