@@ -56,7 +56,8 @@ def sample_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
         lines = (tiny.folder() / "demo_test.jsonl").read_text().splitlines()[:40]
         text = " ".join(json.loads(line)["instruction"] for line in lines)
         size = _ROWS * _TOKENS
-        ids = torch.tensor(tokenizer(text, truncation=True, max_length=size)["input_ids"])
+        # Not with `truncation`, which a fast tokenizer would keep, and save with the model.
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:size])
         if len(ids) == size and ids.max() < vocabulary:
             return ids.view(_ROWS, _TOKENS)
     generator = torch.Generator().manual_seed(0)

@@ -126,7 +126,7 @@ def test_a_merged_model_has_its_base_s_own_tokenizer(base_folder, tmp_path, caps
         Path("base", name).unlink()
     status, printed, _ = run(capsys, "export", *merge, "--output", "bare")
     assert status == 0
-    assert "; without a tokenizer, as the base has none" in printed
+    assert "\nwithout a tokenizer, as the base has none" in printed
     assert not list(Path("bare").glob("*token*"))
 
 
@@ -145,7 +145,7 @@ def test_an_exported_adapter_goes_on_in_every_command(
     _, by_checkpoint, _ = run(capsys, "inspect", *checkpoint)
     _, by_adapter, _ = run(capsys, "inspect", "--model.adapter", "out")
     assert by_adapter == by_checkpoint
-    assert "4 of 8 pairs" in by_adapter
+    assert "4 of 8 RoPE pairs" in by_adapter
 
     again = ["--model.adapter", "out", "--format", "merged", "--output", "merged"]
     assert run(capsys, "export", *again)[0] == 0
@@ -285,7 +285,7 @@ def test_a_configuration_from_a_pipe_is_read(trained, capsys):
     writer.join()
     assert status == 0
     assert "Batch of 3 x" in printed
-    assert "4 of 8 pairs" in printed
+    assert "4 of 8 RoPE pairs" in printed
 
 
 def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
@@ -295,7 +295,7 @@ def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
     step += ["--trainer.accelerator", "cpu", "--model.speed.microbatch_tokens", "16"]
     status, printed, _ = run(capsys, "inspect", "--model.base", "shell", *step)
     assert status == 0
-    for expected in ("self_attn.q_proj", "2 of 8 pairs", "in parts of 1 row\n", "peak"):
+    for expected in ("self_attn.q_proj", "2 of 8 RoPE pairs", "in parts of 1 row\n", "peak"):
         assert expected in printed
 
 
