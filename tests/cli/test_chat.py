@@ -74,6 +74,20 @@ def test_a_long_conversation_loses_its_start(monkeypatch, caplog):
     assert tokenizer.decode(asked[-1]).startswith("<user>")
 
 
+def test_prompt_and_answer_fit_what_the_base_reads(said, monkeypatch):
+    seen = []
+
+    def answers(model, tokenizer, batch, longest, **options):
+        seen.append((batch["input_ids"].shape[1], longest, model.config.max_position_embeddings))
+        return ["so"]
+
+    monkeypatch.setattr(chat, "generate", answers)
+    said(["many words " * 3000], "--prompt_style=plain", "--model.evaluation.max_new_tokens=40")
+    [(asked, longest, size)] = seen
+    assert longest == 40
+    assert asked + longest == size
+
+
 def test_greedy_answers_are_those_of_transformers(said):
     status, written, _ = said(
         ["How many has Ada?", "Hello", "/new", "How many has Ada?", "/exit", "not read"],
