@@ -91,7 +91,7 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
     kept = [(layer.roae_B, layer.roae_B.detach().clone()) for _, layer in roae_layers(model)]
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "enable_adapters")]
     layers = [one for one in layers if hasattr(one, "base_layer")]  # of PEFT
-    trained = [p for p in model.parameters() if p.requires_grad]
+    flags = [(p, p.requires_grad) for p in model.parameters()]  # which PEFT changes
     try:
         for weight, _ in kept:
             weight.data.zero_()
@@ -103,8 +103,8 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
             weight.data.copy_(values)
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -115,7 +115,8 @@ def _inject(model: nn.Module, config: PeftConfig, *, fixed: bool, empty: bool) -
     from peft import inject_adapter_in_model
 
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    with torch.random.fork_rng(devices=[], enabled=fixed), warnings.catch_warnings():
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices, enabled=fixed), warnings.catch_warnings():
         if fixed:
             torch.manual_seed(0)
         # It asks transformers for an attribute by its older name.

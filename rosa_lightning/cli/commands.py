@@ -228,8 +228,8 @@ def audit(
     data = context.data
     if data.tokenizer is None and context.module.base:
         data.tokenizer = context.module.tokenizer
-    lengths, console = None, Console()
-    sources = {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.sources}
+    lengths, console, choice = None, Console(), data.loading.choice_seed(data.seed)
+    sources = {s.label: load_records(s, "audit", data.tasks, choice) for s in data.sources}
     if data.tokenizer is not None:
         encoder = data.encoder()
         lengths = partial(token_lengths, encoder=encoder)
@@ -240,7 +240,7 @@ def audit(
         raise ValueError("show needs a tokenizer. Set model.base or data.tokenizer.")
     found = audit_records(
         sources,
-        {s.label: load_records(s, "audit", data.tasks, data.seed) for s in data.test_sources},
+        {s.label: load_records(s, "audit", data.tasks, choice) for s in data.test_sources},
         lengths,
         max_length=data.max_length,
         decontaminate=data.loading.decontaminate,

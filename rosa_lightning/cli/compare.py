@@ -119,7 +119,9 @@ def _run(
             "the runs have no end. Set comparison.max_steps, comparison.train_seconds or "
             "trainer.max_steps."
         )
-    interval = _validation_interval(context, comparison.max_steps or steps)
+    interval = _validation_interval(
+        context, 0 if comparison.train_seconds else comparison.max_steps or steps
+    )
     texts = None
     if comparison.general_text is not None:
         texts = root / "general_text.jsonl"
@@ -183,7 +185,7 @@ def _plain(value: Any) -> Any:
 
 def _validation_interval(context: CommandContext, steps: int) -> int:
     """Optimizer steps between validations; ValueError where the last step has none."""
-    every, accumulated = context.trainer["val_check_interval"], 1
+    every = context.trainer["val_check_interval"]
     accumulated = context.trainer.get("accumulate_grad_batches") or 1
     if not isinstance(every, int) or every % accumulated:
         raise ValueError(

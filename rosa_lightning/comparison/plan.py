@@ -12,6 +12,20 @@ from typing import Any
 _OF_A_METHOD = {"learning_rates", "seeds"}
 """Keys of the comparison that a method may have of its own."""
 
+_SHARED = {
+    "optimizer.init_args.lr": "comparison.learning_rates",
+    "seed_everything": "comparison.seeds",
+    "data.seed": "comparison.seeds",
+    "data.loading.split_seed": "comparison.split_seed",
+    "trainer.max_steps": "comparison.max_steps",
+    "trainer.max_epochs": "comparison.max_steps",
+    "trainer.accumulate_grad_batches": "it for all methods",
+    "trainer.callbacks": "them for all methods",
+    "trainer.logger": "none: each run has its own",
+    "trainer.val_check_interval": "it for all methods",
+}
+"""Keys that no method has of its own, and what to set in their place."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
@@ -81,7 +95,11 @@ class ComparisonConfig:
     def _check_lists(self) -> None:
         lists = [("learning_rates", self.learning_rates), ("seeds", self.seeds)]
         for method, given in self.methods.items():
-            own = set(nested(given).get("comparison", {}))
+            overrides = nested(given)
+            for key, instead in _SHARED.items():
+                if _holds(overrides, key):
+                    raise ValueError(f"the method {method} sets {key}. Set {instead}.")
+            own = set(overrides.get("comparison", {}))
             if own - _OF_A_METHOD:
                 raise ValueError(
                     f"the method {method} sets comparison.{min(own - _OF_A_METHOD)}. Of the "
@@ -113,6 +131,14 @@ class ComparisonConfig:
         found = nested(self.methods[method])
         found.pop("comparison", None)
         return found
+
+
+def _holds(settings: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(settings, Mapping) or name not in settings:
+            return False
+        settings = settings[name]
+    return True
 
 
 @dataclass(frozen=True)

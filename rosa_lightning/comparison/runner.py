@@ -154,7 +154,12 @@ class Runner:
                     time.sleep(_POLL_SECONDS)
         if process.returncode:
             reason = failure_reason(log, start, process.returncode)
-            raise RunFailedError(reason, killed=process.returncode < 0)
+            raise RunFailedError(reason, killed=_by_signal(process.returncode))
+
+
+def _by_signal(status: int) -> bool:
+    """Whether a signal ended a process, or was answered as this package's commands do."""
+    return status < 0 or status > 128
 
 
 def _of(ckpt_path: str | None) -> list[str]:

@@ -164,8 +164,12 @@ class ReasoningDataModule(LightningDataModule):
 
     def contaminated_records(self) -> tuple[list[Record], list[str]]:
         """The test records whose question was trained on, and the sources that were compared."""
-        trainings = self._trained_on or [training_of(self.sources, self.seed, self._set.left_out)]
+        trainings = self._trained_on or [self._training()]
         return trained_questions(trainings, [e.record for e in self.test_examples], self.tasks)
+
+    def _training(self) -> dict[str, Any]:
+        choice = self.loading.choice_seed(self.seed)
+        return training_of(self.sources, choice, self._set.left_out)
 
     def prepare_data(self) -> None:
         """Fetches hub data sets once a node, so that the ranks find them in the cache."""
@@ -233,9 +237,10 @@ class ReasoningDataModule(LightningDataModule):
     def _settings_to_read(self) -> dict[str, Any]:
         """The settings that decide what is read, as they are now; lists may change in place."""
         names = (*SETTINGS.values(), "tasks", "max_length", "prompt_style", "seed", "val_fraction")
-        loading = replace(self.loading, num_workers=0, val_generate=0)
+        loading = ("overlong", "cache_dir", "decontaminate", "loss_turns", "split_seed")
         found = {name: copy(getattr(self, name)) for name in names}
-        return {**found, "loading": loading, "tokenizer": self._given_tokenizer()}
+        found |= {name: getattr(self.loading, name) for name in loading}
+        return {**found, "tokenizer": self._given_tokenizer()}
 
     def _read_prompts(self, purpose: Purpose) -> None:
         key, sources = f"data.{SETTINGS[purpose]}", getattr(self, SETTINGS[purpose])
@@ -269,7 +274,7 @@ class ReasoningDataModule(LightningDataModule):
             )
         if self._counter.names != self.source_names:
             self._counter = SampleCounter(self.source_names)
-        self._trained_on = [training_of(self.sources, self.seed, self._set.left_out)]
+        self._trained_on = [self._training()]
         self._set.warn_of_unused(self.source_names, self._shares(), self.loading.stop)
 
     def encoder(self, with_response: bool = True) -> Encoder:
@@ -436,7 +441,7 @@ class ReasoningDataModule(LightningDataModule):
             )
 
     def _order_settings(self) -> dict[str, Any]:
-        loading = ("temperature", "stop", "tokens_per_batch")
+        loading = ("temperature", "stop", "tokens_per_batch", "split_seed")
         return {
             "sources": dict(zip(self.source_names, self._set.sizes, strict=False)),
             "weights": [source.weight for source in self.sources],

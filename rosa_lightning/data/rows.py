@@ -233,13 +233,13 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _all_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Lines with their line breaks, and where they stand."""
-    size = 0
+    size, most = 0, _most(path)
     with _opened(path) as file:
         for number, content in enumerate(read_lines(file, path), start=1):
             size += len(content)
-            if size > _most(path):
+            if size > most:
                 raise ValueError(
-                    f"{path} decompresses to more than {_most(path):,} bytes. Write it in parts."
+                    f"{path} decompresses to more than {most:,} bytes. Write it in parts."
                 )
             where = f"{path}, line {number}"
             yield where, _decoded(where, content)
@@ -255,7 +255,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 def _csv(path: Path) -> Iterator[Any]:
     """Rows of a CSV file with a header; all values are text."""
-    csv.field_size_limit(LINE_BYTES)
+    limit = csv.field_size_limit(LINE_BYTES)  # of the whole process
     reader = csv.DictReader((line for _, line in _all_lines(path)), strict=True)
     try:
         names = reader.fieldnames or []
@@ -276,6 +276,8 @@ def _csv(path: Path) -> Iterator[Any]:
             f"{path}, line {reader.reader.line_num} is not CSV: {one_line(error)}. Write it "
             "again, or as .jsonl."
         ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _document(path: Path) -> Iterator[Any]:

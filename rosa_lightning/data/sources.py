@@ -203,7 +203,7 @@ def _check_fields(source: Source, tasks: Mapping[str, Task]) -> None:
 def _check_columns(source: Source, tasks: Mapping[str, Task]) -> None:
     if source.columns is None:
         return
-    task = tasks.get(find_task(source.task or source.label, tasks) or "")
+    task = tasks.get(source.benchmark)
     known = [*FIELDS, *(task.fields if task else ())]
     example = "such as columns: {prompt: question, response: answer}"
     if not isinstance(source.columns, Mapping) or not source.columns:

@@ -100,8 +100,10 @@ def tokenize(records: Records, encoder: Encoder, cache: Path | None) -> Examples
     if cache is None or about is None:
         path = temporary_folder() / "tokens.arrow" if records.on_disk else None
         return Examples(records, encoder, _table(records, encoder, path))
-    chosen = hashlib.blake2b(records.positions.tobytes(), digest_size=8).hexdigest()
-    content = f"{records.content} {chosen if records.on_disk else ''} {about}"
+    chosen = ""
+    if records.on_disk:
+        chosen = hashlib.blake2b(records.positions.tobytes(), digest_size=8).hexdigest()
+    content = f"{records.content} {chosen} {about}"
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     count = None if is_text else len(records)
     path = cache / f"tokens-{digest}.arrow"

@@ -11,8 +11,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rosa_lightning.data.collators import num_rows
 from rosa_lightning.dls.callback import DynamicLayerSelection
-from rosa_lightning.inspection.throughput import batch_counts, peak_mib
+from rosa_lightning.inspection.throughput import peak_mib
 from rosa_lightning.models.quantization import num_parameters
 from rosa_lightning.utils.files import atomic_write
 
@@ -86,7 +87,7 @@ class RunRecorder(Callback):
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now
-        self._examples += int(batch_counts(batch)["examples"]) * trainer.world_size
+        self._examples += num_rows(batch) * trainer.world_size
         if now - self._written >= _SECONDS:
             self._write(trainer, "running")
 

@@ -168,9 +168,10 @@ def _layers(selection: DynamicLayerSelection, module: LightningModule) -> str:
     which = "some" if free else str(count)
     budget = selection.backward_budget
     limit = f", within {100 * budget:.3g} % of the backward pass" if budget < 1 else ""
+    how = _POLICIES.get(selection.policy, f"by the policy {selection.policy}")
     return (
         f"{which} of {found[0].num_layers} train at a time (DLS), chosen every "
-        f"{selection.interval} steps {_POLICIES[selection.policy]}{limit}"
+        f"{selection.interval} steps {how}{limit}"
     )
 
 

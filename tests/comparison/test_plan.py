@@ -69,6 +69,11 @@ def test_the_rank_comes_closest_to_the_budget(budget, step, fixed):
         ({"reference": "C"}, "none of the methods: A, B"),
         ({"methods": {"A": {"comparison.test": False}}}, "A sets comparison.test.*learning_rates"),
         ({"methods": {"A": {"comparison.seeds": []}}}, "seeds of A="),
+        ({"methods": {"A": {"optimizer": {"init_args": {"lr": 1.0}}}}}, "learning_rates"),
+        (
+            {"methods": {"A": {"trainer.val_check_interval": 7}}},
+            "A sets trainer.val_check_interval",
+        ),
         ({"learning_rates": []}, "learning_rates"),
         ({"seeds": [1, 1]}, "seeds"),
         ({"max_steps": 3, "train_seconds": 4.0}, "Leave one of them out"),

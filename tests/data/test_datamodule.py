@@ -229,6 +229,18 @@ def test_contaminated_questions_are_those_that_were_trained_on(folder, decontami
     assert left == ([] if decontaminate else [1, 2, 3, 4])
 
 
+def test_contamination_looks_at_the_records_that_were_drawn_for_the_training(folder):
+    drawn = {"path": str(folder / "a.jsonl"), "max_examples": 5}
+    tested = [{"path": str(folder / "a.jsonl"), "task": "svamp"}]
+    settings = {"sources": [drawn], "test_sources": tested, "decontaminate": False}
+    module = data(folder, tokenizer=TOKENIZER, val_fraction=0.0, split_seed=11, **settings)
+    module.setup("test")
+    module.setup("fit")
+    trained = {example.record.index for source in module._set.train for example in source}
+    assert len(trained) == 5
+    assert {record.index for record in module.contaminated_records()[0]} == trained
+
+
 def test_a_test_source_out_of_reach_is_warned_of_and_the_others_are_compared(folder, monkeypatch):
     module = contaminated(folder)
     module.test_sources.insert(0, Source(hub="a/b"))
