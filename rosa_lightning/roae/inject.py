@@ -50,8 +50,12 @@ class RoAEReport:
         """One line for people."""
         first = next((p for p in self.projections if p.adapted_pairs), None)
         dims = f", {len(first.dims)} of {first.table.head_dim} dimensions a head" if first else ""
+        layers = ""
+        if self.config.layer_ratio < 1:
+            layers = f" of the last {len({p.layer for p in self.projections})} layers"
         return (
-            f"RoAE on {len(self.projections)} projections{dims}; {self.num_trainable:,} trainable "
+            f"RoAE on {len(self.projections)} projections{layers}{dims}; "
+            f"{self.num_trainable:,} trainable "
             f"of {self.num_total:,} parameters "
             f"({100 * self.num_trainable / self.num_total:.2f} %)"
         )

@@ -60,6 +60,9 @@ class RoAEConfig:
     targets: tuple[Target, ...] = ("q", "k")
     """Which projections take the term. Only q and k hold rotated dimensions; on the others every
     row takes it, which is LoRA. Layers without RoPE are not adapted."""
+    layer_ratio: float = 1.0
+    """Share of the layers that is adapted, the last first, in (0, 1]. The backward pass ends at the
+    first adapted layer, so 0.5 saves about half of it."""
     dropout: float = 0.0
     """Dropout probability on the term's input while training, in [0, 1)."""
     dims: Dims = "low"
@@ -86,6 +89,8 @@ class RoAEConfig:
             yield "rank", f"is not a whole number of at least 1 and below {2**31}; 16 is usual"
         if not (_is_number(self.low_freq_ratio) and 0 < self.low_freq_ratio <= 1):
             yield "low_freq_ratio", "is outside (0, 1]; 0.25 keeps the slowest quarter of the pairs"
+        if not (_is_number(self.layer_ratio) and 0 < self.layer_ratio <= 1):
+            yield "layer_ratio", "is outside (0, 1]; 0.5 adapts the upper half of the layers"
         if not (_is_number(self.alpha) and self.alpha > 0):
             yield "alpha", "is not above 0; twice the rank is usual"
         limits = torch.finfo(torch.float32)  # in which the term is computed

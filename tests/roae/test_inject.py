@@ -341,6 +341,19 @@ def test_random_dimensions_are_one_draw_for_each_layer_and_seed():
     assert all(len(one) == 8 for one in first)
 
 
+@pytest.mark.parametrize(("ratio", "adapted"), [(1.0, 4), (0.5, 2), (0.3, 1), (0.01, 1)])
+def test_a_share_of_the_layers_is_adapted_from_the_last_on(ratio, adapted, ids_BT):
+    model = build("llama", num_hidden_layers=4)
+    layers, expected = model.model.layers, [False] * (4 - adapted) + [True] * adapted
+    report = inject_roae(model, RoAEConfig(rank=2, layer_ratio=ratio, targets=("q", "v", "down")))
+    of_layers = [{n for n, _ in roae_layers(layer)} for layer in layers]
+    assert list(map(bool, of_layers)) == expected
+    assert report.num_trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert ("of the last" in str(report)) == (ratio < 1)
+    states = model(ids_BT, output_hidden_states=True).hidden_states
+    assert [state.requires_grad for state in states[1:]] == expected  # no backward below
+
+
 def test_the_slowest_pairs_of_a_half_precision_model_are_told_apart():
     model = build(
         "llama", torch.bfloat16, rope_parameters={"rope_type": "default", "rope_theta": 1e7}

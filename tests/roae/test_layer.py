@@ -75,6 +75,7 @@ def test_dropout_acts_on_the_term_in_training_only():
     {
         "rank": [0, True, 2.0, 2**31],
         "low_freq_ratio": [0.0, 1.5, "0.5"],
+        "layer_ratio": [0.0, 1.5, "0.5"],
         "alpha": [0.0, float("nan"), 10**400, None, 1e-300],
         "dropout": [1.0, [0.1]],
         "targets": [None, "qk", [["q"]], ("w",), (), ("q", "q")],
