@@ -135,14 +135,15 @@ def compare(train: Iterable[Record], benchmarks: Sequence[Sequence[Record]]) -> 
     """Which records of each benchmark have their question in the training data, read once."""
     keys = [[question_key(record) for record in benchmark] for benchmark in benchmarks]
     indices = [_QuestionIndex(questions) for questions in keys]
-    known = [Questions(index.same) for index in indices]
+    known = Questions({key for questions in keys for key in questions})
     exact: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in keys]
     near: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in keys]
     for position, record in enumerate(train):
         turns = [] if record.is_text else [*map(_key, _asked(record))]
         parts = [(_word_pairs(key), _numbers(key)) for key in turns]
-        for index, questions, same, alike in zip(indices, known, exact, near, strict=True):
-            for key in questions.held_by(record):
+        held = known.held_by(record)
+        for index, same, alike in zip(indices, exact, near, strict=True):
+            for key in held & index.same.keys():
                 for tested in index.same[key]:
                     same[tested].append(position)
             for tested in {one for part in parts for one in index.near(*part)}:

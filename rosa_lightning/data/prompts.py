@@ -189,50 +189,49 @@ class ChatStyle(PromptStyle):
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         """Token ids of the prompts, without the prefix."""
-        found = self._until_border([self._around(self._turns(one))[0] for one in records])
+        found = self._until_border([self._asked(one)[1][0] for one in records])
         return [prompt.ids[len(self.prefix) :] for prompt in found]
 
     def encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Prompts and responses in token ids; white space around a response is the template's."""
-        yield from self._conversations(
-            [self._turns(one) for one in records], [one.output.strip() for one in records]
-        )
+        replies = [one.output.strip() for one in records]
+        yield from self._conversations([self._asked(one) for one in records], replies)
 
     def response(self, text: str, *, end: bool = False) -> list[int]:
         """Token ids of a response as they follow a prompt; `end` adds the token that ends it."""
-        (encoded,) = self._conversations([[Turn("user", "Q")]], [text], end=end)
+        turns = [Turn("user", "Q")]
+        (encoded,) = self._conversations([(turns, self._around(turns))], [text], end=end)
         return encoded.reply.ids
 
-    def _turns(self, record: Record) -> list[Turn]:
-        """All turns before the reply, fields marked."""
+    def _asked(self, record: Record) -> tuple[list[Turn], tuple[str, str]]:
+        """All turns before the reply, fields marked, and the text before and after the reply."""
         turns = record.turns or (Turn("user", _question(record.instruction, record.input)),)
         stripped = (t.content.strip() if t.role == "assistant" else t.content for t in turns)
         found = [Turn(t.role, self.texts.mark(s)) for t, s in zip(turns, stripped, strict=True)]
-        if record.turns:
-            try:
-                self._around(found)
-            except ValueError as error:
-                where = f"source {record.source}, record {record.index}"
-                raise ValueError(
-                    f"{where} ({', '.join(t.role for t in turns)}): {error}"
-                ) from error
-        return found
+        try:
+            return found, self._around(found)
+        except ValueError as error:
+            where = f"source {record.source}, record {record.index}"
+            raise ValueError(f"{where} ({', '.join(t.role for t in turns)}): {error}") from error
 
     def _conversations(
-        self, asked: Sequence[Sequence[Turn]], replies: Sequence[str], *, end: bool = True
+        self,
+        asked: Sequence[tuple[Sequence[Turn], tuple[str, str]]],
+        replies: Sequence[str],
+        *,
+        end: bool = True,
     ) -> Iterator[EncodedRecord]:
-        """Turns, which are marked, and replies, which are not yet."""
+        """Turns, which are marked, as `_asked` gives them, and replies, which are not yet."""
         texts = self.texts
         replies = [*map(texts.mark, replies)]
-        around = [self._around(turns) for turns in asked]
-        written = [self._written(*one) for one in zip(asked, replies, around, strict=True)]
-        befores = [before for before, _ in around]
+        written = [self._written(*one, reply) for one, reply in zip(asked, replies, strict=True)]
+        befores = [before for _, (before, _) in asked]
         ending = self._ending.text + self._ending.token if end else ""
         added = [] if self._ending.token or not end else [self._ending.stop]
         prompts = self._until_border(befores)
         rows = zip(befores, written, strict=True)
         wholes = texts(before + reply + ending for before, (reply, _) in rows)
-        for turns, before, prompt, (reply, rewritten), whole in zip(
+        for (turns, _), before, prompt, (reply, rewritten), whole in zip(
             asked, befores, prompts, written, wholes, strict=True
         ):
             if whole.ids[: len(prompt.ids)] == prompt.ids:
@@ -350,7 +349,7 @@ class ChatStyle(PromptStyle):
         return before, after
 
     def _written(
-        self, turns: Sequence[Turn], reply: str, around: tuple[str, str]
+        self, turns: Sequence[Turn], around: tuple[str, str], reply: str
     ) -> tuple[str, bool]:
         """What the template makes of a reply, and whether that is another text."""
         before, after = around

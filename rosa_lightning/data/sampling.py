@@ -172,6 +172,7 @@ class MixtureSampler(DistributedSampler[list[int]]):
         self.counts = epoch_counts(weights, self.total_size)
         self._start = 0
         self._num_batches: dict[int, int] = {}
+        self._made: tuple[int, tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
 
     def seek(self, epoch: int, batch: int) -> None:
         """The next pass begins at this batch of `epoch`."""
@@ -206,7 +207,11 @@ class MixtureSampler(DistributedSampler[list[int]]):
         return epoch_order(self.sizes, self.counts, self.names, self.seed, epoch)
 
     def _steps(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return self.planner.steps(self.order(epoch), self.num_replicas, self.seed, epoch)
+        """The steps of an epoch; those of the last one asked for are kept."""
+        if self._made is None or self._made[0] != epoch:
+            order = self.order(epoch)
+            self._made = epoch, self.planner.steps(order, self.num_replicas, self.seed, epoch)
+        return self._made[1]
 
 
 def report_packs(sampler: MixtureSampler, trainer: Trainer | None) -> None:

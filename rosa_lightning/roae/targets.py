@@ -73,8 +73,8 @@ def select_projections(
 
     Returns:
         The terms, layer by layer in the order of ``config.targets``, and one line for each target
-        that an adapted layer does without. If not ``strict``, targets that no layer has are left out
-        instead of refused, and so are other reasons why terms cannot be added.
+        that an adapted layer does without. If not ``strict``, targets that no layer has are left
+        out instead of refused, and so are other reasons why terms cannot be added.
     """
     layers, trace = read_geometry(model)
     layers = layers[-max(1, round(config.layer_ratio * len(layers))) :]
