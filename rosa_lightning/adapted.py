@@ -123,7 +123,8 @@ class AdaptedModel(LightningModule):
         self.training_conditions: Conditions | None = None
         """Of the checkpoint or adapter that was loaded, if it says so."""
         # A checkpoint holds the adapter's weights, so it must not ask for the folder again.
-        self.save_hyperparameters(ignore=["roae", "speed", "adapter", "evaluation"])
+        # `RunRecorder` logs settings: these would come with an entry of the command line's own.
+        self.save_hyperparameters(ignore=["roae", "speed", "adapter", "evaluation"], logger=False)
         self.base = base
         self.roae: RoAEConfig = roae
         self.peft = peft
@@ -165,7 +166,7 @@ class AdaptedModel(LightningModule):
         super().__setattr__(name, value)
         if name in ("roae", "speed"):  # as plain values, which load safely
             plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
-            self.save_hyperparameters({name: plain})
+            self.save_hyperparameters({name: plain}, logger=False)
         elif name == "base":
             self.hparams["base"] = whole_name(value)  # known from any working folder
         elif name == "base_dtype":

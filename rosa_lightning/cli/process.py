@@ -17,16 +17,17 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from rosa_lightning.cli.strict_yaml import read_configuration
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.evaluation.writers import PREDICTIONS, RESULTS
+from rosa_lightning.inspection.loggers import RunBoard
 from rosa_lightning.inspection.progress import RunProgressBar
 from rosa_lightning.inspection.run_record import RunRecorder
 from rosa_lightning.inspection.run_summary import RunSummary
 from rosa_lightning.utils.errors import ConfigurationError, explain
 from rosa_lightning.utils.files import writing
+from rosa_lightning.utils.run_folder import run_folder
 from rosa_lightning.utils.text import one_line
 
 
@@ -59,7 +60,9 @@ def termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-_OF_ANY_RUN = re.compile(r"events\.out\.tfevents\..*|(hparams|config)\.yaml|metrics\.csv")
+_OF_ANY_RUN = re.compile(
+    r"events\.out\.tfevents\..*|(hparams|config)\.yaml|metrics\.csv|layers\.jsonl"
+)
 """Files that a run may begin with."""
 
 
@@ -157,9 +160,8 @@ def run_defaults(given: Any, selection: DynamicLayerSelection | None) -> dict[st
     missing = [one for kind, one in wanted if not any(isinstance(c, kind) for c in callbacks)]
     found: dict[str, Any] = {"callbacks": [*missing, *callbacks]}
     if given.logger in (None, True):
-        # As Lightning's own, but without a card of a made-up metric.
         folder, job = given.default_root_dir or os.getcwd(), SLURMEnvironment.job_id()
-        found["logger"] = TensorBoardLogger(folder, version=job, default_hp_metric=False)
+        found["logger"] = RunBoard(folder, version=job, default_hp_metric=False)
     return found
 
 
@@ -169,10 +171,10 @@ def listed(callbacks: Any) -> list[Any]:
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration beside a run's logs, and nowhere else.
+    """Saves the configuration in a run's folder, and nowhere else.
 
-    Lightning would write config.yaml into the working folder where a run has no logger, and refuse
-    to run a second time.
+    Lightning would write config.yaml into the working folder where a run has no logger, and into
+    one for all runs under loggers of W&B and MLflow.
     """
 
     resumes = False
@@ -184,9 +186,10 @@ class SaveRunConfig(SaveConfigCallback):
         Raises:
             FileExistsError: Another run has logged there, and this one does not go on from it.
         """
-        if stage != "fit" or trainer.logger is None or self.already_saved:
+        folder = run_folder(trainer)
+        if stage != "fit" or folder is None or self.already_saved:
             return
-        path = Path(trainer.log_dir or ".") / self.config_filename
+        path = folder / self.config_filename
         # Rank 0 says so for all: it may have written the file when the others look.
         taken = trainer.strategy.broadcast(path.exists())
         if taken and not self.resumes:
@@ -194,6 +197,10 @@ class SaveRunConfig(SaveConfigCallback):
                 f"{path.parent} holds the logs of another run. Leave trainer.logger.version out "
                 "for a new folder, or go on with that run by --ckpt_path."
             )
-        self.overwrite = True
-        with writing(path):
-            super().setup(trainer, pl_module, stage)
+        self.already_saved = True
+        if trainer.is_global_zero:
+            with writing(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                self.parser.save(
+                    self.config, path, skip_none=False, overwrite=True, multifile=self.multifile
+                )

@@ -81,8 +81,9 @@ class Runner:
         record = read_json(folder / _RECORD)
         if record.get("status") != "finished":
             last = folder / "checkpoints" / "last.ckpt"
-            # No card with a made-up metric in TensorBoard; `hparams` writes the true ones.
-            options = ["--trainer.logger.init_args.default_hp_metric=false"]
+            # `hparams` shows each run in TensorBoard, with its test.
+            options = ["--trainer.callbacks+=rosa_lightning.RunRecorder"]
+            options += ["--trainer.callbacks.hparams=false"]
             options += [f"--ckpt_path={last}"] if last.exists() else []
             if not last.exists():  # what was written before the first checkpoint
                 for name in ("config.yaml", _RECORD):

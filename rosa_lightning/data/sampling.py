@@ -225,7 +225,7 @@ def report_packs(sampler: MixtureSampler, trainer: Trainer | None) -> None:
     )
     if trainer is not None:
         for logger in trainer.loggers:
-            logger.log_metrics({"data/pack_fill": float(fill)}, step=trainer.global_step)
+            logger.log_metrics({"train/pack_fill": float(fill)}, step=trainer.global_step)
 
 
 class Mixture(Dataset[Any]):

@@ -261,7 +261,7 @@ class SampleCounter:
             self._logged = step
             seen = self.counts(trainer)
             shares = {
-                f"data/share/{name}": n / max(1, sum(seen.values())) for name, n in seen.items()
+                f"train/share/{name}": n / max(1, sum(seen.values())) for name, n in seen.items()
             }
             for logger in trainer.loggers:
                 logger.log_metrics(shares, step=step)

@@ -363,13 +363,14 @@ class DynamicLayerSelection(Callback):
                 fill_state(optimizer)
 
     def _log(self, selector: LayerSelector, trainer: Trainer) -> None:
-        # The first callback's tags are those of the dashboard and the report.
+        # After "train" and "val" in the alphabet, by which logger pages are sorted. The first
+        # callback's tags are those of the dashboard and the report.
         first = _selections(trainer)[0] is self
-        start = "dls/" if first else f"dls/{self._layers[0].name.rpartition('.')[0]}/"
+        path = "" if first else f"{self._layers[0].name.rpartition('.')[0]}/"
         metrics = selector.metrics(trainer.global_step)
         # Through the loggers: self.log would keep only every log_every_n_steps-th step.
         for logger in trainer.loggers:
-            tagged = {f"{start}{name}": value for name, value in metrics.items()}
+            tagged = {f"weights/{path}{name}": value for name, value in metrics.items()}
             logger.log_metrics(tagged, step=trainer.global_step)
 
 

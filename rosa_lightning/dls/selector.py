@@ -259,18 +259,13 @@ class LayerSelector:
         return (self.spent + since) / max(1, step - self.first_step)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What to log of the choice of this step, by name; layers go by their own indices."""
+        """What to log of the choice of this step, by name."""
         active = self.active_layers
-        metrics: dict[str, float] = {
+        return {
             "lowest_active": min(active),
             "num_active": len(active),
             "backward_share": self.backward_share(step + 1),
         }
-        width = max(2, len(str(self._candidate_layers[-1])))
-        for layer, score in zip(self._candidate_layers, self.scores or (), strict=True):
-            metrics[f"score/{layer:0{width}d}"] = score
-            metrics[f"active/{layer:0{width}d}"] = float(layer in active)
-        return metrics
 
     def _apply_policy(self, scores: Tensor, floor: int) -> Indices:
         return select_layers(

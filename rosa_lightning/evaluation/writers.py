@@ -28,6 +28,7 @@ from rosa_lightning.utils.files import (
     writing,
 )
 from rosa_lightning.utils.rng import of_all_ranks
+from rosa_lightning.utils.run_folder import run_folder
 from rosa_lightning.utils.strict_json import parse
 from rosa_lightning.utils.text import one_line
 
@@ -203,7 +204,7 @@ class ResultWriter(Callback):
 
 def _log_folder(trainer: Trainer) -> Path:
     """Where a run's files go. All ranks must ask at once: rank 0 tells the others."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    return run_folder(trainer) or Path(trainer.default_root_dir)
 
 
 def _line(value: Any) -> bytes:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from rosa_lightning.roae.layer import Target
+from rosa_lightning.inspection.curves import CURVES, Chart, Run, Series, layer_charts, name_of
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
 MAX_LINES = 8
@@ -33,92 +32,34 @@ ACTIVE = np.array([[158, 202, 225], [8, 81, 156]]) / 255
 FROZEN = np.array([[247, 247, 247], [200, 200, 200]]) / 255
 
 
-@dataclass(frozen=True)
-class Series:
-    """The values logged under one tag."""
-
-    steps: tuple[int, ...]
-    """Optimizer steps, ascending, each once."""
-    values: tuple[float, ...]
-
-
-Run = Mapping[str, Series]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Lines over the optimizer steps, one for each tag that matches."""
-
-    section: str
-    title: str
-    unit: str
-    tags: str
-    """Pattern of whole tags. Its group, if it has one, names the line."""
-    axis: str = "free"
-    """``free``, ``from zero``, or ``share`` for 0 to 1."""
-    layers: bool = False
-    """Whether there is a line for each layer."""
-
-
-UPDATES = {
-    "relative_update": ("Update of {}, relative to the frozen weight", "ratio of Frobenius norms"),
-    "update_norm": ("Update of {}", "Frobenius norm"),
-}
-CURVES = (
-    Chart("Training", "Loss", "nats per response token", "((?:train|val)/loss)", "from zero"),
-    Chart("Training", "Accuracy of validation answers", "share", "(val/accuracy.*)", "share"),
-    Chart("Training", "Learning rate", "", "train/lr", "from zero"),
-    Chart("Layers", "Layer scores", "gradient norm", r"dls/score/(\d+)", layers=True),
-    Chart(
-        *("Layers", "Layers that the backward pass skips", "share of all layers"),
-        *("dls/backward_saved", "share"),
-    ),
-    Chart("Layers", "Lowest layer that trains", "layer", "dls/lowest_active", "from zero"),
-    Chart("Layers", "Mean share of a full backward pass so far", "", "dls/backward_share", "share"),
-    Chart("Cost", "Examples", "per second", "throughput/examples_per_s", "from zero"),
-    Chart(
-        *("Cost", "Tokens trained on", "per second"),
-        *("throughput/((?:supervised_)?tokens)_per_s", "from zero"),
-    ),
-    Chart("Cost", "Padding", "share of the batches", "throughput/padding_share", "share"),
-    Chart("Cost", "Model FLOPs utilisation", "share of the peak", "throughput/mfu", "share"),
-    Chart("Cost", "Peak memory", "MiB", "memory/peak_mib", "from zero"),
-)
-
-
-def update_charts(updates: Iterable[tuple[str, str]]) -> list[Chart]:
-    """Charts of how far adapters have moved: of each kind (``roae``, ``peft``) and target."""
-    names = {"roae": "RoAE", "peft": "PEFT"}
-    order = {target: position for position, target in enumerate(get_args(Target))}
-    known = sorted(set(updates), key=lambda one: (one[0], order.get(one[1], len(order)), one[1]))
-    return [
-        Chart(
-            *(names[kind], title.format(target), unit),
-            *(rf"{kind}/{measure}/(\d+)/{re.escape(target)}", "from zero"),
-            layers=True,
-        )
-        for kind in names
-        for measure, (title, unit) in UPDATES.items()
-        for own, target in known
-        if own == kind
-    ]
-
-
-_SECTIONS = ("Training", "Layers", "RoAE", "PEFT", "Cost")
-_UPDATE = re.compile(r"(roae|peft)/update_norm/\d+/(.+)")
-
-
 def draw_charts(run: Run) -> dict[str, dict[str, bytes]]:
     """SVGs of all charts that the run has numbers for, by section and title."""
-    drawn: dict[str, dict[str, bytes]] = {name: {} for name in _SECTIONS}
-    updates = [(match[1], match[2]) for tag in run if (match := _UPDATE.fullmatch(tag))]
+    drawn: dict[str, dict[str, bytes]] = {chart.section: {} for chart in CURVES}
     with mpl.rc_context(fname=STYLE):
-        for title, figure in _selections(run):
-            drawn["Layers"][title] = _svg(figure)
-        for chart in (*CURVES, *update_charts(updates)):
+        for title, figure in (*_selected(run), *_counts(run)):
+            drawn["Layers and updates"][title] = _svg(figure)
+        for chart in (*layer_charts(run).values(), *CURVES):
             if lines := _lines(chart, run):
-                drawn.setdefault(chart.section, {})[chart.title] = _svg(_draw(chart, lines))
+                drawn[chart.section][chart.title] = _svg(_draw(chart, lines))
     return {section: charts for section, charts in drawn.items() if charts}
+
+
+def layer_figures(run: Run) -> Iterator[tuple[str, Figure]]:
+    """Pictures of the layers over the steps, each with a name for loggers.
+
+    They are the layers that train, the scores, and of each target how far it has moved: relative
+    to the frozen weight where that is known.
+    """
+    with mpl.rc_context(fname=STYLE):
+        for _, figure in _selected(run):
+            yield "layers_that_train", figure
+        maps = layer_charts(run)
+        for measure, chart in maps.items():
+            kind, _, target = measure.partition("/")
+            is_known = kind == "update_norm" and f"relative_update/{target}" in maps
+            if not is_known and (lines := _lines(chart, run)):
+                name = f"update_of_{target}" if target else "layer_scores"
+                yield name, _draw(chart, lines)
 
 
 def raster_figure(
@@ -183,7 +124,8 @@ def _lines(chart: Chart, run: Run) -> dict[str, Series]:
         # With a single task its accuracy is the accuracy.
         if match and (chart.layers or series not in found.values()):
             found[match[1] if match.groups() else ""] = series
-    return found
+    # Layers that have not moved yet would make an empty map.
+    return found if not chart.layers or any(any(one.values) for one in found.values()) else {}
 
 
 def _figure(title: str, unit: str) -> tuple[Figure, Axes]:
@@ -205,17 +147,18 @@ def _draw(chart: Chart, lines: Mapping[str, Series]) -> Figure:
             series.steps,
             series.values,
             color=shades(PALEST * index / max(1, len(lines) - 1) if chart.layers else index),
-            label=f"layer {int(name)}" if chart.layers else name,
+            label=f"layer {int(name)}" if chart.layers else name_of(name),
             marker="o" if few and len(series.steps) <= 50 else None,
             markersize=3.5,
         )
     axes.margins(x=0.02)
     if chart.axis == "share":
         axes.set_ylim(-0.02, 1.02)
-    elif chart.axis == "from zero":
+    else:
         axes.update_datalim([(next(iter(lines.values())).steps[0], 0)])
         axes.autoscale_view()
         axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     if len(lines) > 1:
         beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         axes.legend(**(beside if len(lines) > 3 else {}))
@@ -224,12 +167,16 @@ def _draw(chart: Chart, lines: Mapping[str, Series]) -> Figure:
 
 def _draw_map(figure: Figure, axes: Axes, chart: Chart, lines: Mapping[str, Series]) -> None:
     steps, values_SL = _table(lines.values())
-    if not steps:
+    layers = [int(name) for name in lines]
+    if len(steps) < 2:  # no more than a stripe
+        last = [series.values[-1] for series in lines.values()]
+        step = max(series.steps[-1] for series in lines.values())
+        _draw_bars(axes, layers, last, f"layer, at step {step}")
         return
-    log = chart.axis == "free" and bool((values_SL > 0).all())
+    log = chart.log and bool((values_SL > 0).all())
     mesh = axes.pcolormesh(
         steps,
-        [int(name) for name in lines],
+        layers,
         values_SL.T,
         norm=LogNorm() if log else Normalize(0),
         shading="nearest",
@@ -241,6 +188,15 @@ def _draw_map(figure: Figure, axes: Axes, chart: Chart, lines: Mapping[str, Seri
     # The usual labels of a logarithmic axis are formulas.
     bar = figure.colorbar(mesh, ax=axes, label=chart.unit, aspect=30, ticks=ticks, format="%g")
     bar.minorticks_off()
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _draw_bars(axes: Axes, layers: Sequence[int], values: Sequence[float], label: str) -> None:
+    axes.bar(layers, values, color="#4a8ac0")
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False, axis="x")
 
 
 def _table(columns: Iterable[Series]) -> tuple[list[int], NDArray[np.float64]]:
@@ -250,33 +206,29 @@ def _table(columns: Iterable[Series]) -> tuple[list[int], NDArray[np.float64]]:
     return steps, np.array([[column[step] for column in held] for step in steps])
 
 
-def _selections(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Which layers were selected when, and how often."""
-    active, scores, counts = (
-        {
-            int(tag.rpartition("/")[2]): series
-            for tag, series in run.items()
-            if re.fullmatch(rf"dls/{name}/\d+", tag)
-        }
-        for name in ("active", "score", "selection_count")
-    )
+def _of_layers(run: Run, measure: str) -> dict[int, Series]:
+    start = f"layers/{measure}/"
+    return {int(t.removeprefix(start)): one for t, one in run.items() if t.startswith(start)}
+
+
+def _selected(run: Run) -> Iterator[tuple[str, Figure]]:
+    """Which layers were selected when."""
+    active, scores = _of_layers(run, "active"), _of_layers(run, "score")
     if active and active.keys() == scores.keys():
         steps, values = _table([*active.values(), *scores.values()])
         if steps:
             active_SL, scores_SL = np.split(values, 2, axis=1)
             figure = raster_figure(steps, list(active), active_SL > 0.5, scores_SL)
             yield "Layers that train", figure
-    # In the whole run, if it logged that; else as far as the folder tells.
-    totals = {layer: series.values[-1] for layer, series in counts.items()}
-    totals = totals or {layer: sum(series.values) for layer, series in active.items()}
-    if totals:
+
+
+def _counts(run: Run) -> Iterator[tuple[str, Figure]]:
+    """How often each layer was selected in the whole run."""
+    if counts := _of_layers(run, "selections"):
         title = "How often each layer was selected"
         figure, axes = _figure(title, "selections")
-        axes.bar(list(totals), list(totals.values()), color="#4a8ac0")
-        axes.set_xlabel("layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _draw_bars(axes, [*counts], [one.values[-1] for one in counts.values()], "layer")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(visible=False, axis="x")
         yield title, figure
 
 

@@ -8,8 +8,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from rosa_lightning.inspection.charts import Run, Series, draw_charts
+from rosa_lightning.inspection.charts import draw_charts
+from rosa_lightning.inspection.curves import Run, as_run
+from rosa_lightning.inspection.layer_log import LAYERS, Logged, layer_series, read_rows
 from rosa_lightning.inspection.page import write_page
+from rosa_lightning.inspection.run_facts import headlines, number, run_facts, run_tests
 from rosa_lightning.utils.files import (
     SETTINGS_BYTES,
     check_input,
@@ -21,18 +24,12 @@ from rosa_lightning.utils.files import (
 
 EVENTS = "events.out.tfevents.*"
 METRICS = "metrics.csv"
-KNOWN = re.compile(r"(?:(.+?)-)??(?:train|val|test|dls|roae|peft|throughput|memory)/")
+KNOWN = re.compile(r"(?:(.+?)-)??(?:train|val|test|weights)/")
 """A tag that this package logs, and the prefix that Lightning's loggers join to it."""
-HEADLINES = re.compile(
-    "(?:train|val)/loss|(?:val|test)/accuracy|dls/(?:lowest_active|backward_saved|backward_share)"
-    "|(?:data/share|throughput)/.*|memory/peak_mib"
-)
-"""Tags whose numbers stand at the top of the page."""
-Logged = dict[str, dict[int, float]]
 
 
 def write_report(run: str, *, output: str | None = None) -> Path:
-    """Show a run: loss, accuracy, layers that train, adapters, throughput, memory, configuration.
+    """Show a run: settings, best checkpoint, tests, and curves of loss, accuracy, speed and layers.
 
     Args:
         run: Folder of the run, such as lightning_logs/version_0, with TensorBoard's event files or
@@ -50,29 +47,23 @@ def write_report(run: str, *, output: str | None = None) -> Path:
         Path(__file__).with_name("report.html"),
         path=folder.resolve(),
         run=logged,
-        last_step=max(series.steps[-1] for series in logged.values()),
-        headlines=sorted(filter(HEADLINES.fullmatch, logged), key=_headline_order),
+        facts=run_facts(folder),
+        tests=run_tests(folder),
+        headlines=headlines(logged),
         charts={
             section: {title: base64.b64encode(svg).decode() for title, svg in charts.items()}
             for section, charts in draw_charts(logged).items()
         },
-        files={
-            name: read_bytes(folder / name, SETTINGS_BYTES).decode("utf-8", "replace")
-            for name in ("config.yaml", "hparams.yaml")
-            if (folder / name).is_file()
-        },
-        number=_number,
+        config=_text(folder / "config.yaml"),
+        number=number,
+        zip=zip,
     )
     return target
 
 
-def _headline_order(tag: str) -> tuple[int, str]:
-    groups = ("train/", "val/", "test/", "dls/", "data/", "throughput/", "memory/")
-    return next(i for i, start in enumerate(groups) if tag.startswith(start)), tag
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def _text(path: Path) -> str:
+    """A file as text; empty without one."""
+    return read_bytes(path, SETTINGS_BYTES).decode("utf-8", "replace") if path.is_file() else ""
 
 
 def _find_run(folder: Path) -> tuple[Path, Run]:
@@ -80,7 +71,7 @@ def _find_run(folder: Path) -> tuple[Path, Run]:
     try:
         return folder, read_run(folder)
     except ValueError:
-        files = [path for name in (EVENTS, METRICS) for path in folder.glob(f"*/**/{name}")]
+        files = [path for name in (EVENTS, METRICS, LAYERS) for path in folder.glob(f"*/**/{name}")]
         for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
             with suppress(ValueError):
                 return path.parent, read_run(path.parent)
@@ -88,7 +79,7 @@ def _find_run(folder: Path) -> tuple[Path, Run]:
 
 
 def read_run(folder: str | Path) -> Run:
-    """The scalars that a run's folder holds, by tag, in alphabetical order.
+    """The numbers that a run's folder holds, by tag, in alphabetical order.
 
     Where a step was logged twice, as after a resume in the same folder, the later value counts. A
     prefix that the logger put before all tags is left out.
@@ -109,12 +100,14 @@ def read_run(folder: str | Path) -> Run:
     prefix = f"{next(iter(prefixes))}-" if len(prefixes) == 1 and None not in prefixes else ""
     found = {tag.removeprefix(prefix): logged for tag, logged in found.items() if logged}
     found.pop("hp_metric", None)  # a placeholder of Lightning's
+    if (run / LAYERS).exists():
+        found |= layer_series(read_rows(run / LAYERS))
     if not found:
         raise ValueError(
             f"run={folder} holds no logged number that can be read, neither in TensorBoard's event "
             f"files nor in {METRICS}. Give a folder that a logger has written."
         )
-    return {tag: Series(*zip(*sorted(found[tag].items()), strict=True)) for tag in sorted(found)}
+    return as_run(found)
 
 
 def _read_events(run: Path) -> Logged:

@@ -1,73 +1,73 @@
-"""`RunMonitor`: which layers train, and how far the adapters have moved, for loggers.
-
-Axes: S selections, L layers.
-"""
+"""`RunMonitor`: which layers train, and how far the adapters have moved."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from rosa_lightning.dls.callback import DynamicLayerSelection
-from rosa_lightning.inspection.charts import CURVES, raster_figure, update_charts
-from rosa_lightning.inspection.throughput import TokenThroughputMonitor
-from rosa_lightning.inspection.updates import Update, find_updates, layer_number, update_metrics
-
-RASTER = "dls/raster"
-"""Tag of the picture."""
+from rosa_lightning.inspection.charts import layer_figures
+from rosa_lightning.inspection.curves import CURVES, as_run
+from rosa_lightning.inspection.layer_log import (
+    LAYERS,
+    append_rows,
+    layer_row,
+    layer_series,
+    read_rows,
+)
+from rosa_lightning.inspection.loggers import log_picture
+from rosa_lightning.inspection.updates import Update, find_updates, measure_updates
+from rosa_lightning.utils.run_folder import run_folder
 
 
 class RunMonitor(Callback):
-    """Shows what RoAE and DLS do in a run.
+    """Shows what RoAE and DLS do in a run, in pictures and a few curves.
 
-    At each selection, and where final steps of all layers begin, to every logger:
-    ``dls/backward_saved``, the share of the layers that the backward pass skips, which is the
-    lowest active layer's number by the number of layers; and ``dls/selection_count/<layer>``, how
-    often each was selected so far in this run. Every ``trainer.log_every_n_steps`` optimizer steps:
-    ``roae/update_norm/<layer>/<target>``, the Frobenius norm of what RoAE adds to a projection's
-    weight, and ``roae/relative_update/...``, that norm by the norm of the frozen rows it is added
-    to. Of a method of PEFT these are ``peft/update_norm/<layer>/<module>`` and so on, of what
-    merging changes in a module's weight; full fine-tuning has none, as no copy of the base is kept.
-    `TokenThroughputMonitor` shows what a run costs.
+    Every ``trainer.log_every_n_steps`` optimizer steps every logger gets, for each target,
+    ``weights/relative_update/<target>``: the Frobenius norm of what RoAE adds to the weights of all
+    layers, by the norm of the frozen rows it is added to; ``weights/update_norm/<target>``, the
+    norm alone, where that is not known. Of a method of PEFT it is what merging changes in a
+    module's weight; full fine-tuning has none, as no copy of the base is kept.
 
-    TensorBoard also gets a picture of the active layers over the steps of this fit, ``dls/raster``,
-    and a layout of its custom scalars page.
+    The numbers of each layer go to ``layers.jsonl`` in the run's folder, which `report` reads: each
+    update, and at each selection, and where final steps of all layers begin, score, activity, and
+    number of selections so far. Loggers that show pictures (TensorBoard, W&B, MLflow; CSV's gets
+    files) get them drawn: layers that train, their scores, and the update of each target in each
+    layer, over the run's steps. TensorBoard gets a layout of its custom scalars page.
 
     Args:
-        raster_interval: Selections from one picture to the next; 0 draws one at the end alone.
+        raster_interval: Selections from pictures to the next; 0 draws them at the end alone.
     """
 
     def __init__(self, raster_interval: NonNegativeInt = 10) -> None:
         super().__init__()
         if raster_interval < 0:
             raise ValueError(
-                f"raster_interval={raster_interval} is below 0. Set the selections from one "
-                "picture to the next; 0 draws one at the end alone."
+                f"raster_interval={raster_interval} is below 0. Set the selections from pictures "
+                "to the next; 0 draws them at the end alone."
             )
         self.raster_interval = raster_interval
         self._reset()
 
     def _reset(self) -> None:
         self._selection: DynamicLayerSelection | None = None
-        self._layers: list[int] = []
         self._seen: tuple[int, tuple[int, ...]] | None = None
-        self._steps: list[int] = []
-        self._active: list[list[bool]] = []
-        self._scores: list[list[float]] = []
-        self._drawn = 0
+        self._num_seen = 0
         self._updates: list[Update] = []
+        self._is_drawn = True
         self._step = 0
+        self._folder: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what there is to show, and lay the dashboard out."""
         self._reset()
-        if not trainer.is_global_zero or not trainer.loggers:
+        self._folder = run_folder(trainer)  # all ranks must ask
+        if not trainer.is_global_zero or self._folder is None:
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         selections = [c for c in callbacks if isinstance(c, DynamicLayerSelection) and c.selects]
@@ -76,10 +76,9 @@ class RunMonitor(Callback):
             self._updates = find_updates(pl_module)
         except ValueError as error:
             rank_zero_info(f"update norms are not shown: {error}.")
-        selects, targets = self._selection is not None, {(u.kind, u.target) for u in self._updates}
-        measures = any(isinstance(c, TokenThroughputMonitor) for c in callbacks)
-        for board in _tensorboards(trainer):
-            board.experiment.add_custom_scalars(dashboard(selects, targets, measures=measures))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(dashboard())
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -89,32 +88,29 @@ class RunMonitor(Callback):
         # Not at the start: the other callback may come later, and load its state only then.
         if self._selection is not None and self._seen is None:
             self._seen = _choice(self._selection)
-            self._layers = list(self._selection.candidate_layers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show what this batch changed about the selection, and the adapters at times."""
-        if not trainer.is_global_zero or not trainer.loggers:
+        if not trainer.is_global_zero or self._folder is None:
             return
         selection = self._selection
         if selection is not None and _choice(selection) != self._seen:
             self._seen = _choice(selection)
-            self._steps.append(self._step)
-            self._active.append([layer in selection.active for layer in self._layers])
-            self._scores.append(list(selection.scores or [0.0] * len(self._layers)))
-            counts = zip(self._layers, selection.selection_counts, strict=True)
-            metrics: dict[str, float] = {
-                f"dls/selection_count/{layer_number(n, self._layers)}": count for n, count in counts
-            }
-            metrics["dls/backward_saved"] = min(selection.active) / selection.num_layers
-            self._log(trainer, metrics)
-            if self.raster_interval and len(self._steps) % self.raster_interval == 0:
+            self._num_seen += 1
+            self._keep(_selection_measures(selection))
+            if self.raster_interval and self._num_seen % self.raster_interval == 0:
                 self._draw(trainer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Steps, not batches: under accumulation most batches end no step.
-        if every and trainer.global_step // every != self._step // every:
-            self._log(trainer, update_metrics(self._updates))
+        if self._updates and every and trainer.global_step // every != self._step // every:
+            measures = measure_updates(self._updates)
+            self._keep({tag: measure.by_layer for tag, measure in measures.items()})
+            # Through the loggers: self.log would keep only every log_every_n_steps-th step.
+            totals = {f"weights/{t}": one.total for t, one in measures.items() if one.is_headline}
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(totals), step=self._step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the whole fit."""
@@ -130,43 +126,31 @@ class RunMonitor(Callback):
         """Let go of the model."""
         self._reset()
 
-    def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        # Through the loggers: self.log would keep only every log_every_n_steps-th step.
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=self._step)
+    def _keep(self, measures: dict[str, dict[int, float]]) -> None:
+        assert self._folder is not None
+        append_rows(
+            self._folder / LAYERS,
+            [layer_row(self._step, tag, values) for tag, values in measures.items()],
+        )
+        self._is_drawn = False
 
     def _draw(self, trainer: Trainer) -> None:
-        if len(self._steps) == self._drawn:
+        if self._is_drawn or self._folder is None:
             return
-        self._drawn = len(self._steps)
-        active_SL, scores_SL = np.array(self._active), np.array(self._scores)
-        for board in _tensorboards(trainer):
-            figure = raster_figure(self._steps, self._layers, active_SL, scores_SL)
-            board.experiment.add_figure(RASTER, figure, self._steps[-1], close=False)
+        self._is_drawn = True
+        series = as_run(layer_series(read_rows(self._folder / LAYERS)))
+        for name, figure in layer_figures(series):
+            log_picture(trainer.loggers, f"weights/{name}", figure, self._step)
 
 
-def dashboard(
-    selects: bool, targets: Collection[tuple[str, str]], *, measures: bool = True
-) -> dict[str, dict[str, list[Any]]]:
-    """The layout of TensorBoard's custom scalars: sections, their charts, and patterns of tags.
-
-    Args:
-        selects: Whether layers are selected.
-        targets: Kind and target of the updates that are logged.
-        measures: Whether `TokenThroughputMonitor` runs beside.
-    """
-    updates = update_charts(targets)
-    curves = [chart for chart in CURVES if chart.section != "Cost"]
-    curves += updates + [chart for chart in CURVES if chart.section == "Cost"]
-    charts = [(chart.section, chart.title, chart.unit, chart.tags) for chart in curves]
-    charts.append(("Layers", "Selections of each layer so far", "", r"dls/selection_count/\d+"))
-    shown = {"Training": bool(targets), "Layers": selects, "Cost": measures}
+def dashboard() -> dict[str, dict[str, list[Any]]]:
+    """The layout of TensorBoard's custom scalars: sections, their charts, and patterns of tags."""
     layout: dict[str, dict[str, list[Any]]] = {}
-    for section, title, unit, tags in charts:
-        if shown.get(section, True):
-            name = f"{title}, {unit}" if unit else title
-            # After the prefix of the logger, if it has one.
-            layout.setdefault(section, {})[name] = ["Multiline", [f"(?:.+-)?{tags}$"]]
+    for chart in CURVES:
+        name = f"{chart.title}, {chart.unit}" if chart.unit else chart.title
+        # After the prefix of the logger, if it has one.
+        tags = [f"(?:.+-)?{chart.tags}$"]
+        layout.setdefault(chart.section, {})[name] = ["Multiline", tags]
     return layout
 
 
@@ -175,5 +159,12 @@ def _choice(selection: DynamicLayerSelection) -> tuple[int, tuple[int, ...]]:
     return selection.num_selections, selection.active
 
 
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+def _selection_measures(selection: DynamicLayerSelection) -> dict[str, dict[int, float]]:
+    layers = selection.candidate_layers
+    found = {
+        "active": {layer: float(layer in selection.active) for layer in layers},
+        "selections": dict(zip(layers, map(float, selection.selection_counts), strict=True)),
+    }
+    if selection.scores:
+        found["score"] = dict(zip(layers, selection.scores, strict=True))
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rosa_lightning.data.collators import num_rows
 from rosa_lightning.dls.callback import DynamicLayerSelection
-from rosa_lightning.inspection.throughput import peak_mib
+from rosa_lightning.inspection.loggers import Settings, log_hparams, log_settings, run_settings
+from rosa_lightning.inspection.throughput import TokenThroughputMonitor, peak_mib
 from rosa_lightning.models.quantization import num_parameters
 from rosa_lightning.utils.files import atomic_write
+from rosa_lightning.utils.run_folder import run_folder
 
 RECORD = "run.json"
 _SECONDS = 2.0
 """Between two writes of the file."""
+_FINAL = ("val/loss", "val/accuracy", "train/loss")
+"""What HParams shows of a run."""
 
 
 class RunRecorder(Callback):
     """Writes ``run.json`` into the run's folder, again and again while the run goes on.
 
-    Its fields: ``status`` (running, stopped, failed or finished), ``step`` of ``max_steps``,
+    Its fields: ``status`` (running, stopped, failed or finished), ``settings``, ``started`` and
+    ``written`` (times, with their zone), ``step`` of ``max_steps``,
     ``trainable_parameters`` of ``total_parameters``, ``train_seconds``, ``examples``,
     ``peak_mib``, ``backward_share``, ``checkpoint`` (the best one), and ``validations``, a list of
     ``step`` and the metrics logged. Seconds are those of training alone, without start-up and
@@ -33,13 +39,19 @@ class RunRecorder(Callback):
     ``backward_share`` is that of `DynamicLayerSelection`, 1 without it. Figures are of rank 0 but
     for ``examples``.
 
+    Loggers get the settings too. TensorBoard shows them under HParams when the training ends, with
+    the last losses, accuracy and figures.
+
     Args:
-        path: The file; by default ``run.json`` in the run's log folder, and none without a logger.
+        path: The file; by default ``run.json`` in the run's folder, and none without a logger.
+        hparams: Whether to write TensorBoard's HParams.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, *, hparams: bool = True) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.hparams = path, hparams
+        self._settings: Settings = {}
+        self._started = ""
         self._seconds = 0.0
         self._examples = 0
         self._peak: float | None = None
@@ -58,6 +70,7 @@ class RunRecorder(Callback):
             "examples": self._examples,
             "peak": self._peak,
             "validations": self._validations,
+            "started": self._started,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -66,8 +79,9 @@ class RunRecorder(Callback):
             setattr(self, f"_{name}", value)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the parameters, and start the clock."""
-        own = Path(trainer.log_dir, RECORD) if trainer.log_dir and trainer.loggers else None
+        """Count the parameters, tell loggers the settings, and start the clock."""
+        folder = run_folder(trainer)
+        own = None if folder is None else folder / RECORD
         self._target = own if self.path is None else Path(self.path)
         if trainer.ckpt_path is None:
             self.load_state_dict(type(self)().state_dict())
@@ -78,6 +92,10 @@ class RunRecorder(Callback):
         ]
         trainable = sum(parameter.numel() for group in held for parameter in group)
         self._parameters = (trainable, num_parameters(pl_module))
+        self._settings = run_settings(trainer, pl_module) | {"trainable_parameters": trainable}
+        self._started = self._started or _now()
+        if trainer.is_global_zero:
+            log_settings(trainer.loggers, self._settings)
         self._since = time.perf_counter()
 
     def on_train_batch_end(
@@ -110,8 +128,14 @@ class RunRecorder(Callback):
             self._since, self._is_held = time.perf_counter(), False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last state."""
+        """Write the last state, and show what came of the settings."""
         self._write(trainer, "finished")
+        if self.hparams and trainer.is_global_zero:
+            logged = [tag for tag in _FINAL if tag in trainer.callback_metrics]
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            if any(isinstance(one, TokenThroughputMonitor) for one in callbacks):
+                logged += ["train/examples_per_s", "train/peak_mib"]
+            log_hparams(trainer.loggers, self._settings, logged)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -140,6 +164,9 @@ class RunRecorder(Callback):
         path, _ = best_checkpoint(trainer)
         record = {
             "status": status,
+            "settings": self._settings,
+            "started": self._started,
+            "written": _now(),
             "step": trainer.global_step,
             "max_steps": trainer.max_steps,
             "trainable_parameters": trainable,
@@ -150,6 +177,10 @@ class RunRecorder(Callback):
             "validations": self._validations,
         }
         atomic_write(self._target, json.dumps(record, indent=1).encode())
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def best_checkpoint(trainer: Any) -> tuple[str | None, str]:

@@ -21,6 +21,7 @@ from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_num_active
 from rosa_lightning.inspection.run_record import RunRecorder, best_checkpoint
 from rosa_lightning.utils.files import shown
+from rosa_lightning.utils.run_folder import run_folder
 
 _POLICIES = {
     "top_k": "by the gradients of their norm weights",
@@ -63,7 +64,7 @@ class RunSummary(Callback):
         """Say what will be done; a run that would log nothing logs each step."""
         self._begin(trainer, pl_module)
         self._since, self._first_step = time.monotonic(), trainer.global_step
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks must ask
+        self._folder = run_folder(trainer) or Path(trainer.default_root_dir)
         settings: Any = trainer  # `log_every_n_steps` is there, but not declared
         if 0 < trainer.estimated_stepping_batches - self._first_step < settings.log_every_n_steps:
             settings.log_every_n_steps = 1

@@ -32,11 +32,11 @@ class TokenThroughputMonitor(Callback):
     """Tells every logger how fast a training runs, and the progress bar its examples/s.
 
     Every ``trainer.log_every_n_steps`` optimizer steps, over the batches since the last time, of
-    all devices and without the time of validations: ``throughput/examples_per_s``;
-    ``throughput/tokens_per_s``, padding left out; ``throughput/supervised_tokens_per_s``, those of
-    the responses; ``throughput/padding_share`` of what the batches hold; and ``throughput/mfu``
+    all devices and without the time of validations: ``train/examples_per_s``;
+    ``train/tokens_per_s``, padding left out; ``train/supervised_tokens_per_s``, those of
+    the responses; ``train/padding_share`` of what the batches hold; and ``train/mfu``
     where the device's peak is known: the FLOPs that the training needs as a share of that peak.
-    Beside it ``memory/peak_mib``, the peak so far: PyTorch's on a CUDA device, else all of the
+    Beside it ``train/peak_mib``, the peak so far: PyTorch's on a CUDA device, else all of the
     process's.
 
     Batches are those of `ReasoningDataModule`, padded or packed.
@@ -120,10 +120,10 @@ class TokenThroughputMonitor(Callback):
         peak = None if self._peak_flops is None else self._peak_flops * trainer.world_size
         self.latest = rates(counts, time.perf_counter() - self._since, peak)
         if (memory := peak_mib(pl_module.device)) is not None:
-            self.latest["memory/peak_mib"] = memory
+            self.latest["train/peak_mib"] = memory
         for logger in trainer.loggers:
             logger.log_metrics(dict(self.latest), step=self._step)
-        rate = self.latest["throughput/examples_per_s"]
+        rate = self.latest["train/examples_per_s"]
         pl_module.log("examples/s", rate, prog_bar=True, logger=False)
         self._restart()
 
@@ -154,10 +154,10 @@ def rates(
     counts: Mapping[str, float], seconds: float, peak_flops: float | None = None
 ) -> dict[str, float]:
     """Figures by their tags, from `batch_counts`, and from ``flops`` where their peak is known."""
-    figures = {f"throughput/{name}_per_s": counts[name] / seconds for name in RATES}
-    figures["throughput/padding_share"] = 1 - counts["tokens"] / counts["positions"]
+    figures = {f"train/{name}_per_s": counts[name] / seconds for name in RATES}
+    figures["train/padding_share"] = 1 - counts["tokens"] / counts["positions"]
     if peak_flops is not None:
-        figures["throughput/mfu"] = counts["flops"] / seconds / peak_flops
+        figures["train/mfu"] = counts["flops"] / seconds / peak_flops
     return figures
 
 

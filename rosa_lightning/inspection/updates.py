@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from rosa_lightning.roae.targets import layer_of
 class Update:
     """What a method changes in the weight of one target in one decoder layer."""
 
-    kind: Literal["roae", "peft"]
     layer: int
     """Number of the decoder layer."""
     target: str
@@ -65,7 +64,7 @@ def find_updates(root: nn.Module) -> list[Update]:
             number = int(layer_of(projection.layer).rpartition(".")[2] or 0)
             grouped.setdefault((number, projection.target), []).append(term)
         updates += [
-            Update("roae", layer, target, partial(_norm_of_terms, terms), _base_norm(terms))
+            Update(layer, target, partial(_norm_of_terms, terms), _base_norm(terms))
             for (layer, target), terms in grouped.items()
         ]
     return sorted(updates, key=lambda update: update.layer)
@@ -74,22 +73,35 @@ def find_updates(root: nn.Module) -> list[Update]:
 _IN_SHARDS = "the strategy keeps adapter weights in shards"
 
 
-def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """Norms of the updates, by tag; in one transfer from the device."""
-    metrics: dict[str, float] = {}
-    layers = [update.layer for update in updates]
+@dataclass(frozen=True)
+class Measure:
+    """How far a target has moved."""
+
+    by_layer: dict[int, float]
+    total: float
+    """Of all layers together."""
+    is_headline: bool
+    """Whether no other measure of the target tells more."""
+
+
+def measure_updates(updates: Sequence[Update]) -> dict[str, Measure]:
+    """Norms of the updates by tag, ``update_norm/<target>`` and ``relative_update/<target>``.
+
+    They take one transfer from the device.
+    """
+    found: dict[str, Measure] = {}
     norms = torch.stack([update.norm() for update in updates]).tolist() if updates else []
-    for update, norm in zip(updates, norms, strict=True):
-        place = f"{layer_number(update.layer, layers)}/{update.target}"
-        metrics[f"{update.kind}/update_norm/{place}"] = norm
-        if update.base_norm:
-            metrics[f"{update.kind}/relative_update/{place}"] = norm / update.base_norm
-    return metrics
-
-
-def layer_number(layer: int, layers: Sequence[int]) -> str:
-    """A layer's number in tags, with zeros before it, so that tags sort by number."""
-    return f"{layer:0{max(2, len(str(max(layers))))}d}"
+    for target in dict.fromkeys(update.target for update in updates):
+        own = [(u, norm) for u, norm in zip(updates, norms, strict=True) if u.target == target]
+        known = [(update.layer, norm, update.base_norm) for update, norm in own if update.base_norm]
+        total = math.hypot(*(norm for _, norm in own))
+        by_layer = {update.layer: norm for update, norm in own}
+        found[f"update_norm/{target}"] = Measure(by_layer, total, not known)
+        if known:
+            relative = {layer: norm / base for layer, norm, base in known}
+            moved, frozen = (math.hypot(*(one[i] for one in known)) for i in (1, 2))
+            found[f"relative_update/{target}"] = Measure(relative, moved / frozen, True)
+    return found
 
 
 # RoAE.
@@ -149,7 +161,7 @@ def _of_peft(model: nn.Module) -> Iterator[Update]:
             raise ValueError("the base is quantised, and PEFT merges into plain weights alone")
         target, number = path.removeprefix(f"{layer}."), int(layer.rpartition(".")[2])
         base_norm = float(base.weight.detach().float().norm())
-        yield Update("peft", number, target, partial(_norm_of_merging, module), base_norm)
+        yield Update(number, target, partial(_norm_of_merging, module), base_norm)
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ def test_how_full_packs_are_is_said_and_logged_once(tmp_path, monkeypatch):
     trainer.fit(RoSAModule("tiny"), data)
     (line,) = said
     with open(Path(logger.log_dir) / "metrics.csv") as file:
-        logged = [row["data/pack_fill"] for row in csv.DictReader(file)]
+        logged = [row["train/pack_fill"] for row in csv.DictReader(file)]
     (fill,) = (float(value) for value in logged if value)
     assert 0.9 < fill <= 1
     assert line.startswith("114 records in ")

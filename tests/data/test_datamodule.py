@@ -295,7 +295,7 @@ def test_shares_are_counted_logged_and_said(folder):
     line = "c: 8 training records, 30 % of each epoch, so each is seen 2.3 times"
     assert line in module.training_summary()
     rows = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
-    assert rows[0].split(",") == ["data/share/a", "data/share/b", "data/share/c", "step"]
+    assert rows[0].split(",") == ["train/share/a", "train/share/b", "train/share/c", "step"]
     assert [row.split(",")[-1] for row in rows[1:]] == ["5", "10", "15", "20", "25", "30"]
 
 

@@ -508,8 +508,7 @@ def test_two_lists_of_layers_are_selected_from_by_a_callback_each(tmp_path):
         for grads in run.grads:
             assert sum(grads[f"{name}.{i}.up.weight"] is not None for i in blocks) == count
     logged = (tmp_path / "log" / "0" / "metrics.csv").read_text()
-    assert "dls/score/04" in logged
-    assert "dls/tower/score/02" in logged
+    assert {"weights/lowest_active", "weights/tower/lowest_active"} <= {*logged.split(",")}
 
     resumed, again = TwoTowers(), both()
     fit(resumed, data, *again, ckpt_path=tmp_path / "4.ckpt")
@@ -584,7 +583,6 @@ def test_every_selection_and_the_final_steps_reach_every_logger(tmp_path):
         header, *lines = (tmp_path / logger.name / "0" / "metrics.csv").read_text().splitlines()
         rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
         assert [int(row["step"]) for row in rows] == [1, 4, 5]
-        assert [float(row["dls/num_active"]) for row in rows] == [1, 1, 5]
-        for index, score in enumerate(run.scores[2]):
-            assert float(rows[0][f"dls/score/{index:02}"]) == score
-            assert float(rows[0][f"dls/active/{index:02}"]) == (index in run.active[2])
+        assert [float(row["weights/num_active"]) for row in rows] == [1, 1, 5]
+        lowest = [min(run.active[after]) for after in (2, 5, 6)]
+        assert [float(row["weights/lowest_active"]) for row in rows] == lowest

@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from rosa_lightning.inspection.charts import Series, draw_charts, raster_colours, raster_figure
+from rosa_lightning.inspection.charts import draw_charts, raster_colours, raster_figure
+from rosa_lightning.inspection.curves import Series, name_of
 
 
 def line(*values: float, every: int = 10) -> Series:
@@ -17,8 +18,9 @@ def selections(num_layers: int, num_selections: int) -> dict[str, Series]:
     scores = rng.random((num_layers, num_selections)) + 0.1
     run = {}
     for layer in range(num_layers):
-        run[f"dls/score/{layer:02d}"] = line(*scores[layer])
-        run[f"dls/active/{layer:02d}"] = line(*(scores[layer] > 0.6).astype(float))
+        run[f"layers/score/{layer:02d}"] = line(*scores[layer])
+        run[f"layers/active/{layer:02d}"] = line(*(scores[layer] > 0.6).astype(float))
+        run[f"layers/selections/{layer:02d}"] = line(*(scores[layer] > 0.6).cumsum().astype(float))
     return run
 
 
@@ -34,14 +36,14 @@ def drawn(run: dict[str, Series]) -> dict[str, bytes]:
 
 def test_each_target_has_its_charts_in_the_order_of_the_targets():
     run = {
-        f"roae/{kind}/0{layer}/{target}": line(0, layer + 1)
+        f"layers/{kind}/{target}/0{layer}": line(0, layer + 1)
         for kind in ("update_norm", "relative_update")
         for layer in range(2)
-        for target in ("k", "q")
+        for target in ("mlp.down_proj", "k", "q")
     }
     relative = "Update of {}, relative to the frozen weight"
-    titles = [relative.format("q"), relative.format("k"), "Update of q", "Update of k"]
-    assert list(drawn(run)) == titles
+    titles = [form.format(t) for form in (relative, "Update of {}") for t in "qk?"]
+    assert list(drawn(run)) == [title.replace("?", "mlp.down_proj") for title in titles]
     assert {"layer 0", "layer 1"} <= set(texts(drawn(run)["Update of k"]))
 
 
@@ -54,18 +56,26 @@ def test_many_layers_are_a_map_with_a_scale_and_not_a_legend_of_many_lines():
 @pytest.mark.parametrize("num_layers", [2, 80])
 @pytest.mark.parametrize("num_selections", [1, 2000])
 def test_layers_are_drawn_whatever_their_number(num_layers, num_selections):
-    charts = draw_charts(selections(num_layers, num_selections))["Layers"]
+    charts = draw_charts(selections(num_layers, num_selections))["Layers and updates"]
     often = "How often each layer was selected"
     assert list(charts) == ["Layers that train", often, "Layer scores"]
 
 
-def test_counts_are_those_of_the_whole_run_where_it_logged_them():
-    """A resumed run's folder holds only the rest of its selections."""
-    title = "How often each layer was selected"
-    run = {f"dls/active/0{layer}": line(1.0, 1.0) for layer in range(2)}
-    assert "40" not in texts(drawn(run)[title])
-    run |= {f"dls/selection_count/0{layer}": line(39.0, 40.0) for layer in range(2)}
-    assert "40" in texts(drawn(run)[title])
+def test_of_a_single_selection_bars_are_drawn_and_not_a_stripe():
+    shown = texts(drawn(selections(num_layers=80, num_selections=1))["Layer scores"])
+    assert "layer, at step 0" in shown
+
+
+def test_what_has_not_moved_has_no_chart():
+    run = {f"layers/update_norm/q/{layer:02d}": line(0.0, 0.0) for layer in range(30)}
+    assert not drawn(run)
+
+
+def test_axes_of_scores_begin_at_zero():
+    scores = {f"layers/score/0{layer}": line(5.0, 5.5 + layer) for layer in range(3)}
+    labels = texts(drawn(scores)["Layer scores"])
+    assert "0" in labels
+    assert not any(label.startswith("\N{MINUS SIGN}") for label in labels)
 
 
 def test_the_accuracy_on_an_only_task_is_drawn_once():
@@ -73,13 +83,14 @@ def test_the_accuracy_on_an_only_task_is_drawn_once():
     one = drawn({"val/accuracy": line(0, 1), "val/accuracy/demo": line(0, 1)})[title]
     assert not any("demo" in text for text in texts(one))
     two = drawn({"val/accuracy": line(0, 1), "val/accuracy/a": line(0, 0.5)})[title]
-    assert "val/accuracy/a" in texts(two)
+    assert {"validation accuracy", "validation accuracy a"} <= set(texts(two))
 
 
 def test_a_tag_is_text_and_no_formula_and_no_markup():
     tag = r"val/accuracy/$\frac{1}$<b>&"
     run = {"val/accuracy": line(0, 1), tag: line(0, 0.5)}
-    assert tag in texts(drawn(run)["Accuracy of validation answers"])
+    assert name_of(tag) in texts(drawn(run)["Accuracy of validation answers"])
+    assert name_of(tag).endswith(r"$\frac{1}$<b>&")
 
 
 def test_each_selection_is_a_column_and_each_layer_a_row_from_the_bottom_up():

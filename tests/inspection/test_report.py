@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import os
 import re
@@ -18,9 +19,10 @@ from rosa_lightning import (
     RoAEConfig,
     RoSAModule,
     RunMonitor,
+    RunRecorder,
     TokenThroughputMonitor,
 )
-from rosa_lightning.inspection.charts import Series
+from rosa_lightning.inspection.curves import Series
 from rosa_lightning.inspection.report import read_run, write_report
 from tests.hostile import limited, put
 
@@ -41,6 +43,7 @@ def runs(base_folder, sources, tmp_path_factory) -> dict[str, Path]:
             DynamicLayerSelection(num_active=2, interval=2),
             RunMonitor(),
             TokenThroughputMonitor(),
+            RunRecorder(),
         ],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -52,6 +55,8 @@ def runs(base_folder, sources, tmp_path_factory) -> dict[str, Path]:
     )
     data = ReasoningDataModule(sources=sources, batch_size=2, max_length=256, val_fraction=0.1)
     trainer.fit(RoSAModule(str(base_folder), RoAEConfig(rank=4)), data)
+    # Numbers of the layers lie in the run's folder, that of the first logger.
+    (folder / "csv" / "layers.jsonl").write_bytes((folder / "board" / "layers.jsonl").read_bytes())
     (folder / "board" / "config.yaml").write_text("model:\n  base: <script>alert('x')</script>\n")
     return {name: folder / name for name in ("board", "csv")}
 
@@ -69,7 +74,7 @@ class Reader(HTMLParser):
         self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        self.text += data
+        self.text += f"{data} "
 
 
 @pytest.mark.parametrize("kind", ["board", "csv"])
@@ -81,7 +86,7 @@ def test_the_page_shows_everything_whichever_logger_wrote_it(runs, kind, tmp_pat
         head, _, data = str(attributes["src"]).partition(",")
         assert head == "data:image/svg+xml;base64"
         assert base64.b64decode(data, validate=True)
-    for tag in ("dls/score/00", "roae/update_norm/03/k", "val/accuracy/boolq", "train/lr"):
+    for tag in ("layers/score/00", "layers/update_norm/k/03", "learning rate", "train/lr"):
         assert tag in page.text
 
 
@@ -143,9 +148,9 @@ def test_metrics_csv_comes_back_with_its_holes(tmp_path):
 @pytest.mark.parametrize("logger", [TensorBoardLogger, CSVLogger])
 def test_a_prefix_of_the_logger_is_left_out(tmp_path, logger):
     logger = logger(tmp_path, name="", version="run", prefix="my-px")
-    logger.log_metrics({"train/loss": 2.5, "dls/score/00": 1.0, "epoch": 0}, step=3)
+    logger.log_metrics({"train/loss": 2.5, "weights/num_active": 1.0, "epoch": 0}, step=3)
     logger.save()
-    assert set(read_run(tmp_path / "run")) == {"train/loss", "dls/score/00", "epoch"}
+    assert set(read_run(tmp_path / "run")) == {"train/loss", "weights/num_active", "epoch"}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,72 @@ def test_of_a_folder_of_runs_the_newest_with_numbers_is_shown(tmp_path):
         (file,) = (tmp_path / name).iterdir()
         os.utime(file, (1e9 - age, 1e9 - age))
     assert write_report(str(tmp_path)) == tmp_path / "version_1" / "report.html"
+
+
+RECORD = {
+    "status": "finished",
+    "settings": {"base": "org/model", "method": "LoRA", "r": 8, "learning_rate": 0.001},
+    "started": "2026-03-01T10:00:00+00:00",
+    "written": "2026-03-01T11:30:05+00:00",
+    "step": 1200,
+    "train_seconds": 3600.0,
+    "examples": 19200,
+    "peak_mib": 2048.0,
+    "trainable_parameters": 1000,
+    "total_parameters": 200000,
+    "checkpoint": "/runs/a/checkpoints/step=800.ckpt",
+    "validations": [
+        {"step": 400, "val/loss": 0.9},
+        {"step": 800, "val/loss": 0.5, "val/accuracy": 0.75},
+        {"step": 1200, "val/loss": 0.6},
+    ],
+}
+
+
+def test_what_was_trained_and_its_best_checkpoint_are_said_first(tmp_path):
+    log(tmp_path, {"train/loss": {0: 1.0}})
+    (tmp_path / "run.json").write_text(json.dumps(RECORD))
+    text = Reader(write_report(str(tmp_path)).read_text()).text
+    shown = " ".join(text.split())
+    for words in (
+        "Base org/model Method LoRA Parameters 1,000 of 200,000 train (0.50 %)",
+        "Settings r 8, learning rate 0.001",
+        "Best validation loss 0.5, accuracy 75.0 % at step 800",
+        "Checkpoint /runs/a/checkpoints/step=800.ckpt",
+        "Started 2026-03-01 10:00 UTC Duration 1:30:05, of which 1:00:00 in training",
+        "Speed 5.333 examples per second, 2,048 MiB at most",
+        "training loss 1 1 1 1 1",
+    ):
+        assert words in shown
+
+
+def test_tests_of_the_runs_checkpoints_are_shown_and_those_of_others_are_not(tmp_path):
+    for name, checkpoint in {"version_1": "version_0", "version_2": "elsewhere"}.items():
+        path = tmp_path / name / "results.json"
+        path.parent.mkdir()
+        score = {"task": f"of {checkpoint}", "protocol": "generate", "accuracy": 0.25, "n": 1319}
+        score |= {"interval": [0.22, 0.28], "contaminated": 0}
+        model = f"org/model + {tmp_path}/{checkpoint}/checkpoints/best.ckpt"
+        path.write_text(json.dumps({"model": model, "complete": True, "results": [score]}))
+    log(tmp_path / "version_0", {"train/loss": {0: 1.0}})
+    shown = " ".join(Reader(write_report(str(tmp_path / "version_0")).read_text()).text.split())
+    assert "best.ckpt of version_0 generate 25.0 (22.0 to 28.0) 1,319 0" in shown
+    assert "of elsewhere" not in shown
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"settings": 3, "validations": [{"step": "x"}], "step": []}']
+)
+def test_a_record_that_is_none_is_left_out(tmp_path, content):
+    log(tmp_path, {"train/loss": {0: 1.0}})
+    (tmp_path / "run.json").write_text(content)
+    (tmp_path / "results.json").write_text(content)
+    (tmp_path / "layers.jsonl").write_text(
+        f'{content}\n{{"step": 1, "tag": "score", "values": {{"x": 2}}}}\n'
+        '{"step": 2, "tag": "score", "values": {"1": 2}}\n{"step": 3, "ta'
+    )
+    write_report(str(tmp_path))
+    assert read_run(tmp_path)["layers/score/01"] == Series((2,), (2.0,))
 
 
 # Folders of strangers.

@@ -25,11 +25,9 @@ from rosa_lightning import (
 from rosa_lightning.adapters.methods import FullFinetuning, apply_method
 from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.dls import PolicyOptions
-from rosa_lightning.inspection.charts import UPDATES, Series, draw_charts
-from rosa_lightning.inspection.run_monitor import (
-    dashboard,
-)
-from rosa_lightning.inspection.updates import find_updates, update_metrics
+from rosa_lightning.inspection.report import read_run
+from rosa_lightning.inspection.run_monitor import dashboard
+from rosa_lightning.inspection.updates import find_updates, measure_updates
 from rosa_lightning.roae.inject import roae_layers
 from tests.conftest import build
 
@@ -46,8 +44,14 @@ def series(log: EventAccumulator, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in log.Scalars(tag)}
 
 
-def tags(log: EventAccumulator, start: str) -> list[str]:
-    return [tag for tag in log.Tags()["scalars"] if tag.startswith(start)]
+def layers(folder: Path, measure: str) -> dict[str, dict[int, float]]:
+    """Values of a measure by layer and step."""
+    start = f"layers/{measure}/"
+    return {
+        tag.removeprefix(start): dict(zip(one.steps, one.values, strict=True))
+        for tag, one in read_run(folder).items()
+        if tag.startswith(start)
+    }
 
 
 def run_settings(logger, callbacks, **options) -> Trainer:
@@ -84,53 +88,72 @@ def selection(**options) -> DynamicLayerSelection:
 
 @pytest.fixture(scope="module")
 def rosa(base_folder, sources, tmp_path_factory):
-    """One run with everything: the module after it, and what its event files say."""
+    """One run with everything: the module after it, and its folder."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     # First among the callbacks, so that it sees the other's hooks before that ran them.
     callbacks = [RunMonitor(raster_interval=2), selection(), TokenThroughputMonitor()]
     module, _ = fit_rosa(base_folder, sources, board(folder), callbacks)
-    return module, read(folder)
+    return module, folder
 
 
 @torch.no_grad()
 def test_update_norms_are_those_of_the_products_at_the_logged_step(rosa):
-    module, log = rosa
-    names = [f"{layer:02d}/{target}" for layer in range(NUM_LAYERS) for target in "qk"]
-    assert tags(log, "roae/update_norm/") == [f"roae/update_norm/{name}" for name in names]
-    layers = dict(zip(names, (layer for _, layer in roae_layers(module)), strict=True))
-    for name, layer in layers.items():
-        product = layer.scale * (layer.roae_B.double() @ layer.roae_A.double())
-        logged = series(log, f"roae/update_norm/{name}")
-        assert list(logged) == [2, 5, 8]
-        # The run stopped with the step that was logged last.
-        assert logged[8] == pytest.approx(float(product.norm()), rel=1e-6)
-        relative = float(product.norm() / layer.weight[layer.rows].norm())
-        assert series(log, f"roae/relative_update/{name}")[8] == pytest.approx(relative, rel=1e-5)
-    assert max(series(log, f"roae/update_norm/{name}")[8] for name in names) > 0
+    module, folder = rosa
+    found = dict(
+        zip(
+            [(f"{layer:02d}", target) for layer in range(NUM_LAYERS) for target in "qk"],
+            (layer for _, layer in roae_layers(module)),
+            strict=True,
+        )
+    )
+    for target in "qk":
+        norms, relative = (
+            layers(folder, f"{m}/{target}") for m in ("update_norm", "relative_update")
+        )
+        moved, frozen = [], []
+        for number in norms:
+            layer = found[number, target]
+            product = layer.scale * (layer.roae_B.double() @ layer.roae_A.double())
+            assert list(norms[number]) == [2, 5, 8]
+            # The run stopped with the step that was logged last.
+            assert norms[number][8] == pytest.approx(float(product.norm()), rel=1e-6)
+            base = layer.weight[layer.rows]
+            assert relative[number][8] == pytest.approx(
+                float(product.norm() / base.norm()), rel=1e-5
+            )
+            moved.append(product.flatten())
+            frozen.append(base.flatten())
+        assert len(moved) == NUM_LAYERS
+        # The curve is that of all layers as if they were one weight.
+        total = float(torch.cat(moved).norm() / torch.cat(frozen).norm())
+        curve = series(read(folder), f"weights/relative_update/{target}")
+        assert curve[8] == pytest.approx(total, rel=1e-5)
+        assert total > 0
 
 
 def test_pictures_come_every_so_many_selections_and_at_the_end(rosa):
-    _, log = rosa
-    images = log.Images("dls/raster")
+    log = read(rosa[1])
+    names = ("layer_scores", "layers_that_train", "update_of_k", "update_of_q")
+    assert sorted(log.Tags()["images"]) == [f"weights/{name}" for name in names]
     # Selections at 0, 2, 4, 6, 8: after the second, the fourth, and the end.
-    assert [image.step for image in images] == [2, 6, 8]
+    assert [image.step for image in log.Images("weights/layers_that_train")] == [2, 6, 8]
 
 
 def test_the_layout_groups_the_tags_that_were_logged(rosa):
-    _, log = rosa
+    log = read(rosa[1])
     (event,) = log.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = {chart.title: chart for category in layout.category for chart in category.chart}
-    assert [part.title for part in layout.category] == ["Training", "Layers", "RoAE", "Cost"]
+    sections = ["Training", "Speed and memory", "Layers and updates"]
+    assert [part.title for part in layout.category] == sections
     logged = log.Tags()["scalars"]
     matches = {
         title: [tag for tag in logged for wanted in chart.multiline.tag if re.match(wanted, tag)]
         for title, chart in charts.items()
     }
-    assert matches["Layer scores, gradient norm"] == tags(log, "dls/score/")
-    assert matches["Update of k, Frobenius norm"] == [
-        tag for tag in tags(log, "roae/update") if tag[-1] == "k"
+    assert matches["Update relative to the frozen weights, ratio of Frobenius norms"] == [
+        f"weights/relative_update/{target}" for target in "qk"
     ]
     empty = [title for title, found in matches.items() if not found]
     # Nothing was validated, and the peak of the device is not known.
@@ -146,11 +169,9 @@ def test_under_accumulation_selections_and_measurements_stand_at_optimizer_steps
     options = {"accumulate_grad_batches": 2, "max_steps": 6}
     callbacks = [selection(), RunMonitor()]
     fit_rosa(base_folder, sources, board(tmp_path), callbacks, **options)
-    log = read(tmp_path)
-    scored = series(log, "dls/score/00")
-    assert list(series(log, "dls/backward_saved")) == list(scored) == [0, 2, 4]
-    measured = log.Scalars("roae/update_norm/00/q")
-    assert [event.step for event in measured] == [2, 5]
+    lowest = series(read(tmp_path), "weights/lowest_active")
+    assert list(layers(tmp_path, "score")["00"]) == list(lowest) == [0, 2, 4]
+    assert list(layers(tmp_path, "update_norm/q")["00"]) == [2, 5]
 
 
 @pytest.mark.parametrize("monitor_first", [True, False])
@@ -172,11 +193,11 @@ def test_a_resumed_run_shows_new_selections_only_and_counts_the_old_ones(
         callbacks(),
         ckpt_path=tmp_path / "stopped.ckpt",
     )
+    counts = layers(tmp_path / "b", "selections")
+    assert [list(one) for one in counts.values()] == [[6, 8]] * NUM_LAYERS
+    assert sum(one[8] for one in counts.values()) == 5 * 2
     log = read(tmp_path / "b")
-    assert list(series(log, "dls/backward_saved")) == list(series(log, "dls/score/00")) == [6, 8]
-    counts = [series(log, f"dls/selection_count/{layer:02d}")[8] for layer in range(NUM_LAYERS)]
-    assert sum(counts) == 5 * 2
-    assert [image.step for image in log.Images("dls/raster")] == [8]
+    assert [image.step for image in log.Images("weights/layers_that_train")] == [8]
 
 
 class Block(nn.Module):
@@ -219,15 +240,14 @@ def fit_plain(logger, *extra) -> None:
     run_settings(logger, [pick, RunMonitor(), *extra], max_steps=6).fit(Plain())
 
 
-def test_layers_with_nothing_to_train_count_among_those_that_backward_may_skip(tmp_path):
+def test_what_trains_is_shown_by_the_numbers_of_the_layers(tmp_path):
     fit_plain(board(tmp_path))
-    log = read(tmp_path)
-    assert series(log, "dls/backward_saved") == pytest.approx(
-        {0: 5 / 12, 2: 5 / 12, 4: 5 / 12, 5: 2 / 12}  # all layers in the final step
-    )
-    numbers = [tag.rpartition("/")[2] for tag in tags(log, "dls/selection_count/")]
-    assert numbers == [f"{number:02d}" for number in range(2, 11)]
-    assert not tags(log, "roae/")
+    active = layers(tmp_path, "active")
+    assert list(active) == [f"{number:02d}" for number in range(2, 11)]
+    at = {step: [int(n) for n in active if active[n][step]] for step in active["02"]}
+    # All layers in the final step.
+    assert at == {0: [5, 10], 2: [5, 10], 4: [5, 10], 5: [*range(2, 11)]}
+    assert not [tag for tag in read_run(tmp_path) if "update" in tag]
 
 
 class Stop(Callback):
@@ -239,17 +259,15 @@ class Stop(Callback):
 def test_a_fit_that_breaks_off_leaves_a_picture_of_what_there_was(tmp_path):
     with pytest.raises(RuntimeError, match="stop here"):
         fit_plain(board(tmp_path), Stop())
-    assert [image.step for image in read(tmp_path).Images("dls/raster")] == [2]
+    assert [image.step for image in read(tmp_path).Images("weights/layers_that_train")] == [3]
 
 
 def test_charts_find_tags_behind_a_loggers_prefix(tmp_path):
     fit_plain(board(tmp_path, prefix="a.b"))
     log = read(tmp_path)
-    assert tags(log, "a.b-dls/backward_saved")
-    assert log.Tags()["images"] == ["dls/raster"]
-    patterns = [p for held in dashboard(True, []).values() for _, (p, *_) in held.values()]
+    patterns = [p for held in dashboard().values() for _, (p, *_) in held.values()]
     matched = {tag for tag in log.Tags()["scalars"] for p in patterns if re.match(p, tag)}
-    assert {"a.b-dls/backward_saved", "a.b-dls/score/05"} <= matched
+    assert matched == {"a.b-weights/lowest_active", "a.b-weights/backward_share"}
 
 
 def adapted(family: str, **options) -> nn.Module:
@@ -263,7 +281,7 @@ def adapted(family: str, **options) -> nn.Module:
 
 def test_the_norm_is_that_of_what_merging_adds_to_the_weight():
     model = adapted("phi3")  # q and k are two terms on one fused projection
-    norms = update_metrics(find_updates(model))
+    norms = measure_updates(find_updates(model))
     for number, layer in enumerate(model.model.layers):
         outer = layer.self_attn.qkv_proj
         before = outer.weight.detach().clone()
@@ -271,7 +289,7 @@ def test_the_norm_is_that_of_what_merging_adds_to_the_weight():
         inner.merge()
         outer.merge()
         moved = float((outer.weight - before).double().norm())
-        wanted = math.hypot(*(norms[f"roae/update_norm/0{number}/{target}"] for target in "qk"))
+        wanted = math.hypot(*(norms[f"update_norm/{target}"].by_layer[number] for target in "qk"))
         assert moved == pytest.approx(wanted, rel=1e-5)
 
 
@@ -302,9 +320,9 @@ def test_the_norm_of_a_method_of_peft_is_that_of_what_the_module_computes(name):
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    norms = update_metrics(find_updates(model))
+    norms = measure_updates(find_updates(model))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert len(norms) == 2 * 2 * len(model.model.layers)
+    assert sum(len(one.by_layer) for one in norms.values()) == 2 * 2 * len(model.model.layers)
     for number, layer in enumerate(model.model.layers):
         for path in ("self_attn.q_proj", "mlp.down_proj"):
             module = layer.get_submodule(path)
@@ -312,10 +330,10 @@ def test_the_norm_of_a_method_of_peft_is_that_of_what_the_module_computes(name):
             unit = torch.eye(weight.shape[1])
             with torch.no_grad():
                 change = (module(unit) - module.get_base_layer()(unit)).norm()
-            place = f"{number:02d}/{path}"
-            assert norms[f"peft/update_norm/{place}"] == pytest.approx(float(change), rel=1e-4)
-            relative = float(change / weight.norm())
-            assert norms[f"peft/relative_update/{place}"] == pytest.approx(relative, rel=1e-4)
+            moved = norms[f"update_norm/{path}"].by_layer[number]
+            assert moved == pytest.approx(float(change), rel=1e-4)
+            relative = norms[f"relative_update/{path}"].by_layer[number]
+            assert relative == pytest.approx(float(change / weight.norm()), rel=1e-4)
 
 
 def test_where_updates_cannot_be_had_the_reason_is_told():
@@ -323,14 +341,3 @@ def test_where_updates_cannot_be_had_the_reason_is_told():
     apply_method(model, FullFinetuning())
     with pytest.raises(ValueError, match="keeps no copy of the base"):
         find_updates(model)
-
-
-def test_updates_of_peft_have_charts_of_their_own():
-    tags = [f"peft/{kind}/0{n}/self_attn.q_proj" for kind in UPDATES for n in range(2)]
-    run = {tag: Series((1, 2), (0.0, 1.0)) for tag in tags}
-    assert list(draw_charts(run)) == ["PEFT"]
-    assert len(draw_charts(run)["PEFT"]) == 2
-    layout = dashboard(False, [("peft", "self_attn.q_proj"), ("roae", "q")])
-    assert [len(layout[section]) for section in ("RoAE", "PEFT")] == [2, 2]
-    patterns = [pattern for _, (pattern, *_) in layout["PEFT"].values()]
-    assert {tag for tag in tags for p in patterns if re.match(p, tag)} == set(tags)

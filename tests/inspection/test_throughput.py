@@ -32,7 +32,7 @@ from rosa_lightning.inspection.throughput import (
 )
 from tests.conftest import build
 
-RATES = [f"throughput/{name}_per_s" for name in ("examples", "tokens", "supervised_tokens")]
+RATES = [f"train/{name}_per_s" for name in ("examples", "tokens", "supervised_tokens")]
 
 
 @pytest.fixture
@@ -103,17 +103,15 @@ def test_figures_are_those_of_the_batches_and_the_seconds_between_two_logs(
         seconds = 8
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         supervised = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        assert log["throughput/examples_per_s"][step] == pytest.approx(12 / seconds)
-        assert log["throughput/tokens_per_s"][step] == pytest.approx(tokens / seconds)
-        assert log["throughput/supervised_tokens_per_s"][step] == pytest.approx(
-            supervised / seconds
-        )
+        assert log["train/examples_per_s"][step] == pytest.approx(12 / seconds)
+        assert log["train/tokens_per_s"][step] == pytest.approx(tokens / seconds)
+        assert log["train/supervised_tokens_per_s"][step] == pytest.approx(supervised / seconds)
         places = sum(batch["input_ids"].numel() for batch in batches)
-        assert log["throughput/padding_share"][step] == pytest.approx(1 - tokens / places)
-    assert 0 < log["throughput/padding_share"][1] < 1
-    assert list(log["memory/peak_mib"]) == [1, 3]
-    assert log["memory/peak_mib"][3] > 50
-    assert "throughput/mfu" not in log  # of a CPU
+        assert log["train/padding_share"][step] == pytest.approx(1 - tokens / places)
+    assert 0 < log["train/padding_share"][1] < 1
+    assert list(log["train/peak_mib"]) == [1, 3]
+    assert log["train/peak_mib"][3] > 50
+    assert "train/mfu" not in log  # of a CPU
 
 
 def test_utilisation_is_the_operations_by_what_the_device_could_have_done(
@@ -140,7 +138,7 @@ def test_utilisation_is_the_operations_by_what_the_device_could_have_done(
     for batch in ticking.batches:
         wanted += int(batch["attention_mask"].sum()) * flops_per_token(blocks)
         wanted += int((batch["labels"] != -100).sum()) * head_flops(model)
-    assert monitor.latest["throughput/mfu"] == pytest.approx(wanted / 8 / 1e9, rel=1e-5)
+    assert monitor.latest["train/mfu"] == pytest.approx(wanted / 8 / 1e9, rel=1e-5)
 
 
 def test_the_progress_bar_shows_the_figures_from_the_first_log_on(base_folder, sources, clock):
@@ -153,7 +151,7 @@ def test_the_progress_bar_shows_the_figures_from_the_first_log_on(base_folder, s
     fit(base_folder, sources, callbacks, enable_progress_bar=True, max_steps=3)
     assert "examples/s" not in ticking.shown[0]
     for items in ticking.shown[1:]:
-        wanted = monitor.latest["throughput/examples_per_s"]
+        wanted = monitor.latest["train/examples_per_s"]
         assert items["examples/s"] == pytest.approx(wanted)
 
 
@@ -167,10 +165,10 @@ def test_a_packed_batch_counts_its_rows():
     counts = {name: int(count) for name, count in batch_counts(batch).items()}
     assert counts == {"examples": 3, "tokens": 9, "supervised_tokens": 4, "positions": 9}
     assert rates(counts, 2.0) == {
-        "throughput/examples_per_s": 1.5,
-        "throughput/tokens_per_s": 4.5,
-        "throughput/supervised_tokens_per_s": 2.0,
-        "throughput/padding_share": 0.0,
+        "train/examples_per_s": 1.5,
+        "train/tokens_per_s": 4.5,
+        "train/supervised_tokens_per_s": 2.0,
+        "train/padding_share": 0.0,
     }
 
 

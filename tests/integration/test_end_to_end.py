@@ -48,4 +48,4 @@ def test_real_data_trains_as_a_weighted_mixture(real_data):
     losses = [event.value for event in log.Scalars("val/loss")]
     assert losses[-1] < losses[0]
     for name, weight in weights.items():
-        assert abs(log.Scalars(f"data/share/{name}")[-1].value - weight) < 0.02
+        assert abs(log.Scalars(f"train/share/{name}")[-1].value - weight) < 0.02

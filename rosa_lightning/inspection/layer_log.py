@@ -1,0 +1,64 @@
+"""Numbers of each layer, in a file of the run: as scalars they would bury a logger's own page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rosa_lightning.utils.files import open_input, read_lines, writing
+from rosa_lightning.utils.strict_json import parse
+
+LAYERS = "layers.jsonl"
+"""A line for each step and measure: ``{"step": 20, "tag": "score", "values": {"0": 1.5}}``."""
+Row = dict[str, Any]
+Logged = dict[str, dict[int, float]]
+
+
+def layer_row(step: int, tag: str, values: Mapping[int, float]) -> Row:
+    """A line of the file.
+
+    Args:
+        step: Optimizer step.
+        tag: ``score``, ``active`` or ``selections``; ``update_norm/<target>`` or
+            ``relative_update/<target>``.
+        values: By the number of the layer.
+    """
+    return {"step": step, "tag": tag, "values": {str(k): v for k, v in values.items()}}
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add lines to a file."""
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a file, without those that are none, such as one that was cut off."""
+    rows: list[Row] = []
+    with open_input(path) as file:
+        for line in read_lines(file, path):
+            with suppress(ValueError):
+                row = parse(line.decode())
+                if isinstance(row, dict) and row.keys() == {"step", "tag", "values"}:
+                    rows.append(row)
+    return rows
+
+
+def layer_series(rows: Iterable[Row]) -> Logged:
+    """Values by tag, ``layers/<tag>/<layer>``, and step; what is no number of a layer is left out.
+
+    Of a step that stands there twice, as after a resume in the same folder, the later value counts.
+    """
+    found: Logged = {}
+    for row in rows:
+        with suppress(ValueError, TypeError, AttributeError):
+            step = int(row["step"])
+            for layer, value in row["values"].items():
+                found.setdefault(f"layers/{row['tag']}/{int(layer):02d}", {})[step] = float(value)
+    return found

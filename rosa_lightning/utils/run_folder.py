@@ -1,0 +1,29 @@
+"""Where the files of a run go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """The folder of a run: that of its first logger, or None without one.
+
+    Loggers that keep their own files elsewhere, such as those of W&B and MLflow, have a folder by
+    their name and version, which is where `ModelCheckpoint` writes too. All ranks must ask at once:
+    rank 0 tells the others.
+    """
+    logger = trainer.logger
+    if logger is None or isinstance(logger, DummyLogger):
+        return None
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        folder = Path(logger.log_dir)
+    else:
+        version = logger.version
+        name = version if isinstance(version, str) else f"version_{version}"
+        folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), name)
+    found: Path = trainer.strategy.broadcast(folder)
+    return found
