@@ -295,8 +295,8 @@ def test_shares_are_counted_logged_and_said(folder):
     line = "c: 8 training records, 30 % of each epoch, so each is seen 2.3 times"
     assert line in module.training_summary()
     rows = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
-    assert rows[0].split(",") == ["train/share/a", "train/share/b", "train/share/c", "step"]
-    assert [row.split(",")[-1] for row in rows[1:]] == ["5", "10", "15", "20", "25", "30"]
+    assert rows[0].split(",") == ["step", "train/share/a", "train/share/b", "train/share/c"]
+    assert [row.split(",")[0] for row in rows[1:]] == ["5", "10", "15", "20", "25", "30"]
 
 
 def test_another_training_with_the_same_data_counts_and_begins_anew(folder):
