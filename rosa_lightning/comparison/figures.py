@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from rosa_lightning.comparison.plan import finished
+from rosa_lightning.comparison.plan import finished, mean_losses
 from rosa_lightning.inspection.charts import STYLE
 
 Content = Mapping[str, Any]
@@ -67,9 +67,8 @@ def spread_out(places: Sequence[float], least: float) -> list[float]:
 
 def _pareto(content: Content, key: str, label: str, *, may_be_alike: bool = True) -> Figure | None:
     points = {
-        name: (mean(run[key] for run in runs), mean(run["val_loss"] for run in runs))
-        for name, method in content["methods"].items()
-        if (runs := finished(method))
+        name: (mean(run[key] for run in finished(content["methods"][name])), loss)
+        for name, loss in mean_losses(content).items()
     }
     costs = [x for x, _ in points.values()]
     if not points or (not may_be_alike and max(costs) <= _ALIKE * min(costs)):

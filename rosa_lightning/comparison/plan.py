@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 _OF_A_METHOD = {"learning_rates", "seeds"}
@@ -168,6 +169,15 @@ class Method:
 def finished(method: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs of a method's row, one for each seed, that came to their end."""
     return [run for run in method["runs"] if run["status"] == "finished"]
+
+
+def mean_losses(content: Mapping[str, Any]) -> dict[str, float]:
+    """The mean validation loss over the seeds, of each method that has one."""
+    return {
+        name: mean(run["val_loss"] for run in runs)
+        for name, method in content["methods"].items()
+        if (runs := finished(method))
+    }
 
 
 def slug(name: str) -> str:

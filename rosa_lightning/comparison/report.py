@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from rosa_lightning.comparison.figures import figures
-from rosa_lightning.comparison.plan import finished
-from rosa_lightning.comparison.statistics import spread
+from rosa_lightning.comparison.plan import finished, mean_losses
+from rosa_lightning.comparison.statistics import difference, spread
 from rosa_lightning.comparison.verdict import verdict
 from rosa_lightning.inspection.page import write_page
 from rosa_lightning.utils.tables import note, text_table
@@ -41,13 +42,8 @@ def sections(content: Content) -> list[Section]:
 
 def ranked(content: Content) -> list[str]:
     """The methods, the best validation loss first; those without one last."""
-    methods = content["methods"]
-
-    def loss(name: str) -> float:
-        losses = [run["val_loss"] for run in finished(methods[name])]
-        return mean(losses) if losses else float("inf")
-
-    return sorted(methods, key=loss)
+    losses = mean_losses(content)
+    return sorted(content["methods"], key=lambda name: losses.get(name, math.inf))
 
 
 def quality(content: Content) -> Section:
@@ -75,7 +71,7 @@ def _quality(content: Content, name: str) -> list[str]:
     return [
         f"{method['learning_rate']:.3g}" + (" (edge)" if method["at_edge"] else ""),
         f"{mean(losses):.4f}" + (f" ± {spread(losses):.4f}" if len(losses) > 1 else ""),
-        against if test is None else _interval(test, ".4f"),
+        against if test is None else difference(test, "val_loss"),
         "" if test is None else f"{test['p_holm']:.3g}",
     ]
 
@@ -83,11 +79,6 @@ def _quality(content: Content, name: str) -> list[str]:
 def _test(content: Content, name: str, metric: str) -> Content | None:
     found = (t for t in content["tests"] if t["method"] == name and t["metric"] == metric)
     return next(found, None)
-
-
-def _interval(test: Content, form: str, scale: float = 1.0) -> str:
-    value, low, high = (scale * test[key] for key in ("mean", "low", "high"))
-    return f"{value:+{form}} ({low:+{form}} to {high:+{form}})"
 
 
 def cost(content: Content) -> Section:
@@ -129,13 +120,8 @@ def forgotten(content: Content) -> Section:
         notes.append(f"The base: {base}.")
     for name in ranked(content):
         if changes := found.get(name):
-            cells = [
-                _interval(changes[metric], *(".4f",) if metric == "text_loss" else (".1f", 100.0))
-                if metric in changes
-                else ""
-                for metric in metrics
-            ]
-            rows.append([name, *cells])
+            shown = {metric: difference(change, metric) for metric, change in changes.items()}
+            rows.append([name, *(shown.get(metric, "") for metric in metrics)])
     explanation = (
         "Changes against the base, with 95 % intervals, paired by text or question (bootstrap); "
         "not corrected for the number of methods. Untrained tasks: test sources whose task is none "
@@ -188,8 +174,7 @@ def paired_accuracy(content: Content) -> Section:
     tests = [test for test in content["tests"] if test["metric"] != "val_loss"]
     rows = []
     for test in sorted(tests, key=lambda one: (one["metric"], place[one["method"]])):
-        is_text = test["metric"] == "text_loss"
-        shown = _interval(test, *(".4f",) if is_text else (".1f", 100.0))
+        shown = difference(test, test["metric"])
         p_values = [f"{test[key]:.3g}" for key in ("p", "p_holm")]
         rows.append([test["method"], test["metric"], f"{test['n']:,}", shown, *p_values])
     heading = ("Method", "of", "questions", "difference (95 %)", "p", "p (Holm)")

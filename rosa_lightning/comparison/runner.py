@@ -135,27 +135,38 @@ class Runner:
 
     def _run(self, name: str, folder: Path, options: Sequence[str], progress: Progress) -> None:
         """Run a command, with its output in the run's log; a signal is handed on."""
-        head = [sys.executable, "-m", "rosa_lightning.comparison.child", str(folder / ".lock")]
+        head = ["rosa_lightning.comparison.child", str(folder / ".lock"), name]
         files = [f"--config={self.shared}", f"--config={folder / _OVERRIDES}"]
         log = folder / LOG
         start = log.stat().st_size if log.exists() else 0
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [*head, name, *files, *options],
-                stdin=subprocess.PIPE,  # by which it notices that this process is gone
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,  # Ctrl-C reaches this process alone, which hands it on
-            )
-            with _handed_on(process):
-                while process.poll() is None:
-                    record = read_json(folder / _RECORD) if name == "fit" else {}
-                    progress(record.get("step", 0), record.get("max_steps", 0))
-                    time.sleep(_POLL_SECONDS)
+        # It notices by its standard input that this process is gone.
+        process = start_module([*head, *files, *options], log)
+        with _handed_on(process):
+            while process.poll() is None:
+                record = read_json(folder / _RECORD) if name == "fit" else {}
+                progress(record.get("step", 0), record.get("max_steps", 0))
+                time.sleep(_POLL_SECONDS)
         if process.returncode:
             reason = failure_reason(log, start, process.returncode)
             raise RunFailedError(reason, killed=_by_signal(process.returncode))
+
+
+def start_module(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a Python module in a process of its own, which adds what it says to a log.
+
+    Args:
+        arguments: The module, and its own.
+        log: A file.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C reaches this process alone
+        )
 
 
 def _by_signal(status: int) -> bool:

@@ -7,10 +7,8 @@ turn and waits for the rest of the time, so that whatever else the machine does 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +24,7 @@ from rich.console import Group
 
 from rosa_lightning.comparison.compare import SHARED
 from rosa_lightning.comparison.plan import ComparisonConfig, Method, nested, slug
-from rosa_lightning.comparison.runner import LOG, RunFailedError, failure_reason
+from rosa_lightning.comparison.runner import LOG, RunFailedError, failure_reason, start_module
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.evaluation.results import versions
 from rosa_lightning.inspection.throughput import batch_counts, peak_mib
@@ -109,16 +107,9 @@ class _Training:
         file = folder / "overrides.yaml"
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(dict(overrides)), encoding="utf-8")
-        head = [sys.executable, "-m", "rosa_lightning", "fit"]
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*head, f"--config={base}", f"--config={file}"],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "TERM": "dumb"},
-                start_new_session=True,  # Ctrl-C reaches this process alone
-            )
+        self.log.unlink(missing_ok=True)
+        arguments = ["rosa_lightning", "fit", f"--config={base}", f"--config={file}"]
+        self.process = start_module(arguments, self.log)
 
     def turn(self, number: int) -> dict[str, Any]:
         """Wait for the end of a turn, the first of which is 0, and begins by itself.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -143,3 +143,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def spread(values: Sequence[float]) -> float:
     """Standard deviation over seeds; 0 of a single one."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def difference(test: Mapping[str, Any], metric: str, unit: str = "") -> str:
+    """A mean difference and its 95 % interval: in nats for losses, else in percentage points."""
+    form, scale = (".4f", 1) if metric.endswith("_loss") else (".1f", 100)
+    value, low, high = (f"{scale * test[key]:+{form}}" for key in ("mean", "low", "high"))
+    return f"{value}{unit} ({low} to {high})"

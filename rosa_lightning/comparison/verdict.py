@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from statistics import mean
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rosa_lightning.comparison.plan import finished
+from rosa_lightning.comparison.plan import mean_losses
+from rosa_lightning.comparison.statistics import difference
 
 LEVEL = 0.05
 """P-value, corrected as Holm (1979), below which a difference counts."""
@@ -22,11 +22,7 @@ def verdict(content: Mapping[str, Any]) -> list[str]:
         content: Of ``comparison.json``.
     """
     reference = content["reference"]
-    losses = {
-        name: mean(run["val_loss"] for run in runs)
-        for name, method in content["methods"].items()
-        if (runs := finished(method))
-    }
+    losses = mean_losses(content)
     lines = _on_loss(losses, reference, content["tests"])
     metrics = dict.fromkeys(test["metric"] for test in content["tests"])
     for metric in metrics:
@@ -34,7 +30,7 @@ def verdict(content: Mapping[str, Any]) -> list[str]:
         if task == "all":
             tests = _of(content["tests"], metric)
             about = f"Accuracy ({protocol}, {tests[0]['n']:,} questions)"
-            lines += _sorted_out(about, reference, tests, _points, higher_is_better=True)
+            lines += _sorted_out(about, reference, tests, metric)
     lines += _on_forgetting(content.get("forgetting", {}))
     at_edge = [name for name in losses if content["methods"][name]["at_edge"]]
     if at_edge:
@@ -53,7 +49,7 @@ def _on_loss(losses: Mapping[str, float], reference: str, tests: Sequence[Test])
     if reference in losses and best != reference:
         line += f", {losses[reference] - losses[best]:.4f} below {reference}"
     tested = _of(tests, "val_loss")
-    lines = _sorted_out("Validation loss", reference, tested, _nats, higher_is_better=False)
+    lines = _sorted_out("Validation loss", reference, tested, "val_loss")
     untested = [name for name in losses if name not in {t["method"] for t in tested} | {reference}]
     if untested:
         lines.append(
@@ -67,18 +63,16 @@ def _sorted_out(
     about: str,
     reference: str,
     tests: Sequence[Test],
-    shown: Callable[[Test], str],
-    *,
-    higher_is_better: bool,
+    metric: str,
 ) -> list[str]:
     """Who is better, who is worse, and of whom neither is shown."""
-    sign = 1 if higher_is_better else -1
+    sign = -1 if metric == "val_loss" else 1
     groups: dict[str, list[Test]] = {"better": [], "worse": [], "open": []}
     for test in sorted(tests, key=lambda one: -sign * one["mean"]):
         side = "better" if sign * test["mean"] > 0 else "worse"
         groups[side if test["p_holm"] < LEVEL else "open"].append(test)
     lines = [
-        f"{about}: {side} than {reference}: {_listed(groups[side], shown)}."
+        f"{about}: {side} than {reference}: {_listed(groups[side], metric)}."
         for side in ("better", "worse")
         if groups[side]
     ]
@@ -102,7 +96,7 @@ def _on_forgetting(forgetting: Mapping[str, Mapping[str, Test]]) -> list[str]:
         "rises": [one for one in changes if one["low"] > 0],
     }
     return [
-        f"Loss on general text {side} against the base: {_listed(found, _nats)}."
+        f"Loss on general text {side} against the base: {_listed(found, 'text_loss')}."
         for side, found in sides.items()
         if found
     ]
@@ -112,15 +106,7 @@ def _of(tests: Sequence[Test], metric: str) -> list[Test]:
     return [test for test in tests if test["metric"] == metric]
 
 
-def _nats(test: Test) -> str:
-    return f"{test['mean']:+.4f} ({test['low']:+.4f} to {test['high']:+.4f})"
-
-
-def _points(test: Test) -> str:
-    low, high = 100 * test["low"], 100 * test["high"]
-    return f"{100 * test['mean']:+.1f} points ({low:+.1f} to {high:+.1f})"
-
-
-def _listed(tests: Sequence[Test], shown: Callable[[Test], str]) -> str:
-    named = [f"{test['method']} {shown(test)}" for test in tests[:_MOST]]
+def _listed(tests: Sequence[Test], metric: str) -> str:
+    unit = "" if metric.endswith("_loss") else " points"
+    named = [f"{one['method']} {difference(one, metric, unit)}" for one in tests[:_MOST]]
     return ", ".join([*named, *(test["method"] for test in tests[_MOST:])])
