@@ -1,8 +1,9 @@
 """What a model, a training step and a run look like.
 
-Parameters and memory before a run (`parameters`, `memory`, `activations`), throughput and curves
-during it (`throughput`, `run_monitor`, `run_record`, `text_loss`), and one HTML page after it
-(`report`, `charts`, `page`).
+Parameters and memory before a run (`parameters`, `memory`, `activations`). During it the terminal
+(`progress`, `run_summary`), its record (`run_record`), and what loggers get (`throughput`,
+`run_monitor`, `updates`, `layer_log`, `loggers`, `text_loss`). One HTML page after it (`report`,
+`run_facts`, `curves`, `charts`, `page`).
 """
 
 from rosa_lightning.utils.lazy import lazy_names

@@ -38,11 +38,16 @@ Settings = dict[str, str | int | float | bool]
 
 
 class RunBoard(TensorBoardLogger):
-    """TensorBoard's logger without the curve of the epoch, which would be the first one shown."""
+    """TensorBoard's logger, so that its page opens on ``train`` and ``val``.
+
+    TensorBoard opens the first two groups of the alphabet. The curve of the epoch is left out, and
+    so are the results of a test, single points that ``results.json`` and the report have.
+    """
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers."""
-        super().log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step)
+        shown = {k: v for k, v in metrics.items() if k != "epoch" and not k.startswith("test/")}
+        super().log_metrics(shown, step)
 
 
 def run_settings(trainer: Trainer, module: LightningModule) -> Settings:

@@ -199,9 +199,8 @@ def _results(trainer: Any, folder: Path, seconds: float) -> list[tuple[str, str]
 def next_commands(trainer: Any, module: Any, folder: Path) -> list[str]:
     """Commands to go on with: test, export, and the curves."""
     path, _ = best_checkpoint(trainer)
-    config, commands = folder / "config.yaml", []
+    config, commands, start = folder / "config.yaml", [], "python -m rosa_lightning"
     if path is not None:
-        start = "python -m rosa_lightning"
         checkpoint = f"--ckpt_path {shlex.quote(shown(path))}"
         if trainer.loggers and config.exists():
             sources = getattr(trainer.datamodule, "test_sources", ())
@@ -213,4 +212,6 @@ def next_commands(trainer: Any, module: Any, folder: Path) -> list[str]:
         commands.append(f"{start} export {checkpoint} --output exported{merged}")
     if trainer.loggers and any(folder.glob("*tfevents*")):
         commands.append(f"tensorboard --logdir {shlex.quote(shown(folder.parent))}")
+    elif trainer.loggers:
+        commands.append(f"{start} report {shlex.quote(shown(folder))}")
     return commands

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import (
@@ -21,6 +22,7 @@ from rosa_lightning.cli.main import main
 from rosa_lightning.inspection.charts import raster_figure
 from rosa_lightning.inspection.loggers import RunBoard, log_picture
 from rosa_lightning.inspection.report import read_run, write_report
+from rosa_lightning.inspection.run_summary import next_commands
 
 pytestmark = pytest.mark.filterwarnings("default")
 PICTURES = {"layers_that_train", "layer_scores", "update_of_q", "update_of_k"}
@@ -210,3 +212,21 @@ def test_pictures_of_a_csv_run_are_those_that_were_drawn_last(tmp_path):
     images = log.Images("weights/layers_that_train")
     assert [image.step for image in images] == [1, 2]
     assert images[0].width > 900
+
+
+def test_where_tensorboard_has_nothing_to_show_the_report_is_named(tmp_path):
+    trainer = Trainer(logger=CSVLogger(tmp_path), enable_checkpointing=False)
+    assert next_commands(trainer, None, tmp_path) == [f"python -m rosa_lightning report {tmp_path}"]
+    (tmp_path / "events.out.tfevents.1").touch()
+    (command,) = next_commands(trainer, None, tmp_path)
+    assert command.startswith("tensorboard --logdir")
+
+
+def test_a_test_adds_no_group_before_the_losses(tmp_path):
+    board = RunBoard(tmp_path, "", "b")
+    board.log_metrics({"epoch": 0, "test/accuracy": 0.5})
+    board.log_metrics({"epoch": 0, "val/loss": 2.0}, step=3)
+    board.finalize("success")
+    log = EventAccumulator(str(tmp_path / "b"))
+    log.Reload()
+    assert log.Tags()["scalars"] == ["val/loss"]
