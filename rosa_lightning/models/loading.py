@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +18,7 @@ from rosa_lightning.models.finite import check_base
 from rosa_lightning.models.gguf import PACKAGED, gguf_folder, is_gguf
 from rosa_lightning.models.quantization import Quantization, quantization_config
 from rosa_lightning.utils.files import check_archive, check_input, check_name, open_input
+from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +35,8 @@ _MOST = (
 )
 """Names of a configuration's numbers, and how large they may be."""
 _LONGEST_LIST = 2**16
+_HUB_SECONDS = 5.0
+"""How long the hub may take to answer at all."""
 _COMMIT = "hub_commit"
 """Attribute under which a loaded model keeps its commit."""
 
@@ -264,7 +269,48 @@ def _location(base: str) -> str:
     """What `transformers` loads: a folder, or a hub id."""
     if base == "tiny":
         return str(tiny.folder())
-    return str(gguf_folder(base)) if is_gguf(base) else base
+    if is_gguf(base):
+        return str(gguf_folder(base))
+    if is_hub_id(base):
+        _check_hub(base)
+    return base
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether a base's name is one of the hub, and no folder, file or package."""
+    is_local = base == "tiny" or is_gguf(base) or Path(base).exists()
+    return not is_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
+
+
+@lru_cache
+def _check_hub(base: str) -> None:
+    """Where the hub cannot be reached, go on with its cache: at once, and not after retries.
+
+    Raises OSError where the cache does not hold the base.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.file_download import repo_folder_name
+
+    if constants.is_offline_mode():
+        return
+    try:
+        HfApi().model_info(base, timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return  # what loads the base says more
+    except Exception as error:  # of its HTTP client, without a common base
+        reason = one_line(error, 80)
+        folder = repo_folder_name(repo_id=base, repo_type="model")
+        if not Path(constants.HF_HUB_CACHE, folder).is_dir():
+            raise OSError(
+                f"there is no such folder, and the hub cannot be reached ({reason})."
+            ) from error
+        constants.HF_HUB_OFFLINE = True
+        warnings.warn(
+            f"the hub cannot be reached ({reason}), so {base} is loaded from its cache, as with "
+            "HF_HUB_OFFLINE=1.",
+            stacklevel=2,
+        )
 
 
 def _set_name(model: PreTrainedModel, base: str) -> None:

@@ -9,15 +9,17 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from rosa_lightning.models import tiny
+from rosa_lightning.models import loading, tiny
 from rosa_lightning.models.loading import (
     base_name,
     context_length,
+    is_hub_id,
     load_base,
     load_skeleton,
     load_tokenizer,
@@ -259,3 +261,53 @@ def test_pickled_weights_that_unpack_to_more_than_they_are_are_refused(base):
         out.writestr("archive/data/0", bytes(2**24))
     assert "pytorch_model.bin has" in (found := message(load_base, base))
     assert "unpacks to 16,777,216" in found
+
+
+@pytest.fixture
+def unreachable(monkeypatch, tmp_path):
+    """A hub that cannot be reached, and an empty cache of it."""
+
+    def fail(api, *args, timeout=None, **options):
+        assert timeout is not None
+        assert timeout <= 5
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    loading._check_hub.cache_clear()
+    return tmp_path
+
+
+def test_a_base_that_is_nowhere_is_said_at_once_where_the_hub_cannot_be_reached(unreachable):
+    for load in (load_base, load_skeleton, load_tokenizer):
+        with pytest.raises(ValueError, match=r"the hub cannot be reached \(no route\)") as caught:
+            load("ann/base")
+        assert "\n" not in str(caught.value)
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_cached_base_is_loaded_without_further_requests(unreachable):
+    (unreachable / "models--ann--base").mkdir()
+    with (
+        pytest.warns(UserWarning, match=r"cannot be reached \(no route\), so ann/base is loaded"),
+        pytest.raises(ValueError, match="base 'ann/base' could not be loaded"),  # nothing in there
+    ):
+        load_base("ann/base")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_answers_is_left_to_say_what_is_wrong(unreachable, monkeypatch):
+    def refuse(api, *args, **options):
+        raise huggingface_hub.errors.HFValidationError("no name")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    loading._check_hub("ann/base")
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_what_is_on_the_hub_is_told_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert is_hub_id("Qwen/Qwen3-0.6B")
+    assert not any(map(is_hub_id, ("tiny", "smollm2", "mine", "/a/b", "a/b.gguf", "a/b/c")))
