@@ -9,6 +9,7 @@ from typing import Any
 
 from rosa_lightning.comparison.statistics import holm, mcnemar, paired_bootstrap, paired_t
 from rosa_lightning.inspection.text_loss import TEXT_LOSS
+from rosa_lightning.tasks.records import scored_as
 from rosa_lightning.utils.files import open_input, read_lines, read_text
 
 Answers = dict[tuple[Any, ...], bool]
@@ -150,7 +151,7 @@ def compare_answers(ours: Sequence[Answers], theirs: Sequence[Answers]) -> list[
             )
     groups: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     for key in ours[0]:
-        for task in (key[2], "all"):
+        for task in (scored_as(key[2], key[1]), "all"):
             groups.setdefault((key[0], task), []).append(key)
     rows = []
     for (protocol, task), keys in groups.items():

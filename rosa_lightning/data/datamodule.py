@@ -46,7 +46,7 @@ from rosa_lightning.data.training_set import (
 )
 from rosa_lightning.models.vocabulary import padding_id
 from rosa_lightning.tasks.custom import with_own_tasks
-from rosa_lightning.tasks.records import Record
+from rosa_lightning.tasks.records import Record, scored_as
 from rosa_lightning.utils.agreement import RanksError, agree, several_ranks, together
 
 _DEFAULT_LOADING = LoadingConfig()
@@ -148,10 +148,10 @@ class ReasoningDataModule(LightningDataModule):
 
     @property
     def task_names(self) -> list[str]:
-        """All tasks that validation and test may meet, sorted; complete after `setup`."""
+        """What validation and test may score, sorted; complete after `setup`."""
         held = zip(self.sources, self._set.val, strict=False)  # none before setup
-        validated = {source.benchmark for source, examples in held if len(examples)}
-        return sorted(validated | {source.benchmark for source in self.test_sources})
+        met = [*self.test_sources, *(source for source, examples in held if len(examples))]
+        return sorted({scored_as(source.benchmark, source.label) for source in met})
 
     @property
     def test_examples(self) -> list[Example]:

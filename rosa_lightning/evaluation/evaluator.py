@@ -19,7 +19,14 @@ from rosa_lightning.evaluation.likelihood import log_likelihoods
 from rosa_lightning.evaluation.metrics import TaskCounts
 from rosa_lightning.evaluation.results import Score, averages, scores_of
 from rosa_lightning.models.vocabulary import num_embeddings, padding_id
-from rosa_lightning.tasks.records import Rules, Task, extract_answer, needs_end, same_answer
+from rosa_lightning.tasks.records import (
+    Rules,
+    Task,
+    extract_answer,
+    needs_end,
+    same_answer,
+    scored_as,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,7 +131,7 @@ class Evaluation:
             own = self._answers(protocol, batch, rows) if rows else []
             flags = [[item["correct"], item["answer"] is None] for item in own]
             flags_B2 = torch.tensor(flags, dtype=torch.bool, device=self.model.device).view(-1, 2)
-            self._counts[protocol].update([item["task"] for item in own], *flags_B2.unbind(1))
+            self._counts[protocol].update(list(map(self._name, own)), *flags_B2.unbind(1))
             items += own
         return items
 
@@ -180,6 +187,10 @@ class Evaluation:
             found.append({**choice, "candidates": list(texts), "scores": own})
         return found
 
+    def _name(self, item: Mapping[str, Any]) -> str:
+        name = scored_as(item["task"], str(item["source"]))
+        return name if name in self.text.task_names else cast("str", item["task"])
+
     def _task(self, name: str) -> Task | str:
         return self.text.tasks.get(name, name)
 
@@ -192,8 +203,8 @@ class Evaluation:
 
         Returns:
             Of ``generate`` under ``accuracy``, ``accuracy/<task>``, ``macro_accuracy/<group>``,
-            ``format_failures`` and ``format_failures/<task>``; of ``likelihood`` under the same
-            names after ``likelihood/``.
+            ``format_failures`` and ``format_failures/<task>``, a source of no task by its own
+            name; of ``likelihood`` under the same names after ``likelihood/``.
         """
         shares: dict[str, float] = {}
         self.scores = []

@@ -16,9 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
+from torch import Tensor
 
 from rosa_lightning.evaluation.evaluator import item_id
 from rosa_lightning.evaluation.results import results_table, versions, write_results
+from rosa_lightning.tasks.records import scored_as
 from rosa_lightning.utils.files import (
     atomic_write,
     open_input,
@@ -118,12 +120,9 @@ class ResultWriter(Callback):
         self._since = time.perf_counter()
         module: Any = pl_module
         folder = self._target = _log_folder(trainer) if self.folder is None else Path(self.folder)
-        weights = module.state_dict()
-        norms = [
-            float(weights[k].float().norm()) for k in sorted(weights) if not k.endswith("roae_A")
-        ]
         # The norm tells apart adapters that were loaded from the same path.
-        self._about = {**module.about_evaluation(), "adapter_norm": sum(norms)}
+        norm = adapter_norm(module.state_dict())
+        self._about = {**module.about_evaluation(), "adapter_norm": norm}
         own = bool(trainer.loggers) and self.folder is None  # a folder of this run alone
         near = [folder, *(folder.parent.glob("*/") if own else ())]
         stopped = [path for path in near if _is_stopped(path, self._about)]
@@ -202,6 +201,12 @@ class ResultWriter(Callback):
             self._file.close()
 
 
+def adapter_norm(weights: Mapping[str, Tensor]) -> float:
+    """A number that tells trained weights apart; of those of RoAE only the B count."""
+    trained = [weights[key] for key in sorted(weights) if not key.endswith("roae_A")]
+    return sum(float(one.float().norm()) for one in trained)
+
+
 def _log_folder(trainer: Trainer) -> Path:
     """Where a run's files go. All ranks must ask at once: rank 0 tells the others."""
     return run_folder(trainer) or Path(trainer.default_root_dir)
@@ -243,5 +248,5 @@ def _contamination(datamodule: Any) -> tuple[Mapping[str, int] | None, list[str]
     except (OSError, ValueError) as error:
         return None, None, [one_line(error)]
     note = f"Contaminated: test questions that are also in the training data ({', '.join(places)})."
-    counts = Counter(record.task for record in records)
+    counts = Counter(scored_as(record.task, record.source) for record in records)
     return counts, places, [note] if counts else []

@@ -54,6 +54,11 @@ class Record:
         return not self.instruction and not self.turns
 
 
+def scored_as(task: str, source: str) -> str:
+    """What a score goes by: its task, or its source where that is of no task."""
+    return source if task == "text" and source not in TASKS else task
+
+
 def plain_name(name: str) -> str:
     """A task's name without case and punctuation, as names are compared."""
     return re.sub(r"[^a-z0-9]", "", name.casefold())

@@ -29,6 +29,11 @@ def test_by_task_and_over_all_questions():
     assert every["p_mcnemar"] == mcnemar([1, 1, 1], [0, 0, 0])
 
 
+def test_sources_of_no_task_go_by_their_names():
+    (row, _) = compare_answers([answers([1, 0], task="text")], [answers([0, 0], task="text")])
+    assert row["metric"] == "generate/s"
+
+
 def test_a_question_counts_once_whatever_the_number_of_seeds():
     ours, theirs = [answers([1, 0]), answers([1, 1])], [answers([0, 0]), answers([1, 0])]
     rows = {row["metric"]: row for row in compare_answers(ours, theirs)}

@@ -145,6 +145,20 @@ def test_an_evaluation_leaves_its_answers_and_its_results_and_shows_them(
     assert "boolq*" in capsys.readouterr().out
 
 
+def test_sources_of_no_task_have_rows_of_their_own(base_folder, tmp_path, capsys):
+    paths = [write_records(tmp_path / f"{name}.json", n) for name, n in (("one", 2), ("two", 3))]
+    data = data_module(
+        sources=[{"path": str(paths[0])}], test_sources=[{"path": str(p)} for p in paths]
+    )
+    module = rosa_module(base_folder, RoAEConfig(rank=2), max_new_tokens=2)
+    logged = evaluate(base_folder, tmp_path, data=data, module=module)
+    items, results = read(tmp_path)
+    assert {item["task"] for item in items} == {"text"}
+    rows = [(row["task"], row["n"], row["contaminated"]) for row in results["results"]]
+    assert rows == [("one", 2, 2), ("two", 3, 2)]  # their first two records are the same
+    assert {"test/accuracy/one", "test/accuracy/two"} <= logged.keys()
+
+
 @pytest.mark.parametrize("decontaminate", [True, False])
 def test_contaminations_are_those_of_the_training_whatever_the_configuration_says_now(
     decontaminate, base_folder, tmp_path, capsys
