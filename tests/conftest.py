@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.settings import LoadingConfig
+from tests.hub import Hub
 
 # How long an example takes says nothing on a machine that others use too.
 hypothesis.settings.register_profile("any-machine", deadline=None)
@@ -202,3 +203,12 @@ def rosa_module(base: Any, *args: Any, kind: Any = None, **options: Any) -> Any:
     for name, value in given.items():
         setattr(module, name, value)
     return module
+
+
+@pytest.fixture
+def hub(monkeypatch) -> type[Hub]:
+    """The hub's client, replaced by one that keeps what it is asked for."""
+    monkeypatch.setattr(Hub, "calls", [])
+    monkeypatch.setattr(Hub, "fails", {})
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return Hub

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from safetensors import SafetensorError
 
+from rosa_lightning.adapters.card import CardDetails, loads_as_auto, write_card
 from rosa_lightning.adapters.fidelity import (
     Agreement,
     agreement,
@@ -41,6 +42,7 @@ _WRITTEN = {
     "merged": "a model like any other, without this package",
 }
 """What each format is, in a few words."""
+_NO_DETAILS = CardDetails()
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,21 @@ def export_adapter(
     max_shard_size: str | None = None,
     dequantize: bool = False,
     trained: Conditions | None = None,
+    card: CardDetails = _NO_DETAILS,
 ) -> ExportReport:
-    """Write what was trained into a new folder. The model stays as it is.
+    """Write what was trained into a new folder, with a model card. The model stays as it is.
 
     Args:
         model: A base with RoAE, or as `apply_method` left it; of a `RoSAModule` its ``model``.
         folder: Must not exist. It appears when all files are written.
         format: ``peft``: a LoRA for PEFT, vLLM or llama.cpp. ``merged``: the base with the terms
             folded in, in float32 and cast once. ``rosa``: for `load_adapter`.
-        tokenizer: Saved beside a merged model.
+        tokenizer: Saved beside the weights, with its chat template.
         max_shard_size: Largest weights file of a merged model; 5GB if not given.
         dequantize: Merge into a quantised base by making a plain model of it, in the dtype of its
             configuration.
         trained: How it was trained, which ``peft`` and ``rosa`` remember.
+        card: What the model card says of the training.
 
     Raises:
         ValueError: Nothing was added to the model, a term that the format cannot hold, an unknown
@@ -103,7 +107,7 @@ def export_adapter(
         OSError: The disk is full, or refuses. Nothing is left behind.
     """
     merged_only = {"max_shard_size": max_shard_size, "dequantize": dequantize}
-    check_options(format, tokenizer=tokenizer, **merged_only)
+    check_options(format, **merged_only)
     check_plain_model(model, "export_adapter")
     other = trained_otherwise(model)
     if other is None:
@@ -126,21 +130,26 @@ def export_adapter(
                     own_state = weights if isinstance(weights, dict) else None
                     _save(model, written, max_shard_size or "5GB", own_state)
                 compared = agreement(adapted_NV, merged_NV), rounding_of_base(model, ids)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(str(written))
             elif other is not None:
                 write_peft(model, written, trained)
             elif format == "rosa":
                 write_adapter(model, written, trained)
             else:
                 write_lora(model, written, trained)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(written))
+            named = replace(card, name=card.name or Path(folder).resolve().name)
+            write_card(model, written, format, named, trained)
             num_bytes = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{folder} cannot be written: {one_line(error)}. Nothing was left behind. Make room, "
             "or give a folder that can be made."
         ) from error
-    notes = _loading_note(model) if format == "merged" else ()
+    notes: tuple[str, ...] = ()
+    if format == "merged" and not loads_as_auto(model):
+        library, name = type(model).__module__.partition(".")[0], type(model).__name__
+        notes = (f"AutoModelForCausalLM does not load it, {library}.{name}.from_pretrained does",)
     return ExportReport(Path(folder), format, num_bytes, *compared, notes)
 
 
@@ -172,18 +181,6 @@ def _check_format(format: str, method: Method) -> None:
             f"format={format} cannot hold what was trained, {what}. Set format to "
             f"{' or '.join(possible)}."
         )
-
-
-def _loading_note(model: PreTrainedModel) -> tuple[str, ...]:
-    """What loads the saved model: not always the auto class, of some vision-language models."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
-
-    known: Any = CAUSAL.get(type(model.config), ())
-    own_code = "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {})
-    if own_code or type(model) in (known if isinstance(known, tuple) else (known,)):
-        return ()
-    library, name = type(model).__module__.partition(".")[0], type(model).__name__
-    return (f"AutoModelForCausalLM does not load it, {library}.{name}.from_pretrained does",)
 
 
 def _save(

@@ -18,13 +18,17 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rosa_lightning.adapters.card import CardDetails
 from rosa_lightning.adapters.checkpoint import read_checkpoint
 from rosa_lightning.adapters.export import Format, check_options, export_adapter
+from rosa_lightning.adapters.hub import check_push
+from rosa_lightning.adapters.hub import push as push_folder
 from rosa_lightning.data.audit import Audit, audit_records, token_lengths
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.encoding import Example
 from rosa_lightning.data.records import load_records
 from rosa_lightning.dls.callback import DynamicLayerSelection
+from rosa_lightning.evaluation.writers import adapter_norm
 from rosa_lightning.inspection.activations import (
     activation_figure,
     adapted_dims,
@@ -34,6 +38,7 @@ from rosa_lightning.inspection.activations import (
 from rosa_lightning.inspection.memory import check_batch, check_not_quantized
 from rosa_lightning.inspection.parameters import compare_memory, memory_table, parameter_tables
 from rosa_lightning.inspection.report import write_report
+from rosa_lightning.inspection.run_card import run_card
 from rosa_lightning.models.loading import (
     enable_checkpointing,
     has_tokenizer,
@@ -78,8 +83,13 @@ def export(
     format: Format = "peft",
     max_shard_size: str | None = None,
     dequantize: bool = False,
+    license: str | None = None,
+    push: str | None = None,
+    private: bool = False,
 ) -> None:
     """Write a trained adapter into a new folder, for PEFT and servers, merged, or as it is.
+
+    A model card and the tokenizer come with it.
 
     Args:
         context: The model to build.
@@ -90,35 +100,54 @@ def export(
             in, a model like any other. rosa: for model.adapter and load_adapter.
         max_shard_size: Largest weights file of a merged model; 5GB by default.
         dequantize: Merge into a quantised base by making a plain model of it.
+        license: Licence of what is exported, for the model card, such as apache-2.0.
+        push: USER/NAME of a model on the Hugging Face hub to push the finished folder to. Nothing
+            is pushed without it.
+        private: With ``push``, make a new repository a private one.
     """
     module = context.module
     check_options(format, max_shard_size=max_shard_size, dequantize=dequantize)
+    if private and push is None:
+        raise ValueError("private is an option of push. Set push to USER/NAME, or leave it out.")
     check_base(module)
     if ckpt_path is None and module.adapter is None:
         raise ValueError("no adapter is given. Set ckpt_path to a checkpoint, or model.adapter.")
     if Path(output).exists():  # before the base is loaded, which may take minutes
         raise ValueError(f"output={output} exists already. Give a new folder, or remove it first.")
-    model = loaded_model(module, ckpt_path).eval()
-    tokenizer = _own_tokenizer(context) if format == "merged" else None
+    if push is not None:
+        check_push(push)
+    card = CardDetails(name=push, license=license)
+    if ckpt_path is None:
+        model = loaded_model(module, None)
+    else:
+        checkpoint = read_checkpoint(ckpt_path)
+        model = loaded_model(module, ckpt_path, checkpoint)
+        card = run_card(ckpt_path, checkpoint, adapter_norm(module.state_dict()), card)
+    tokenizer = _own_tokenizer(context)
     report = export_adapter(
-        model,
+        model.eval(),
         output,
         format,
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         dequantize=dequantize,
         trained=module.training_conditions,
+        card=card,
     )
-    if format == "merged" and tokenizer is None:
+    if tokenizer is None:
         report = replace(report, notes=(*report.notes, "without a tokenizer, as the base has none"))
     sys.stdout.write(f"{report}\n")
+    if push is not None:
+        sys.stdout.write(f"pushed to {push_folder(Path(output), push, private=private)}\n")
 
 
-def loaded_model(module: RoSAModule, ckpt_path: str | None) -> Any:
-    """The adapted model, with the weights of a checkpoint."""
+def loaded_model(
+    module: RoSAModule, ckpt_path: str | None, checkpoint: dict[str, Any] | None = None
+) -> Any:
+    """The adapted model, with the weights of a checkpoint, which is read unless it is given."""
     module.configure_model()
     if ckpt_path is not None:
-        checkpoint = read_checkpoint(ckpt_path)
+        checkpoint = checkpoint or read_checkpoint(ckpt_path)
         if "state_dict" not in checkpoint:
             raise ValueError(
                 f"ckpt_path={ckpt_path} is a folder of shards. Make one file of it with "
@@ -130,7 +159,7 @@ def loaded_model(module: RoSAModule, ckpt_path: str | None) -> Any:
 
 
 def _own_tokenizer(context: CommandContext) -> Any:
-    """The tokenizer to save beside a merged model, as its owner made it; None if there is none."""
+    """The tokenizer to save with an export, as its owner made it; None if there is none."""
     module, given = context.module, context.data.tokenizer
     if given is not None and not isinstance(given, str):
         return given

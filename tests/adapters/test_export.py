@@ -82,12 +82,20 @@ def test_large_models_are_written_in_shards(tmp_path, ids_BT):
     )
 
 
-def test_tokenizer_and_generation_settings_come_along_as_they_are(tmp_path):
+@pytest.mark.parametrize("format", ["peft", "rosa", "merged"])
+def test_the_tokenizer_comes_along_with_its_chat_template(format, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    export_adapter(adapted(vocab_size=258), tmp_path / "out", format, tokenizer=tokenizer)
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found("ab").input_ids == byte_tokenizer()("ab").input_ids
+    assert found.chat_template == tokenizer.chat_template
+
+
+def test_generation_settings_come_along_as_they_are(tmp_path):
     model = adapted(vocab_size=258)
     model.generation_config.temperature = 0.9  # and no sampling: transformers refuses to save it
-    export_adapter(model, tmp_path / "out", "merged", tokenizer=byte_tokenizer())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer("ab").input_ids == byte_tokenizer()("ab").input_ids
+    export_adapter(model, tmp_path / "out", "merged")
     stored = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert stored["temperature"] == model.generation_config.temperature == 0.9
     assert not stored.get("do_sample")
@@ -112,7 +120,7 @@ def test_wrong_arguments_are_named(tmp_path):
     for size in ("5XB", "5", "0GB", "0.0GB", "1.2.3GB", "-1GB", "GB", 5):
         with pytest.raises(ValueError, match="is no size of a file"):
             export_adapter(model, tmp_path / "out", "merged", max_shard_size=size)
-    merged_only = {"max_shard_size": "5GB", "dequantize": True, "tokenizer": byte_tokenizer()}
+    merged_only = {"max_shard_size": "5GB", "dequantize": True}
     for name, value in merged_only.items():
         message = f"{name} is an option of format merged, and format is peft"
         with pytest.raises(ValueError, match=message):

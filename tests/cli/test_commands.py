@@ -100,14 +100,15 @@ def test_a_checkpoint_alone_is_enough_to_merge(trained, expected, capsys):
     assert transformers.AutoTokenizer.from_pretrained("out/merged").eos_token == "<eos>"
 
 
-def test_a_merged_model_has_its_base_s_own_tokenizer(base_folder, tmp_path, capsys):
+@pytest.mark.parametrize("format", ["merged", "peft"])
+def test_an_export_has_its_base_s_own_tokenizer(format, base_folder, tmp_path, capsys):
     shutil.copytree(base_folder, "base")
     tokenizer = transformers.AutoTokenizer.from_pretrained("base")
     tokenizer.pad_token = None
     tokenizer.save_pretrained("base")
     inject_roae(model := load_base("base"), RoAEConfig(rank=2))
     export_adapter(model, "adapter", "rosa")
-    merge = ["--model.adapter", "adapter", "--format", "merged"]
+    merge = ["--model.adapter", "adapter", "--format", format]
     assert run(capsys, "export", *merge, "--output", "out")[0] == 0
     files = [path.name for path in Path("base").glob("*token*")]
     assert len(files) >= 2
@@ -128,6 +129,30 @@ def test_a_merged_model_has_its_base_s_own_tokenizer(base_folder, tmp_path, caps
     assert status == 0
     assert "\nwithout a tokenizer, as the base has none" in printed
     assert not list(Path("bare").glob("*token*"))
+
+
+def test_only_a_finished_folder_is_pushed_and_only_if_asked(trained, capsys, hub):
+    given = ["--ckpt_path", str(trained / "last.ckpt")]
+    assert run(capsys, "export", *given, "--output", "kept")[0] == 0
+    assert hub.calls == []
+    status, printed, _ = run(capsys, "export", *given, "--output", "a", "--push", "ann/reader")
+    assert status == 0
+    assert "pushed to https://huggingface.co/ann/reader" in printed
+    files = sorted(path.name for path in Path("a").iterdir())
+    assert {"README.md", "adapter_model.safetensors", "tokenizer.json"} <= {*files}
+    assert hub.calls[-1] == ("upload_folder", "ann/reader", files)
+    assert "# ann/reader\n" in Path("a/README.md").read_text()
+
+    hub.fails["upload_folder"] = ConnectionError("gone")
+    status, printed, errors = run(capsys, "export", *given, "--output", "b", "--push", "ann/b")
+    assert (status, len(errors)) == (1, 1)
+    assert "b is written, and could not be pushed to ann/b: gone. Push it with hf" in errors[0]
+    assert sorted(path.name for path in Path("b").iterdir()) == files
+
+    hub.fails["whoami"] = ConnectionError("gone")  # said before anything is loaded or written
+    status, _, errors = run(capsys, "export", *given, "--output", "c", "--push", "ann/c")
+    assert (status, len(errors)) == (1, 1)
+    assert not Path("c").exists()
 
 
 @pytest.mark.parametrize("format", ["rosa", "peft"])
@@ -170,6 +195,8 @@ def test_wrong_command_lines_end_in_one_line(trained, tmp_path, capsys):
         ("--ckpt_path", "list.ckpt", "--output", "o"): "list.ckpt",
         ("--output", "o", "--model.base", "tiny"): "no adapter is given. Set ckpt_path",
         ("--output", "o", "--model.adapter", "gone"): "there is no such folder. Give a folder",
+        ("--ckpt_path", checkpoint, "--output", "o", "--push", "me"): "Give USER/me",
+        ("--output", "o", "--private", "true"): "private is an option of push",
         ("--output", "o", "--dequantize", "true"): "dequantize is an option of format merged",
         ("--output", "o", "--format", "merged", "--max_shard_size", "5XB"): "is no size of a file",
         ("--output", "o", "--model.bse", "tiny"): "Did you mean model.base?",

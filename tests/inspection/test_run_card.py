@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from rosa_lightning.adapters.card import CardDetails
+from rosa_lightning.adapters.checkpoint import read_checkpoint
+from rosa_lightning.cli.main import main
+from rosa_lightning.inspection.run_card import run_card
+from tests.conftest import write_records
+
+
+@pytest.fixture(scope="module")
+def runs(base_folder, tmp_path_factory) -> Path:
+    """A folder of runs: a training in version_0, and a test of it in version_1."""
+    folder = tmp_path_factory.mktemp("runs")
+    train, tested = write_records(folder / "mine.json", 40), write_records(folder / "t.json", 6)
+    config = folder / "given.yaml"
+    settings = {
+        "model": {"base": str(base_folder), "evaluation": {"max_new_tokens": 2}},
+        "data": {
+            "sources": [{"path": str(train), "task": "gsm8k"}],
+            "test_sources": [{"path": str(tested), "task": "gsm8k", "name": "asked"}],
+            "batch_size": 4,
+            "loading": {"decontaminate": False},
+        },
+        "dls": {"interval": 2, "num_active": 1},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 3,
+            "limit_val_batches": 0,
+            "default_root_dir": str(folder),
+            "enable_progress_bar": False,
+        },
+    }
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rosa"])
+        patch.chdir(folder)
+        assert main(["fit", "--config", str(config)]) == 0
+        (found,) = (folder / "lightning_logs/version_0/checkpoints").glob("*.ckpt")
+        found.rename(found.with_name("last.ckpt"))
+        path = str(found.with_name("last.ckpt"))
+        assert main(["test", "--config", str(config), "--ckpt_path", path]) == 0
+    return folder / "lightning_logs"
+
+
+def export(path: Path, folder: Path, *options: str) -> ModelCard:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rosa"])
+        given = ["--ckpt_path", str(path), "--output", str(folder), *options]
+        assert main(["export", *given]) == 0
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_card_holds_data_settings_and_results(runs, tmp_path):
+    path = runs / "version_0" / "checkpoints" / "last.ckpt"
+    card = export(path, tmp_path / "out", "--license", "mit")
+    assert "| mine | file mine.json | 39 | 12 |" in card.content
+    assert "contamination): gsm8k 6 of 6." in card.content
+    for row in (
+        "| steps | 3 of 4 examples |",
+        "| optimizer | torch.optim.AdamW(lr=0.01,",
+        "| dls.num_active | 1 |",
+        "| seed_everything | 0 |",
+        "selected, of 2 times: ",
+    ):
+        assert row in card.content
+    (row,) = json.loads((runs / "version_1" / "results.json").read_text())["results"]
+    low, high = (100 * bound for bound in row["interval"])
+    shown = f"| gsm8k | generate | {100 * row['accuracy']:.1f} ({low:.1f} to {high:.1f}) | 6 | 6 |"
+    assert shown in card.content
+    (score,) = card.data.eval_results
+    assert (score.metric_value, score.dataset_type) == (row["accuracy"], "openai/gsm8k")
+    assert card.data.license == "mit"
+    assert str(runs.parent) not in card.content
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_tests_of_other_weights_and_stopped_ones_are_no_results(runs, tmp_path):
+    copied = tmp_path / "lightning_logs"
+    shutil.copytree(runs, copied)
+    results = copied / "version_1" / "results.json"
+    content = json.loads(results.read_text())
+    for change in ({"adapter_norm": 2 * content["adapter_norm"]}, {"complete": False}):
+        results.write_text(json.dumps(content | change))
+        path = copied / "version_0" / "checkpoints" / "last.ckpt"
+        card = export(path, tmp_path / f"out_{next(iter(change))}")
+        assert "No finished test of these weights was found" in card.content
+        assert "no test was run" in card.content
+        assert card.data.eval_results is None
+
+
+def test_a_checkpoint_elsewhere_still_tells_its_data(runs, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    path = shutil.copy(runs / "version_0/checkpoints/last.ckpt", tmp_path / "elsewhere/a.ckpt")
+    card = export(Path(path), tmp_path / "out")
+    assert "| mine | file mine.json | 39 | 12 |" in card.content
+    assert "torch.optim" not in card.content
+
+
+def test_hub_data_are_linked_and_listed(runs):
+    path = runs / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(str(path))
+    state = checkpoint["ReasoningDataModule"]
+    state["trained_on"][0]["sources"] = [
+        {"name": "mine", "hub": "ann/data", "revision": "v1", "subset": "main", "of_later": 1}
+    ]
+    state["trained_on"].append({"sources": [{"path": "/a/later.json"}], "left_out": []})
+    state["trained_on"][0]["left_out"] = ["aa", "bb"]
+    found = run_card(str(path), checkpoint, 0.0, CardDetails())
+    link = "[ann/data](https://huggingface.co/datasets/ann/data) at v1, main, split train"
+    assert f"| mine | {link} | 39 | 12 |" in found.data
+    assert "| later | file later.json |  |  |" in found.data
+    assert "2 questions of test sources" in found.data
+    assert found.datasets == ("ann/data",)
+
+
+@pytest.mark.parametrize(
+    "damaged", [{"trained_on": 3}, {"trained_on": [{"sources": [3]}]}, {"seen": None}, 7]
+)
+def test_a_damaged_entry_is_warned_of_and_leaves_the_details_as_they_were(runs, damaged):
+    path = runs / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["ReasoningDataModule"]
+    checkpoint["ReasoningDataModule"] = state | damaged if isinstance(damaged, dict) else damaged
+    given = CardDetails(name="ann/reader")
+    with pytest.warns(UserWarning, match="the model card says nothing of the training"):
+        assert run_card(str(path), checkpoint, 0.0, given) == given
