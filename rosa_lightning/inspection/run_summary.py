@@ -63,7 +63,7 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what will be done; a run that would log nothing logs each step."""
         self._begin(trainer, pl_module)
-        self._since, self._first_step = time.monotonic(), trainer.global_step
+        self._first_step = trainer.global_step
         self._folder = run_folder(trainer) or Path(trainer.default_root_dir)
         settings: Any = trainer  # `log_every_n_steps` is there, but not declared
         if 0 < trainer.estimated_stepping_batches - self._first_step < settings.log_every_n_steps:
@@ -86,13 +86,15 @@ class RunSummary(Callback):
         self._has_begun = False
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._has_begun and trainer.is_global_zero:
+        if self._has_begun:
+            return
+        self._has_begun, self._since = True, time.monotonic()
+        if trainer.is_global_zero:
             _show(_plan(trainer, pl_module, self._selections))
-        self._has_begun = True
 
 
 def _show(rows: Sequence[tuple[str, str]], commands: Iterable[str] = ()) -> None:
-    """Write rows under their labels, and commands as whole lines, which can be pasted."""
+    """Write rows under their labels, and commands that can be pasted."""
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = 10_000  # a file is as wide as it must be
@@ -102,9 +104,16 @@ def _show(rows: Sequence[tuple[str, str]], commands: Iterable[str] = ()) -> None
     with console.capture() as captured:
         console.print(table)
         for command in commands:
-            console.print(Text(f"  {command}"), soft_wrap=True)
+            console.print(Text(f"  {_folded(command, console.width - 2)}"), soft_wrap=True)
     text = captured.get()
     sys.stderr.write("\n".join(map(str.rstrip, text.splitlines())) + "\n")
+
+
+def _folded(command: str, width: int) -> str:
+    """A command with an option a line where one line is too narrow, for the shell to join."""
+    if len(command) <= width or "'" in command:  # a quoted name may hold what looks like an option
+        return command
+    return command.replace(" --", " \\\n      --")
 
 
 def _plan(

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +14,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from rosa_lightning.cli.main import main
+from rosa_lightning.inspection import run_summary
+from rosa_lightning.module import RoSAModule
 from tests.conftest import write_records
 from tests.terminal import terminal
 
@@ -97,17 +100,39 @@ def test_a_training_shows_its_plan_one_bar_to_its_end_and_what_came_of_it(
     assert logged["step"] == 6
 
 
-def test_the_commands_at_the_end_run(settings, capsys):
-    assert run("fit", settings) == 0
+@pytest.mark.parametrize("width", [None, 80])
+def test_the_commands_at_the_end_run(width, settings, monkeypatch, capsys):
+    if width is None:
+        assert run("fit", settings) == 0
+        lines = capsys.readouterr().err.splitlines()
+    else:
+        with terminal(monkeypatch, width) as lines:
+            assert run("fit", settings) == 0
+    text = "\n".join(lines)
+    assert (" \\\n" in text) == (width is not None)
     commands = [
         line.split()[3:]
-        for line in capsys.readouterr().err.splitlines()
+        for line in text.replace("\\\n", "").splitlines()
         if line.startswith("  python -m rosa_lightning")
     ]
     assert [command[0] for command in commands] == ["test", "export"]
     for command in commands:
         assert main(command) == 0
     assert Path("exported", "adapter_config.json").exists()
+
+
+def test_the_time_at_the_end_is_that_of_all_validations_too(settings, monkeypatch, capsys):
+    clock = [0.0]
+
+    def a_minute_passes(module):
+        clock[0] += 60
+        return validated(module)
+
+    validated = RoSAModule.on_validation_epoch_end
+    monkeypatch.setattr(RoSAModule, "on_validation_epoch_end", a_minute_passes)
+    monkeypatch.setattr(run_summary, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    assert run("fit", settings) == 0  # validates before the first step, and after steps 3 and 6
+    assert re.search("done +6 steps in 0:03:00", capsys.readouterr().err)
 
 
 def test_a_run_shorter_than_the_log_interval_logs_its_steps(settings, capsys):
