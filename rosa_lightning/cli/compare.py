@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
@@ -43,10 +44,18 @@ _TOLERANCE = 0.01
 """Share by which a method may miss the budget without a word."""
 _SHOWN = ("enable_model_summary", "enable_progress_bar")
 """Keys of the trainer that say what is shown."""
-SPEED_ONLY = (
-    "Measure time and memory alone, of trainings that take turns; without comparison.methods, of "
-    "the configuration beside LoRA."
-)
+
+
+def add_bare_arguments(parser: LightningArgumentParser) -> list[str]:
+    """Add the arguments that are written without a value, or without their name; gives those."""
+    runs = "Folders of two finished tests, to compare question by question."
+    speed_only = (
+        "Measure time and memory alone, of trainings that take turns; without comparison.methods, "
+        "of the configuration beside LoRA."
+    )
+    parser.add_argument("runs", nargs="*", type=str, default=[], help=runs)
+    parser.add_argument("--speed_only", action="store_true", help=speed_only)
+    return ["runs", "speed_only"]
 
 
 def compare(

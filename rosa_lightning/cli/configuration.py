@@ -13,6 +13,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rosa_lightning.cli.names import GROUPS
 from rosa_lightning.utils.errors import ConfigurationError
 
 _LEAST = {
@@ -58,11 +59,6 @@ VISIBLE_KEYS: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 """The keys of a training that mean something to such a command, or how they begin."""
-_GROUPS = (
-    *("model", "model.roae", "model.speed", "model.evaluation"),
-    *("data", "dls", "trainer"),
-)
-"""Settings that have settings of their own."""
 _MADE: dict[str, tuple[type, ...]] = {
     "optimizer": (Optimizer,),
     "lr_scheduler": (LRScheduler, ReduceLROnPlateau),
@@ -96,7 +92,7 @@ def check_groups(values: Any) -> None:
     The values are those of a configuration file, of one command or by commands.
     """
     for settings in (values, *(values.values() if isinstance(values, dict) else ())):
-        for group in _GROUPS:
+        for group in GROUPS:
             value = settings
             for name in group.split("."):
                 value = value.get(name, {}) if isinstance(value, dict) else {}

@@ -50,7 +50,7 @@ from rosa_lightning.cli.commands import (
     inspect,
     report,
 )
-from rosa_lightning.cli.compare import SPEED_ONLY, compare
+from rosa_lightning.cli.compare import add_bare_arguments, compare
 from rosa_lightning.cli.configuration import (
     ONE_SELECTION,
     VISIBLE_KEYS,
@@ -67,7 +67,6 @@ from rosa_lightning.cli.process import (
     listed,
     no_empty_run,
     quiet_log_writers,
-    quiet_quantizers,
     read_pipes,
     run_defaults,
     termination,
@@ -91,8 +90,6 @@ _TOOLS: tuple[Callable[..., None], ...] = (
     report,
 )
 TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
-_OF_COMPARE = ("runs", "speed_only")
-"""Arguments that are written without a value, or without their name."""
 
 
 class RoSACLI(LightningCLI):
@@ -242,16 +239,12 @@ class RoSACLI(LightningCLI):
         for action in parser._actions:
             if not action.dest.startswith(("help", "config", *VISIBLE_KEYS[name])):
                 action.help = SUPPRESS
+        bare = add_bare_arguments(parser) if name == "compare" else []
         own = parser.add_function_arguments(
-            TOOL_COMMANDS[name], skip={"context", *_OF_COMPARE}, as_positional=name == "report"
+            TOOL_COMMANDS[name], skip={"context", *bare}, as_positional=name == "report"
         )
-        if name == "compare":
-            about = "Folders of two finished tests, to compare question by question."
-            parser.add_argument("runs", nargs="*", type=str, default=[], help=about)
-            parser.add_argument("--speed_only", action="store_true", help=SPEED_ONLY)
-            own += _OF_COMPARE
         parser._action_groups[-1].title = name
-        self._subcommand_method_arguments[name] = own
+        self._subcommand_method_arguments[name] = [*own, *bare]
         return parser
 
     def _set_seed(self) -> None:
@@ -362,7 +355,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
     0; 1 for a failure, 2 for a wrong command line, 130 for Ctrl-C; SIGTERM exits with 143.
     """
-    quiet_quantizers()
     # Nothing is called but what a type of ours or of Lightning asks for, and nothing is imported
     # that jsonargparse counts as dangerous, such as os and subprocess.
     set_parsing_settings(

@@ -57,7 +57,7 @@ RENAMED = {
 }
 """Keys of earlier versions, and what they are called now."""
 _PACKAGE = Path(__file__).parents[1]
-_CLASSES = {
+GROUPS = {
     "model": ("adapted.py", "AdaptedModel"),
     "model.roae": ("roae/layer.py", "RoAEConfig"),
     "model.speed": ("training/speed.py", "SpeedConfig"),
@@ -123,7 +123,7 @@ def unknown(name: str, groups: dict[str, frozenset[str]]) -> str | None:
 @cache
 def known_settings() -> dict[str, frozenset[str]]:
     """The settings of each group by its name, and under "" those of any command."""
-    found = {name: _arguments(path, kind) for name, (path, kind) in _CLASSES.items()}
+    found = {name: _arguments(path, kind) for name, (path, kind) in GROUPS.items()}
     top = {"config", "print_config", "help", "h", "ckpt_path", "weights_only", "verbose"}
     top |= {"model", "data", "dls", "trainer", "seed_everything", "return_predictions"}
     for file in (_PACKAGE / "cli").glob("*.py"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
@@ -110,21 +109,6 @@ def quiet_log_writers() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
-
-
-def quiet_quantizers() -> None:
-    """Leave out what quantization libraries log whenever they are imported, and repeat nothing."""
-    beside = ("Failed to load", "Skipping import of cpp extensions", "<enum '")
-    said: set[str] = set()
-
-    def first(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        is_new = message not in said
-        said.add(message)
-        return is_new and not message.startswith(beside)
-
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions"):
-        logging.getLogger(name).addFilter(first)
 
 
 def read_pipes(args: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ of one of those libraries.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
@@ -20,6 +21,29 @@ if TYPE_CHECKING:
 Quantization = Literal["int8", "llm_int8", "nf4", "fp4"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions")
+_SAID_ON_IMPORT = ("Failed to load", "Skipping import of cpp extensions", "<enum '")
+"""How lines begin that these libraries log whenever they are imported, used or not."""
+
+
+class _OnceAndOfUse(logging.Filter):
+    """Leaves out what libraries log whenever they are imported, and repeats nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show a line."""
+        message = record.getMessage()
+        is_new = message not in self._said
+        self._said.add(message)
+        return is_new and not message.startswith(_SAID_ON_IMPORT)
+
+
+_filter = _OnceAndOfUse()
+for _name in _LOGGERS:  # before they are imported, which PEFT and transformers do
+    logging.getLogger(_name).addFilter(_filter)
 
 
 def quantization_config(name: Quantization, dtype: torch.dtype) -> QuantizationConfigMixin:

@@ -6,6 +6,7 @@ bitsandbytes computes on a CPU too; where it or torchao is missing, its tests ar
 from __future__ import annotations
 
 import copy
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -453,3 +454,10 @@ def test_a_quantised_base_leaves_merged_when_told_to_dequantise(tmp_path, ids):
         other = load_base(str(tmp_path / "base"), quantization="int8").eval()
         load_adapter(other, tmp_path / format)
         assert torch.equal(other(ids).logits, expected)
+
+
+def test_what_libraries_log_on_import_is_left_out_and_nothing_is_said_twice(caplog):
+    logger = logging.getLogger("torchao")
+    for line in ("Failed to load _C.so: of another torch", "said of use", "said of use"):
+        logger.warning(line)
+    assert [record.message for record in caplog.records] == ["said of use"]
