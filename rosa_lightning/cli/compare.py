@@ -136,9 +136,10 @@ def _run(
         texts = root / "general_text.jsonl"
         write_general_text(comparison.general_text, texts)
     display.say("test questions in the training data")
-    data = _described(context, root, comparison.split_seed)
+    seed = context.data.loading.choice_seed(context.data.seed)
+    data = _described(context, root, seed)
     return Comparison(
-        comparison, methods, steps, runner, display, interval, texts=texts, data=data
+        comparison, methods, steps, runner, display, interval, seed, texts, data
     ).run()
 
 

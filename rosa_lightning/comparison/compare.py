@@ -60,6 +60,8 @@ class Comparison:
     display: Display
     interval: int = 1
     """Optimizer steps from one validation to the next; a run ends with one."""
+    split_seed: int = 0
+    """Chooses the validation records, which are the same for all runs."""
     texts: Path | None = None
     """File of general texts, for the loss on them before and after."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -245,7 +247,7 @@ class Comparison:
         return {
             "seed_everything": run.seed,
             "data.seed": run.seed,
-            "data.loading.split_seed": self.config.split_seed,
+            "data.loading.split_seed": self.split_seed,
             "validate_first": False,
             "trainer.enable_progress_bar": False,
             "trainer.logger": logger,

@@ -17,7 +17,7 @@ _SHARED = {
     "optimizer.init_args.lr": "comparison.learning_rates",
     "seed_everything": "comparison.seeds",
     "data.seed": "comparison.seeds",
-    "data.loading.split_seed": "comparison.split_seed",
+    "data.loading.split_seed": "it for all methods",
     "trainer.max_steps": "comparison.max_steps",
     "trainer.max_epochs": "comparison.max_steps",
     "trainer.accumulate_grad_batches": "it for all methods",
@@ -42,7 +42,6 @@ class ComparisonConfig:
         learning_rates: Tried with the first seed; each method takes its best by validation loss.
         extend_grid: Go on beyond the grid, by its last ratio, where the best stands at its edge.
         seeds: Of a run's start and the order of its data.
-        split_seed: Chooses the validation records, which are the same for all runs.
         max_steps: Optimizer steps of each run; by default trainer.max_steps.
         train_seconds: Seconds of training in place of steps: each method gets as many steps as it
             takes in that time, by a measurement before its first run.
@@ -59,7 +58,6 @@ class ComparisonConfig:
     learning_rates: list[float] = field(default_factory=lambda: [1e-3])
     extend_grid: bool = False
     seeds: list[int] = field(default_factory=lambda: [0])
-    split_seed: int = 0
     max_steps: int | None = None
     train_seconds: float | None = None
     test: bool = True

@@ -112,6 +112,12 @@ def test_a_method_with_rates_and_seeds_of_its_own(trained, tmp_path):
     assert {(rate, seed) for name, rate, seed, _ in trained if name == "b"} == {(1e-3, 0)}
 
 
+def test_all_runs_validate_on_the_same_records(trained, tmp_path):
+    comparison(tmp_path, others={"split_seed": 7}).run()
+    runs = [yaml.safe_load(path.read_text())["data"] for path in tmp_path.rglob("overrides.yaml")]
+    assert {(run["seed"], run["loading"]["split_seed"]) for run in runs} == {(0, 7), (1, 7)}
+
+
 def test_it_goes_on_with_what_is_left(trained, tmp_path):
     first = comparison(tmp_path, seeds=[0])
     first.run()
