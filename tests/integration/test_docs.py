@@ -23,7 +23,7 @@ import yaml
 
 from rosa_lightning.cli.main import main
 from rosa_lightning.models import tiny
-from tests.options_table import PAGE, generated
+from tests import options_table, results_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -161,8 +161,10 @@ def test_every_block_runs(page, trained, tmp_path, monkeypatch):
             assert language in ("text", "bibtex", "mermaid"), language
 
 
-def test_the_option_tables_are_those_of_the_code():
-    assert PAGE.read_text() == generated(PAGE.read_text()), "run: python -m tests.options_table"
+@pytest.mark.parametrize("made", [options_table, results_table])
+def test_the_tables_are_those_of_the_code_and_of_the_results(made):
+    page = made.PAGE.read_text()
+    assert page == made.generated(page), f"run: python -m {made.__name__}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -173,5 +175,5 @@ def test_every_link_file_and_key_exists(page):
     for name in re.findall(r"`((?:rosa_lightning|tests|configs|docs)/[\w/.]+)`", text):
         assert (ROOT / name).exists(), name
     keys = set(re.findall(r"`((?:model|data|dls)\.(?!py\b)\w+(?:\.\w+)*)", text))
-    options = PAGE.read_text()
+    options = options_table.PAGE.read_text()
     assert not {key for key in keys if not re.search(rf"`{key}[`.]", options)}
