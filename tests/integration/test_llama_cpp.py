@@ -28,7 +28,7 @@ pytestmark = [
 ]
 BASES = {
     "halves, reordered by the converter": "llama",
-    "halves, as they are": "qwen2",
+    "halves, as they are": "olmo2",
     "adjacent pairs": "cohere",
 }
 """Families by how their q and k are laid out, in transformers and in llama.cpp."""
