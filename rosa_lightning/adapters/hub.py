@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rosa_lightning.utils.text import one_line
@@ -61,6 +62,6 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     except Exception as error:  # as above
         raise OSError(
             f"{folder} is written, and could not be pushed to {repo}: {one_line(error, 200)}. Push "
-            f"it with hf upload {repo} {folder}"
+            f"it with hf upload {repo} {shlex.quote(str(folder))}{' --private' * private}"
         ) from error
     return str(made)

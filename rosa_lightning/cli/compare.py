@@ -34,6 +34,7 @@ from rosa_lightning.comparison.report import comparison_tables, write_report
 from rosa_lightning.comparison.runner import Runner, alone, hangup_ends, read_json, write_once
 from rosa_lightning.comparison.speed import METHODS, measure_speed, speed_table
 from rosa_lightning.comparison.verdict import verdict
+from rosa_lightning.inspection.run_record import RunRecorder
 from rosa_lightning.models.loading import load_base, load_skeleton
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.layer import RoAEConfig
@@ -217,6 +218,11 @@ def _check_callbacks(context: CommandContext) -> None:
     if any(one.dirpath for one in callbacks if isinstance(one, ModelCheckpoint)):
         raise ValueError(
             "ModelCheckpoint has a dirpath, which all runs would share. Take it out of "
+            "trainer.callbacks."
+        )
+    if any(isinstance(one, RunRecorder) for one in callbacks):
+        raise ValueError(
+            "each run of a comparison has a RunRecorder of its own. Take it out of "
             "trainer.callbacks."
         )
     if not any(one.save_last for one in saved):

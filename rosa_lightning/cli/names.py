@@ -53,6 +53,7 @@ RENAMED = {
     "model.gradient_checkpointing": "model.speed.gradient_checkpointing",
     "model.max_new_tokens": "model.evaluation.max_new_tokens",
     "dls.moments": "dls.optimizer_state",
+    "comparison.split_seed": "data.loading.split_seed",
     "model.max_nonfinite_steps": "max_nonfinite_steps",
 }
 """Keys of earlier versions, and what they are called now."""

@@ -23,9 +23,14 @@ Run = Mapping[str, Series]
 
 
 def as_run(logged: Mapping[str, Mapping[int, float]]) -> Run:
-    """Series from values by tag and step, in alphabetical order; tags without values have none."""
-    found = {tag: logged[tag] for tag in sorted(logged) if logged[tag]}
+    """Series from values by tag and step, in the order of tags; tags without values have none."""
+    found = {tag: logged[tag] for tag in sorted(logged, key=_in_order) if logged[tag]}
     return {tag: Series(*zip(*sorted(found[tag].items()), strict=True)) for tag in found}
+
+
+def _in_order(tag: str) -> list[str | int]:
+    """Alphabetical, and layer 100 behind layer 99."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", tag)]
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _results(run: Path, adapter_norm: float) -> Results:
     ):
         with suppress(OSError, ValueError, KeyError, TypeError):
             content = parse(read_text(path))
-            same = math.isclose(content["adapter_norm"], adapter_norm, rel_tol=1e-5)
+            same = math.isclose(content["adapter_norm"], adapter_norm, rel_tol=1e-6)
             if content["complete"] and same:
                 found |= {(one["protocol"], one["task"]): one for one in content["results"]}
     return list(found.values())
@@ -131,7 +131,8 @@ def _data(checkpoint: Mapping[str, Any], results: Results) -> str:
         held = ", ".join(f"{one['task']} {one['contaminated']:,} of {one['n']:,}" for one in tests)
         parts.append(f"Test questions that were trained on (contamination): {held}.")
     else:
-        parts.append("Contamination by test questions was not counted: no test was run.")
+        reason = "a test could not count it" if results else "no test was found beside the run"
+        parts.append(f"Contamination by test questions is not known: {reason}.")
     return "\n\n".join(parts)
 
 
@@ -157,15 +158,17 @@ def _training(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     lengths = {"data.max_length": about.get("max_length"), "data.batching": order.get("batching")}
     rows += [(key, str(value)) for key, value in lengths.items() if value is not None]
     rows += _settings("trainer", config, _TRAINER)
-    selection = checkpoint.get("callbacks", {}).get(DynamicLayerSelection.__name__, {})
-    if selection.get("num_selections"):
+    callbacks = checkpoint.get("callbacks", {})
+    selections = [k for k in callbacks if k.startswith(DynamicLayerSelection.__name__)]
+    for selection in (one for key in selections if (one := callbacks[key]).get("num_selections")):
         rows += _settings("dls", config, _DLS)
-        counts = enumerate(selection["selection_counts"])
+        layers = [name.rpartition(".")[2] for name in selection["layers"]]
+        counts = zip(layers, selection["selection_counts"], strict=True)
         shown = ", ".join(f"{layer} ({count})" for layer, count in counts if count)
         rows.append(("layers", f"selected, of {selection['num_selections']} times: {shown}"))
     if "seed_everything" in config:
         rows.append(("seed_everything", str(config["seed_everything"])))
-    recorded = checkpoint.get("callbacks", {}).get(RunRecorder.__name__, {})
+    recorded = callbacks.get(RunRecorder.__name__, {})
     if last := [one for one in recorded.get("validations", ()) if "val/loss" in one]:
         rows.append(("val/loss", f"{last[-1]['val/loss']:.4g} after step {last[-1]['step']:,}"))
     rows.append(("software", f"rosa-lightning {checkpoint['rosa'].get('version')}"))
@@ -206,6 +209,9 @@ def _score(row: Mapping[str, Any]) -> EvalResult:
         task_type="text-generation",
         dataset_type=(task.hub if task else None) or row["task"],
         dataset_name=row["task"],
+        # Tasks may share a data set, and the hub joins results that agree in all of these.
+        dataset_config=(task.subset if task else None) or row["task"],
+        dataset_split=task.split if task else None,
         metric_type="accuracy",
         metric_value=row["accuracy"],
         metric_name=f"accuracy, protocol {row['protocol']}",

@@ -43,10 +43,11 @@ def run_facts(folder: Path) -> list[tuple[str, str]]:
 def run_tests(folder: Path) -> list[dict[str, str]]:
     """The tests of a run's checkpoints, in its folder or in one beside it: a row for each task."""
     rows: list[dict[str, str]] = []
+    folder = folder.resolve()
     for path in sorted({folder / RESULTS, *folder.parent.glob(f"*/{RESULTS}")}):
         results = _read(path)
         checkpoint = str(results.get("model")).rpartition(" + ")[2]
-        is_own = path.parent == folder or folder.resolve() in Path(checkpoint).resolve().parents
+        is_own = path.parent == folder or folder in Path(checkpoint).resolve().parents
         if is_own and results.get("complete") is True:
             with suppress(KeyError, TypeError, ValueError, AttributeError):
                 rows += [_test_row(Path(checkpoint).name, one) for one in results["results"]]

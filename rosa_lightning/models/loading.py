@@ -308,7 +308,7 @@ def _check_hub(base: str) -> None:
         constants.HF_HUB_OFFLINE = True
         warnings.warn(
             f"the hub cannot be reached ({reason}), so {base} is loaded from its cache, as with "
-            "HF_HUB_OFFLINE=1.",
+            "HF_HUB_OFFLINE=1. Nothing else is fetched or pushed until the next start.",
             stacklevel=2,
         )
 

@@ -253,6 +253,13 @@ def test_settings_written_in_another_way_are_the_same(trained, tmp_path):
         Comparison(config, [Method("a", {"new.key": 1}, 4, 8)], 100, runner, Display()).run()
 
 
+def test_a_recorder_in_the_shared_configuration_is_refused(tmp_path, capsys):
+    plan = {"methods": {"RoSA": {}}, "folder": str(tmp_path), "max_steps": 80}
+    command = ["compare", "--config", "configs/tiny.yaml", f"--comparison={json.dumps(plan)}"]
+    assert main([*command, "--trainer.callbacks+=rosa_lightning.RunRecorder"]) == 2
+    assert "Take it out of trainer.callbacks" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_compares_methods_of_the_embedded_base(tmp_path, capsys):
     lora = {"class_path": "peft.LoraConfig", "init_args": {"r": 2, "target_modules": ["q_proj"]}}
@@ -271,7 +278,10 @@ def test_the_command_compares_methods_of_the_embedded_base(tmp_path, capsys):
     (tmp_path / "demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["compare", "--config", "configs/tiny.yaml", "--config", str(file)]
     command += [f"--data.test_sources={tests.replace('DEMO', demo)}", "--data.val_fraction=0.01"]
+    command += ["--data.loading.split_seed=5"]
     assert main(command) == 0
+    made = [yaml.safe_load(one.read_text()) for one in tmp_path.rglob("lr-*/overrides.yaml")]
+    assert [run["data"]["loading"]["split_seed"] for run in made] == [5, 5]
     content = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     for method in content["methods"].values():
         assert abs(method["trainable_parameters"] / 10_000 - 1) < 0.3

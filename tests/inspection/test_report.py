@@ -249,6 +249,14 @@ def test_a_record_that_is_none_is_left_out(tmp_path, content):
     assert read_run(tmp_path)["layers/score/01"] == Series((2,), (2.0,))
 
 
+def test_layers_are_in_the_order_of_their_numbers(tmp_path):
+    log(tmp_path, {"train/loss": {0: 1.0}})
+    row = {"step": 1, "tag": "score", "values": {str(layer): 1.0 for layer in (100, 9, 99, 11)}}
+    (tmp_path / "layers.jsonl").write_text(json.dumps(row) + "\n")
+    found = [tag.rpartition("/")[2] for tag in read_run(tmp_path) if tag.startswith("layers/")]
+    assert found == ["09", "11", "99", "100"]
+
+
 # Folders of strangers.
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +25,11 @@ def runs(base_folder, tmp_path_factory) -> Path:
     train, tested = write_records(folder / "mine.json", 40), write_records(folder / "t.json", 6)
     config = folder / "given.yaml"
     settings = {
-        "model": {"base": str(base_folder), "evaluation": {"max_new_tokens": 2}},
+        "model": {
+            "base": str(base_folder),
+            "roae": {"layer_ratio": 0.5},
+            "evaluation": {"max_new_tokens": 2},
+        },
         "data": {
             "sources": [{"path": str(train), "task": "gsm8k"}],
             "test_sources": [{"path": str(tested), "task": "gsm8k", "name": "asked"}],
@@ -71,15 +76,17 @@ def test_the_card_holds_data_settings_and_results(runs, tmp_path):
         "| optimizer | torch.optim.AdamW(lr=0.01,",
         "| dls.num_active | 1 |",
         "| seed_everything | 0 |",
-        "selected, of 2 times: ",
     ):
         assert row in card.content
+    layers = re.search(r"selected, of 2 times: (.*) \|", card.content)[1]
+    assert {one.split()[0] for one in layers.split(", ")} <= {"2", "3"}  # which alone have terms
     (row,) = json.loads((runs / "version_1" / "results.json").read_text())["results"]
     low, high = (100 * bound for bound in row["interval"])
     shown = f"| gsm8k | generate | {100 * row['accuracy']:.1f} ({low:.1f} to {high:.1f}) | 6 | 6 |"
     assert shown in card.content
     (score,) = card.data.eval_results
     assert (score.metric_value, score.dataset_type) == (row["accuracy"], "openai/gsm8k")
+    assert (score.dataset_config, score.dataset_split) == ("main", "test")
     assert card.data.license == "mit"
     assert str(runs.parent) not in card.content
     assert (tmp_path / "out" / "tokenizer.json").exists()
@@ -95,7 +102,7 @@ def test_tests_of_other_weights_and_stopped_ones_are_no_results(runs, tmp_path):
         path = copied / "version_0" / "checkpoints" / "last.ckpt"
         card = export(path, tmp_path / f"out_{next(iter(change))}")
         assert "No finished test of these weights was found" in card.content
-        assert "no test was run" in card.content
+        assert "no test was found beside the run" in card.content
         assert card.data.eval_results is None
 
 
