@@ -256,7 +256,7 @@ def test_settings_written_in_another_way_are_the_same(trained, tmp_path):
 def test_a_recorder_in_the_shared_configuration_is_refused(tmp_path, capsys):
     plan = {"methods": {"RoSA": {}}, "folder": str(tmp_path), "max_steps": 80}
     command = ["compare", "--config", "configs/tiny.yaml", f"--comparison={json.dumps(plan)}"]
-    assert main([*command, "--trainer.callbacks+=rosa_lightning.RunRecorder"]) == 2
+    assert main([*command, "--trainer.callbacks+=rosa_lightning.RunRecorder"]) == 1
     assert "Take it out of trainer.callbacks" in capsys.readouterr().err
 
 
