@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 from rosa_lightning.adapted import AdaptedModel
 from rosa_lightning.adapters.checkpoint import CHECKPOINT_KEY, RankState, pack, unpack
+from rosa_lightning.adapters.fingerprint import weights_digest
 from rosa_lightning.adapters.metadata import Conditions, tokenizer_digest
 from rosa_lightning.adapters.methods import method_to_dict
 from rosa_lightning.adapters.resume_checks import check_entries, check_states_fit
@@ -87,6 +88,8 @@ class RoSAModule(AdaptedModel):
         self._checkpoint_to_check: Mapping[str, Any] | None = None
         """A checkpoint to compare with the optimizers, once there are some."""
         self._has_trained = False
+        self._loaded: str | None = None
+        """Digest of the weights of the checkpoint that is tested."""
 
     # Training.
 
@@ -323,11 +326,15 @@ class RoSAModule(AdaptedModel):
     def about_evaluation(self) -> dict[str, Any]:
         """What was evaluated and how, as plain values, for ``results.json``."""
         here, added = self.conditions(), self._differs_from_base()
-        origin = self.trainer.ckpt_path or self.adapter or "an adapter trained in this process"
+        path = self.trainer.ckpt_path
+        origin = path or self.adapter or "an adapter trained in this process"
         return {
             "model": f"{self.base} + {origin}" if added else self.base,
             "base": self.base,
             "revision": self.base_fingerprint.revision,
+            # To be found from any working folder; a path may hold other weights by then.
+            "checkpoint": str(Path(path).absolute()) if path and Path(path).exists() else path,
+            "weights_digest": self._loaded if path else weights_digest(self.state_dict()),
             **(method_to_dict(self.method) if added else {"roae": None}),
             **asdict(self.evaluation),
             "cut_prompts": self.text_info().cut_prompts,
@@ -401,6 +408,8 @@ class RoSAModule(AdaptedModel):
             # FSDP2 has loaded it already, passing over keys that it does not know.
             file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
             check_adapter_keys(self, file["state_dict"], everything=self.finetune == "full")
+        if trainer is not None and trainer.state.fn == "test":
+            self._loaded = weights_digest(checkpoint["state_dict"])  # before any conversion
         fits = trainer is not None and trainer.state.fn == "fit"
         if fits:
             check_entries(checkpoint, self.trainer, {name for name, _ in self.named_parameters()})

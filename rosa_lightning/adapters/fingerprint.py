@@ -1,7 +1,9 @@
-"""What a base is recognised by."""
+"""What a base is recognised by, and what trained weights are."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +59,19 @@ def fingerprint(model: nn.Module, base: str | None = None) -> BaseFingerprint:
                 samples[f"{path}.{name}"] = _middle(parameter.detach()) if known else []
     named = base_name(model) if base is None else whole_name(base)
     return BaseFingerprint(base=named, revision=hub_commit(model), samples=samples)
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """A hash that trained weights alone have: of names, data types, shapes and values.
+
+    A of RoAE is drawn at random and counts for nothing as long as B is zero, so only B counts.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(one for one in weights if not one.endswith("roae_A")):
+        values = weights[name].detach().cpu().contiguous()
+        found.update(f"{name} {values.dtype} {[*values.shape]}\n".encode())
+        found.update(values.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _middle(weight: Tensor) -> list[float]:

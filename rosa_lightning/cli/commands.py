@@ -28,7 +28,6 @@ from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.encoding import Example
 from rosa_lightning.data.records import load_records
 from rosa_lightning.dls.callback import DynamicLayerSelection
-from rosa_lightning.evaluation.writers import adapter_norm
 from rosa_lightning.inspection.activations import (
     activation_figure,
     adapted_dims,
@@ -122,7 +121,7 @@ def export(
     else:
         checkpoint = read_checkpoint(ckpt_path)
         model = loaded_model(module, ckpt_path, checkpoint)
-        card = run_card(ckpt_path, checkpoint, adapter_norm(module.state_dict()), card)
+        card = run_card(ckpt_path, checkpoint, card)
     tokenizer = _own_tokenizer(context)
     report = export_adapter(
         model.eval(),

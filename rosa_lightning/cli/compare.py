@@ -31,7 +31,7 @@ from rosa_lightning.comparison.paired import compare_answers, read_answers
 from rosa_lightning.comparison.plan import ComparisonConfig, Method, nested, slug, solve_rank
 from rosa_lightning.comparison.progress import ProgressDisplay
 from rosa_lightning.comparison.report import comparison_tables, write_report
-from rosa_lightning.comparison.runner import Runner, alone, hangup_ends, read_json, write_once
+from rosa_lightning.comparison.runner import Runner, alone, hangup_ends, write_once
 from rosa_lightning.comparison.speed import METHODS, measure_speed, speed_table
 from rosa_lightning.comparison.verdict import verdict
 from rosa_lightning.inspection.run_record import RunRecorder
@@ -39,6 +39,7 @@ from rosa_lightning.models.loading import load_base, load_skeleton
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.files import atomic_write
+from rosa_lightning.utils.strict_json import read_object
 from rosa_lightning.utils.tables import text_table
 
 _TOLERANCE = 0.01
@@ -155,7 +156,7 @@ def _what_counts(context: CommandContext, files: Sequence[Path | str] = ()) -> s
 def _described(context: CommandContext, root: Path, seed: int) -> dict[str, Any]:
     """What is said of the data, which stay the same, so it is found once."""
     path = root / "contamination.json"
-    found = read_json(path)
+    found = read_object(path)
     if not found:
         found = describe_data(context.data, seed)
         atomic_write(path, json.dumps(found, indent=1).encode())
@@ -242,7 +243,7 @@ def _method(
     files = [runner.shared]
     if overrides:
         files.append(runner.prepare(overrides, folder, "method.yaml"))
-    kept = read_json(folder / "method.json")
+    kept = read_object(folder / "method.json")
     if not given.items() <= kept.items():
         method = _sized(context.build(files), name, overrides, comparison.trainable_parameters)
         kept = asdict(method) | given
@@ -305,7 +306,7 @@ def _compare_two(runs: list[str]) -> None:
         raise ValueError(f"{len(runs)} folders of tests are given, and two can be compared.")
     about = []
     for run in runs:
-        results = read_json(Path(run) / "results.json")
+        results = read_object(Path(run) / "results.json")
         if not results.get("complete"):
             raise ValueError(
                 f"{run} holds no finished test: results.json is missing there, or not complete. "

@@ -21,10 +21,11 @@ from rosa_lightning.comparison.plan import (
     nested,
     next_learning_rate,
 )
-from rosa_lightning.comparison.runner import RESULT, RunFailedError, Runner, read_json
+from rosa_lightning.comparison.runner import RESULT, RunFailedError, Runner
 from rosa_lightning.evaluation.results import versions
 from rosa_lightning.inspection.text_loss import file_digest
 from rosa_lightning.utils.files import atomic_write
+from rosa_lightning.utils.strict_json import read_object
 
 COMPARISON = "comparison.json"
 SHARED = "shared.yaml"
@@ -130,7 +131,7 @@ class Comparison:
         try:
             overrides = self._overrides(method, run, self._steps(method))
             self.runner.prepare(overrides, folder)
-            known = read_json(folder / RESULT)
+            known = read_object(folder / RESULT)
             if known:
                 result = known
             else:
@@ -161,7 +162,7 @@ class Comparison:
         """The base itself, before any training."""
         run, folder = Run("base", 0.0, self.config.seeds[0]), self.root / "base"
         self.runner.prepare(nested(self._shared(folder, run)), folder)
-        known = read_json(folder / RESULT) or {"status": "finished", "folder": "base"}
+        known = read_object(folder / RESULT) or {"status": "finished", "folder": "base"}
         result, errors = self._evaluated(run, folder, known)
         if errors:
             raise ValueError(
@@ -209,7 +210,7 @@ class Comparison:
         if self.config.train_seconds is None:
             return self.config.max_steps or self.shared_steps
         folder = self.root / "time" / Run(method.name, 0.0, 0).folder(Path()).parent
-        known = read_json(folder / RESULT)
+        known = read_object(folder / RESULT)
         if not known:
             first = [self.config.of(method.name, key)[0] for key in ("learning_rates", "seeds")]
             run = Run(method.name, *first)

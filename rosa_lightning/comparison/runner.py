@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from rosa_lightning.comparison.child import GRACE_S
 from rosa_lightning.inspection.text_loss import TEXT_LOSS, file_digest
 from rosa_lightning.utils.files import atomic_write, read_text
+from rosa_lightning.utils.strict_json import read_object
 
 RESULT = "result.json"
 LOG = "log.txt"
@@ -78,7 +78,7 @@ class Runner:
         Raises:
             RunFailedError: The training ended with an error.
         """
-        record = read_json(folder / _RECORD)
+        record = read_object(folder / _RECORD)
         if record.get("status") != "finished":
             last = folder / "checkpoints" / "last.ckpt"
             # `hparams` shows each run in TensorBoard, with its test.
@@ -89,7 +89,7 @@ class Runner:
                 for name in ("config.yaml", _RECORD):
                     (folder / name).unlink(missing_ok=True)
             self._run("fit", folder, options, progress)
-            record = read_json(folder / _RECORD)
+            record = read_object(folder / _RECORD)
             if record.get("status") != "finished":
                 raise RunFailedError(
                     f"the training ended without its last step; {folder / LOG} says more"
@@ -105,9 +105,9 @@ class Runner:
             progress: Told that it goes on.
         """
         results = folder / "results.json"
-        if not read_json(results).get("complete"):
+        if not read_object(results).get("complete"):
             self._run("test", folder, _of(ckpt_path), progress)
-        return read_json(results)
+        return read_object(results)
 
     def text_loss(
         self, folder: Path, ckpt_path: str | None, texts: Path, progress: Progress
@@ -122,7 +122,7 @@ class Runner:
         """
         found = folder / TEXT_LOSS
         digest = file_digest(texts)
-        if read_json(found).get("texts") != digest:
+        if read_object(found).get("texts") != digest:
             made = {"path": str(found), "texts": str(texts)}
             options = [f"--trainer.callbacks+={_TEXT_LOSS}"]
             options += [f"--trainer.callbacks.{name}={value}" for name, value in made.items()]
@@ -131,7 +131,7 @@ class Runner:
             options.append(f"--trainer.default_root_dir={folder}")
             options += ["--data.loading.val_generate=0", *_of(ckpt_path)]
             self._run("validate", folder, options, progress)
-        return read_json(found)
+        return read_object(found)
 
     def _run(self, name: str, folder: Path, options: Sequence[str], progress: Progress) -> None:
         """Run a command, with its output in the run's log; a signal is handed on."""
@@ -143,7 +143,7 @@ class Runner:
         process = start_module([*head, *files, *options], log)
         with _handed_on(process):
             while process.poll() is None:
-                record = read_json(folder / _RECORD) if name == "fit" else {}
+                record = read_object(folder / _RECORD) if name == "fit" else {}
                 progress(record.get("step", 0), record.get("max_steps", 0))
                 time.sleep(_POLL_SECONDS)
         if process.returncode:
@@ -195,14 +195,6 @@ def write_once(path: Path, text: str, same: Callable[[], bool] | None = None) ->
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, text.encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty where there is none, or where it is not whole."""
-    with suppress(OSError, ValueError):
-        found = json.loads(read_text(path))
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 @contextmanager

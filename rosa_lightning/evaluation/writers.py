@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
-from torch import Tensor
 
 from rosa_lightning.evaluation.evaluator import item_id
 from rosa_lightning.evaluation.results import results_table, versions, write_results
@@ -25,13 +24,12 @@ from rosa_lightning.utils.files import (
     atomic_write,
     open_input,
     read_lines,
-    read_text,
     shown,
     writing,
 )
 from rosa_lightning.utils.rng import of_all_ranks
 from rosa_lightning.utils.run_folder import run_folder
-from rosa_lightning.utils.strict_json import parse
+from rosa_lightning.utils.strict_json import parse, read_object
 from rosa_lightning.utils.text import one_line
 
 PREDICTIONS = "predictions.jsonl"
@@ -120,9 +118,7 @@ class ResultWriter(Callback):
         self._since = time.perf_counter()
         module: Any = pl_module
         folder = self._target = _log_folder(trainer) if self.folder is None else Path(self.folder)
-        # The norm tells apart adapters that were loaded from the same path.
-        norm = adapter_norm(module.state_dict())
-        self._about = {**module.about_evaluation(), "adapter_norm": norm}
+        self._about = module.about_evaluation()
         own = bool(trainer.loggers) and self.folder is None  # a folder of this run alone
         near = [folder, *(folder.parent.glob("*/") if own else ())]
         stopped = [path for path in near if _is_stopped(path, self._about)]
@@ -201,12 +197,6 @@ class ResultWriter(Callback):
             self._file.close()
 
 
-def adapter_norm(weights: Mapping[str, Tensor]) -> float:
-    """A number that tells trained weights apart; of those of RoAE only the B count."""
-    trained = [weights[key] for key in sorted(weights) if not key.endswith("roae_A")]
-    return sum(float(one.float().norm()) for one in trained)
-
-
 def _log_folder(trainer: Trainer) -> Path:
     """Where a run's files go. All ranks must ask at once: rank 0 tells the others."""
     return run_folder(trainer) or Path(trainer.default_root_dir)
@@ -219,11 +209,8 @@ def _line(value: Any) -> bytes:
 
 def _is_stopped(folder: Path, about: Mapping[str, Any]) -> bool:
     """Whether an evaluation of the same settings has begun here, and not ended."""
-    with suppress(OSError, ValueError):
-        found = parse(read_text(folder / RESULTS))
-        same = json.loads(json.dumps({**about, "versions": versions(), "complete": False}))
-        return isinstance(found, dict) and same.items() <= found.items()
-    return False
+    same = json.loads(json.dumps({**about, "versions": versions(), "complete": False}))
+    return bool(same.items() <= read_object(folder / RESULTS).items())
 
 
 def _read_items(path: Path) -> Items:

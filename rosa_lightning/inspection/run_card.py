@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from rosa_lightning.adapters.card import CardDetails, markdown_table
+from rosa_lightning.adapters.fingerprint import weights_digest
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.sources import Source
 from rosa_lightning.dls.callback import DynamicLayerSelection
-from rosa_lightning.evaluation.writers import RESULTS
+from rosa_lightning.inspection.run_facts import finished_tests, score_cells
 from rosa_lightning.inspection.run_record import RunRecorder
 from rosa_lightning.tasks.records import TASKS
 from rosa_lightning.utils.files import read_text
-from rosa_lightning.utils.strict_json import parse
 from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -35,12 +36,7 @@ _DATA = ReasoningDataModule.__name__
 Results = list[dict[str, Any]]
 
 
-def run_card(
-    ckpt_path: str,
-    checkpoint: Mapping[str, Any],
-    adapter_norm: float,
-    details: CardDetails,
-) -> CardDetails:
+def run_card(ckpt_path: str, checkpoint: Mapping[str, Any], details: CardDetails) -> CardDetails:
     """Details with what a checkpoint, its run's files, and finished tests beside that run tell.
 
     What they do not tell, or not in a form that can be read, is unknown on the card.
@@ -49,11 +45,10 @@ def run_card(
         ckpt_path: The checkpoint; in the folder of its run its settings are found, and tests in
             the folders beside that.
         checkpoint: Its content.
-        adapter_norm: Norm of its weights, as `results.json` holds it.
         details: Title and licence.
     """
     run = next((one for one in Path(ckpt_path).absolute().parents[:2] if _config(one)), None)
-    results = [] if run is None else _results(run, adapter_norm)
+    results = [] if run is None else _results(run, checkpoint["state_dict"])
     try:
         return replace(
             details,
@@ -79,19 +74,20 @@ def _config(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _results(run: Path, adapter_norm: float) -> Results:
+def _results(run: Path, weights: Mapping[str, Tensor]) -> Results:
     """The rows of finished tests of the same weights, the newest of each task and protocol."""
-    files = [run / RESULTS, *run.parent.glob(f"*/{RESULTS}")]
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in sorted(
-        {one for one in files if one.is_file()}, key=lambda one: one.stat().st_mtime
-    ):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            content = parse(read_text(path))
-            same = math.isclose(content["adapter_norm"], adapter_norm, rel_tol=1e-6)
-            if content["complete"] and same:
-                found |= {(one["protocol"], one["task"]): one for one in content["results"]}
+    digest = weights_digest(weights)
+    for test in finished_tests(run):
+        norm, known = test.get("adapter_norm"), test.get("weights_digest")  # first versions: a norm
+        of_norm = isinstance(norm, float) and math.isclose(norm, _norm(weights), rel_tol=1e-6)
+        if known == digest or (known is None and of_norm):
+            found |= {(one["protocol"], one["task"]): one for one in test["results"]}
     return list(found.values())
+
+
+def _norm(weights: Mapping[str, Tensor]) -> float:
+    return sum(float(weights[key].float().norm()) for key in weights if not key.endswith("roae_A"))
 
 
 def _sources(checkpoint: Mapping[str, Any]) -> list[Source]:
@@ -190,14 +186,8 @@ def _called(made: Mapping[str, Any]) -> str:
 def _results_table(results: Results) -> str:
     if not results:
         return "No finished test of these weights was found beside the run."
-    rows = []
-    for one in results:
-        low, high = one["interval"]
-        accuracy = f"{100 * one['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-        count = "not known" if one.get("contaminated") is None else f"{one['contaminated']:,}"
-        rows.append((one["task"], one["protocol"], accuracy, f"{one['n']:,}", count))
     names = ("Task", "Protocol", "Accuracy, % (95 % interval)", "Questions", "Trained on")
-    return markdown_table(names, rows)
+    return markdown_table(names, map(score_cells, results))
 
 
 def _score(row: Mapping[str, Any]) -> EvalResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -11,8 +12,10 @@ from typing import Any
 from rosa_lightning.evaluation.writers import RESULTS
 from rosa_lightning.inspection.curves import NAMES, Run, name_of
 from rosa_lightning.inspection.run_record import RECORD
-from rosa_lightning.utils.files import SETTINGS_BYTES, read_bytes
-from rosa_lightning.utils.strict_json import parse
+from rosa_lightning.utils.strict_json import read_object
+
+Test = dict[str, Any]
+"""The content of a ``results.json``, and its ``folder``."""
 
 
 def number(value: float) -> str:
@@ -31,7 +34,7 @@ def headlines(run: Run) -> list[tuple[str, str]]:
 
 def run_facts(folder: Path) -> list[tuple[str, str]]:
     """What `RunRecorder` kept of a run, as labels and texts; empty without its file."""
-    record = _read(folder / RECORD)
+    record = read_object(folder / RECORD)
     facts: list[tuple[str, str]] = []
     # Whoever wrote the file: what is not as expected is left out.
     for label, text in _FACTS.items():
@@ -40,40 +43,50 @@ def run_facts(folder: Path) -> list[tuple[str, str]]:
     return facts
 
 
-def run_tests(folder: Path) -> list[dict[str, str]]:
-    """The tests of a run's checkpoints, in its folder or in one beside it: a row for each task."""
-    rows: list[dict[str, str]] = []
-    folder = folder.resolve()
-    for path in sorted({folder / RESULTS, *folder.parent.glob(f"*/{RESULTS}")}):
-        results = _read(path)
-        checkpoint = str(results.get("model")).rpartition(" + ")[2]
-        is_own = path.parent == folder or folder in Path(checkpoint).resolve().parents
-        if is_own and results.get("complete") is True:
-            with suppress(KeyError, TypeError, ValueError, AttributeError):
-                rows += [_test_row(Path(checkpoint).name, one) for one in results["results"]]
-    return rows
+def finished_tests(run: Path) -> list[Test]:
+    """What tests in a run's folder and in those beside it found, the oldest first.
+
+    Of their ``results`` only rows that can be read.
+    """
+    run, found = run.resolve(), list[Test]()
+    paths = filter(Path.is_file, {run / RESULTS, *run.parent.glob(f"*/{RESULTS}")})
+    for path in sorted(paths, key=lambda one: (one.stat().st_mtime, one)):
+        test = read_object(path)
+        if test.get("complete") is True:
+            rows = test.get("results")
+            sound = [one for one in rows if _is_sound(one)] if isinstance(rows, list) else []
+            found.append({**test, "folder": path.parent, "results": sound})
+    return found
 
 
-def _test_row(checkpoint: str, score: Mapping[str, Any]) -> dict[str, str]:
-    low, high = score["interval"]
-    contaminated = score.get("contaminated")
-    return {
-        "checkpoint": checkpoint,
-        "task": str(score["task"]),
-        "protocol": str(score["protocol"]),
-        "accuracy, % (95 %)": (
-            f"{100 * score['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-        ),
-        "records": f"{score['n']:,}",
-        "contaminated": "unknown" if contaminated is None else f"{contaminated:,}",
-    }
+def _is_sound(row: Any) -> bool:
+    with suppress(KeyError, TypeError, ValueError):
+        score_cells(row)
+        return isinstance(row["task"], str) and isinstance(row["protocol"], str)
+    return False
 
 
-def _read(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        found = parse(read_bytes(path, SETTINGS_BYTES).decode())
-        return found if isinstance(found, dict) else {}
-    return {}
+def score_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Task, protocol, accuracy, questions, and how many of these were trained on, as texts."""
+    low, high = row["interval"]
+    accuracy = f"{100 * row['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    count = row.get("contaminated")
+    shown = "not known" if count is None else f"{count:,}"
+    return row["task"], row["protocol"], accuracy, f"{row['n']:,}", shown
+
+
+def run_tests(folder: Path) -> list[tuple[str, ...]]:
+    """The tests of a run's checkpoints, the newest of each: its name, and the cells of a row."""
+    folder, rows = folder.resolve(), dict[tuple[str, ...], tuple[str, ...]]()
+    for test in finished_tests(folder):
+        # Earlier versions named it in `model` alone.
+        named = test.get("checkpoint") or str(test.get("model")).rpartition(" + ")[2]
+        checkpoint = Path(os.path.realpath(str(named)))
+        if test["folder"] == folder or folder in checkpoint.parents:
+            for row in test["results"]:
+                cells = (checkpoint.name, *score_cells(row))
+                rows[cells[:3]] = cells
+    return list(rows.values())
 
 
 def _settings(record: Mapping[str, Any]) -> str:

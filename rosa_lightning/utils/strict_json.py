@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from rosa_lightning.utils.files import read_text
 
 
 class JSONError(ValueError):
@@ -35,6 +39,14 @@ def parse(text: str) -> Any:
         raise
     except ValueError as error:  # of int(): Python bounds the digits
         raise JSONError("holds an integer of more digits than can be read") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or none that can be read."""
+    with suppress(OSError, ValueError):
+        found = parse(read_text(path))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def half_character(text: str) -> str | None:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from rosa_lightning.comparison.runner import alone, hangup_ends, read_json, write_once
+from rosa_lightning.comparison.runner import alone, hangup_ends, write_once
+from rosa_lightning.utils.strict_json import read_object
 
 CHILD = """
 import runpy, time
@@ -110,7 +111,7 @@ class Compare:
         return process.returncode, said
 
     def record(self):
-        return read_json(self.run / "run.json")
+        return read_object(self.run / "run.json")
 
     def reaches(self, step, process):
         until = time.monotonic() + 300

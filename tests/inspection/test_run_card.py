@@ -15,6 +15,7 @@ from rosa_lightning.adapters.card import CardDetails
 from rosa_lightning.adapters.checkpoint import read_checkpoint
 from rosa_lightning.cli.main import main
 from rosa_lightning.inspection.run_card import run_card
+from rosa_lightning.inspection.run_facts import run_tests
 from tests.conftest import write_records
 
 
@@ -53,7 +54,7 @@ def runs(base_folder, tmp_path_factory) -> Path:
         assert main(["fit", "--config", str(config)]) == 0
         (found,) = (folder / "lightning_logs/version_0/checkpoints").glob("*.ckpt")
         found.rename(found.with_name("last.ckpt"))
-        path = str(found.with_name("last.ckpt"))
+        path = "lightning_logs/version_0/checkpoints/last.ckpt"
         assert main(["test", "--config", str(config), "--ckpt_path", path]) == 0
     return folder / "lightning_logs"
 
@@ -97,13 +98,58 @@ def test_tests_of_other_weights_and_stopped_ones_are_no_results(runs, tmp_path):
     shutil.copytree(runs, copied)
     results = copied / "version_1" / "results.json"
     content = json.loads(results.read_text())
-    for change in ({"adapter_norm": 2 * content["adapter_norm"]}, {"complete": False}):
+    for change in ({"weights_digest": "of others"}, {"complete": False}):
         results.write_text(json.dumps(content | change))
         path = copied / "version_0" / "checkpoints" / "last.ckpt"
         card = export(path, tmp_path / f"out_{next(iter(change))}")
         assert "No finished test of these weights was found" in card.content
         assert "no test was found beside the run" in card.content
         assert card.data.eval_results is None
+
+
+def test_weights_of_the_same_norm_are_others(runs):
+    path = runs / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(str(path))
+    assert "| gsm8k |" in run_card(str(path), checkpoint, CardDetails()).results
+    checkpoint["state_dict"] = {key: -one for key, one in checkpoint["state_dict"].items()}
+    assert "No finished test" in run_card(str(path), checkpoint, CardDetails()).results
+
+
+def test_of_results_of_the_first_versions_the_norm_of_the_weights_tells(runs, tmp_path):
+    copied = tmp_path / "lightning_logs"
+    shutil.copytree(runs, copied)
+    path, results = copied / "version_0/checkpoints/last.ckpt", copied / "version_1/results.json"
+    checkpoint, content = read_checkpoint(str(path)), json.loads(results.read_text())
+    del content["weights_digest"]
+    weights = checkpoint["state_dict"]
+    norm = sum(weights[key].norm().item() for key in sorted(weights) if key.endswith("roae_B"))
+    for factor, words in ((1, "| gsm8k |"), (1.001, "No finished test")):
+        results.write_text(json.dumps(content | {"adapter_norm": factor * norm}))
+        assert words in run_card(str(path), checkpoint, CardDetails()).results
+
+
+@pytest.mark.parametrize(
+    "row", [{"task": "gsm8k"}, {"interval": 3}, {"n": "x"}, {"accuracy": None}, 5, {"protocol": []}]
+)
+def test_a_damaged_row_of_a_neighbour_is_left_out_alone(runs, tmp_path, row):
+    copied = tmp_path / "lightning_logs"
+    shutil.copytree(runs, copied)
+    content = json.loads((copied / "version_1/results.json").read_text())
+    whole = content["results"][0] | {"task": "whole"}
+    damaged = whole | row if isinstance(row, dict) and "task" not in row else row
+    (copied / "version_2").mkdir()
+    rows = {"results": [whole, damaged]}
+    (copied / "version_2/results.json").write_text(json.dumps(content | rows))
+    path = copied / "version_0/checkpoints/last.ckpt"
+    found = run_card(str(path), read_checkpoint(str(path)), CardDetails())
+    assert "| steps | 3" in found.training
+    assert [one.split(" ")[1] for one in found.results.splitlines()[2:]] == ["gsm8k", "whole"]
+
+
+def test_a_tested_checkpoint_is_found_from_another_working_folder(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the test was given a path relative to its own
+    (test,) = run_tests(runs / "version_0")
+    assert test[:3] == ("last.ckpt", "gsm8k", "generate")
 
 
 def test_a_checkpoint_elsewhere_still_tells_its_data(runs, tmp_path):
@@ -123,7 +169,7 @@ def test_hub_data_are_linked_and_listed(runs):
     ]
     state["trained_on"].append({"sources": [{"path": "/a/later.json"}], "left_out": []})
     state["trained_on"][0]["left_out"] = ["aa", "bb"]
-    found = run_card(str(path), checkpoint, 0.0, CardDetails())
+    found = run_card(str(path), checkpoint, CardDetails())
     link = "[ann/data](https://huggingface.co/datasets/ann/data) at v1, main, split train"
     assert f"| mine | {link} | 39 | 12 |" in found.data
     assert "| later | file later.json |  |  |" in found.data
@@ -141,4 +187,4 @@ def test_a_damaged_entry_is_warned_of_and_leaves_the_details_as_they_were(runs, 
     checkpoint["ReasoningDataModule"] = state | damaged if isinstance(damaged, dict) else damaged
     given = CardDetails(name="ann/reader")
     with pytest.warns(UserWarning, match="the model card says nothing of the training"):
-        assert run_card(str(path), checkpoint, 0.0, given) == given
+        assert run_card(str(path), checkpoint, given) == given

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosa_lightning.utils.strict_json import JSONError, half_character, parse
+from rosa_lightning.utils.strict_json import JSONError, half_character, parse, read_object
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(
@@ -44,6 +44,16 @@ def test_only_a_second_value_is_extra():
         parse("{}\n{}")
     assert caught.value.extra_data
     assert math.isnan(parse("NaN"))
+
+
+def test_a_file_without_an_object_that_can_be_read_is_empty(tmp_path):
+    path = tmp_path / "it.json"
+    assert read_object(path) == {}
+    for content in (b"{", b"[1]", b"\xff{}", b'{"a": 1, "a": 2}', b"[" * 50_000):
+        path.write_bytes(content)
+        assert read_object(path) == {}
+    path.write_text('{"a": 1}')
+    assert read_object(path) == {"a": 1}
 
 
 @settings(max_examples=30)
