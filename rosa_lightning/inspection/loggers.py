@@ -63,9 +63,9 @@ def run_settings(trainer: Trainer, module: LightningModule) -> Settings:
         found["optimizer"] = type(optimizer).__name__
         found["learning_rate"] = optimizer.defaults.get("lr")
         found["weight_decay"] = optimizer.defaults.get("weight_decay")
+    if (holds := step_size(trainer)) is not None:
+        found[f"global_batch_{holds[1].replace('examples', 'size')}"] = holds[0]
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if size := getattr(datamodule, "batch_size", None):
-        found["global_batch_size"] = size * trainer.accumulate_grad_batches * trainer.world_size
     found["max_length"] = getattr(datamodule, "max_length", None)
     steps = trainer.estimated_stepping_batches
     found["steps"] = int(steps) if 0 <= steps < float("inf") else None
@@ -77,6 +77,21 @@ def run_settings(trainer: Trainer, module: LightningModule) -> Settings:
         for name, value in found.items()
         if value is not None
     }
+
+
+def step_size(trainer: Any) -> tuple[int, str] | None:
+    """What an optimizer step holds, of all its batches and devices: how many, and of what.
+
+    Examples, packs of best_fit, or tokens (the most, padding counted); None for unknown data.
+    """
+    data = trainer.datamodule
+    size, what = getattr(data, "batch_size", None), "examples"
+    if tokens := getattr(getattr(data, "loading", None), "tokens_per_batch", None):
+        size, what = tokens, "tokens"
+    if getattr(data, "batching", "") == "best_fit":
+        size, what = data.longest_rows, "packs"
+    batches = trainer.accumulate_grad_batches * trainer.world_size
+    return (size * batches, what) if isinstance(size, int) else None
 
 
 def _of_method(method: Any) -> dict[str, Any]:

@@ -144,14 +144,15 @@ def _place(source: Source) -> str:
 
 def _training(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Settings and figures of a training, from its checkpoint and its configuration."""
-    order = checkpoint.get(_DATA, {}).get("order", {})
-    size = "" if order.get("tokens_per_batch") else f" of {order.get('batch_size')} examples"
-    size = size if order else ""
-    rows = [("steps", f"{checkpoint['global_step']:,}{size}")]
+    state, steps = checkpoint.get(_DATA, {}), checkpoint["global_step"]
+    seen = sum(state.get("seen", {}).values())  # on all devices, in all batches of a step
+    size = f" of {seen / steps:.4g} examples, on average" if seen and steps else ""
+    rows = [("steps", f"{steps:,}{size}")]
     made = {key: config.get(key) for key in ("optimizer", "lr_scheduler")}
     rows += [(key, _called(one)) for key, one in made.items() if isinstance(one, dict)]
     about = checkpoint["rosa"].get("conditions") or {}
-    lengths = {"data.max_length": about.get("max_length"), "data.batching": order.get("batching")}
+    batching = state.get("order", {}).get("batching")
+    lengths = {"data.max_length": about.get("max_length"), "data.batching": batching}
     rows += [(key, str(value)) for key, value in lengths.items() if value is not None]
     rows += _settings("trainer", config, _TRAINER)
     callbacks = checkpoint.get("callbacks", {})

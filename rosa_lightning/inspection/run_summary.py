@@ -19,6 +19,7 @@ from rich.text import Text
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.dls.layers import find_layers
 from rosa_lightning.dls.policies import resolve_num_active
+from rosa_lightning.inspection.loggers import step_size
 from rosa_lightning.inspection.run_record import RunRecorder, best_checkpoint
 from rosa_lightning.utils.files import shown
 from rosa_lightning.utils.run_folder import run_folder
@@ -140,11 +141,9 @@ def _plan(
 def _steps(trainer: Any) -> str:
     total, before = num_steps(trainer), trainer.global_step
     text = "without an end" if total is None else f"{total:,}"
-    size = getattr(trainer.datamodule, "batch_size", None)
-    examples = (size or 0) * trainer.accumulate_grad_batches * trainer.world_size
-    if examples and not trainer.datamodule.loading.tokens_per_batch:
-        what = "packs" if trainer.datamodule.batching == "best_fit" else "examples"
-        text += f" of {examples} {what} each"
+    if (holds := step_size(trainer)) is not None:
+        number, what = holds
+        text += f" of {'at most ' * (what == 'tokens')}{number:,} {what} each"
     if before:
         text += f", going on after step {before:,} of {trainer.ckpt_path}"
     return text

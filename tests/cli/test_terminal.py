@@ -83,6 +83,7 @@ def test_a_training_shows_its_plan_one_bar_to_its_end_and_what_came_of_it(
     once(lines, "^message at the end$")
     places = [
         once(lines, r"^base  "),
+        once(lines, r"^steps  +6 of 4 examples each$"),
         once(lines, r"^layers  .*train at a time"),
         once(lines, r"^before training: val loss"),
         once(lines, r"^step 3: loss .* val loss"),

@@ -6,6 +6,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 
+from rosa_lightning import ReasoningDataModule
 from rosa_lightning.cli.main import main
+from rosa_lightning.data.settings import LoadingConfig
 from rosa_lightning.inspection.charts import raster_figure
-from rosa_lightning.inspection.loggers import RunBoard, log_picture
+from rosa_lightning.inspection.loggers import RunBoard, log_picture, step_size
 from rosa_lightning.inspection.report import read_run, write_report
 from rosa_lightning.inspection.run_summary import next_commands
 
@@ -212,6 +215,31 @@ def test_pictures_of_a_csv_run_are_those_that_were_drawn_last(tmp_path):
     images = log.Images("weights/layers_that_train")
     assert [image.step for image in images] == [1, 2]
     assert images[0].width > 900
+
+
+@pytest.mark.parametrize(
+    ("given", "loading", "held"),
+    [
+        ({}, {}, (4 * 6, "examples")),
+        ({"batching": "packed"}, {}, (4 * 6, "examples")),
+        ({"batching": "best_fit"}, {}, (4 * 6, "packs")),
+        ({}, {"tokens_per_batch": 900}, (900 * 6, "tokens")),
+        ({"batching": "best_fit"}, {"tokens_per_batch": 900}, (3 * 6, "packs")),
+    ],
+)
+def test_a_step_holds_all_batches_of_all_devices(given, loading, held):
+    data = ReasoningDataModule(
+        batch_size=4, max_length=300, loading=LoadingConfig(**loading), **given
+    )
+    trainer = SimpleNamespace(datamodule=data, accumulate_grad_batches=3, world_size=2)
+    assert step_size(trainer) == held
+
+
+def test_of_unknown_data_nothing_is_said_of_a_step():
+    trainer = SimpleNamespace(datamodule=None, accumulate_grad_batches=3, world_size=2)
+    assert step_size(trainer) is None
+    trainer.datamodule = SimpleNamespace(batch_size=4)  # without our settings
+    assert step_size(trainer) == (24, "examples")
 
 
 def test_where_tensorboard_has_nothing_to_show_the_report_is_named(tmp_path):

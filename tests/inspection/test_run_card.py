@@ -42,6 +42,7 @@ def runs(base_folder, tmp_path_factory) -> Path:
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 3,
+            "accumulate_grad_batches": 2,
             "limit_val_batches": 0,
             "default_root_dir": str(folder),
             "enable_progress_bar": False,
@@ -70,10 +71,10 @@ def export(path: Path, folder: Path, *options: str) -> ModelCard:
 def test_the_card_holds_data_settings_and_results(runs, tmp_path):
     path = runs / "version_0" / "checkpoints" / "last.ckpt"
     card = export(path, tmp_path / "out", "--license", "mit")
-    assert "| mine | file mine.json | 39 | 12 |" in card.content
+    assert "| mine | file mine.json | 39 | 24 |" in card.content
     assert "contamination): gsm8k 6 of 6." in card.content
     for row in (
-        "| steps | 3 of 4 examples |",
+        "| steps | 3 of 8 examples, on average |",
         "| optimizer | torch.optim.AdamW(lr=0.01,",
         "| dls.num_active | 1 |",
         "| seed_everything | 0 |",
@@ -156,7 +157,7 @@ def test_a_checkpoint_elsewhere_still_tells_its_data(runs, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     path = shutil.copy(runs / "version_0/checkpoints/last.ckpt", tmp_path / "elsewhere/a.ckpt")
     card = export(Path(path), tmp_path / "out")
-    assert "| mine | file mine.json | 39 | 12 |" in card.content
+    assert "| mine | file mine.json | 39 | 24 |" in card.content
     assert "torch.optim" not in card.content
 
 
@@ -171,7 +172,7 @@ def test_hub_data_are_linked_and_listed(runs):
     state["trained_on"][0]["left_out"] = ["aa", "bb"]
     found = run_card(str(path), checkpoint, CardDetails())
     link = "[ann/data](https://huggingface.co/datasets/ann/data) at v1, main, split train"
-    assert f"| mine | {link} | 39 | 12 |" in found.data
+    assert f"| mine | {link} | 39 | 24 |" in found.data
     assert "| later | file later.json |  |  |" in found.data
     assert "2 questions of test sources" in found.data
     assert found.datasets == ("ann/data",)
