@@ -35,8 +35,8 @@ _MOST = (
 )
 """Names of a configuration's numbers, and how large they may be."""
 _LONGEST_LIST = 2**16
-_HUB_SECONDS = 5.0
-"""How long the hub may take to answer at all."""
+_PATIENCE = {True: 5.0, False: 30.0}
+"""Seconds that the hub may take to answer at all, by whether its cache has the weights."""
 _COMMIT = "hub_commit"
 """Attribute under which a loaded model keeps its commit."""
 
@@ -81,7 +81,7 @@ def load_base(
             settings["device_map"] = {"": device}
     with _one_line_errors(base, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _location(base),
+            _location(base, revision),
             revision=revision or "main",
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -112,7 +112,7 @@ def _cached_commit(base: str, revision: str | None) -> str | None:
     found = None
     with suppress(OSError):
         options = {"revision": revision or "main", "local_files_only": True}
-        found = cached_file(_location(base), "config.json", **options)
+        found = cached_file(_location(base, revision), "config.json", **options)
     return extract_commit_hash(found, None)
 
 
@@ -185,7 +185,9 @@ def _configuration(base: str, revision: str | None, trust_remote_code: bool) -> 
     with _one_line_errors(base, "configuration"):
         _check_base_files(base, revision)
         return AutoConfig.from_pretrained(
-            _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
+            _location(base, revision),
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
         )
 
 
@@ -222,9 +224,11 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     with _one_line_errors(base, "tokenizer", setting):
-        _check_files(_location(base))
+        _check_files(_location(base, revision))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            _location(base), revision=revision or "main", trust_remote_code=trust_remote_code
+            _location(base, revision),
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
         )
     if for_training and tokenizer.pad_token_id is None:
         # Padding is masked everywhere, so any token will do.
@@ -238,7 +242,7 @@ def has_tokenizer(base: str, revision: str | None = None) -> bool:
 
     for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"):
         with suppress(OSError):  # no such file, or no connection
-            cached_file(_location(base), name, revision=revision or "main")
+            cached_file(_location(base, revision), name, revision=revision or "main")
             return True
     return False
 
@@ -265,14 +269,14 @@ def whole_name(base: str) -> str:
     return str(Path(base).resolve()) if is_local else base
 
 
-def _location(base: str) -> str:
+def _location(base: str, revision: str | None = None) -> str:
     """What `transformers` loads: a folder, or a hub id."""
     if base == "tiny":
         return str(tiny.folder())
     if is_gguf(base):
         return str(gguf_folder(base))
     if is_hub_id(base):
-        _check_hub(base)
+        _check_hub(base, revision or "main")
     return base
 
 
@@ -283,25 +287,25 @@ def is_hub_id(base: str) -> bool:
 
 
 @lru_cache
-def _check_hub(base: str) -> None:
+def _check_hub(base: str, revision: str) -> None:
     """Where the hub cannot be reached, go on with its cache: at once, and not after retries.
 
-    Raises OSError where the cache does not hold the base.
+    Raises OSError where the cache does not hold the base at this revision.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.file_download import repo_folder_name
 
     if constants.is_offline_mode():
         return
+    cached = _cached_files(base, revision)
+    has_weights = any(name.endswith((".safetensors", ".bin")) for name in cached)
     try:
-        HfApi().model_info(base, timeout=_HUB_SECONDS)
+        HfApi().model_info(base, timeout=_PATIENCE[has_weights])
     except (HfHubHTTPError, HFValidationError):
         return  # what loads the base says more
     except Exception as error:  # of its HTTP client, without a common base
         reason = one_line(error, 80)
-        folder = repo_folder_name(repo_id=base, repo_type="model")
-        if not Path(constants.HF_HUB_CACHE, folder).is_dir():
+        if not cached:
             raise OSError(
                 f"there is no such folder, and the hub cannot be reached ({reason})."
             ) from error
@@ -311,6 +315,17 @@ def _check_hub(base: str) -> None:
             "HF_HUB_OFFLINE=1. Nothing else is fetched or pushed until the next start.",
             stacklevel=2,
         )
+
+
+def _cached_files(base: str, revision: str) -> list[str]:
+    """Names of the files of a repository that the hub's cache holds at a revision."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=base, repo_type="model"))
+    reference = folder / "refs" / revision
+    commit = reference.read_text() if reference.is_file() else revision
+    return [path.name for path in folder.glob(f"snapshots/{commit}/*")]
 
 
 def _set_name(model: PreTrainedModel, base: str) -> None:
@@ -340,9 +355,9 @@ def _check_files(location: str) -> None:
 def _check_base_files(base: str, revision: str | None) -> None:
     from transformers import PretrainedConfig
 
-    _check_files(_location(base))
+    _check_files(_location(base, revision))
     loaded: Any = PretrainedConfig
-    config, _ = loaded.get_config_dict(_location(base), revision=revision or "main")
+    config, _ = loaded.get_config_dict(_location(base, revision), revision=revision or "main")
     check_sizes(config)
 
 

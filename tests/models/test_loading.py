@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -268,15 +269,28 @@ def unreachable(monkeypatch, tmp_path):
     """A hub that cannot be reached, and an empty cache of it."""
 
     def fail(api, *args, timeout=None, **options):
-        assert timeout is not None
-        assert timeout <= 5
+        patience.append(timeout)
         raise ConnectionError("no\nroute")
+
+    patience: list[float] = []
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     loading._check_hub.cache_clear()
-    return tmp_path
+    return SimpleNamespace(cache=tmp_path, patience=patience)
+
+
+def put_in_cache(cache: Path, *names: str, revision: str = "main", commit: str = "c0ffee") -> Path:
+    """A repository ann/base in the hub's cache, with files of these names at a revision."""
+    repository = cache / "models--ann--base"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    for name in names:
+        (snapshot / name).write_text("{}")
+    return snapshot
 
 
 def test_a_base_that_is_nowhere_is_said_at_once_where_the_hub_cannot_be_reached(unreachable):
@@ -287,14 +301,32 @@ def test_a_base_that_is_nowhere_is_said_at_once_where_the_hub_cannot_be_reached(
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-def test_a_cached_base_is_loaded_without_further_requests(unreachable):
-    (unreachable / "models--ann--base").mkdir()
-    with (
-        pytest.warns(UserWarning, match=r"cannot be reached \(no route\), so ann/base is loaded"),
-        pytest.raises(ValueError, match="base 'ann/base' could not be loaded"),  # nothing in there
-    ):
+def test_a_cached_base_is_loaded_without_further_requests(unreachable, base):
+    shutil.copytree(base, put_in_cache(unreachable.cache), dirs_exist_ok=True)
+    with pytest.warns(UserWarning, match=r"be reached \(no route\), so ann/base is loaded"):
         load_base("ann/base")
     assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert unreachable.patience == [5]
+
+
+@pytest.mark.parametrize(
+    ("revision", "held"), [(None, ()), ("v2", ("config.json", "model.safetensors"))]
+)
+def test_a_cache_without_the_base_at_its_revision_is_no_reason_to_go_offline(
+    unreachable, revision, held
+):
+    put_in_cache(unreachable.cache, *held)  # empty, or of another revision
+    with pytest.raises(ValueError, match="the hub cannot be reached"):
+        load_base("ann/base", revision=revision)
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert unreachable.patience == [30]
+
+
+def test_a_hub_has_longer_to_answer_where_weights_are_not_in_the_cache(unreachable):
+    put_in_cache(unreachable.cache, "config.json")
+    with pytest.warns(UserWarning, match="be reached"), pytest.raises(ValueError, match="loaded"):
+        load_base("ann/base")
+    assert unreachable.patience == [30]
 
 
 def test_a_hub_that_answers_is_left_to_say_what_is_wrong(unreachable, monkeypatch):
@@ -302,7 +334,7 @@ def test_a_hub_that_answers_is_left_to_say_what_is_wrong(unreachable, monkeypatc
         raise huggingface_hub.errors.HFValidationError("no name")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    loading._check_hub("ann/base")
+    loading._check_hub("ann/base", "main")
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
