@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -17,39 +16,37 @@ from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.fsdp.api import FullOptimStateDictConfig, FullStateDictConfig
 from torch.distributed.fsdp.wrap import enable_wrap
 
+from tests import forked
+
 WORLD = 2
 TIMEOUT = timedelta(seconds=60)
 
 
-def launch(work: str, folder: Path, timeout: float = 600.0) -> list[dict]:
-    """Run ``module:function`` on each rank; returns what the ranks returned, in their order."""
+def launch(work: Callable[[Path], object], folder: Path, timeout: float = 600.0) -> list[Any]:
+    """Call a function of a module on each rank; returns what the ranks returned, in their order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = str(Path(__file__).parents[1])
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": root,
-    }
-    command = [sys.executable, "-m", "tests.ranks", work, str(folder)]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            env = {**common, "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, cwd=folder))
+    processes = [
+        forked.start(_call, work, folder, log=log, LOCAL_RANK=str(rank), **common)
+        for rank, log in enumerate(logs)
+    ]
     try:
-        codes = [process.wait(timeout) for process in processes]
+        for process in processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     assert codes == [0] * WORLD, "\n".join(log.read_text()[-3000:] for log in logs)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def _call(work: Callable[[Path], object], folder: Path) -> None:
+    torch.save(work(folder), folder / f"rank{rank()}.pt")
 
 
 def full_state_on_the_cpu(module, world_size, rank0_only=True):
@@ -101,11 +98,3 @@ def fsdp2(**options) -> ModelParallelStrategy:
 
 def rank() -> int:
     return int(os.environ["LOCAL_RANK"])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    module, _, function = sys.argv[1].partition(":")
-    folder = Path(sys.argv[2])
-    result = getattr(importlib.import_module(module), function)(folder)
-    torch.save(result, folder / f"rank{rank()}.pt")

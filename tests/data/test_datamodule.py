@@ -1,11 +1,7 @@
 """The data module: settings, stages, and what a Trainer sees of the mixture."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import Source
 from rosa_lightning.tasks.records import TASKS
+from tests import ranks
 from tests.conftest import data_module
 from tests.data.test_tokenization import byte_tokenizer
 
@@ -414,49 +411,25 @@ MODES = {
     "packed tokens": {"batching": "packed", "tokens_per_batch": 300, "max_length": 256},
 }
 
-RANK = """
-import json, sys
-sys.path[:0] = {paths!r}
-from tests.data.test_datamodule import MODES, Path, data, fit, torch
-folder, results = Path({folder!r}), {{}}
-for mode, settings in MODES.items():
-    module, trainer = fit(data(folder, **settings), strategy="ddp", devices=2, max_epochs=2)
-    results[mode] = {{"seen": module.seen, "trained_on": trainer.datamodule.examples_seen()}}
-(folder / f"rank{{trainer.global_rank}}.json").write_text(json.dumps(results))
-torch.distributed.destroy_process_group()
-"""
 
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
+def on_two_ranks(folder):
+    results = {}
+    for mode, settings in MODES.items():
+        module, trainer = fit(data(folder, **settings), strategy="ddp", devices=2, max_epochs=2)
+        results[mode] = {"seen": module.seen, "trained_on": trainer.datamodule.examples_seen()}
+    return results
 
 
 def test_two_processes_share_the_mixture(folder):
-    script = folder / "rank.py"
-    paths = [str(Path(__file__).parents[2])]
-    script.write_text(RANK.format(paths=paths, folder=str(folder)))
-    # Started here and not by Lightning, whose second process would wait for the first's imports.
-    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script)], env={**os.environ, **shared, "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    seen = ranks.launch(on_two_ranks, folder)
     for mode, settings in MODES.items():
-        streams = [
-            [[tuple(pair) for pair in batch] for batch in rank[mode]["seen"]] for rank in ranks
-        ]
+        streams = [rank[mode]["seen"] for rank in seen]
         assert [len(batch) for batch in streams[0]] == [len(batch) for batch in streams[1]]
         turns = (zip(*batches, strict=True) for batches in zip(*streams, strict=True))
         joint = [pair for batches in turns for turn in batches for pair in turn]
         counted = Counter(source for source, _ in joint)
         expected = {"a": counted[0], "b": counted[1], "c": counted[2]}
-        assert [rank[mode]["trained_on"] for rank in ranks] == [expected] * 2
+        assert [rank[mode]["trained_on"] for rank in seen] == [expected] * 2
         alone = [
             pair for batch in fit(data(folder, **settings), max_epochs=2)[0].seen for pair in batch
         ]

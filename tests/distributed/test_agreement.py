@@ -123,7 +123,7 @@ def of_two_ranks(folder: Path) -> dict:
 
 
 def test_ranks_that_disagree_end_in_one_line_that_names_what(tmp_path):
-    first, second = ranks.launch("tests.distributed.test_agreement:of_two_ranks", tmp_path)
+    first, second = ranks.launch(of_two_ranks, tmp_path)
     for name, (_, wanted) in CASES.items():
         assert wanted in first[name]
         assert second[name] == first[name]

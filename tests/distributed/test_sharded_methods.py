@@ -50,7 +50,7 @@ def on_every_strategy(folder: Path) -> dict:
 @pytest.mark.slow
 def test_other_methods_train_alike_under_every_strategy(tmp_path):
     """Oracle: DDP, which is compared with a single process elsewhere."""
-    seen = ranks.launch("tests.distributed.test_sharded_methods:on_every_strategy", tmp_path, 1800)
+    seen = ranks.launch(on_every_strategy, tmp_path, 1800)
     for kind in RUNS:
         way, name, dtype = kind
         expected = seen[0][way, "ddp", dtype]

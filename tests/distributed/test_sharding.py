@@ -205,7 +205,7 @@ def reference(seen: list[dict], whole_rows: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_the_shipped_configurations_train_alike_under_every_strategy(tmp_path):
-    seen = ranks.launch("tests.distributed.test_sharding:on_every_strategy", tmp_path)
+    seen = ranks.launch(on_every_strategy, tmp_path)
     references = {whole_rows: reference(seen, whole_rows) for whole_rows in (False, True)}
     for name in STRATEGIES:
         expected = references["fsdp" in name]

@@ -258,7 +258,7 @@ def of_two_ranks(folder: Path) -> dict:
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_that_goes_on(home, tmp_path):
     (tmp_path / "base").symlink_to(home / "base")
     (tmp_path / "numbers.json").symlink_to(home / "numbers.json")
-    first, second = ranks.launch("tests.distributed.test_stopping:of_two_ranks", tmp_path)
+    first, second = ranks.launch(of_two_ranks, tmp_path)
     assert first == second
     assert first["straight"] == 0
     straight = newest("straight")
@@ -315,7 +315,7 @@ def test_where_one_rank_leaves_the_others_follow_within_seconds(home, tmp_path, 
     sends_it = work["class_path"].endswith("Sends")
     work = {**work, "init_args": {**options, "rank": rank} if sends_it else {"rank": rank}}
     (tmp_path / "work.json").write_text(json.dumps(work))
-    seen = ranks.launch("tests.distributed.test_stopping:left_alone", tmp_path)
+    seen = ranks.launch(left_alone, tmp_path)
     assert [one["status"] for one in seen] == [143 if sends_it else 1] * 2
     logs = [(tmp_path / f"rank{one}.log").read_text() for one in (0, 1)]
     if not sends_it:

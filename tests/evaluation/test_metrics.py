@@ -71,5 +71,5 @@ def of_two_ranks(folder) -> dict:
 
 @pytest.mark.slow
 def test_ranks_count_together_what_each_saw(tmp_path):
-    both = ranks.launch("tests.evaluation.test_metrics:of_two_ranks", tmp_path)
+    both = ranks.launch(of_two_ranks, tmp_path)
     assert both == [{"a": (3, 2, 1), "b": (1, 0, 1)}] * 2

@@ -301,7 +301,7 @@ def test_two_processes_find_what_one_does_in_a_set_that_does_not_divide(tmp_path
     save_base(tmp_path / "base")
     data = exercises(tmp_path / "data", num_labels=12, batch_size=3)
     one = evaluate(tmp_path / "base", tmp_path, data=data)
-    two = ranks.launch("tests.evaluation.test_writers:of_two_ranks", tmp_path)
+    two = ranks.launch(of_two_ranks, tmp_path)
     assert two == [one, one]
     items, results = read(tmp_path / "ranks")
     expected = read(tmp_path)[0]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from rosa_lightning.cli.main import main
+from tests import forked
 from tests.conftest import write_records
-from tests.forked import Commands
 from tests.integration.test_resume import CONFIGS, differences
 
 KILLS = 104
@@ -60,16 +64,13 @@ def wait(until: Callable[[], bool], seconds: float) -> bool:
     return done
 
 
-def strike(commands: Commands, pid: int, moments: random.Random, folder: Path) -> bool:
+def strike(run: ForkServerProcess, moments: random.Random, folder: Path) -> bool:
     """Kill a run: as it starts, as it trains, or as it saves. False if it came to its end."""
     before = last(folder)
     mtime = before.stat().st_mtime_ns if before else 0
-    status: list[int] = []
 
     def ended() -> bool:
-        if not status and (code := commands.poll(pid)) is not None:
-            status.append(code)
-        return bool(status)
+        return run.exitcode is not None
 
     def saved() -> bool:
         path = last(folder)
@@ -80,43 +81,36 @@ def strike(commands: Commands, pid: int, moments: random.Random, folder: Path) -
         assert wait(saved, 600.0)
     seconds = {"start": 3.0, "train": 12.0, "save": 0.3}[kind]
     if wait(ended, moments.uniform(0.0, seconds)):
-        assert status == [0], (folder / "killed.log").read_text()[-2000:]
+        assert run.exitcode == 0, (folder / "killed.log").read_text()[-2000:]
         return False
-    commands.kill(pid)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.join()
     return True
-
-
-@pytest.fixture
-def commands() -> Iterator[Commands]:
-    with closing(Commands(CONFIGS / "tiny.yaml")) as warm:
-        yield warm
 
 
 @pytest.mark.slow
 def test_runs_of_the_shipped_files_killed_a_hundred_times_end_as_if_they_had_not_been(
-    commands, tmp_path, monkeypatch
+    tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(sys, "argv", ["rosa"])
     moments, kills, runs = random.Random(0), 0, 0
     straight = {}
     for name in ("tiny", "rosa"):
         folder = tmp_path / f"straight-{name}"
         folder.mkdir()
-        monkeypatch.chdir(folder)
-        pid = commands.start(["fit", *options(name, tmp_path)], folder / "straight.log")
-        status: list[int | None] = []
-        assert wait(lambda: status.append(commands.poll(pid)) or status[-1] is not None, 1800.0)  # noqa: B023
-        assert status[-1] == 0, (folder / "straight.log").read_text()[-2000:]
+        run = forked.start(main, ["fit", *options(name, tmp_path)], log=folder / "straight.log")
+        run.join(1800.0)
+        assert run.exitcode == 0, (folder / "straight.log").read_text()[-2000:]
         straight[name] = last(folder)
     while kills < KILLS:
         name = ("tiny", "rosa")[runs % 2]
         folder = tmp_path / f"killed-{runs}"
         folder.mkdir()
-        monkeypatch.chdir(folder)
         end, here = step(straight[name]), 0
         while (path := last(folder)) is None or step(path) < end:
             resume = ["--ckpt_path", str(path)] if path else []
             arguments = ["fit", *options(name, tmp_path), *resume]
-            pid = commands.start(arguments, folder / "killed.log")
-            here += strike(commands, pid, moments, folder)
+            run = forked.start(main, arguments, log=folder / "killed.log")
+            here += strike(run, moments, folder)
         assert not differences(straight[name], path)
         kills, runs = kills + here, runs + 1

@@ -319,5 +319,5 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_processes_resume_where_they_stopped(sources, tmp_path):
     Path("sources.yaml").write_text(yaml.safe_dump(sources))
-    for found in ranks.launch("tests.integration.test_resume:on_two_ranks", tmp_path):
+    for found in ranks.launch(on_two_ranks, tmp_path):
         assert found == {(1, "batch-3"): [True], (1, "batch-6"): [True], (3, "batch-5"): [True]}

@@ -178,5 +178,5 @@ def on_two_ranks(folder: Path) -> dict[str, float]:
 def test_two_ranks_give_the_accuracy_of_one(tmp_path, half_right):
     (tmp_path / "half.json").write_text(half_right.read_text())
     expected = validated(tmp_path, half(half_right))
-    for found in ranks.launch("tests.integration.test_validation:on_two_ranks", tmp_path):
+    for found in ranks.launch(on_two_ranks, tmp_path):
         assert found == pytest.approx(expected, abs=1e-5)

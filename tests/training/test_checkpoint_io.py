@@ -356,7 +356,7 @@ def on_every_strategy(place: Path) -> dict:
 def test_a_full_disk_of_one_rank_stops_all_and_keeps_the_older_checkpoint(tmp_path):
     save_base(tmp_path / "base")
     write_records(tmp_path / "numbers.json", 40)
-    one, other = ranks.launch("tests.training.test_checkpoint_io:on_every_strategy", tmp_path)
+    one, other = ranks.launch(on_every_strategy, tmp_path)
     for name, seen in one.items():
         assert seen["error"] == other[name]["error"], name
         assert "No space left on device" in seen["error"], name

@@ -189,6 +189,6 @@ def under_ddp(folder) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike_on_two_processes(tmp_path):
-    for seen in ranks.launch("tests.training.test_compile:under_ddp", tmp_path):
+    for seen in ranks.launch(under_ddp, tmp_path):
         plain, compiled = seen
         assert_close(compiled, plain, atol=1e-5, rtol=1e-4)

@@ -257,7 +257,7 @@ def on_each_strategy(folder) -> dict:
 def test_all_ranks_stop_or_go_on_where_one_has_a_loss_that_is_not_finite(tmp_path):
     save_base(tmp_path / "base")
     write_records(tmp_path / "numbers.json", 40)
-    seen = ranks.launch("tests.training.test_guard:on_each_strategy", tmp_path)
+    seen = ranks.launch(on_each_strategy, tmp_path)
     for key in seen[0]:
         one, other = (rank[key] for rank in seen)
         assert one["error"] == other["error"], key

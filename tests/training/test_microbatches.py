@@ -271,7 +271,7 @@ def both_ways(folder) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_two_ranks_train_in_parts_as_with_whole_batches(tmp_path):
-    seen = ranks.launch("tests.training.test_microbatches:both_ways", tmp_path)
+    seen = ranks.launch(both_ways, tmp_path)
     for rank in seen:
         whole, scores, num_passes = rank["whole"]
         parts, scores_in_parts, num_parts = rank["parts"]
