@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,6 +19,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from rosa_lightning.cli.strict_yaml import read_configuration
 from rosa_lightning.dls.callback import DynamicLayerSelection
@@ -26,7 +30,7 @@ from rosa_lightning.inspection.run_record import RunRecorder
 from rosa_lightning.inspection.run_summary import RunSummary
 from rosa_lightning.utils.errors import ConfigurationError, explain
 from rosa_lightning.utils.files import writing
-from rosa_lightning.utils.run_folder import run_folder
+from rosa_lightning.utils.run_folder import folder_of, run_folder
 from rosa_lightning.utils.text import one_line
 
 
@@ -60,26 +64,65 @@ def termination() -> Iterator[None]:
 
 
 _OF_ANY_RUN = re.compile(
-    r"events\.out\.tfevents\..*|(hparams|config)\.yaml|metrics\.csv|layers\.jsonl"
+    r"events\.out\.tfevents\..*|(hparams|config)\.yaml|metrics\.csv|layers\.jsonl|run\.json"
 )
 """Files that a run may begin with."""
 
 
 @contextmanager
 def no_empty_run(trainer: Trainer) -> Iterator[None]:
-    """Remove the new log folders of a command that fails before it has anything to keep."""
+    """Remove what a command that fails before it has anything to keep has begun to log.
+
+    Of W&B the local folder, and of MLflow the run in a local store, whose database stays: others
+    may have opened it.
+    """
     logged = [one.log_dir for one in trainer.loggers if trainer.is_global_zero and one.log_dir]
-    new = [folder for folder in map(Path, logged) if not folder.exists()]
+    new, since = [folder for folder in map(Path, logged) if not folder.exists()], time.time()
     try:
         yield
     except BaseException:
-        for folder in new if not trainer.global_step else []:
-            _remove_empty(folder)
+        if trainer.is_global_zero and not trainer.global_step:
+            for folder in new:
+                _remove_empty(folder)
+            for logger in trainer.loggers:
+                with suppress(Exception):  # of clients; the error at hand is the one to be seen
+                    _remove_begun(logger, trainer.default_root_dir, since)
         raise
 
 
-def _remove_empty(folder: Path) -> None:
-    """Remove a folder that holds the beginning of a run alone, and the one around if left empty."""
+def _remove_begun(logger: Logger, root: str, since: float) -> None:
+    """Remove a run of W&B or MLflow that has begun since then, unless its folder has more."""
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        run = wandb.run
+        if run is None or run.start_time < since or not _remove_empty(folder_of(logger, root)):
+            return
+        folder = Path(run.dir).parent
+        assert folder.name.endswith(run.id)
+        with redirect_stderr(io.StringIO()):  # it tells how to upload what is removed
+            wandb.finish(exit_code=1)
+        shutil.rmtree(folder, ignore_errors=True)  # none where W&B is disabled
+        for link in folder.parent.iterdir():
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+        folder.parent.rmdir()
+    elif isinstance(logger, MLFlowLogger):
+        import mlflow
+
+        if mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks")):
+            return
+        client, run_id = logger.experiment, logger.run_id
+        is_new = client.get_run(run_id).info.start_time >= 1000 * since
+        if is_new and _remove_empty(folder_of(logger, root)):
+            client.delete_run(run_id)
+
+
+def _remove_empty(folder: Path) -> bool:
+    """Remove a folder that holds the beginning of a run alone, and the one around if left empty.
+
+    Whether there is none any more.
+    """
     found = {path.name: path for path in folder.glob("*")}
     answers = found.get(PREDICTIONS)
     if answers is not None and not answers.stat().st_size:  # of a test that answered nothing
@@ -92,6 +135,7 @@ def _remove_empty(folder: Path) -> None:
                 path.unlink()
             folder.rmdir()
             folder.parent.rmdir()
+    return not folder.exists()
 
 
 @contextmanager

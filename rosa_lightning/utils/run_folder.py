@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 
@@ -19,11 +19,14 @@ def run_folder(trainer: Trainer) -> Path | None:
     logger = trainer.logger
     if logger is None or isinstance(logger, DummyLogger):
         return None
-    if isinstance(logger, TensorBoardLogger | CSVLogger):
-        folder = Path(logger.log_dir)
-    else:
-        version = logger.version
-        name = version if isinstance(version, str) else f"version_{version}"
-        folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), name)
-    found: Path = trainer.strategy.broadcast(folder)
+    found: Path = trainer.strategy.broadcast(folder_of(logger, trainer.default_root_dir))
     return found
+
+
+def folder_of(logger: Logger, root: str) -> Path:
+    """The folder of a run by a logger of it, on rank 0."""
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        return Path(logger.log_dir)
+    version = logger.version
+    name = version if isinstance(version, str) else f"version_{version}"
+    return Path(logger.save_dir or root, str(logger.name), name)

@@ -4,14 +4,14 @@ import csv
 import json
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import (
@@ -35,7 +35,12 @@ CURVES = {
 }
 
 
-def fit(folder: Path, base: Path, sources: list, *loggers: dict) -> Path:
+class Fails(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise ValueError("a defect")
+
+
+def fit(folder: Path, base: Path, sources: list, *loggers: dict, more: Sequence[str] = ()) -> Path:
     """Train five steps in a folder; gives the one that the run has kept its files in."""
     settings = {
         "model": {"base": str(base), "roae": {"rank": 4}},
@@ -52,6 +57,7 @@ def fit(folder: Path, base: Path, sources: list, *loggers: dict) -> Path:
             "callbacks": [
                 {"class_path": "rosa_lightning.RunMonitor"},
                 {"class_path": "rosa_lightning.TokenThroughputMonitor"},
+                *({"class_path": name} for name in more),
             ],
         },
     }
@@ -73,14 +79,18 @@ def services(base_folder, sources, tmp_path_factory) -> tuple[Path, Path]:
     wandb = pytest.importorskip("wandb", reason="pip install wandb")
     pytest.importorskip("mlflow", reason="pip install mlflow")
     home = tmp_path_factory.mktemp("services")
+    try:
+        return home, fit(home, base_folder, sources, *at_services(home))
+    finally:
+        wandb.finish()
+
+
+def at_services(home: Path) -> list[dict]:
+    """Loggers of W&B, offline, and of MLflow with a local store."""
     store = {"tracking_uri": f"sqlite:///{home}/runs.db", "artifact_location": f"{home}/artifacts"}
     loggers = {"WandbLogger": {"offline": True, "save_dir": str(home)}, "MLFlowLogger": store}
     start = "lightning.pytorch.loggers."
-    made = [{"class_path": start + name, "init_args": args} for name, args in loggers.items()]
-    try:
-        return home, fit(home, base_folder, sources, *made)
-    finally:
-        wandb.finish()
+    return [{"class_path": start + name, "init_args": args} for name, args in loggers.items()]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +146,31 @@ def test_wandb_offline_gets_settings_numbers_and_pictures(services):
     assert curves >= CURVES
     names = [path.name for path in (kept / "files/media/images/weights").iterdir()]
     assert {name for name in PICTURES for kept in names if kept.startswith(name)} == PICTURES
+
+
+def test_a_training_that_fails_leaves_no_run_of_its_own(services, base_folder, sources):
+    import mlflow
+    import wandb
+
+    home, _ = services
+    client = mlflow.MlflowClient(f"sqlite:///{home}/runs.db")
+
+    def runs():
+        (experiment,) = client.search_experiments(filter_string="name = 'lightning_logs'")
+        return [one.info.run_id for one in client.search_runs([experiment.experiment_id])]
+
+    def kept():
+        return {one for one in home.rglob("*") if not one.is_symlink() and one.suffix != ".db"}
+
+    before = runs(), kept()
+    try:
+        with pytest.raises(ValueError, match="a defect"):
+            fit(home, base_folder, sources, *at_services(home), more=[f"{__name__}.Fails"])
+        assert wandb.run is None
+    finally:
+        wandb.finish()
+    assert (runs(), kept()) == before
+    assert all(one.exists() for one in (home / "wandb").iterdir())  # no link leads nowhere
 
 
 def read_wandb(path: Path) -> tuple[dict, set[str]]:
