@@ -236,7 +236,7 @@ class _Step:
         num_parts = min(3, -(-len(batch["labels"]) // num_rows))
         batch = {k: v[:num_rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
         before = self.memory.now
-        self.computer.assume_supported(batch["input_ids"])
+        self.computer.assume_supported(batch["input_ids"], batch["num_label_positions"])
         head: nn.Module = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(self._enter_head)
         try:
@@ -256,8 +256,9 @@ class _Step:
             handle.remove()
 
     def _enter_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.memory.at_head = True
-        args[0].register_hook(self._leave_head)  # type: ignore[no-untyped-call]
+        if args[0].requires_grad:  # not after prompts without a graph
+            self.memory.at_head = True
+            args[0].register_hook(self._leave_head)  # type: ignore[no-untyped-call]
 
     def _leave_head(self, gradient: Tensor) -> None:
         self.memory.at_head = False

@@ -28,7 +28,7 @@ from rosa_lightning.data.collators import (
     row_of,
 )
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
-from rosa_lightning.training import head, shared_prefix
+from rosa_lightning.training import head, prompts, shared_prefix
 from rosa_lightning.training.microbatches import (
     accumulate_loss,
     default_microbatch_tokens,
@@ -77,6 +77,7 @@ class LossComputer:
         self._unsupported: dict[str, str] = {}
         """Why something cannot be done, by what; empty where it can."""
         self._window: int | None = None
+        self._assumed_widths: tuple[int, int] | None = None
         self._block: nn.Module | None = None  # it runs at supervised positions alone, as the head
         self._cheap: list[nn.Module] | None = None
         self._tokens_at_once = self.speed.microbatch_tokens
@@ -184,7 +185,12 @@ class LossComputer:
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """What the model's forward takes, and how many columns are left out."""
-        if num_shared := self._num_shared(batch):
+        num_shared = self._num_shared(batch)
+        if self._cuts_prompts():
+            widths = self._assumed_widths or self._prompt_widths(batch)
+            inputs = prompts.rows_after_prompts(self.model, batch, widths, num_shared)
+            return inputs, batch["labels"].shape[1] - widths[1]
+        if num_shared:
             return shared_prefix.rows_after_prefix(self.model, batch, num_shared), num_shared
         names = ["input_ids", "position_ids"]
         if not is_packed_batch(batch):
@@ -195,6 +201,32 @@ class LossComputer:
             self._unsupported["packed"] = ""
         return {**{name: batch[name] for name in names}, "use_cache": False}, 0
 
+    def _cuts_prompts(self) -> bool:
+        return not self.speed.prompt_gradients and self.model.training and torch.is_grad_enabled()
+
+    def _prompt_widths(self, batch: dict[str, Any]) -> tuple[int, int]:
+        """Columns of prompts and responses; ValueError where prompts cannot be run apart."""
+        width = batch["labels"].shape[1]
+        if "prompts" not in self._unsupported:
+            reason = _SHARDED if self.sharded else ""
+            if is_packed_batch(batch):
+                reason = "packed rows stand in one row"
+            if not reason:
+                longest_T = batch["input_ids"][batch["position_ids"][:, -1].argmax()]
+                reason = prompts.unsupported_reason(self.model, longest_T)
+                torch.clear_autocast_cache()
+                self._window = shared_prefix.attention_window(self.model)
+            self._unsupported["prompts"] = reason
+        reason = self._unsupported["prompts"]
+        if not reason and self._window is not None and width > self._window:
+            reason = f"a window of {self._window} tokens is shorter than a batch of {width} columns"
+        if reason:
+            raise ValueError(
+                f"model.speed.prompt_gradients=false cannot be kept: {reason}. "
+                "Set model.speed.prompt_gradients: true."
+            )
+        return prompts.widths(batch)
+
     def _num_shared(self, batch: dict[str, Any]) -> int:
         """Tokens of the shared prefix that are computed once."""
         num_shared: int = batch.get("num_shared", 0)
@@ -203,8 +235,12 @@ class LossComputer:
 
     # What the model and the settings support.
 
-    def assume_supported(self, ids_BT: Tensor) -> None:
-        """Take the narrowed head to be right, as for fake tensors, which cannot be compared."""
+    def assume_supported(self, ids_BT: Tensor, response_length: int) -> None:
+        """Take levers to be right, as for fake tensors, which cannot be compared.
+
+        All responses are taken to be of one length, in tokens.
+        """
+        self._assumed_widths = (ids_BT.shape[1] - response_length - 1, response_length + 1)
         narrow = head.decoder_of(self.model) is not self.model
         self._unsupported["head"] = "" if narrow else "no decoder"
         self._block = head.last_block(self.model, ids_BT, compare=False) if narrow else None

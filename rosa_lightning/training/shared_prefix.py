@@ -31,7 +31,7 @@ from rosa_lightning.utils.text import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_HALF = 0.1
+HALF = 0.1
 """Bound on relative differences in 16 bits: rows after a cache use other kernels."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention_window")
 
@@ -40,9 +40,14 @@ def rows_after_prefix(
     model: PreTrainedModel, batch: dict[str, Any], num_shared: int
 ) -> dict[str, Any]:
     """Compute the shared prefix with gradients; arguments as for `inputs_after_prefix`."""
+    return inputs_after_prefix(model, batch, num_shared, prefix_cache(model, keep=False))
+
+
+def prefix_cache(model: PreTrainedModel, *, keep: bool) -> DynamicCache:
+    """An empty cache for rows that are run in one piece after their prefix."""
     cache = DynamicCache()
-    cache.layers = [SharedPrefixCacheLayer(keep=False) for _ in _cache_layers(model)]
-    return inputs_after_prefix(model, batch, num_shared, cache)
+    cache.layers = [SharedPrefixCacheLayer(keep) for _ in _cache_layers(model)]
+    return cache
 
 
 def _cache_layers(model: PreTrainedModel) -> list[Any]:
@@ -65,22 +70,28 @@ def unsupported_reason(model: PreTrainedModel, ids_T: Tensor, *, training: bool)
     Logits after a shared prefix are compared with those of single rows, on at least 17 ids, and in
     training gradients too.
     """
+    if reason := cache_reason(model, training=training):
+        return reason
+    if training and (found := next(_random_parts(model), "")):
+        return f"{found} would fall on all rows alike"
+    with in_mode(model, False), torch.inference_mode(False), torch.set_grad_enabled(training):
+        return _difference(model, ids_T[-17:].clone(), gradients=training)
+
+
+def cache_reason(model: PreTrainedModel, *, training: bool) -> str:
+    """Why a model cannot run tokens after a cache of others, by what can be read of it."""
     kind = type(model).__name__
-    if training:
-        if is_checkpointed(model):
-            return "with gradient checkpointing decoder layers drop their keys and values"
-        if is_compiled(model):
-            return "compiled layers would run uncompiled after keys and values"
-        if found := next(_random_parts(model), ""):
-            return f"{found} would fall on all rows alike"
+    if training and is_checkpointed(model):
+        return "with gradient checkpointing decoder layers drop their keys and values"
+    if training and is_compiled(model):
+        return "compiled layers would run uncompiled after keys and values"
     if not cache_argument(model):
         return f"{kind} takes no cache"
     if "position_ids" not in forward_arguments(model):
         return f"{kind} counts positions by columns, padding included"
     if not _cache_layers(model):
         return f"{kind} keeps more than keys and values, or rotates by the length of a text"
-    with in_mode(model, False), torch.inference_mode(False), torch.set_grad_enabled(training):
-        return _difference(model, ids_T[-17:].clone(), gradients=training)
+    return ""
 
 
 def _random_parts(model: nn.Module) -> Iterator[str]:
@@ -108,7 +119,7 @@ def _difference(model: PreTrainedModel, ids: Tensor, gradients: bool) -> str:
     except Exception as error:
         line = one_line(error, 120)
         return f"{kind} cannot continue from a cache: {type(error).__name__}: {line}"
-    if not close(found, wanted, _HALF):
+    if not close(found, wanted, HALF):
         return f"{kind} gives other logits after a shared prefix"
     if gradients and not _same_gradients(model, found, wanted):
         return f"the gradients of {kind} differ after a shared prefix"
@@ -141,4 +152,4 @@ def _same_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> bool:
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         both.append(torch.cat([g.flatten() for g in gradients if g is not None]))
     shared, single = (one.to(wanted.dtype) for one in both)
-    return shared.shape == single.shape and close(shared, single, _HALF)
+    return shared.shape == single.shape and close(shared, single, HALF)

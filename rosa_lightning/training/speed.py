@@ -1,4 +1,4 @@
-"""Settings that make a training step faster or smaller, and leave its result as it is."""
+"""Settings that make a training step faster or smaller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ BUILT_LEVERS = ("gradient_checkpointing", "compile")
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    """What a training step does to be fast or to fit; loss and gradients stay those of the batch.
+    """What a training step does to be fast or to fit.
+
+    Loss and gradients stay those of the batch, but for ``prompt_gradients: false``.
 
     Args:
         share_prefix: Compute once what all rows of a batch begin with, such as an instruction
@@ -32,9 +34,14 @@ class SpeedConfig:
         supervised_only: Run the head and the last feed-forward block at tokens with loss alone,
             where that is exact; false computes the logits of all tokens, as other trainers do.
         compile: Compile the decoder layers, one by one, for training on one device or under DDP.
+        prompt_gradients: Take gradients through the tokens before a row's first label, too; false
+            runs them without a graph. The loss stays as it is and its gradient is approximate, as
+            in TokenTune (Simoulin et al., 2024): less time and memory, the more so the longer the
+            prompts. Not for packed rows, models in shards, ``compile`` and
+            ``gradient_checkpointing``.
 
     Raises:
-        ValueError: A number below 1, or ``loss_chunk`` without ``supervised_only``.
+        ValueError: A number below 1, or settings that do not go together.
     """
 
     share_prefix: bool = True
@@ -44,12 +51,18 @@ class SpeedConfig:
     gradient_checkpointing: bool = False
     supervised_only: bool = True
     compile: bool = False
+    prompt_gradients: bool = True
 
     def __post_init__(self) -> None:
         if self.loss_chunk is not None and not self.supervised_only:
             raise ValueError(
                 "loss_chunk has no effect without supervised_only. Set model.speed.loss_chunk to "
                 "null, or model.speed.supervised_only to true."
+            )
+        if not self.prompt_gradients and (found := [n for n in BUILT_LEVERS if getattr(self, n)]):
+            raise ValueError(
+                f"prompt_gradients=false and {found[0]}=true do not go together. Set "
+                f"model.speed.{found[0]}: false, or model.speed.prompt_gradients: true."
             )
         for name in ("loss_chunk", "microbatch_tokens"):
             value = getattr(self, name)

@@ -308,6 +308,18 @@ def test_parts_of_a_batch_are_in_the_figures(scoring):
     assert parts.activations < 0.45 * whole.activations
 
 
+def test_prompts_without_a_graph_are_in_the_figures():
+    module, estimate = both("float32", 8, 128, 16)
+    whole = estimate()
+    speed = SpeedConfig(prompt_gradients=False)
+    module.loss_computer.speed = speed
+    module.loss_computer.reset()
+    cut = estimate(speed=speed)
+    measured = measure(module, 8, 128, 16)
+    assert cut.peak == pytest.approx(measured["peak"], rel=0.1)
+    assert cut.activations < 0.4 * whole.activations
+
+
 def test_weights_are_not_needed_and_not_touched():
     real = build("qwen3")
     inject_roae(real, RoAEConfig(rank=4))

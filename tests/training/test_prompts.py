@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from rosa_lightning.models.loading import enable_checkpointing
+from rosa_lightning.training.loss import LossComputer
+from rosa_lightning.training.speed import SpeedConfig
+from tests.conftest import FAMILIES, build
+from tests.model_zoo.small import build_small
+from tests.training.test_loss import (
+    Widths,
+    adapted,
+    batch_of,
+    check,
+    gradients,
+    packed,
+    single_rows,
+)
+
+CUT = {"prompt_gradients": False}
+
+
+@contextmanager
+def cut_before(model: nn.Module, column: int):
+    """Within it, no gradient passes through what a layer computes for tokens before a column.
+
+    Each projection's output is detached there, and each layer's, so that neither what these tokens
+    are nor what others read of them is trained.
+    """
+
+    def cut(_module, _args, output):
+        states = output[0] if isinstance(output, tuple) else output
+        if states.ndim != 3:  # norms of single heads
+            return output
+        states = torch.cat([states[:, :column].detach(), states[:, column:]], dim=1)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    parts = [part for layer in layers for part in layer.modules() if hasattr(part, "weight")]
+    handles = [part.register_forward_hook(cut) for part in [*parts, *layers]]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def cut_rows(model, batch) -> Tensor:
+    """The loss of each row alone and without padding, its prompt cut off; nothing of ours."""
+    losses = []
+    for row, labels in enumerate(batch["labels"]):
+        kept = batch["attention_mask"][row].bool()
+        wanted = labels[kept][1:]
+        first = int((wanted != -100).int().argmax())
+        with cut_before(model, first):
+            ids = batch["input_ids"][row][kept][None]
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        losses.append(F.cross_entropy(logits[:-1], wanted, reduction="none")[wanted != -100])
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_same_and_its_gradient_that_of_rows_cut_after_their_prompt(family, said):
+    model = adapted(build(family))
+    for num_shared in (20, 2):
+        batch = batch_of(num_shared)
+        wanted = cut_rows(model, batch)
+        whole = single_rows(model, batch)
+        assert_close(wanted, whole)
+        wanted_gradient = gradients(model, wanted)
+        assert not torch.allclose(wanted_gradient, gradients(model, whole), rtol=0.01)
+        for options in (
+            {},
+            {"supervised_only": False},
+            {"loss_chunk": 5},
+            {"microbatch_tokens": 40},
+        ):
+            found = LossComputer(model, SpeedConfig(**CUT, **options)).loss(batch)
+            assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+            assert_close(gradients(model, found), wanted_gradient, rtol=1e-4, atol=1e-6)
+    assert not said
+
+
+def test_prompts_and_responses_are_run_at_their_own_widths():
+    model = adapted(build("llama"))
+    widths = Widths(model)
+    run = LossComputer(model, SpeedConfig(**CUT))
+    run.loss(batch_of())
+    widths.decoder.clear()
+    # What is shared once, 6 more tokens of the longest prompt, 7 labels and the token before.
+    run.loss(batch_of())
+    assert widths.decoder == [(1, 20), (3, 6), (3, 8)]
+    # A row that is all response but for its first token.
+    batch = batch_of(num_shared=0, rests=[(5, 4), (5, 4)])
+    found = run.loss(batch)
+    assert widths.decoder[-1] == (2, 5)
+    assert_close(found, cut_rows(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_graph_holds_follows_the_response():
+    model = adapted(build("llama"))
+
+    def held(options, prompt):
+        sizes = []
+        hooks = (lambda x: sizes.append(x.numel()) or x, lambda x: x)
+        run = LossComputer(
+            model, SpeedConfig(share_prefix=False, recompute_activations=False, **options)
+        )
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            run.loss(batch_of(0, rests=[(prompt, 5)] * 2))
+            sizes.clear()
+            run.loss(batch_of(0, rests=[(prompt, 5)] * 2))
+        return sum(sizes)
+
+    assert held({}, 90) > 2 * held({}, 25)
+    assert held(CUT, 90) < 2 * held(CUT, 25)
+    assert held(CUT, 90) < held({}, 90) / 2
+
+
+def test_evaluation_is_as_it_was():
+    model = adapted(build("llama"))
+    check(model.eval(), batch_of(), prompt_gradients=True)
+    scored = LossComputer(model, SpeedConfig(**CUT)).score(batch_of_seed())
+    wanted = LossComputer(model).score(batch_of_seed())
+    assert torch.equal(scored.loss, wanted.loss)
+
+
+def batch_of_seed():
+    torch.manual_seed(3)
+    return batch_of()
+
+
+REFUSED = {
+    "a window of 24 tokens": lambda: build("mistral", sliding_window=24),
+    "keeps more than keys": lambda: build_small("Qwen3NextConfig"),
+    "counts positions by columns": lambda: build_small("RoFormerConfig"),
+    "drop their keys and values": lambda: build("llama"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_cut_is_refused_in_one_line(reason):
+    model = adapted(REFUSED[reason]())
+    if "drop" in reason:
+        enable_checkpointing(model)
+    run = LossComputer(model, SpeedConfig(**CUT))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=reason) as error:
+            run.loss(batch_of())
+    assert "Set model.speed.prompt_gradients: true." in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_models_in_shards_and_packed_rows_are_refused():
+    run = LossComputer(adapted(build("llama")), SpeedConfig(**CUT))
+    with pytest.raises(ValueError, match="packed rows stand in one row"):
+        run.loss(packed(batch_of()))
+    run.reset()
+    run.sharded = True
+    with pytest.raises(ValueError, match="shards"):
+        run.loss(batch_of())
+
+
+@pytest.mark.parametrize("name", ["compile", "gradient_checkpointing"])
+def test_levers_that_exclude_each_other_are_told_at_once(name):
+    with pytest.raises(ValueError, match=f"prompt_gradients=false and {name}=true"):
+        SpeedConfig(prompt_gradients=False, **{name: True})
