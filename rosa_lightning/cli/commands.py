@@ -46,6 +46,7 @@ from rosa_lightning.models.loading import (
 )
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.microbatches import default_microbatch_tokens, rows_at_once
+from rosa_lightning.utils.errors import ConfigurationError
 from rosa_lightning.utils.files import atomic_write
 from rosa_lightning.utils.tables import note, text_table
 
@@ -107,10 +108,14 @@ def export(
     module = context.module
     check_options(format, max_shard_size=max_shard_size, dequantize=dequantize)
     if private and push is None:
-        raise ValueError("private is an option of push. Set push to USER/NAME, or leave it out.")
+        raise ConfigurationError(
+            "private is an option of push. Set push to USER/NAME, or leave it out."
+        )
     check_base(module)
     if ckpt_path is None and module.adapter is None:
-        raise ValueError("no adapter is given. Set ckpt_path to a checkpoint, or model.adapter.")
+        raise ConfigurationError(
+            "no adapter is given. Set ckpt_path to a checkpoint, or model.adapter."
+        )
     if Path(output).exists():  # before the base is loaded, which may take minutes
         raise ValueError(f"output={output} exists already. Give a new folder, or remove it first.")
     if push is not None:
@@ -265,7 +270,7 @@ def audit(
             for example in encoder(records[:show])[:show]:
                 console.print(shown_example(example, data.text_tokenizer))
     elif show:
-        raise ValueError("show needs a tokenizer. Set model.base or data.tokenizer.")
+        raise ConfigurationError("show needs a tokenizer. Set model.base or data.tokenizer.")
     found = audit_records(
         sources,
         {s.label: load_records(s, "audit", data.tasks, choice) for s in data.test_sources},
@@ -359,7 +364,7 @@ def report(context: CommandContext, run: str, *, output: str | None = None) -> N
 def check_base(module: RoSAModule) -> None:
     """Refuse a configuration that names no base."""
     if not module.base:
-        raise ValueError(NO_BASE)
+        raise ConfigurationError(NO_BASE)
 
 
 def _check_picture(png: Path) -> None:

@@ -38,6 +38,7 @@ from rosa_lightning.inspection.run_record import RunRecorder
 from rosa_lightning.models.loading import load_base, load_skeleton
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.utils.errors import ConfigurationError
 from rosa_lightning.utils.files import atomic_write
 from rosa_lightning.utils.strict_json import read_object
 from rosa_lightning.utils.tables import text_table
@@ -89,15 +90,16 @@ def compare(
         _measure_speed(context, comparison, int(speed_steps), int(speed_rounds))
         return
     if comparison is None:
-        raise ValueError(
+        raise ConfigurationError(
             "nothing to compare is given. Set comparison.methods, as configs/compare.yaml does, or "
             "name the folders of two finished tests."
         )
     comparison = replace(comparison, methods=_plain(comparison.methods))
     _check_callbacks(context)
+    interval = _validation_interval(context, comparison)
     root, console = Path(comparison.folder), Console()
     with alone(root), hangup_ends(), ProgressDisplay(comparison, console) as display:
-        content = _run(context, comparison, display)
+        content = _run(context, comparison, interval, display)
     report = write_report(content, root / "report.html")
     console.print(comparison_tables(content))
     for line in verdict(content):
@@ -106,7 +108,7 @@ def compare(
 
 
 def _run(
-    context: CommandContext, comparison: ComparisonConfig, display: ProgressDisplay
+    context: CommandContext, comparison: ComparisonConfig, interval: int, display: ProgressDisplay
 ) -> dict[str, Any]:
     """Run what is left of a comparison, in a folder that no other works in."""
     root = Path(comparison.folder).absolute()
@@ -124,15 +126,6 @@ def _run(
                 f"{name} trains {method.trainable_parameters:,} parameters, "
                 + (f"as near to {budget:,} as it comes." if method.rank else "as it has no rank.")
             )
-    steps: int = context.trainer["max_steps"]
-    if steps < 1 and comparison.max_steps is None and comparison.train_seconds is None:
-        raise ValueError(
-            "the runs have no end. Set comparison.max_steps, comparison.train_seconds or "
-            "trainer.max_steps."
-        )
-    interval = _validation_interval(
-        context, 0 if comparison.train_seconds else comparison.max_steps or steps
-    )
     texts = None
     if comparison.general_text is not None:
         texts = root / "general_text.jsonl"
@@ -140,6 +133,7 @@ def _run(
     display.say("test questions in the training data")
     seed = context.data.loading.choice_seed(context.data.seed)
     data = _described(context, root, seed)
+    steps: int = context.trainer["max_steps"]
     return Comparison(
         comparison, methods, steps, runner, display, interval, seed, texts, data
     ).run()
@@ -170,7 +164,9 @@ def _measure_speed(
     config = config or ComparisonConfig(methods=METHODS, reference=[*METHODS][-1])
     kept = Path(config.folder) / "speed.json"
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with TemporaryDirectory() as folder, Progress(*columns, transient=True) as progress:
+    console = Console()
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with TemporaryDirectory() as folder, bars as progress:
         bar = progress.add_task("count parameters", total=len(config.methods) * (rounds + 1) + 1)
         config = replace(config, methods=_plain(config.methods), folder=folder)
         write_once(Path(folder) / SHARED, context.shared())
@@ -179,11 +175,12 @@ def _measure_speed(
 
         def say(text: str) -> None:
             progress.update(bar, description=text, advance=1)
+            if not console.is_terminal:
+                console.print(f"{text} ...", highlight=False)
 
         content = measure_speed(config, methods, steps=steps, rounds=rounds, say=say)
     kept.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(kept, json.dumps(content, indent=1).encode())
-    console = Console()
     console.width = max(console.width, 100)
     console.print(speed_table(content))
     sys.stdout.write(f"{kept}\n")
@@ -195,18 +192,24 @@ def _plain(value: Any) -> Any:
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _validation_interval(context: CommandContext, steps: int) -> int:
-    """Optimizer steps between validations; ValueError where the last step has none."""
+def _validation_interval(context: CommandContext, comparison: ComparisonConfig) -> int:
+    """Optimizer steps between validations; ConfigurationError where the last step has none."""
+    steps = 0 if comparison.train_seconds else comparison.max_steps or context.trainer["max_steps"]
+    if steps < 1 and not comparison.train_seconds:
+        raise ConfigurationError(
+            "the runs have no end. Set comparison.max_steps, comparison.train_seconds or "
+            "trainer.max_steps."
+        )
     every = context.trainer["val_check_interval"]
     accumulated = context.trainer.get("accumulate_grad_batches") or 1
     if not isinstance(every, int) or every % accumulated:
-        raise ValueError(
+        raise ConfigurationError(
             f"trainer.val_check_interval={every} is no number of optimizer steps, so that the end "
             "of a run may not be validated. Set it to a whole number of batches."
         )
     interval = every // accumulated
     if steps > 0 and steps % interval:
-        raise ValueError(
+        raise ConfigurationError(
             f"runs of {steps} steps end without a validation, which comes every {interval} steps. "
             "Set comparison.max_steps to a multiple, or trainer.val_check_interval."
         )
@@ -217,17 +220,17 @@ def _check_callbacks(context: CommandContext) -> None:
     callbacks = context.trainer["callbacks"]
     saved = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor == "val/loss"]
     if any(one.dirpath for one in callbacks if isinstance(one, ModelCheckpoint)):
-        raise ValueError(
+        raise ConfigurationError(
             "ModelCheckpoint has a dirpath, which all runs would share. Take it out of "
             "trainer.callbacks."
         )
     if any(isinstance(one, RunRecorder) for one in callbacks):
-        raise ValueError(
+        raise ConfigurationError(
             "each run of a comparison has a RunRecorder of its own. Take it out of "
             "trainer.callbacks."
         )
     if not any(one.save_last for one in saved):
-        raise ValueError(
+        raise ConfigurationError(
             "a comparison needs the best checkpoint of each run, and the last one to go on from. "
             "Set trainer.callbacks to a ModelCheckpoint with monitor val/loss and save_last true."
         )
@@ -303,7 +306,7 @@ def _with_rank(method: Applied, rank: int | None) -> Applied:
 def _compare_two(runs: list[str]) -> None:
     """Two finished tests, question by question."""
     if len(runs) != 2:
-        raise ValueError(f"{len(runs)} folders of tests are given, and two can be compared.")
+        raise ConfigurationError(f"{len(runs)} folders of tests are given; two can be compared.")
     about = []
     for run in runs:
         results = read_object(Path(run) / "results.json")

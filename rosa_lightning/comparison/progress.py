@@ -15,6 +15,7 @@ from rich.table import Column
 from rosa_lightning.comparison.plan import ComparisonConfig, Run
 
 _DOING = {"train": "", "test": "test of ", "text": "general text of ", "time": "time of "}
+_PLANNED = {"train": "trainings", "test": "tests", "text": "losses on general text"}
 _FIRST_SHARE = 0.02
 """Share of a run from which on its speed tells how long it takes."""
 
@@ -68,7 +69,9 @@ class Remaining:
 
 
 class ProgressDisplay:
-    """A bar of the run at hand, and a line for each that has ended.
+    """A bar of the run at hand, and a line for each that has ended; first what is planned.
+
+    Where there is no terminal for a bar, a line says what begins.
 
     Args:
         config: The comparison.
@@ -84,6 +87,10 @@ class ProgressDisplay:
         for kind, is_asked in (("test", config.test), ("text", config.general_text is not None)):
             planned |= {kind: sum(seeds) + 1} if is_asked else {}
         self.remaining = Remaining(planned)
+        counts = [f"{len(config.methods)} methods"]
+        counts += [f"{number} {_PLANNED[kind]}" for kind, number in planned.items()]
+        counts += ["more trainings where the best rate is at an edge"] * config.extend_grid
+        self._plan = ", ".join(counts)
         whole = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("{task.description}", table_column=whole, markup=False),
@@ -101,14 +108,17 @@ class ProgressDisplay:
 
     def __enter__(self) -> ProgressDisplay:
         self._progress.start()
+        self.note(f"planned: {self._plan}. First: their sizes, and the data.")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def say(self, doing: str) -> None:
-        """Say what is done before the first run."""
+        """Say what is done now."""
         self._progress.reset(self._bar, total=None, description=doing, step="", left="")
+        if not self.console.is_terminal:
+            self.note(f"{doing} ...")
 
     def note(self, line: str) -> None:
         """Print a line above the bar."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rosa_lightning.__main__ import main as module_main
 from rosa_lightning.cli.main import main
 from rosa_lightning.cli.names import COMMANDS, first_look, general_help, known_settings, unknown
 
@@ -86,3 +87,18 @@ def test_neither_torch_nor_lightning_is_imported_for_help_and_typos(args, status
     assert done.returncode == status, done.stderr
     assert (general_help() in done.stdout) == (not status)
     assert len(done.stderr.splitlines()) == (1 if status else 0)
+
+
+def test_compare_says_that_it_starts_before_the_imports(monkeypatch, capsys):
+    said = []
+
+    def run():
+        said.append(capsys.readouterr().err)
+        return 0
+
+    monkeypatch.setattr("rosa_lightning.cli.main.main", run)
+    for command in ("compare", "report"):
+        monkeypatch.setattr(sys, "argv", ["rosa", command])
+        with pytest.raises(SystemExit):
+            module_main()
+    assert said == ["compare: starting; what is planned follows in some seconds\n", ""]

@@ -253,11 +253,35 @@ def test_settings_written_in_another_way_are_the_same(trained, tmp_path):
         Comparison(config, [Method("a", {"new.key": 1}, 4, 8)], 100, runner, Display()).run()
 
 
-def test_a_recorder_in_the_shared_configuration_is_refused(tmp_path, capsys):
-    plan = {"methods": {"RoSA": {}}, "folder": str(tmp_path), "max_steps": 80}
+CHECKPOINTS = "lightning.pytorch.callbacks.ModelCheckpoint"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--trainer.callbacks+=rosa_lightning.RunRecorder"], "Take it out of trainer.callbacks"),
+        ([f"--trainer.callbacks={CHECKPOINTS}"], "a comparison needs the best checkpoint"),
+        ([f"--trainer.callbacks+={CHECKPOINTS}", "--trainer.callbacks.dirpath=a"], "has a dirpath"),
+        (["--trainer.val_check_interval=0.5"], "is no number of optimizer steps"),
+        (["--trainer.val_check_interval=3"], "end without a validation"),
+        (["--comparison.max_steps=null", "--trainer.max_steps=-1"], "the runs have no end"),
+        (["--comparison.reference=none"], "is none of the methods"),
+        (["--comparison=null"], "nothing to compare is given"),
+        (["one_run"], "1 folders of tests are given"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_a_wrong_configuration_and_leaves_nothing(
+    given, words, tmp_path, capsys
+):
+    plan = {"methods": {"RoSA": {}}, "folder": str(tmp_path / "made"), "max_steps": 80}
     command = ["compare", "--config", "configs/tiny.yaml", f"--comparison={json.dumps(plan)}"]
-    assert main([*command, "--trainer.callbacks+=rosa_lightning.RunRecorder"]) == 1
-    assert "Take it out of trainer.callbacks" in capsys.readouterr().err
+    try:
+        status = main([*command, *given])
+    except SystemExit as ending:  # of the parser
+        status = ending.code
+    assert status == 2
+    assert words in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

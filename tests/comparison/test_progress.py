@@ -50,6 +50,28 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
+def test_where_there_is_no_terminal_a_line_says_what_is_planned_and_what_begins():
+    config = ComparisonConfig(
+        methods={"A": {}, "B": {}}, learning_rates=[1e-3, 1e-2], seeds=[0, 1], extend_grid=True
+    )
+    out, run = io.StringIO(), Run("A", 1e-3, 0)
+    result = {"status": "finished", "val_loss": 0.5, "train_seconds": 9.0}
+    with ProgressDisplay(config, Console(file=out)) as display:
+        planned = out.getvalue()
+        display.say("size of A")
+        display.begin("train", run)
+        display.end("train", run, result)
+    assert planned == (
+        "planned: 2 methods, 6 trainings, 5 tests, more trainings where the best rate is at an "
+        "edge. First: their sizes, and the data.\n"
+    )
+    assert out.getvalue().removeprefix(planned).splitlines()[:2] == [
+        "size of A ...",
+        "1/6 A, rate 0.001, seed 0 ...",
+    ]
+    assert "seed 0: val/loss 0.5000" in out.getvalue()
+
+
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_one_line_in_a_terminal_of_any_width(width):
     names = ("RoAE without selection, all seven targets", "B")
