@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from rosa_lightning.cli.strict_yaml import read_configuration
 from rosa_lightning.dls.callback import DynamicLayerSelection
@@ -176,6 +176,8 @@ def read_pipes(args: Sequence[str]) -> list[str]:
 def run_defaults(given: Any, selection: DynamicLayerSelection | None) -> dict[str, Any]:
     """Logger and callbacks of every run, where the settings of the trainer have none of their kind.
 
+    A TensorBoardLogger that they have shows what the default one does.
+
     Args:
         given: The settings of the trainer.
         selection: What selects layers in a training; None for the other commands.
@@ -190,12 +192,15 @@ def run_defaults(given: Any, selection: DynamicLayerSelection | None) -> dict[st
     if given.logger in (None, True):
         folder, job = given.default_root_dir or os.getcwd(), SLURMEnvironment.job_id()
         found["logger"] = RunBoard(folder, version=job, default_hp_metric=False)
+    for logger in listed(given.logger):
+        if type(logger) is TensorBoardLogger:
+            logger.__class__ = RunBoard  # which has no state of its own
     return found
 
 
-def listed(callbacks: Any) -> list[Any]:
-    """Callbacks as Lightning takes them, one, several or none, as a list."""
-    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+def listed(given: Any) -> list[Any]:
+    """Callbacks or loggers as Lightning takes them, one, several or none, as a list."""
+    return given if isinstance(given, list) else [given] if given else []
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -97,11 +97,12 @@ def at_services(home: Path) -> list[dict]:
 def files(base_folder, sources, tmp_path_factory) -> dict[str, Path]:
     """The folders of a run that logged to TensorBoard and to CSV."""
     home = tmp_path_factory.mktemp("files")
-    start = {"TensorBoard": "rosa_lightning.inspection.loggers.RunBoard"}
-    start |= {"CSV": "lightning.pytorch.loggers.CSVLogger"}
     made = [
-        {"class_path": path, "init_args": {"save_dir": str(home), "name": name}}
-        for name, path in start.items()
+        {
+            "class_path": f"lightning.pytorch.loggers.{name}Logger",
+            "init_args": {"save_dir": str(home), "name": name},
+        }
+        for name in ("TensorBoard", "CSV")
     ]
     board = fit(home, base_folder, sources, *made)
     return {"TensorBoard": board, "CSV": home / "CSV" / "version_0"}
@@ -221,6 +222,7 @@ def test_tensorboard_opens_on_losses_and_speed_and_hparams_hold_settings_and_res
     tags = log.Tags()
     assert set(tags["scalars"]) >= CURVES
     assert len(tags["scalars"]) < 25
+    assert "epoch" not in tags["scalars"]  # also where the logger is given, as here
     # It shows groups in the order of the alphabet, and opens the first two.
     groups = sorted({tag.partition("/")[0] for tag in tags["scalars"] + tags["images"]})
     assert groups == ["train", "val", "weights"]
