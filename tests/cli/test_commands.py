@@ -39,6 +39,10 @@ def _as_a_command(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+SHORT_STEP = ["--data.batch_size", "2", "--response_length", "4"]
+"""A step that inspect measures soon: not in parts."""
+
+
 def run(capsys, *arguments: str) -> tuple[int, str, list[str]]:
     """Status, what was printed, and the error lines of a command."""
     try:
@@ -167,8 +171,8 @@ def test_an_exported_adapter_goes_on_in_every_command(
     load_adapter(base, "out")
     ids_BT, logits = expected
     assert torch.equal(base(ids_BT).logits, logits)
-    _, by_checkpoint, _ = run(capsys, "inspect", *checkpoint)
-    _, by_adapter, _ = run(capsys, "inspect", "--model.adapter", "out")
+    _, by_checkpoint, _ = run(capsys, "inspect", *checkpoint, *SHORT_STEP)
+    _, by_adapter, _ = run(capsys, "inspect", "--model.adapter", "out", *SHORT_STEP)
     assert by_adapter == by_checkpoint
     assert "4 of 8 RoPE pairs" in by_adapter
 
@@ -375,7 +379,7 @@ def test_inspect_of_a_quantised_base_needs_no_weights_and_no_library(
     scheme, capsys, monkeypatch, base_folder
 ):
     monkeypatch.setattr("rosa_lightning.models.loading.quantization_config", None)
-    base = ["--model.base", str(base_folder)]
+    base = ["--model.base", str(base_folder), *SHORT_STEP]
     _, plain, _ = run(capsys, "inspect", *base)
     status, printed, _ = run(capsys, "inspect", *base, "--model.quantization", scheme)
     assert status == 0

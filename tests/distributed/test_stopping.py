@@ -50,7 +50,11 @@ class Sends(Callback):
 
 def settings(folder: Path, **trainer) -> dict:
     return {
-        "model": {"base": str(folder / "base"), "roae": {"rank": 4, "dropout": 0.1}},
+        "model": {
+            "base": str(folder / "base"),
+            "roae": {"rank": 4, "dropout": 0.1},
+            "evaluation": {"max_new_tokens": 2},
+        },
         "data": {
             "sources": [{"path": str(folder / "numbers.json"), "task": "gsm8k"}],
             "batch_size": 2,
@@ -185,7 +189,6 @@ def test_within_an_accumulation_a_signal_waits_for_the_optimizer_step(home, hook
 )
 def test_a_signal_ends_what_trains_nothing_at_once(home, command):
     given = settings(home)
-    given["model"].setdefault("evaluation", {})["max_new_tokens"] = 2
     given["data"]["loading"]["decontaminate"] = False
     for kind in ("test", "predict"):
         given["data"][f"{kind}_sources"] = [given["data"]["sources"][0]["path"]]
@@ -274,7 +277,6 @@ def left_alone(folder: Path) -> dict:
     given = settings(folder, devices=2, strategy="ddp")
     given["data"]["loading"]["decontaminate"] = False
     given["data"]["test_sources"] = given["data"]["sources"]
-    given["model"].setdefault("evaluation", {})["max_new_tokens"] = 2
     work = json.loads((folder / "work.json").read_text())
     since = time.monotonic()
     status = run(work.pop("command"), given, "run", also=work)

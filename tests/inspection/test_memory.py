@@ -30,6 +30,11 @@ LAYERS = "model.layers"
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 
 
+def slow(*values: Any) -> Any:
+    """A case beside others that would show the same."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def running_total(work: Callable[[], Any]) -> tuple[list[int], Any]:
     """Bytes allocated since the start, after every allocation, by torch's own profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -164,7 +169,7 @@ def test_every_line_is_what_a_real_step_takes(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inactive", [(), (0, 1)])
+@pytest.mark.parametrize("inactive", [slow(()), (0, 1)])
 def test_gradient_checkpointing_is_in_the_figures(dtype, inactive):
     module, estimate = both(dtype, 8, 128, 16, checkpointing=True)
     active = [index for index in range(4) if index not in inactive]
@@ -173,7 +178,7 @@ def test_gradient_checkpointing_is_in_the_figures(dtype, inactive):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inactive", [(0, 1), (1, 3)])
+@pytest.mark.parametrize("inactive", [slow((0, 1)), (1, 3)])
 def test_frozen_layers_save_what_they_save_in_a_real_step(dtype, inactive):
     module, estimate = both(dtype, 8, 128, 16)
     active = [index for index in range(4) if index not in inactive]
@@ -193,8 +198,17 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("inactive", [(), (0, 1)])
+@pytest.mark.parametrize(
+    ("name", "inactive"),
+    [
+        ("LoRA", (0, 1)),
+        ("DoRA", ()),
+        ("full", (0, 1)),
+        slow("LoRA", ()),
+        slow("DoRA", (0, 1)),
+        slow("full", ()),
+    ],
+)
 def test_other_methods_take_what_they_take_in_a_real_step(name, inactive):
     shape = (8, 128, 16)
     module = RoSAModule("tiny", dtype="float32", **METHODS[name])
@@ -232,7 +246,7 @@ def test_any_optimizer_s_state_is_measured(optimizer):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "neox", "cohere", "gemma3"])
-@pytest.mark.parametrize("kernel", ["eager", "default"])
+@pytest.mark.parametrize("kernel", [slow("eager"), "default"])
 def test_other_architectures_keep_what_the_profiler_sees(family, kernel):
     model = build(family, hidden_size=128, intermediate_size=256)
     if kernel == "eager":
@@ -272,9 +286,19 @@ def test_quantised_weights_are_counted_at_the_bits_of_their_format(scheme, bits)
     assert found.activations == whole.activations
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("family", ["MixtralConfig", "Qwen2MoeConfig"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "autocast"),
+    [
+        ("MixtralConfig", torch.float32, None),
+        ("MixtralConfig", torch.bfloat16, torch.bfloat16),
+        ("Qwen2MoeConfig", torch.float32, torch.bfloat16),
+        slow("MixtralConfig", torch.bfloat16, None),
+        slow("MixtralConfig", torch.float32, torch.bfloat16),
+        slow("Qwen2MoeConfig", torch.float32, None),
+        slow("Qwen2MoeConfig", torch.bfloat16, None),
+        slow("Qwen2MoeConfig", torch.bfloat16, torch.bfloat16),
+    ],
+)
 def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
     model = build_small(family).to(dtype)
     inject_roae(model, RoAEConfig(rank=4))
@@ -295,7 +319,7 @@ def test_chunks_of_logits_are_in_the_figures():
     assert chunked.peak < whole.peak
 
 
-@pytest.mark.parametrize("scoring", [False, True])
+@pytest.mark.parametrize("scoring", [slow(False), True])
 def test_parts_of_a_batch_are_in_the_figures(scoring):
     module, estimate = both("float32", 8, 128, 16)
     whole = estimate(scoring=scoring)

@@ -17,13 +17,13 @@ from rosa_lightning import (
     DynamicLayerSelection,
     ReasoningDataModule,
     RoAEConfig,
-    RoSAModule,
     RunMonitor,
     RunRecorder,
     TokenThroughputMonitor,
 )
 from rosa_lightning.inspection.curves import Series
 from rosa_lightning.inspection.report import read_run, write_report
+from tests.conftest import rosa_module
 from tests.hostile import limited, put
 
 NUM_CHARTS = 17
@@ -54,11 +54,20 @@ def runs(base_folder, sources, tmp_path_factory) -> dict[str, Path]:
         max_steps=5,
     )
     data = ReasoningDataModule(sources=sources, batch_size=2, max_length=256, val_fraction=0.1)
-    trainer.fit(RoSAModule(str(base_folder), RoAEConfig(rank=4)), data)
+    trainer.fit(rosa_module(base_folder, RoAEConfig(rank=4), max_new_tokens=2), data)
     # Numbers of the layers lie in the run's folder, that of the first logger.
     (folder / "csv" / "layers.jsonl").write_bytes((folder / "board" / "layers.jsonl").read_bytes())
     (folder / "board" / "config.yaml").write_text("model:\n  base: <script>alert('x')</script>\n")
     return {name: folder / name for name in ("board", "csv")}
+
+
+@pytest.fixture(scope="module")
+def pages(runs) -> dict[str, str]:
+    """The report of each folder."""
+    return {
+        name: write_report(str(run), output=str(run.parent / f"{name}.html")).read_text()
+        for name, run in runs.items()
+    }
 
 
 class Reader(HTMLParser):
@@ -78,8 +87,8 @@ class Reader(HTMLParser):
 
 
 @pytest.mark.parametrize("kind", ["board", "csv"])
-def test_the_page_shows_everything_whichever_logger_wrote_it(runs, kind, tmp_path):
-    page = Reader(write_report(str(runs[kind]), output=str(tmp_path / "r.html")).read_text())
+def test_the_page_shows_everything_whichever_logger_wrote_it(pages, kind):
+    page = Reader(pages[kind])
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(images) == NUM_CHARTS
     for attributes in images:
@@ -90,8 +99,8 @@ def test_the_page_shows_everything_whichever_logger_wrote_it(runs, kind, tmp_pat
         assert tag in page.text
 
 
-def test_the_page_needs_nothing_but_itself(runs, tmp_path):
-    source = write_report(str(runs["board"]), output=str(tmp_path / "r.html")).read_text()
+def test_the_page_needs_nothing_but_itself(pages):
+    source = pages["board"]
     page = Reader(source)
     assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object"}
     addresses = [v for _, a in page.elements for k, v in a.items() if k in ("src", "href")]

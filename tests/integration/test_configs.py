@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,20 +17,17 @@ RECIPES = ("one_gpu", "qlora", "slurm", "two_gpus")
 """What differs from the full run, on other machines."""
 
 
-CASES = [
-    (path, command)
-    for path in CONFIGS
-    for command in (
-        ["compare"]
-        if "comparison" in yaml.safe_load(path.read_text())
-        else ["fit", "validate", "test", "predict"]
-    )
-]
+def cases() -> Iterator[Any]:
+    """Every file with every command, and all commands of one file before others are `slow`."""
+    for path in CONFIGS:
+        compares = "comparison" in yaml.safe_load(path.read_text())
+        for command in ["compare"] if compares else ["fit", "test", "validate", "predict"]:
+            slow = command in ("validate", "predict") and path != FULL_RUN
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(path, command, marks=marks, id=f"{command}-{path.stem}")
 
 
-@pytest.mark.parametrize(
-    ("path", "command"), CASES, ids=[f"{command}-{path.stem}" for path, command in CASES]
-)
+@pytest.mark.parametrize(("path", "command"), [*cases()])
 def test_every_configuration_parses_for_every_command(path, command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rosa"])
     files = [FULL_RUN, path] if path.stem in RECIPES else [path]

@@ -33,7 +33,10 @@ BLOCK = re.compile(
 )
 BASES = ("path/to/model", "Qwen/Qwen3-0.6B")
 CPU = "--trainer.accelerator=cpu --trainer.enable_progress_bar=false"
-ONE_BATCH = "--trainer.limit_val_batches=1 --data.loading.val_generate=2"
+ONE_BATCH = (
+    "--trainer.limit_val_batches=1 --data.loading.val_generate=2 "
+    "--model.evaluation.max_new_tokens=4"
+)
 SMALL = {
     "fit": f"{CPU} {ONE_BATCH} --trainer.max_steps=2 --trainer.val_check_interval=2 "
     "--validate_first=false --data.loading.num_workers=0 --trainer.enable_model_summary=false",
