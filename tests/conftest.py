@@ -20,15 +20,23 @@ import hypothesis
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from rosa_lightning.data.datamodule import ReasoningDataModule
 from rosa_lightning.data.settings import LoadingConfig
+from rosa_lightning.models.quantization import quiet_libraries
 from tests.hub import Hub
 
 # How long an example takes says nothing on a machine that others use too.
 hypothesis.settings.register_profile("any-machine", deadline=None)
 hypothesis.settings.load_profile("any-machine")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Leave out what torchao logs when a module of tests has it imported, beside the results."""
+    with quiet_libraries():
+        return (yield)
+
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -101,11 +109,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def build(
+    family: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> transformers.PreTrainedModel:
     """A small random model of a family, in evaluation mode."""
     name, special = FAMILIES[family]
     config = getattr(transformers, name)(**{**SMALL, **special, **changes})
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=dtype
+    )
     return model.eval()
 
 

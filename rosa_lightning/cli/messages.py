@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rosa_lightning.models.quantization import quiet_libraries
+
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _SAID_BY_NONE_OF_US = re.compile(
     r"💡 Tip|Seed set to|(GPU|TPU|HPU) available|LOCAL_RANK|Loading `train_dataloader` to estimate|"
@@ -50,7 +52,7 @@ def messages() -> Iterator[None]:
         logger.handlers = [*others, _ToTerminal()] if own else others
     warnings.formatwarning = _one_line
     try:
-        with warnings.catch_warnings():
+        with quiet_libraries(), warnings.catch_warnings():
             for message in _WARNED_OF_NOTHING:
                 warnings.filterwarnings("ignore", message=message)
             yield

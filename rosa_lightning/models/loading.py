@@ -16,7 +16,7 @@ from torch import nn
 from rosa_lightning.models import tiny
 from rosa_lightning.models.finite import check_base
 from rosa_lightning.models.gguf import PACKAGED, gguf_folder, is_gguf
-from rosa_lightning.models.quantization import Quantization, quantization_config
+from rosa_lightning.models.quantization import Quantization, quantization_config, quiet_libraries
 from rosa_lightning.utils.files import check_archive, check_input, check_name, open_input
 from rosa_lightning.utils.text import one_line
 
@@ -41,6 +41,7 @@ _COMMIT = "hub_commit"
 """Attribute under which a loaded model keeps its commit."""
 
 
+@quiet_libraries()
 def load_base(
     base: str,
     *,
@@ -130,6 +131,7 @@ def _quantizer(
     )
 
 
+@quiet_libraries()
 def load_skeleton(
     base: str,
     *,

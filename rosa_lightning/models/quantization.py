@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -41,9 +42,20 @@ class _OnceAndOfUse(logging.Filter):
         return is_new and not message.startswith(_SAID_ON_IMPORT)
 
 
-_filter = _OnceAndOfUse()
-for _name in _LOGGERS:  # before they are imported, which PEFT and transformers do
-    logging.getLogger(_name).addFilter(_filter)
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """For the time of a call that may import them, let these libraries log what is of use, once.
+
+    transformers imports torchao with any model.
+    """
+    own = _OnceAndOfUse()
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(own)
+    try:
+        yield
+    finally:
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(own)
 
 
 def quantization_config(name: Quantization, dtype: torch.dtype) -> QuantizationConfigMixin:
