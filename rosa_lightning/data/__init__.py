@@ -1,7 +1,7 @@
 """From records to batches.
 
 `ReasoningDataModule` reads sources (`sources`, `rows`, `records`), writes prompts in a style and
-tokenizes them (`prompts`, `tokenization`), mixes and batches them (`sampling`, `loading`,
+tokenizes them (`prompts`, `tokenization`), mixes and batches them (`sampling`, `loaders`,
 `collators`), and finds test questions in the training data (`contamination`, `audit`).
 """
 

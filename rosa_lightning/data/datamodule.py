@@ -9,23 +9,27 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from rosa_lightning.data import collators
 from rosa_lightning.data.batches import Batching, BatchPlanner
 from rosa_lightning.data.contamination import questions_of, trained_questions, training_of
 from rosa_lightning.data.encoding import Encoder, Example, checked_tokenizer
+from rosa_lightning.data.loaders import Loaders
 from rosa_lightning.data.prompts import StyleName
 from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sampling import (
-    LengthSortedSampler,
     Mixture,
     MixtureSampler,
     ResumableLoader,
-    answered_first,
     report_packs,
 )
-from rosa_lightning.data.settings import CHECKED, LoadingConfig, agree_on_settings, check_settings
+from rosa_lightning.data.settings import (
+    CHECKED,
+    LoadingConfig,
+    agree_on_data,
+    agree_on_settings,
+    check_settings,
+)
 from rosa_lightning.data.sources import (
     SETTINGS,
     Purpose,
@@ -37,7 +41,7 @@ from rosa_lightning.data.sources import (
     weighted_sources,
 )
 from rosa_lightning.data.text_info import TextInfo
-from rosa_lightning.data.tokenization import cache_folder, count_cut_prompts, tokens_digest
+from rosa_lightning.data.tokenization import cache_folder, count_cut_prompts
 from rosa_lightning.data.training_set import (
     SampleCounter,
     TrainingSet,
@@ -47,7 +51,7 @@ from rosa_lightning.data.training_set import (
 from rosa_lightning.models.vocabulary import padding_id
 from rosa_lightning.tasks.custom import with_own_tasks
 from rosa_lightning.tasks.records import Record, scored_as
-from rosa_lightning.utils.agreement import RanksError, agree, several_ranks, together
+from rosa_lightning.utils.agreement import several_ranks, together
 
 _DEFAULT_LOADING = LoadingConfig()
 
@@ -209,20 +213,11 @@ class ReasoningDataModule(LightningDataModule):
             )
 
     def _compare_ranks(self, purpose: Purpose) -> None:
-        """Raise RanksError where ranks read other data, or one of them has no prompt."""
         examples: Mapping[str, Sequence[Example]] = self._set.named(self.source_names)
         if purpose != "train":
             examples = {f"data.{SETTINGS[purpose]}": self._prompts[purpose]}
-        with together("comparison of the data"):
-            found = {k: f"{len(v)} records, {tokens_digest(v)}" for k, v in examples.items()}
-            found["lengths of the records"] = str(self._planner().digest())
-        agree("data", found)
-        number, world = len(self._prompts.get(purpose, [])), getattr(self.trainer, "world_size", 1)
-        if purpose != "train" and number < world:  # a rank without any would block the others
-            raise RanksError(
-                f"data.{SETTINGS[purpose]} hold {number} prompts for {world} processes; each needs "
-                f"one. Set trainer.devices and trainer.num_nodes to {number} processes or fewer."
-            )
+        world = 0 if purpose == "train" else getattr(self.trainer, "world_size", 1)
+        agree_on_data(examples, lambda: self._planner().digest(), least=world)
 
     def agreed_settings(self) -> dict[str, Any]:
         """What all ranks must have in common, by configuration key; data are seen by content."""
@@ -323,27 +318,24 @@ class ReasoningDataModule(LightningDataModule):
             cut_prompts=self.cut_prompts,
         )
 
-    def _pad_id(self) -> int:
-        return padding_id(self.text_tokenizer, self._num_rows)
+    def _loaders(self) -> Loaders:
+        how = (self.batching, self.batch_size, self.seed, self.loading)
+        pad_id = padding_id(self.text_tokenizer, self._num_rows)
+        return Loaders(*how, tuple(self.source_names), pad_id)
 
     def train_dataloader(self) -> ResumableLoader | DataLoader[Example]:
         """The mixture from where the trainer stands; with `overfit_batches` the first records."""
         assert self._set.train, "setup('fit') comes first"
         mixture = Mixture(self._set.train)
         if getattr(self.trainer, "overfit_batches", 0):
-            return self._loader(mixture, self._collator())
+            return self._loaders().first(mixture)
         mixed = (self._set.sizes, self._shares(), self.source_names, self.seed, self._planner())
         sampler = MixtureSampler(*mixed, stop=self.loading.stop, **self._ranks())
         if self.batching == "best_fit":
             report_packs(sampler, self.trainer)
-        return ResumableLoader(
-            mixture,
-            sampler,
-            # A loader is often made before the trainer has restored where it stands.
-            None if self.trainer is None else self._batches_trained_on,
-            collate_fn=self._collator(),
-            **self.loading.options(self.seed),
-        )
+        # A loader is often made before the trainer has restored where it stands.
+        position = None if self.trainer is None else self._batches_trained_on
+        return self._loaders().training(mixture, sampler, position)
 
     def _planner(self) -> BatchPlanner:
         batches = (self.batching, self.batch_size, self.loading.tokens_per_batch)
@@ -364,44 +356,15 @@ class ReasoningDataModule(LightningDataModule):
         """The validation split of all sources, records whose answers are written first."""
         if not any(map(len, self._set.val)):
             return []
-        examples = Mixture(self._set.val)
-        tasks = [source.benchmark for source in self.sources]
-        first = answered_first(self._set.val, tasks, self.loading.val_generate)
-        order = [*first, *sorted(set(range(len(examples))) - set(first))]
-        collator = collators.ValidationCollator(
-            self._collator(),
-            collators.PromptCollator(self._pad_id()),
-            frozenset((one.record.source, one.record.index) for one in examples[first]),
-        )
-        return self._loader(Subset(examples, order), collator)
+        return self._loaders().validation(self._set.val, [one.benchmark for one in self.sources])
 
     def test_dataloader(self) -> DataLoader[Example]:
         """The prompts of the test sources, each once however many ranks, the longest first."""
-        examples = self.test_examples
-        lengths = [len(example.prompt) for example in examples]
-        sampler = LengthSortedSampler(lengths, **self._ranks())
-        return self._loader(
-            examples,
-            collators.PromptCollator(self._pad_id()),
-            sampler,
-        )
+        return self._loaders().prompts(self.test_examples, self._ranks())
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """The prompts of the predict sources."""
-        return self._loader(
-            self._prompts["predict"],
-            collators.PromptCollator(self._pad_id()),
-        )
-
-    def _loader(self, examples: Any, collator: Any, sampler: Any = None) -> DataLoader[Example]:
-        options = self.loading.options(self.seed) | {"batch_size": self.batch_size}
-        return DataLoader(examples, sampler=sampler, collate_fn=collator, **options)
-
-    def _collator(self) -> collators.TrainCollator | collators.PackedCollator:
-        names = tuple(self.source_names)
-        if self.batching in ("packed", "best_fit"):
-            return collators.PackedCollator(names)
-        return collators.TrainCollator(names, self._pad_id())
+        return self._loaders().prompts(self._prompts["predict"])
 
     def _shares(self) -> list[float]:
         return self._set.shares([one.weight for one in self.sources], self.loading.temperature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -10,10 +10,17 @@ import torch
 from lightning.pytorch import Trainer
 
 from rosa_lightning.data.batches import Batching
-from rosa_lightning.data.encoding import LossTurns, Overlong
+from rosa_lightning.data.encoding import Example, LossTurns, Overlong
 from rosa_lightning.data.prompts import STYLES
 from rosa_lightning.data.sampling import Stop
-from rosa_lightning.utils.agreement import agree, configuration, several_ranks
+from rosa_lightning.data.tokenization import tokens_digest
+from rosa_lightning.utils.agreement import (
+    RanksError,
+    agree,
+    configuration,
+    several_ranks,
+    together,
+)
 from rosa_lightning.utils.stopping import Stopping
 
 
@@ -126,3 +133,25 @@ def agree_on_settings(trainer: Trainer | None) -> None:
         stopping.agree(trainer)
     else:
         agree("settings", configuration(trainer))
+
+
+def agree_on_data(
+    examples: Mapping[str, Sequence[Example]], lengths: Callable[[], str | None], *, least: int
+) -> None:
+    """Raise RanksError where ranks read other data, or have fewer examples than needed.
+
+    Args:
+        examples: By source, or by setting.
+        lengths: Gives a digest of the training records' lengths.
+        least: Number of processes, which would wait for one that has no example; 0 asks for none.
+    """
+    with together("comparison of the data"):
+        found = {k: f"{len(v)} records, {tokens_digest(v)}" for k, v in examples.items()}
+        found["lengths of the records"] = str(lengths())
+    agree("data", found)
+    for key, own in examples.items() if least else ():
+        if len(own) < least:
+            raise RanksError(
+                f"{key} hold {len(own)} prompts for {least} processes; each needs one. Set "
+                f"trainer.devices and trainer.num_nodes to {len(own)} processes or fewer."
+            )
