@@ -10,7 +10,8 @@ def main() -> None:
 
     status = answer_early(sys.argv[1:])
     if status is None:
-        if sys.argv[1] == "compare" and not sys.stdout.isatty():
+        asks = {"-h", "--help", "--print_config"} & set(sys.argv)
+        if sys.argv[1] == "compare" and not asks and not sys.stdout.isatty():
             # The imports alone take seconds, and in a file or a pipe no bar will follow.
             sys.stderr.write("compare: starting; what is planned follows in some seconds\n")
         # Bars of downloads and of weights appear where they last. Read when tqdm is imported.
