@@ -291,7 +291,7 @@ def trained(base_folder, sources, tmp_path, batching):
     # Steps of Adam's full size would make much of rounding.
     slow = partial(torch.optim.AdamW, lr=1e-4)
     recorder, built = Recorder(), randomise(module(base_folder, optimizer=slow))
-    run = trainer(tmp_path, max_steps=30, callbacks=[recorder])
+    run = trainer(tmp_path, max_steps=16, callbacks=[recorder])  # an epoch
     run.fit(built, data(sources, batching=batching))
     return recorder.losses, run.callback_metrics
 

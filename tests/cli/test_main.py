@@ -267,6 +267,10 @@ CALL = "{class_path: os.system, init_args: {command: touch called}}"
 )
 def test_a_configuration_calls_no_function(settings, capsys, given):
     assert refused(capsys, "fit", settings, *given)
+    assert not Path("called").exists()
+
+
+def test_a_configuration_file_calls_no_function(settings, capsys):
     settings["data"]["tokenizer"] = yaml.safe_load(CALL)
     assert "data.tokenizer" in refused(capsys, "fit", settings)
     assert not Path("called").exists()

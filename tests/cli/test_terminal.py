@@ -72,7 +72,7 @@ def once(lines: list[str], pattern: str) -> int:
     return place
 
 
-@pytest.mark.parametrize("width", [80, 100, 160])
+@pytest.mark.parametrize("width", [80, pytest.param(100, marks=pytest.mark.slow), 160])
 def test_a_training_shows_its_plan_one_bar_to_its_end_and_what_came_of_it(
     width, settings, monkeypatch
 ):

@@ -59,10 +59,12 @@ def test_questions_that_differ_in_case_and_punctuation_are_equal():
     assert len({normalized_question(record(text)) for text in ["你好", "再见", "+", "-"]}) == 4
 
 
-def test_the_split_seed_keeps_the_validation_records_while_the_seed_changes_the_order():
+def test_the_split_seed_keeps_the_validation_records_while_the_seed_changes_the_order(
+    sources,
+):
     def read(seed, split_seed):
         loading = LoadingConfig(split_seed=split_seed, cache_dir=None)
-        data = ReasoningDataModule(sources="demo", seed=seed, val_fraction=0.02, loading=loading)
+        data = ReasoningDataModule(sources=sources, seed=seed, val_fraction=0.2, loading=loading)
         data.tokenizer = "tiny"
         data.setup("fit")
         held = [batch["input_ids"].tolist() for batch in data.val_dataloader()]

@@ -39,7 +39,8 @@ ONE_BATCH = (
 )
 SMALL = {
     "fit": f"{CPU} {ONE_BATCH} --trainer.max_steps=2 --trainer.val_check_interval=2 "
-    "--validate_first=false --data.loading.num_workers=0 --trainer.enable_model_summary=false",
+    "--validate_first=false --data.batch_size=4 --data.loading.num_workers=0 "
+    "--trainer.enable_model_summary=false",
     "validate": f"{CPU} {ONE_BATCH}",
     "test": f"{CPU} --trainer.limit_test_batches=1 --model.evaluation.max_new_tokens=4",
     "predict": f"{CPU} --trainer.limit_predict_batches=1 --model.evaluation.max_new_tokens=4",

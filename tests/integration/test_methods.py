@@ -59,7 +59,10 @@ def fit(folder, way, steps, ckpt_path=None, **selection):
     return module, trainer
 
 
-@pytest.mark.parametrize("way", WAYS)
+DROPS = pytest.param("LoRA with dropout", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("way", ["LoRA", DROPS, "PiSSA", "SHiRA", "full"])
 def test_a_resumed_run_ends_with_the_same_weights(way, tmp_path):
     whole, _ = fit(tmp_path / "whole", WAYS[way], 6)
     resumed, _ = fit(tmp_path / "rest", WAYS[way], 6, tmp_path / "whole" / "step=3.ckpt")
@@ -106,8 +109,18 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("way", [{"peft": {**LORA, "init_args": OUTSIDE}}, {"finetune": "full"}])
-@pytest.mark.parametrize("state", ["reset", "free"])
+PARTS, FULL = {"peft": {**LORA, "init_args": OUTSIDE}}, {"finetune": "full"}
+
+
+@pytest.mark.parametrize(
+    ("way", "state"),
+    [
+        (PARTS, "reset"),
+        (FULL, "free"),
+        pytest.param(PARTS, "free", marks=pytest.mark.slow),
+        pytest.param(FULL, "reset", marks=pytest.mark.slow),
+    ],
+)
 def test_what_trains_outside_the_layers_goes_on_and_frozen_layers_stand(way, state, tmp_path):
     """One selection: what it leaves out stays as it was, trained norms too."""
     module, trainer = fit(tmp_path, way, 3, interval=100, optimizer_state=state)

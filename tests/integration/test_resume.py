@@ -160,7 +160,8 @@ EVERYWHERE = [f"batch-{number}" for number in (1, 7, 8, 9, 13, 15)]
 EVERYWHERE += ["validation-5", "validation-8", "validation-10", "epoch-8"]
 
 
-@pytest.mark.parametrize("name", ["tiny", "rosa"])
+# The tests that follow stop tiny.yaml.
+@pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.slow), "rosa"])
 def test_a_shipped_configuration_resumes_in_its_second_epoch(name, sources):
     assert_resumes(shipped(name, sources), ["batch-13", "epoch-8"])
 

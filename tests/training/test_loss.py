@@ -192,8 +192,18 @@ def test_a_head_that_looks_at_other_positions_is_given_all_of_them(said):
 # The shared beginning.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.float64) for family in FAMILIES),
+        *((family, torch.float32) for family in ("llama", "gemma2")),
+        *(
+            pytest.param(family, torch.float32, marks=pytest.mark.slow)
+            for family in FAMILIES
+            if family not in ("llama", "gemma2")
+        ),
+    ],
+)
 def test_after_a_shared_prefix_loss_and_gradients_are_those_of_single_rows(family, dtype, said):
     model = adapted(build(family)).to(dtype)
     widths, batch = Widths(model), batch_of()
