@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning.data.collators import (
     IGNORE_INDEX,
@@ -33,6 +32,7 @@ from rosa_lightning.training.microbatches import (
     accumulate_loss,
     default_microbatch_tokens,
     microbatches,
+    sum_at_once,
 )
 from rosa_lightning.training.packing import check_can_pack
 from rosa_lightning.training.recompute import (
@@ -154,20 +154,20 @@ class LossComputer:
     ) -> tuple[Tensor, Tensor]:
         """`loss_at`, the logits of one chunk held at a time."""
         states_ND, head_of = head.states_at(self.model, inputs, positions_N, self._block)
-
-        def one(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logits = head_of(states)
-            predicted = logits.argmax(-1) if predict else labels
-            return cross_entropy_sum(logits, labels), predicted
-
+        predicted_N = torch.empty_like(labels_N)
         size = self.speed.loss_chunk or len(labels_N)
-        chunks = zip(torch.split(states_ND, size), torch.split(labels_N, size), strict=True)
-        parts = [
-            checkpoint(one, states, labels, use_reentrant=False, preserve_rng_state=False)
-            for states, labels in chunks
-        ]
-        losses, predicted = zip(*parts, strict=True)
-        return torch.stack(losses).sum(), torch.cat(predicted)
+
+        def one(states_nD: Tensor, start: int) -> Tensor:
+            chunk = slice(start, start + len(states_nD))
+            logits_nV = head_of(states_nD)
+            predicted_N[chunk] = logits_nV.argmax(-1) if predict else labels_N[chunk]
+            return cross_entropy_sum(logits_nV, labels_N[chunk])
+
+        starts = range(0, len(labels_N), size)
+        if not torch.is_grad_enabled():
+            losses = [one(states_ND[start : start + size], start) for start in starts]
+            return torch.stack(losses).sum(), predicted_N
+        return sum_at_once(states_ND, starts, one), predicted_N
 
     def _last_columns(
         self, inputs: dict[str, Any], batch: dict[str, Any], rows_N: Tensor, columns_N: Tensor

@@ -12,7 +12,7 @@ Axes: B rows, T tokens, P tokens of a shared prefix that is computed once.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -122,11 +122,34 @@ def accumulate_loss(
     gradients: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
     known = [_add_gradients(loss(part), gradients) for part in early]
     last_loss = loss(last)
-    leaves = [*gradients]
-    total: Tensor = PrecomputedGradient.apply(  # type: ignore[no-untyped-call]
-        torch.stack(known).sum(), [gradients[leaf] for leaf in leaves], *leaves
+    return last_loss + _with_gradients(torch.stack(known).sum(), gradients)
+
+
+def sum_at_once(
+    states_ND: Tensor, starts: Sequence[int], loss: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Sum of losses of slices of some states, of which one has a graph at a time.
+
+    The gradients are taken here, so nothing is computed again in the backward pass. They are of all
+    leaves that any loss reaches and of the states. It can be differentiated once.
+    """
+    own_ND = states_ND.detach().requires_grad_(states_ND.requires_grad)
+    gradients: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+    ends = [*starts[1:], len(states_ND)]
+    known = [
+        _add_gradients(loss(own_ND[start:end], start), gradients)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    if own_ND in gradients:
+        gradients[states_ND] = gradients.pop(own_ND)
+    return _with_gradients(torch.stack(known).sum(), gradients)
+
+
+def _with_gradients(number: Tensor, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+    found: Tensor = PrecomputedGradient.apply(  # type: ignore[no-untyped-call]
+        number, [*gradients.values()], *gradients
     )
-    return last_loss + total
+    return found
 
 
 def _add_gradients(loss: Tensor, gradients: MutableMapping[Tensor, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ class SpeedConfig:
         share_prefix: Compute once what all rows of a batch begin with, such as an instruction
             template, where loss and gradients stay as they are; where not, the log says why.
         loss_chunk: Response tokens of a batch whose logits are held at once (chunked
-            cross-entropy); all by default.
+            cross-entropy, whose gradients are taken in the forward pass); all by default.
         microbatch_tokens: Tokens of a batch, padding included, that run forward and backward at
             once; a larger batch is taken in parts, in one step and with its own gradients.
             ``auto`` is 2048 on a CPU and for bases from 2e9 weights on, else all; null is all. All,

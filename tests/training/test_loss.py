@@ -118,9 +118,12 @@ def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, ch
     run = LossComputer(model, SpeedConfig(share_prefix=False, loss_chunk=chunk))
     run.loss(batch)
     widths.head.clear()
-    run.loss(batch).backward()
+    loss = run.loss(batch)
     # Not the 3 x 7 of the longest response, and never more than a chunk.
     assert max(widths.head) == min(12, chunk or 12)
+    computed = len(widths.head)
+    loss.backward()
+    assert len(widths.head) == computed
 
 
 def test_logits_of_all_tokens_where_that_is_asked_for():
