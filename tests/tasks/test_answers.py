@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from rosa_lightning.tasks.answers import expresses, extract, find, number, same
 from rosa_lightning.tasks.registry import TASKS
-from tests.hostile import limited
 
 LETTERS = tuple("ABCDE")
 LISTED = [task for task in TASKS.values() if task.labels]
@@ -166,11 +165,9 @@ def test_small_letters_are_answers_in_parentheses_or_alone(text, answer):
 def test_long_runs_of_anything_do_not_hang_the_search(filler):
     """Quadratic time would take minutes here."""
     run = filler * (50_000 // len(filler))
-    with limited():
-        for start in ("", "The answer is ", "The answer is 9 ", "9", "x = "):
-            find("number", (), start + run)
-            short = find("letter", LETTERS, start + 3 * filler)
-            assert find("letter", LETTERS, start + run) == short
+    for start in ("", "The answer is ", "The answer is 9 ", "9", "x = "):
+        find("number", (), start + run)
+        assert find("letter", LETTERS, start + run) == find("letter", LETTERS, start + 3 * filler)
 
 
 def test_degenerate_numbers_equal_nothing_and_raise_nothing():
