@@ -146,7 +146,7 @@ def _training(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Settings and figures of a training, from its checkpoint and its configuration."""
     state, steps = checkpoint.get(_DATA, {}), checkpoint["global_step"]
     seen = sum(state.get("seen", {}).values())  # on all devices, in all batches of a step
-    size = f" of {seen / steps:.4g} examples, on average" if seen and steps else ""
+    size = f" of {round(seen / steps, 1):,g} examples, on average" if seen and steps else ""
     rows = [("steps", f"{steps:,}{size}")]
     made = {key: config.get(key) for key in ("optimizer", "lr_scheduler")}
     rows += [(key, _called(one)) for key, one in made.items() if isinstance(one, dict)]

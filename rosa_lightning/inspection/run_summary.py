@@ -130,6 +130,9 @@ def _plan(
         rows += [("method", method), ("parameters", parameters)]
         remark = getattr(report, "remark", "")
         rows += [("note", remark)] if remark else []
+    speed = getattr(module, "speed", None)
+    if speed is not None and not speed.prompt_gradients:
+        rows.append(("gradients", "through responses alone (model.speed.prompt_gradients: false)"))
     if hasattr(trainer.datamodule, "training_summary"):  # type: ignore[attr-defined]
         lines = trainer.datamodule.training_summary()  # type: ignore[attr-defined]
         rows += zip(("data", *[""] * len(lines)), lines, strict=False)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning.data.collators import (
     IGNORE_INDEX,
@@ -164,10 +165,20 @@ class LossComputer:
             return cross_entropy_sum(logits_nV, labels_N[chunk])
 
         starts = range(0, len(labels_N), size)
-        if not torch.is_grad_enabled():
-            losses = [one(states_ND[start : start + size], start) for start in starts]
-            return torch.stack(losses).sum(), predicted_N
-        return sum_at_once(states_ND, starts, one), predicted_N
+        if torch.is_grad_enabled() and not self._later_backward_reason(labels_N.device.type):
+            return sum_at_once(states_ND, starts, one), predicted_N
+        # The function is run again in the backward pass, with the same predictions.
+        losses = [
+            checkpoint(
+                one,
+                states_ND[start : start + size],
+                start,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for start in starts
+        ]
+        return torch.stack(losses).sum(), predicted_N
 
     def _last_columns(
         self, inputs: dict[str, Any], batch: dict[str, Any], rows_N: Tensor, columns_N: Tensor
@@ -206,26 +217,24 @@ class LossComputer:
 
     def _prompt_widths(self, batch: dict[str, Any]) -> tuple[int, int]:
         """Columns of prompts and responses; ValueError where prompts cannot be run apart."""
-        width = batch["labels"].shape[1]
         if "prompts" not in self._unsupported:
             reason = _SHARDED if self.sharded else ""
             if is_packed_batch(batch):
                 reason = "packed rows stand in one row"
             if not reason:
-                longest_T = batch["input_ids"][batch["position_ids"][:, -1].argmax()]
-                reason = prompts.unsupported_reason(self.model, longest_T)
-                torch.clear_autocast_cache()
+                reason = prompts.unsupported_reason(self.model)
+                torch.clear_autocast_cache()  # of weights cast without a graph
                 self._window = shared_prefix.attention_window(self.model)
             self._unsupported["prompts"] = reason
         reason = self._unsupported["prompts"]
-        if not reason and self._window is not None and width > self._window:
-            reason = f"a window of {self._window} tokens is shorter than a batch of {width} columns"
+        widths = (0, 0) if reason else prompts.widths(batch)
+        # A window counts columns, the gap between a short prompt and its response among them.
+        if self._window is not None and sum(widths) > self._window:
+            reason = f"a window of {self._window} tokens is shorter than the {sum(widths)} columns "
+            reason += "of a batch's prompts and responses"
         if reason:
-            raise ValueError(
-                f"model.speed.prompt_gradients=false cannot be kept: {reason}. "
-                "Set model.speed.prompt_gradients: true."
-            )
-        return prompts.widths(batch)
+            raise _prompts_refused(reason)
+        return widths
 
     def _num_shared(self, batch: dict[str, Any]) -> int:
         """Tokens of the shared prefix that are computed once."""
@@ -240,6 +249,9 @@ class LossComputer:
 
         All responses are taken to be of one length, in tokens.
         """
+        cuts = not self.speed.prompt_gradients
+        if cuts and (reason := shared_prefix.cache_reason(self.model, training=True)):
+            raise _prompts_refused(reason)
         self._assumed_widths = (ids_BT.shape[1] - response_length - 1, response_length + 1)
         narrow = head.decoder_of(self.model) is not self.model
         self._unsupported["head"] = "" if narrow else "no decoder"
@@ -261,17 +273,25 @@ class LossComputer:
         return parts
 
     def _whole_batch_reason(self, device: str) -> str:
+        if self.sharded:
+            return _SHARDED
+        if reason := self._later_backward_reason(device):
+            return reason
+        if any(is_reentrant(module) for module in self.model.modules()):
+            return "reentrant checkpointing has but one backward pass"
+        return ""
+
+    def _later_backward_reason(self, device: str) -> str:
+        """Why no gradient may be taken before the backward pass; empty if it may."""
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        reasons = {
-            _SHARDED: self.sharded,
-            "16-mixed scales the loss for a backward pass that comes later (set "
-            "trainer.precision to bf16-mixed for parts)": autocast == torch.float16,
-            "hooks on parameters would see gradients of parts": has_gradient_hooks(self.model),
-            "reentrant checkpointing has but one backward pass": any(
-                is_reentrant(module) for module in self.model.modules()
-            ),
-        }
-        return next((reason for reason, holds in reasons.items() if holds), "")
+        if autocast == torch.float16:
+            return (
+                "16-mixed scales the loss for a backward pass that comes later (set "
+                "trainer.precision to bf16-mixed for parts)"
+            )
+        if has_gradient_hooks(self.model):
+            return "hooks on parameters would see gradients of parts"
+        return ""
 
     def _can_narrow(self, batch: dict[str, Any]) -> bool:
         if not self.speed.supervised_only:
@@ -315,6 +335,13 @@ class LossComputer:
         if reason and what not in self._unsupported:
             rank_zero_info(f"{instead}: {reason}.")
         self._unsupported.setdefault(what, reason)
+
+
+def _prompts_refused(reason: str) -> ValueError:
+    return ValueError(
+        f"model.speed.prompt_gradients=false cannot be kept: {reason}. "
+        "Set model.speed.prompt_gradients: true."
+    )
 
 
 def _supervised(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

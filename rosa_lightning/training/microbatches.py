@@ -133,15 +133,14 @@ def sum_at_once(
     The gradients are taken here, so nothing is computed again in the backward pass. They are of all
     leaves that any loss reaches and of the states. It can be differentiated once.
     """
-    own_ND = states_ND.detach().requires_grad_(states_ND.requires_grad)
     gradients: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-    ends = [*starts[1:], len(states_ND)]
-    known = [
-        _add_gradients(loss(own_ND[start:end], start), gradients)
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    if own_ND in gradients:
-        gradients[states_ND] = gradients.pop(own_ND)
+    known, of_states = [], []
+    for start, end in zip(starts, [*starts[1:], len(states_ND)], strict=True):
+        own = states_ND[start:end].detach().requires_grad_(states_ND.requires_grad)
+        known.append(_add_gradients(loss(own, start), gradients))
+        of_states += [gradients.pop(own)] if own in gradients else []
+    if of_states:
+        gradients[states_ND] = torch.cat(of_states)
     return _with_gradients(torch.stack(known).sum(), gradients)
 
 

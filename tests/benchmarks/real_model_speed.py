@@ -8,7 +8,8 @@ first task (short answers to long prompts), and gsm8k.jsonl for the second (long
 contender trains on the same records in a process of its own, which does some steps when it is its
 turn, so that whatever else the machine does meets all of them. The first epoch of each is not
 counted, and each round is an epoch. TRL takes part where it is installed. The figures are added to
-the file for the task and precision at hand; docs/speed.md shows them.
+the file for the task and precision at hand. All trainings together need some 20 GiB: `--only`
+names some of them.
 """
 
 from __future__ import annotations

@@ -126,6 +126,33 @@ def test_the_head_alone_where_there_is_loss_gives_the_loss_of_the_whole(kind, ch
     assert len(widths.head) == computed
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tokens", [None, 40])
+def test_a_head_that_trains_has_its_gradient_in_chunks_too(tied, tokens):
+    model = build("llama", tie_word_embeddings=tied).requires_grad_()
+    check(model, batch_of(), loss_chunk=5, microbatch_tokens=tokens)
+    # Hooks see one gradient, that of the batch.
+    seen = []
+    model.lm_head.weight.register_hook(seen.append)
+    batch = batch_of()
+    (wanted,) = torch.autograd.grad(single_rows(model, batch), [model.lm_head.weight])
+    seen.clear()
+    model.lm_head.weight.grad = None
+    LossComputer(model, SpeedConfig(loss_chunk=5)).loss(batch).backward()
+    assert_close(model.lm_head.weight.grad, wanted, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1
+
+
+def test_under_a_gradient_scaler_no_gradient_is_taken_before_the_backward_pass(monkeypatch):
+    model, batch = adapted(build("llama")), batch_of()
+    run = LossComputer(model, SpeedConfig(loss_chunk=5))
+    taken = []
+    monkeypatch.setattr(forward, "sum_at_once", lambda *args: taken.append(args))
+    with torch.autocast("cpu", torch.float16):
+        run.loss(batch).backward()
+    assert not taken
+
+
 def test_logits_of_all_tokens_where_that_is_asked_for():
     model, batch = adapted(build("llama")), batch_of()
     options = {"share_prefix": False, "supervised_only": False}

@@ -17,7 +17,6 @@ from tests.training.test_loss import (
     Widths,
     adapted,
     batch_of,
-    check,
     gradients,
     packed,
     single_rows,
@@ -121,17 +120,39 @@ def test_what_the_graph_holds_follows_the_response():
     assert held(CUT, 90) < held({}, 90) / 2
 
 
-def test_evaluation_is_as_it_was():
+def test_evaluation_runs_whole_rows():
+    model, batch = adapted(build("llama")).eval(), batch_of()
+    run, widths = LossComputer(model, SpeedConfig(share_prefix=False, **CUT)), Widths(model)
+    run.loss(batch)
+    widths.decoder.clear()
+    assert_close(run.loss(batch), single_rows(model, batch), rtol=1e-6, atol=1e-6)
+    assert widths.decoder[0] == (3, 34)
+
+
+def test_rows_without_a_label_add_nothing():
     model = adapted(build("llama"))
-    check(model.eval(), batch_of(), prompt_gradients=True)
-    scored = LossComputer(model, SpeedConfig(**CUT)).score(batch_of_seed())
-    wanted = LossComputer(model).score(batch_of_seed())
-    assert torch.equal(scored.loss, wanted.loss)
+    batch = batch_of(0, rests=[(9, 3), (12, 2), (14, 7)])
+    kept = {k: v[[0, 2]] if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch["labels"][1] = -100
+    run = LossComputer(model, SpeedConfig(**CUT))
+    found, wanted = run.loss(batch), cut_rows(model, kept)
+    assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert_close(gradients(model, found), gradients(model, wanted), rtol=1e-5, atol=1e-6)
 
 
-def batch_of_seed():
-    torch.manual_seed(3)
-    return batch_of()
+def test_short_first_batches_and_windows_that_fit_are_run():
+    model = adapted(build("mistral", sliding_window=24))
+    batch = batch_of(0, rests=[(5, 2), (4, 1)])
+    found = LossComputer(model, SpeedConfig(**CUT)).loss(batch)
+    assert_close(found, cut_rows(model, batch), rtol=1e-6, atol=1e-6)
+
+
+def test_a_gap_between_prompt_and_response_counts_in_a_window():
+    model = adapted(build("mistral", sliding_window=24))
+    # 20 columns, but 17 of the longest prompt and 16 of the longest response.
+    batch = batch_of(0, rests=[(20, 2), (20, 15)])
+    with pytest.raises(ValueError, match="window of 24 tokens is shorter than the 33 columns"):
+        LossComputer(model, SpeedConfig(**CUT)).loss(batch)
 
 
 REFUSED = {
