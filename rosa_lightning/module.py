@@ -44,6 +44,7 @@ from rosa_lightning.training.resume import (
 )
 from rosa_lightning.training.schedule import WarmupCosine, lightning_scheduler
 from rosa_lightning.training.sharding import is_sharded
+from rosa_lightning.training.speed import check_batching
 from rosa_lightning.utils.agreement import together
 from rosa_lightning.utils.modules import held_gradients, hold_gradients
 from rosa_lightning.utils.rng import set_rng_state
@@ -99,6 +100,8 @@ class RoSAModule(AdaptedModel):
             check_max_nonfinite_steps(self.max_nonfinite_steps)
             check_outputs(self.trainer)
             check_clipping(self.trainer.gradient_clip_val)
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            check_batching(self.speed, getattr(datamodule, "batching", ""))
         if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
             # Ranks finish at different lengths, and would wait for each other's shards forever.
             raise ValueError(

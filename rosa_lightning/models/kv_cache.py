@@ -92,14 +92,11 @@ def inputs_after_prefix(
     positions_P = torch.arange(num_shared, device=ids_BT.device)
     first = ids_BT.shape[1] - 1 - positions_BT[0, -1]  # column of the first row's first token
     name = cache_argument(model)
-    keep_one = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
-    model(
-        input_ids=ids_BT[:1].index_select(1, positions_P + first),
-        position_ids=positions_P[None],
-        use_cache=True,
-        **{name: cache},
-        **keep_one,
-    )
+    inputs = {
+        "input_ids": ids_BT[:1].index_select(1, positions_P + first),
+        "position_ids": positions_P[None],
+    }
+    fill_cache(model, inputs, cache)
     own_BT = (positions_BT[:, num_shared:] >= num_shared).to(batch["attention_mask"].dtype)
     return {
         "input_ids": ids_BT[:, num_shared:],
@@ -108,6 +105,12 @@ def inputs_after_prefix(
         name: cache,
         "use_cache": True,
     }
+
+
+def fill_cache(model: PreTrainedModel, inputs: dict[str, Any], cache: Any) -> None:
+    """Run a model for its keys and values alone, with as few logits as it can give."""
+    few = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
+    model(**{**inputs, cache_argument(model): cache, "use_cache": True, **few})
 
 
 class SharedPrefixCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -32,10 +32,9 @@ def check_can_pack(model: PreTrainedModel) -> None:
             ids, or the model cannot read them packed.
     """
     name = type(model).__name__
-    vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(_LONG + _SHORT, device=model.device)
     positions = torch.where(tokens < _LONG, tokens, tokens - _LONG)
-    tokens = tokens * 7 % (vocabulary - 3) + 3
+    tokens = probe_ids(model, _LONG + _SHORT)
     others = torch.cat([tokens[:_LONG].flip(0), tokens[_LONG:]])
     with torch.no_grad(), in_mode(model, False):
         try:
@@ -55,6 +54,12 @@ def check_can_pack(model: PreTrainedModel) -> None:
             f"{(max(seen, moved) / largest).item():.2g} of the largest, as layers carry a state "
             "on or do not read position_ids. Set data.batching: length."
         )
+
+
+def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
+    """Ids that are no special tokens of most models, as many differ as the vocabulary allows."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return torch.arange(count, device=model.device) * 7 % (vocabulary - 3) + 3
 
 
 def _logits(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor) -> Tensor:

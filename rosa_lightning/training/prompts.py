@@ -9,14 +9,17 @@ Axes: B rows, T tokens, P tokens of the longest prompt, R of the longest respons
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from rosa_lightning.data.collators import IGNORE_INDEX
-from rosa_lightning.models.kv_cache import cache_argument, forward_arguments, inputs_after_prefix
+from rosa_lightning.data.collators import IGNORE_INDEX, complete_batch
+from rosa_lightning.models.kv_cache import cache_argument, fill_cache, inputs_after_prefix
 from rosa_lightning.training.head import close
+from rosa_lightning.training.packing import probe_ids
 from rosa_lightning.training.shared_prefix import HALF, cache_reason, prefix_cache
 from rosa_lightning.utils.modules import in_mode
 from rosa_lightning.utils.text import one_line
@@ -45,7 +48,7 @@ def rows_after_prompts(
         widths: P and R, or more.
         num_shared: Tokens that all prompts begin with, run once.
     """
-    name, cache = cache_argument(model), prefix_cache(model, keep=True)
+    cache = prefix_cache(model, keep=True)
     start_B, first_B, width = _bounds(batch)
     num_prompt, num_response = widths
     prompts = _moved_to_right_end(batch, start_B, first_B, num_prompt)
@@ -55,8 +58,7 @@ def rows_after_prompts(
             prompts = inputs_after_prefix(model, prompts, num_shared, cache)
             mask_BT = prompts["attention_mask"]
         if num_prompt > num_shared:
-            keep_one = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
-            model(**{**prompts, name: cache, "use_cache": True, **keep_one})
+            fill_cache(model, prompts, cache)
     torch.clear_autocast_cache()  # of weights cast without a graph
     for layer in cache.layers:
         cast("SharedPrefixCacheLayer", layer).keep = False
@@ -66,7 +68,7 @@ def rows_after_prompts(
         "input_ids": batch["input_ids"][:, -num_response:],
         "attention_mask": torch.cat([mask_BT, own_BR], dim=1),
         "position_ids": batch["position_ids"][:, -num_response:],
-        name: cache,
+        cache_argument(model): cache,
         "use_cache": True,
     }
 
@@ -75,28 +77,25 @@ def unsupported_reason(model: PreTrainedModel) -> str:
     """Why a model cannot run prompts apart; empty if it can, compared on two short rows."""
     if reason := cache_reason(model, training=True):
         return reason
-    vocabulary = model.config.get_text_config().vocab_size
-    ids_T = torch.arange(17, device=model.device) * 7 % (vocabulary - 3) + 3
     with in_mode(model, False), torch.no_grad():
-        return _difference(model, ids_T)
+        return _difference(model, probe_ids(model, 17))
 
 
 def _difference(model: PreTrainedModel, ids: Tensor) -> str:
     """How two rows of different lengths differ from the same rows run whole."""
     kind = type(model).__name__
-    rows, width = (ids[:14], ids[6:17]), 14
-    ids_BT, mask_BT, labels_BT = (torch.zeros(2, width, dtype=torch.long) for _ in range(3))
-    labels_BT[:] = IGNORE_INDEX
-    for i, (row, num_labels) in enumerate(zip(rows, (3, 5), strict=True)):
-        ids_BT[i, -len(row) :], mask_BT[i, -len(row) :] = row.cpu(), 1
-        labels_BT[i, -num_labels:] = row[-num_labels:].cpu()
-    batch = {
-        "input_ids": ids_BT,
-        "attention_mask": mask_BT,
-        "position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0),
-        "labels": labels_BT,
+    rows, prompts = [ids[:14], ids[6:17]], [11, 6]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    labels = [
+        torch.cat([row[:length].new_full((length,), IGNORE_INDEX), row[length:]])
+        for row, length in zip(rows, prompts, strict=True)
+    ]
+    given = {
+        "input_ids": padded(rows),
+        "labels": padded(labels, padding_value=IGNORE_INDEX),
+        "attention_mask": padded([torch.ones_like(row) for row in rows]),
     }
-    batch = {field: tensor.to(ids.device) for field, tensor in batch.items()}
+    batch = complete_batch(given, model)
     whole = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
     wanted = torch.cat([whole[0][-4:], whole[1][-6:]])
     try:

@@ -73,3 +73,12 @@ class SpeedConfig:
                     f"{name}={value!r} is not a whole number of at least 1. Set model.speed.{name} "
                     f"to a number of tokens{auto}, or null for no limit."
                 )
+
+
+def check_batching(speed: SpeedConfig, batching: str) -> None:
+    """Refuse, before a model is loaded, what cannot be done with the batches of a data module."""
+    if not speed.prompt_gradients and batching in ("packed", "best_fit"):
+        raise ValueError(
+            f"prompt_gradients=false cannot be kept with batching={batching}: packed rows stand in "
+            "one row. Set data.batching: length, or model.speed.prompt_gradients: true."
+        )

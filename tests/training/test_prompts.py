@@ -5,13 +5,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import rosa_lightning.adapted
+from rosa_lightning import DynamicLayerSelection, RoAEConfig, RoSAModule
 from rosa_lightning.models.loading import enable_checkpointing
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.speed import SpeedConfig
-from tests.conftest import FAMILIES, build
+from tests.conftest import FAMILIES, build, data_module
+from tests.integration.test_settings import trainer
 from tests.model_zoo.small import build_small
 from tests.training.test_loss import (
     Widths,
@@ -187,7 +191,44 @@ def test_models_in_shards_and_packed_rows_are_refused():
         run.loss(batch_of())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_packed_batches_are_refused_before_the_base_is_loaded(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(rosa_lightning.adapted, "load_base", None)
+    module = RoSAModule("tiny", RoAEConfig(rank=4), speed=SpeedConfig(**CUT))
+    data = data_module(sources=sources, batching="packed", max_length=128)
+    with pytest.raises(
+        ValueError, match="prompt_gradients=false cannot be kept with batching=pack"
+    ):
+        trainer(tmp_path).fit(module, datamodule=data)
+
+
 @pytest.mark.parametrize("name", ["compile", "gradient_checkpointing"])
 def test_levers_that_exclude_each_other_are_told_at_once(name):
     with pytest.raises(ValueError, match=f"prompt_gradients=false and {name}=true"):
         SpeedConfig(prompt_gradients=False, **{name: True})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_that_selects_layers_resumes_bit_for_bit(precision, sources, tmp_path):
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2 and not path.exists():
+                trainer.save_checkpoint(path)
+
+    def trained(ckpt_path=None, **speed):
+        seed_everything(0)
+        module = RoSAModule("tiny", RoAEConfig(rank=4), speed=SpeedConfig(**speed))
+        callbacks = [DynamicLayerSelection(num_active=2, interval=1), Keep()]
+        run = trainer(tmp_path, max_steps=4, callbacks=callbacks, precision=precision)
+        data = data_module(sources=sources, batch_size=4, max_length=128)
+        run.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return module.state_dict()
+
+    path = tmp_path / "two.ckpt"
+    whole = trained(**CUT)
+    resumed = trained(path, **CUT)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    through_all = trained()
+    assert not all(torch.equal(whole[name], through_all[name]) for name in whole)
