@@ -100,8 +100,6 @@ class RoSAModule(AdaptedModel):
             check_max_nonfinite_steps(self.max_nonfinite_steps)
             check_outputs(self.trainer)
             check_clipping(self.trainer.gradient_clip_val)
-            datamodule: Any = getattr(self.trainer, "datamodule", None)
-            check_batching(self.speed, getattr(datamodule, "batching", ""))
         if stage in ("test", "predict") and is_sharded(self.trainer.strategy):
             # Ranks finish at different lengths, and would wait for each other's shards forever.
             raise ValueError(
@@ -114,8 +112,10 @@ class RoSAModule(AdaptedModel):
         context = context_length(self.base, **location)
         if stage == "test":
             check_test_prompts(text.test_examples, self.evaluation, context)
-        elif stage in ("fit", "validate"):
+        elif stage in ("fit", "validate"):  # which may go before, and needs the base
             check_lengths(text.max_length, context)
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            check_batching(self.speed, getattr(datamodule, "batching", ""))
         self._checkpoint_to_check = None
         use_atomic_checkpoints(self.trainer.strategy)
 
