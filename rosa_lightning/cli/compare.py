@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -94,7 +93,6 @@ def compare(
             "nothing to compare is given. Set comparison.methods, as configs/compare.yaml does, or "
             "name the folders of two finished tests."
         )
-    comparison = replace(comparison, methods=_plain(comparison.methods))
     _check_callbacks(context)
     interval = _validation_interval(context, comparison)
     root, console = Path(comparison.folder), Console()
@@ -168,7 +166,7 @@ def _measure_speed(
     bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with TemporaryDirectory() as folder, bars as progress:
         bar = progress.add_task("count parameters", total=len(config.methods) * (rounds + 1) + 1)
-        config = replace(config, methods=_plain(config.methods), folder=folder)
+        config = replace(config, folder=folder)
         write_once(Path(folder) / SHARED, context.shared())
         runner = Runner(Path(folder) / SHARED)
         methods = [_method(context, config, name, runner) for name in config.methods]
@@ -184,12 +182,6 @@ def _measure_speed(
     console.width = max(console.width, 100)
     console.print(speed_table(content))
     sys.stdout.write(f"{kept}\n")
-
-
-def _plain(value: Any) -> Any:
-    """Values as YAML has them: the parser makes namespaces of what names a class."""
-    value = value.as_dict() if isinstance(value, Namespace) else value
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _validation_interval(context: CommandContext, comparison: ComparisonConfig) -> int:

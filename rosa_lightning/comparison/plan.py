@@ -52,7 +52,8 @@ class ComparisonConfig:
         folder: Where to: one run folder for each run, ``comparison.json`` and ``report.html``.
     """
 
-    methods: dict[str, dict[str, Any]]
+    # Of plain values: for dict[str, Any] the parser adds the defaults of a class that is named.
+    methods: dict[str, dict]  # type: ignore[type-arg]
     reference: str | None = None
     trainable_parameters: int | None = None
     learning_rates: list[float] = field(default_factory=lambda: [1e-3])

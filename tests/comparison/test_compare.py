@@ -253,6 +253,7 @@ def test_settings_written_in_another_way_are_the_same(trained, tmp_path):
         Comparison(config, [Method("a", {"new.key": 1}, 4, 8)], 100, runner, Display()).run()
 
 
+SGD = "--comparison.methods={SGD: {optimizer: {class_path: torch.optim.SGD}}}"
 CHECKPOINTS = "lightning.pytorch.callbacks.ModelCheckpoint"
 
 
@@ -264,6 +265,8 @@ CHECKPOINTS = "lightning.pytorch.callbacks.ModelCheckpoint"
         ([f"--trainer.callbacks+={CHECKPOINTS}", "--trainer.callbacks.dirpath=a"], "has a dirpath"),
         (["--trainer.val_check_interval=0.5"], "is no number of optimizer steps"),
         (["--trainer.val_check_interval=3"], "end without a validation"),
+        # An optimizer of a method's own has no learning rate but the comparison's.
+        ([SGD, "--trainer.val_check_interval=3"], "end without a validation"),
         (["--comparison.max_steps=null", "--trainer.max_steps=-1"], "the runs have no end"),
         (["--comparison.reference=none"], "is none of the methods"),
         (["--comparison=null"], "nothing to compare is given"),
