@@ -131,7 +131,8 @@ def check_optimizer(make: Callable[[list[Any]], Any]) -> None:
         ConfigurationError: It cannot be made.
     """
     try:
-        make([torch.nn.Parameter(torch.zeros(1))])
+        # A matrix, as adapters are: some optimizers, such as Muon, take nothing else.
+        make([torch.nn.Parameter(torch.zeros(1, 1))])
     except (ValueError, TypeError) as error:
         raise ConfigurationError(
             f"the optimizer cannot be made: {error}. Correct optimizer.init_args."

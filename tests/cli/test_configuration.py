@@ -3,9 +3,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from jsonargparse import Namespace
 
-from rosa_lightning.cli.configuration import check_classes, check_groups, check_trainer_settings
+from rosa_lightning.cli.configuration import (
+    check_classes,
+    check_groups,
+    check_optimizer,
+    check_trainer_settings,
+)
 from rosa_lightning.utils.errors import ConfigurationError
 
 
@@ -66,3 +72,9 @@ def test_a_configuration_calls_classes_of_the_right_kind_alone():
         ("lr_scheduler", "rosa_lightning.WarmupCosine"),
     ]:
         check_classes({key: Namespace(class_path=path, init_args=Namespace())})
+
+
+def test_an_optimizer_for_matrices_alone_is_taken():
+    check_optimizer(torch.optim.Muon)
+    with pytest.raises(ConfigurationError, match="cannot be made: Invalid learning rate: -1"):
+        check_optimizer(lambda parameters: torch.optim.SGD(parameters, lr=-1))
