@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import TextStreamer
 
 from rosa_lightning.cli.commands import CommandContext, check_base, loaded_model
+from rosa_lightning.cli.configuration import check_accelerator
 from rosa_lightning.data.encoding import Encoder
 from rosa_lightning.data.prompts import STYLES, StyleName
 from rosa_lightning.evaluation.generation import Sampling, generate
@@ -33,6 +34,8 @@ def chat(
     top_p: float = 0.95,
 ) -> None:
     """Talk to a base or a trained adapter: a message a line; /new forgets, /exit or Ctrl-D ends.
+
+    Ctrl-C stops an answer, which is then forgotten with its question.
 
     Args:
         context: The model to talk to.
@@ -75,7 +78,10 @@ def chat(
         if message == "/new":
             conversation.begin()
         elif message:
-            conversation.answer(message)
+            try:
+                conversation.answer(message)
+            except KeyboardInterrupt:  # ends the answer; a second one, or one at the prompt, all
+                sys.stdout.write("\n")
 
 
 @dataclass
@@ -150,5 +156,6 @@ def _messages() -> Iterator[str]:
 def _device(context: CommandContext) -> torch.device:
     """Where the trainer would run."""
     named = str(context.trainer.get("accelerator") or "auto").lower()
+    check_accelerator(named)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if "cpu" in named or accelerator is None else accelerator

@@ -86,6 +86,15 @@ def check_trainer_settings(trainer: Mapping[str, Any]) -> None:
         )
 
 
+def check_accelerator(name: Any) -> None:
+    """Raise ConfigurationError for a GPU where there is none."""
+    if str(name).lower() in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise ConfigurationError(
+            f"trainer.accelerator={name}: torch {torch.__version__} finds no GPU here. Set "
+            "trainer.accelerator to cpu or auto, or install a driver and a build of torch that fit."
+        )
+
+
 def check_groups(values: Any) -> None:
     """Raise ConfigurationError for a value where a group of settings belongs, as ``model: 2``.
 

@@ -54,12 +54,13 @@ from rosa_lightning.cli.compare import add_bare_arguments, compare
 from rosa_lightning.cli.configuration import (
     ONE_SELECTION,
     VISIBLE_KEYS,
+    check_accelerator,
     check_classes,
     check_optimizer,
     check_trainer_settings,
 )
 from rosa_lightning.cli.messages import messages
-from rosa_lightning.cli.names import COMMANDS, DESCRIPTION
+from rosa_lightning.cli.names import COMMANDS, DESCRIPTION, usage
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser, begin_anew
 from rosa_lightning.cli.process import (
     SaveRunConfig,
@@ -199,7 +200,10 @@ class RoSACLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Describe the commands in this package's words; Lightning's are cut after two lines."""
-        own = {name: {**kwargs.get(name, {}), "description": COMMANDS[name]} for name in COMMANDS}
+        own = {
+            name: {**kwargs.get(name, {}), "description": about, "usage": usage(name)[7:]}
+            for name, about in COMMANDS.items()
+        }
         super()._add_subcommands(parser, **own)
         listed: Any = parser._subcommands_action
         for name in TOOL_COMMANDS:
@@ -324,6 +328,7 @@ class RoSACLI(LightningCLI):
             if isinstance(callback, DynamicLayerSelection) and callback.layers is None:
                 raise ConfigurationError(ONE_SELECTION)
         given = self.config_init[self.subcommand]
+        check_accelerator(given.trainer.accelerator)
         kwargs |= run_defaults(given.trainer, given.dls if self.subcommand == "fit" else None)
         with configuration_errors("the trainer cannot be made", "Correct the settings of trainer."):
             trainer = super().instantiate_trainer(**kwargs)

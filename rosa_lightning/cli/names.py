@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -67,9 +68,16 @@ GROUPS = {
     "data.loading": ("data/settings.py", "LoadingConfig"),
     "dls": ("dls/callback.py", "DynamicLayerSelection"),
     "dls.policy_options": ("dls/selector.py", "PolicyOptions"),
+    "comparison": ("comparison/plan.py", "ComparisonConfig"),
     "trainer": ("", "Trainer"),
 }
 """Groups of settings, and the classes whose arguments they are."""
+
+
+def usage(command: str) -> str:
+    """How a command is called, without the hundreds of its settings."""
+    folder = " RUN" if command == "report" else ""
+    return f"usage: python -m rosa_lightning {command}{folder} [--config FILE] [--KEY VALUE ...]"
 
 
 def general_help() -> str:
@@ -77,8 +85,8 @@ def general_help() -> str:
     lines = [f"  {name:<12}{about}" for name, about in COMMANDS.items()]
     return "\n".join(
         (
-            "usage: python -m rosa_lightning COMMAND [--config FILE] [--KEY VALUE ...]\n",
-            f"{DESCRIPTION}\n",
+            f"{usage('COMMAND')}\n",
+            f"{textwrap.fill(DESCRIPTION, 79)}\n",
             "commands:",
             *lines,
             "",
@@ -105,7 +113,7 @@ def first_look(args: Sequence[str]) -> str | None:
 
 
 def unknown(name: str, groups: dict[str, frozenset[str]]) -> str | None:
-    """A suggestion in place of a setting that is none, empty if nothing is near it; else None."""
+    """What to look at in place of a setting that is none; None of one that may be known."""
     group, _, rest = name.partition(".")
     if group not in groups[""]:
         wanted, prefix = groups[""], ""
@@ -114,11 +122,16 @@ def unknown(name: str, groups: dict[str, frozenset[str]]) -> str | None:
         prefix = f"{group}.{inner}." if f"{group}.{inner}" in groups and last else f"{group}."
         wanted = groups.get(prefix[:-1], frozenset())
         own = last.partition(".")[0] if prefix.count(".") > 1 else inner
-        if not own or not wanted or own in wanted:
+        if own in ("", "help") or not wanted or own in wanted:
             return None
-    known = [f"{key}.{one}" if key else one for key, names in groups.items() for one in names]
-    near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, known, n=1)
-    return f"{SUGGESTION} {near[0]}?" if near else ""
+    others = ((key, names) for key, names in groups.items() if key not in ("", "comparison"))
+    known = {one: f"{key}.{one}" for key, names in others for one in names}
+    known |= {one: f"{prefix}{one}" for one in wanted}
+    last = name.rpartition(".")[2]
+    near = [known[one] for one in difflib.get_close_matches(last, known, n=1, cutoff=0.65)]
+    near = [RENAMED[name]] if name in RENAMED else near
+    listed = " python -m rosa_lightning COMMAND --help lists those of a command."
+    return f"{SUGGESTION} {near[0]}?" if near else listed
 
 
 @cache

@@ -113,9 +113,15 @@ def short_message(message: str) -> str:
         return f"{group[1]}: {group[2]} is neither a mapping of its settings nor a file with one."
     where = re.match(r'Parser key "([\w.]+)":', message)
     reason = _REASON.search(message)
-    return f"{where[1]}: {reason[1]}" if where and reason else message
+    if where and reason:
+        return f"{where[1]}: {reason[1]}"
+    message = _WRONG_TYPE.sub(r"\3 is given; expected \1\2.", message)
+    message = re.sub(r"expected Literal", "expected one of Literal", message)
+    message = re.sub(r"Literal\[([^]]*)]", lambda found: found[1].replace("'", ""), message)
+    return re.sub(r'^Parser key "([\w.]+)":', r"\1:", message)
 
 
+_WRONG_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|(.+?))\. Got value: (.+)$")
 _GROUP = re.compile(r'Parser key "([\w.]+)": Unable to load config (.+?)( - Parser key .+)?$')
 _REASON = re.compile(
     r"(?:Problem with given class_path|expects a function or a callable class:|"
@@ -142,7 +148,8 @@ def _without_unions(message: str) -> str:
             r"<class '([\w.]+)'>", lambda name: name[1].rpartition(".")[2], found["types"]
         )
         types = types.replace("NoneType", "null").replace("typing.", "")
-        value = found["value"] if len(found["value"]) < 80 else f"{found['value'][:77]}..."
+        value = re.sub(r"NestedArg\(key='([\w.]+)'.*", r"\1 without a class_path", found["value"])
+        value = value if len(value) < 80 else f"{value[:77]}..."
         short = reason[0] if reason else f"{value} is given; expected one of {types}"
         message = message[:start] + short + message[found.end() :]
     return message

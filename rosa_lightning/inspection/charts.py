@@ -195,7 +195,7 @@ def _draw_map(figure: Figure, axes: Axes, chart: Chart, lines: Mapping[str, Seri
 def _draw_bars(axes: Axes, layers: Sequence[int], values: Sequence[float], label: str) -> None:
     axes.bar(layers, values, color="#4a8ac0")
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
 
 

@@ -163,7 +163,7 @@ def check_outputs(trainer: Trainer) -> None:
 def _outputs(trainer: Trainer) -> Iterator[tuple[Any, str, str]]:
     for logger in trainer.loggers:
         folder = getattr(logger, "log_dir", None) or logger.save_dir
-        yield folder, "logs", "trainer.logger.init_args.save_dir"
+        yield folder, "logs", "trainer.default_root_dir, or the logger's save_dir,"
     for callback in trainer.checkpoint_callbacks:
         folder = getattr(callback, "dirpath", None)
         if folder is None and not trainer.loggers:

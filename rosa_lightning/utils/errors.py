@@ -103,7 +103,7 @@ def _of_machine(error: BaseException) -> str | None:
     if isinstance(cause, OSError) and any("loggers" in path.parts for path, _ in _frames(error)):
         return (
             f"the logs cannot be written: {one_line(str(cause))}. Make room for them, or set "
-            "trainer.logger.init_args.save_dir to another place."
+            "trainer.default_root_dir, or the logger's save_dir, to another place."
         )
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     reason = getattr(error, "strerror", None)

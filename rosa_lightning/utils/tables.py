@@ -18,7 +18,7 @@ def text_table(title: str | None, *columns: str, names: int = 1) -> Table:
         if number < names:
             table.add_column(name, overflow="fold")
         else:
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right")
     return table
 
 

@@ -88,6 +88,17 @@ def test_prompt_and_answer_fit_what_the_base_reads(said, monkeypatch):
     assert asked + longest == size
 
 
+def test_an_answer_is_stopped_and_the_conversation_goes_on(said, monkeypatch):
+    def answers(model, tokenizer, batch, longest, **options):
+        if "long" in tokenizer.decode(batch["input_ids"][0]):
+            raise KeyboardInterrupt
+        return ["so"]
+
+    monkeypatch.setattr(chat, "generate", answers)
+    status, written, _ = said(["one", "a long one", "two"], "--prompt_style=alpaca")
+    assert (status, written) == (0, "so\n\nso\n")
+
+
 def test_greedy_answers_are_those_of_transformers(said):
     status, written, _ = said(
         ["How many has Ada?", "Hello", "/new", "How many has Ada?", "/exit", "not read"],

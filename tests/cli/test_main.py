@@ -139,7 +139,7 @@ def test_help_shows_what_the_attributes_of_nested_settings_mean(capsys):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Share of each head's RoPE pairs that is adapted" in text
-    assert "python -m rosa_lightning" in text
+    assert text.startswith("usage: python -m rosa_lightning fit [--config FILE] [--KEY VALUE ...]")
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,10 @@ def test_a_configuration_that_says_nothing_clear_ends_in_one_line_with_status_2(
     [
         (["--model.roae.rank", "0"], "rank"),
         (["--model.roae.low_freq_ratio", "1.5"], "low_freq_ratio"),
-        (["--model.roae.rank", "x"], "model.roae.rank.*int"),
+        (["--model.roae.rank", "x"], "error: model.roae.rank: x is given; expected int.$"),
+        (["--model.roae.dims", "x"], "dims: x is given; expected one of low, high, random, all.$"),
+        (["--trainer.precision", "8"], "trainer.precision: 8 is given; expected one of 64, 32"),
+        (["--trainer.logger.save_dir", "x"], "logger: save_dir without a class_path is given"),
         (["--model.roae", "2"], "model.roae: '2' is neither"),
         (["--model.base", "no/such-model"], "base 'no/such-model' could not be loaded"),
         (["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
@@ -324,12 +327,14 @@ def test_a_configuration_that_says_nothing_clear_ends_in_one_line_with_status_2(
         (["--optimizer.lr", "1e-3x"], "optimizer: .*lr.*1e-3x is given; expected one of float"),
         (["--optimizer.lr", "-1"], "the optimizer cannot be made: .*-1"),
         (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "the run has no end"),
+        (["--trainer.accelerator", "gpu"], "accelerator=gpu: .* finds no GPU .* cpu or auto"),
         (["--trainer.accelerator", "foo"], "the trainer cannot be made: .*'foo'"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches=0 is below 1"),
         (["--trainer.val_check_interval", "1000"], "less than or equal to the number"),
     ],
 )
-def test_a_value_that_cannot_be_is_one_line(settings, given, words, capsys):
+def test_a_value_that_cannot_be_is_one_line(settings, given, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     line = refused(capsys, "fit", settings, *given)
     assert re.search(words, line), line
 

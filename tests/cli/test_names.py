@@ -52,12 +52,22 @@ def test_the_shipped_configurations_are_left_to_the_parser(name):
         (["fit", "--trainer.max_stps", "4"], "trainer.max_steps"),
         (["fit", "--data.stop", "total"], "data.loading.stop"),
         (["fit", "--config", "typo.yaml"], "data.batch_size"),
+        (["fit", "--max_steps", "4"], "trainer.max_steps"),
+        (["fit", "--batchsize", "4"], "data.batch_size"),
+        (["fit", "--model.rank", "4"], "model.roae.rank"),
+        (["compare", "--comparison.lerning_rates", "[1]"], "comparison.learning_rates"),
     ],
 )
 def test_a_typo_names_what_is_near(args, near, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("typo.yaml").write_text("model:\n  base: tiny\ndata:\n  batchsize: 4\n")
     assert first_look(args).endswith(f" Did you mean {near}?")
+
+
+@pytest.mark.parametrize("name", ["data.foo", "comparison.output", "model.roae.r", "lr"])
+def test_where_nothing_is_near_the_help_is_named(name):
+    listed = "COMMAND --help lists those of a command."
+    assert first_look(["compare", f"--{name}", "4"]).endswith(listed)
 
 
 @pytest.mark.parametrize(

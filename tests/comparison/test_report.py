@@ -5,6 +5,7 @@ import io
 import re
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -166,10 +167,15 @@ def test_page_and_tables(tmp_path):
     assert len(images) == 2  # all have as many parameters
     assert all(b"</svg>" in base64.b64decode(image) for image in images)
     assert "loss is not &lt;finite&gt;" in page
-    console = Console(width=100, record=True, file=io.StringIO())
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_no_name_and_no_number_of_a_table_is_torn(width):
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(comparison_tables(content()))
     text = console.export_text()
-    assert "0.7500 ± 0.0707" in text
+    assert re.search(r"^ (RoSA|Broken) +0.01 \(edge\) +0.7500 ± 0.0707 ", text, re.M)
+    assert {"Broken", "LoRA", "-0.2500", "0.08"} <= set(text.split())
     assert "…" not in text
 
 

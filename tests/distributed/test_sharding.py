@@ -145,7 +145,7 @@ def full_run(name: str, folder: Path) -> int:
         "trainer.max_steps": 2,
         "trainer.limit_val_batches": 1,
         "trainer.strategy": STRATEGIES[name],
-        "trainer.logger.save_dir": folder / "full" / name[:5],
+        "trainer.default_root_dir": folder / "full" / name[:5],
     }
     given = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     return main(["fit", "--config", str(CONFIGS / "rosa.yaml"), *given])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -83,7 +81,7 @@ def strike(run: ForkServerProcess, moments: random.Random, folder: Path) -> bool
     if wait(ended, moments.uniform(0.0, seconds)):
         assert run.exitcode == 0, (folder / "killed.log").read_text()[-2000:]
         return False
-    os.killpg(run.pid, signal.SIGKILL)
+    run.kill()
     run.join()
     return True
 
