@@ -1,14 +1,27 @@
-"""Texts that a model writes, by the `generate` of transformers: greedy, by beams or drawn."""
+"""Texts that a model writes, by the `generate` of transformers: greedy, by beams or drawn.
+
+Axes: B rows, T tokens, P tokens of a beginning that all rows share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rosa_lightning.models.kv_cache import (
+    WORTH_SHARING,
+    GrowingCacheLayer,
+    cache_argument,
+    common_start,
+    fill_cache,
+    forward_arguments,
+    new_cache,
+)
 from rosa_lightning.models.vocabulary import num_embeddings, padding_id
 
 if TYPE_CHECKING:
@@ -74,36 +87,103 @@ def generate(
 
     own: Any = model.generation_config
     ids_of = (list(stop_ids), tokenizer.eos_token_id, own.eos_token_id)
-    ends = [one for ids in ids_of for one in (ids if isinstance(ids, list) else [ids])]
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        **sampling.settings(),
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=padding_id(tokenizer, num_embeddings(model)),
-        eos_token_id=list(dict.fromkeys(one for one in ends if one is not None)) or None,
-    )
-    width = batch["input_ids"].shape[1]
+    ends = {one for ids in ids_of for one in (ids if isinstance(ids, list) else [ids])} - {None}
+    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, **sampling.settings()}
+    options["pad_token_id"] = padding_id(tokenizer, num_embeddings(model))
+    config = GenerationConfig(**options, eos_token_id=sorted(ends) or None)  # type: ignore[no-untyped-call]
     # Every token but the last few of a stop text holds a byte of it at least.
     longest = max((len(text.encode()) for text in stop), default=0) + 4
+    plain = num_beams > 1 or streamer is not None or not cache_argument(model)
+    cache = None if plain else new_cache(model, GrowingCacheLayer)
+    width = batch["input_ids"].shape[1]
 
-    def has_stopped(ids_BT: Tensor, scores: Any, **_: Any) -> Tensor:
-        tails = tokenizer.batch_decode(ids_BT[:, width:][:, -longest:])
-        found = [any(text in tail for text in stop) for tail in tails]
-        return torch.tensor(found, device=ids_BT.device)
+    def has_ended(ids_BT: Tensor) -> Tensor:
+        ended_B = torch.isin(ids_BT[:, -1], ids_BT.new_tensor(sorted(ends)))
+        if stop:
+            tails = tokenizer.batch_decode(ids_BT[:, width:][:, -longest:])
+            found = [any(text in tail for text in stop) for tail in tails]
+            ended_B |= torch.tensor(found, device=ids_BT.device)
+        return ended_B
 
     # What a call leaves unset transformers takes from the model's own settings: sampling and
     # penalties that would change the answer.
     model.generation_config = config
     try:
-        output = cast("Any", model).generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            stopping_criteria=[has_stopped] if stop else [],
-            streamer=streamer,
-        )
+        if cache is not None and all(type(layer) is GrowingCacheLayer for layer in cache.layers):
+            rows = _continued(model, batch, cache, max_new_tokens, has_ended)
+        else:
+            output = cast("Any", model).generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                stopping_criteria=[lambda ids_BT, scores, **_: has_ended(ids_BT)] if stop else [],
+                streamer=streamer,
+            )
+            rows = list(output[:, width:])
     finally:
         model.generation_config = own
-    texts = list(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True))
+    texts = list(tokenizer.batch_decode(cast("Any", rows), skip_special_tokens=True))
     for end in stop:
         texts = [text.split(end, 1)[0] for text in texts]
     return texts
+
+
+def _continued(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    cache: Any,
+    max_new_tokens: int,
+    has_ended: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """New tokens of each row; rows that have ended leave the batch, some at a time."""
+    ids_BT, mask_BT = _after_prefix(model, batch, cache)
+    width = ids_BT.shape[1]
+    numbers = list(range(len(ids_BT)))
+    found: dict[int, Tensor] = {}
+    while numbers:
+        ended_B = torch.zeros(len(numbers), dtype=torch.bool, device=ids_BT.device)
+
+        def enough(now_BT: Tensor, scores: Any, ended_B: Tensor = ended_B, **_: Any) -> Tensor:
+            ended_B |= has_ended(now_BT)
+            # To go on with fewer rows copies their keys and values.
+            return ended_B | (4 * ended_B.sum() >= len(ended_B))
+
+        ids_BT = cast("Any", model).generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=width + max_new_tokens - ids_BT.shape[1],
+            stopping_criteria=[enough],
+            **{cache_argument(model): cache},
+        )
+        if ids_BT.shape[1] == width + max_new_tokens:
+            ended_B[:] = True
+        found |= {numbers[row]: ids_BT[row, width:] for row in ended_B.nonzero()[:, 0].tolist()}
+        left = (~ended_B).nonzero()[:, 0]
+        numbers = [numbers[row] for row in left.tolist()]
+        ids_BT, mask_BT = ids_BT[left], mask_BT[left]
+        mask_BT = F.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
+        cache.batch_select_indices(left)
+    return [found[number] for number in sorted(found)]
+
+
+def _after_prefix(
+    model: PreTrainedModel, batch: dict[str, Any], cache: Any
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask, with what all rows begin with in the first columns, and in the cache."""
+    ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
+    rows = [ids_T[mask_T.bool()].tolist() for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)]
+    num_shared = min(len(common_start(rows)), min(map(len, rows)) - 1)
+    by_columns = "position_ids" not in forward_arguments(model)
+    if len(rows) == 1 or num_shared < WORTH_SHARING or by_columns:
+        return ids_BT, mask_BT
+    prefix_P = ids_BT.new_tensor(rows[0][:num_shared])
+    with torch.no_grad():
+        fill_cache(model, {"input_ids": prefix_P[None]}, cache)
+    first_B1 = ids_BT.shape[1] - mask_BT.sum(1, keepdim=True)
+    own_BT = torch.arange(num_shared, ids_BT.shape[1], device=ids_BT.device) >= (
+        first_B1 + num_shared
+    )
+    start_BP = prefix_P.expand(len(rows), -1)
+    return (
+        torch.cat([start_BP, ids_BT[:, num_shared:]], dim=1),
+        F.pad(own_BT.to(mask_BT.dtype), (num_shared, 0), value=1),
+    )

@@ -32,10 +32,16 @@ def common_start(rows: Sequence[Ids]) -> Ids:
     return first[: next((i for i, (one, other) in pairs if one != other), len(first))]
 
 
-def new_cache(model: PreTrainedModel) -> DynamicCache | None:
+def new_cache(
+    model: PreTrainedModel, kind: type[SharedPrefixCacheLayer] | None = None
+) -> DynamicCache | None:
     """An empty cache; None for models that keep more than keys and values.
 
     None, too, where the length of a text decides how its tokens are rotated.
+
+    Args:
+        model: A causal language model.
+        kind: Of its layers with full attention; `SharedPrefixCacheLayer` by default.
     """
     config = model.config
     if {"longrope", "dynamic"} & set(_rope_types(config.to_dict())):
@@ -43,9 +49,8 @@ def new_cache(model: PreTrainedModel) -> DynamicCache | None:
     cache = DynamicCache(config=config)
     if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
-    cache.layers = [
-        SharedPrefixCacheLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    kind = kind or SharedPrefixCacheLayer
+    cache.layers = [kind() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache if cache.layers else None
 
 
@@ -141,3 +146,36 @@ class SharedPrefixCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def _joined(held: Any, new: Tensor) -> Tensor:
     return torch.cat([held.expand(len(new), -1, -1, -1), new], dim=-2)
+
+
+class GrowingCacheLayer(SharedPrefixCacheLayer):  # type: ignore[no-untyped-call]
+    """The same for many single tokens, without gradients: few of them copy what came before."""
+
+    room = 64
+    """Tokens for which memory is taken at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[str, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values of new tokens, shape (B, heads, T, D), and return all."""
+        if not self.is_initialized:
+            return super().update(key_states, value_states)
+        self.keys = self._with("keys", self.keys, key_states)
+        self.values = self._with("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _with(self, name: str, old: Any, new: Tensor) -> Tensor:
+        """`old` with `new` after it, in the memory of `old` where that has room."""
+        start, end = old.shape[-2], old.shape[-2] + new.shape[-2]
+        held = self._held.get(name)
+        # Rows that were chosen or repeated since lie elsewhere.
+        if held is None or held.data_ptr() != old.data_ptr() or held.shape[-2] < end:
+            held = new.new_empty(*new.shape[:2], end + self.room, new.shape[-1])
+            held[:, :, :start] = old
+            self._held[name] = held
+        held[:, :, start:end] = new
+        return held[:, :, :end]

@@ -1,39 +1,37 @@
-"""Wall time from the command to the end of the first step, beside HF Trainer with PEFT LoRA.
+"""Start of a training and tokenising for `speed.py`, beside TRL's `SFTTrainer` on the same file.
 
-    python tests/benchmarks/start_up.py boolq.json [--rounds 5] [--base FOLDER] [--batch-size 16]
+    python tests/benchmarks/start_up.py WHAT FOLDER    # what a fresh process does, for speed.py
 
-Each figure is of a fresh process, from its start to the end of its first optimizer step; `--help`
-to its end. The ways take turns, round by round. Last comes what tokenising the records takes, and
-finding them tokenised. The base is by default a Llama of 12 layers, 512
-wide, with 32,000 tokens, in float32, and random weights, or the one given. Both sides find their
-tokenised data on disk: ours in its cache, the baseline's saved by `datasets`. The baseline trains
-LoRA with r=16 on q, k, v, up and down. Needs the extra `test`, and accelerate.
+The start is the time from the command to the end of the first optimizer step on SmolLM2-135M-
+Instruct, batches of 16 in float32; both find tokenised data in their caches, as each did a round
+before. Tokenising is that of a JSON file, from opening it on, with empty caches. Without TRL its
+side is not measured.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from timing import LORA_TARGETS, encoded, hf_trainer, in_turn, lora_on, random_llama, ratios
+from timing import Figure, in_turn, lora_on, quiet, ratios
+from training_speed import NAMES, peak_rss
 
 HERE = Path(__file__).parent
+OURS, TRL = "ours", "TRL"
 CONFIG = """
 trainer:
   accelerator: cpu
   devices: 1
   max_steps: 10
-  log_every_n_steps: 10
   logger:
     class_path: lightning.pytorch.loggers.TensorBoardLogger
     init_args: {{save_dir: {folder}}}
@@ -42,57 +40,84 @@ trainer:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {{monitor: val/loss, save_last: true}}
     - class_path: first_step.StopAfterFirstStep
-model: {{base: {base}}}
+model: {{base: smollm2}}
 data:
-  sources: [{{path: {records}}}]
+  sources: [{{path: {folder}/records.json}}]
   batch_size: {batch_size}
   loading: {{cache_dir: {folder}/cache}}
 """
 
 
-def baseline(base: str, data: str, batch_size: int) -> None:
-    """The script that a user would write, up to the end of the first step."""
-    from datasets import load_from_disk
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+# --- what fresh processes do ------------------------------------------------------------------
+
+
+def trainer_of_trl(folder: Path, model: Any, base: str, callbacks: list[Any]) -> Any:
+    """As a user would set it up: prompt and completion out of a JSON file."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    def split(row: dict[str, str]) -> dict[str, str]:
+        return {"prompt": f"{row['instruction']}\n", "completion": row["output"]}
+
+    rows = load_dataset("json", data_files=str(folder / "records.json"), split="train")
+    rows = rows.map(split, remove_columns=rows.column_names)
+    size = int((folder / "batch_size").read_text())
+    settings = {"per_device_train_batch_size": size, "max_steps": 10, "max_length": 512}
+    args = SFTConfig(
+        output_dir=str(folder / "trl"), report_to="none", use_cpu=True, bf16=False, **settings
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return SFTTrainer(
+        model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+    )
+
+
+def first_step_of_trl(folder: Path, base: str) -> None:
+    from speed_training import LORA
+    from transformers import AutoModelForCausalLM, TrainerCallback
 
     class Stop(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             os._exit(0)
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model = lora_on(model, r=16, lora_alpha=32, target_modules=LORA_TARGETS)
-    settings = {"per_device_train_batch_size": batch_size, "max_steps": 10}
-    with tempfile.TemporaryDirectory() as folder:
-        hf_trainer(model, folder, load_from_disk(data), tokenizer, Stop(), **settings).train()
+    model = lora_on(AutoModelForCausalLM.from_pretrained(base), **LORA)
+    trainer_of_trl(folder, model, base, [Stop()]).train()
 
 
-def save_base(folder: Path) -> Path:
-    """A Llama with random weights and the tokenizer of the embedded base."""
-    from transformers import AutoTokenizer
+def tokenise(what: str, folder: Path, base: str) -> None:
+    """Write the seconds and the peak memory, MiB; imports and the model are not counted."""
+    if what == "trl":
+        import trl  # noqa: F401
+        from timing import random_llama
 
-    from rosa_lightning.models import tiny
+        model = random_llama(num_hidden_layers=1, hidden_size=64, intermediate_size=64)
+    else:
+        from rosa_lightning import ReasoningDataModule
+        from rosa_lightning.data.settings import LoadingConfig
+    since = time.perf_counter()
+    if what == "trl":
+        trainer_of_trl(folder, model, base, [])
+    else:
+        data = ReasoningDataModule(
+            sources=[str(folder / "records.json")],
+            tokenizer="smollm2",
+            val_fraction=0,
+            loading=LoadingConfig(cache_dir=str(folder / "cache")),
+        )
+        data.setup("fit")
+    found = {"seconds": time.perf_counter() - since, "peak_mib": peak_rss()}
+    (folder / "found.json").write_text(json.dumps(found))
 
-    random_llama().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny.folder()).save_pretrained(folder)
-    return folder
+
+# --- sections ---------------------------------------------------------------------------------
 
 
-def save_tokenised(records: Path, base: Path, folder: Path) -> Path:
-    """The records in token ids, as the baseline takes them."""
-    from datasets import Dataset
-
-    from rosa_lightning.models.loading import load_tokenizer
-
-    rows = encoded([str(records)], load_tokenizer(str(base)), max_length=512)
-    Dataset.from_list(rows).save_to_disk(folder)
-    return folder
-
-
-def run(command: list[str]) -> None:
+def run(command: list[str], folder: Path) -> None:
     """Run a process, which must succeed."""
     paths = [str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    own = {"PYTHONPATH": os.pathsep.join(paths), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    environment = {**os.environ, **own}
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True
     )
@@ -100,71 +125,84 @@ def run(command: list[str]) -> None:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
-def tokenise(records: Path, base: Path, cache: Path) -> None:
-    """Print the seconds of `ReasoningDataModule.setup`, with an empty cache and a filled one."""
-    from rosa_lightning import ReasoningDataModule
-    from rosa_lightning.data.settings import LoadingConfig
+def write_records(data: Path, folder: Path, count: int, batch_size: int) -> None:
+    """So many records, all different."""
+    files = [json.loads((data / "train" / f"{name}.json").read_text()) for name in NAMES]
+    rows = itertools.cycle(row for rows in files for row in rows)
+    numbered = [
+        {**row, "instruction": f"{number}. {row['instruction']}"}
+        for number, row in zip(range(count), rows, strict=False)
+    ]
+    (folder / "records.json").write_text(json.dumps(numbered))
+    (folder / "batch_size").write_text(str(batch_size))
 
-    for name in ("tokenised anew", "found in the cache"):
-        data = ReasoningDataModule(
-            sources=[str(records)],
-            tokenizer=str(base),
-            val_fraction=0,
-            loading=LoadingConfig(cache_dir=str(cache)),
+
+def first_step(options: Any) -> dict[str, Any]:
+    size = 2 if options.try_out else 16
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_records(options.data, folder, min(options.records, 10_000), size)
+        config = folder / "config.yaml"
+        config.write_text(CONFIG.format(folder=folder, batch_size=size))
+        commands = {OURS: ["-m", "rosa_lightning", "fit", "--config", str(config)]}
+        if find_spec("trl"):
+            commands[TRL] = [__file__, "first_step", str(folder)]
+        ways = {name: partial(run, command, folder) for name, command in commands.items()}
+        took = in_turn(ways, options.rounds + 1)  # the first round fills the caches
+    rows = {name: {"seconds": values} for name, values in took.items()}
+    figures = []
+    if TRL in took:
+        figures.append(Figure("time by TRL's", ratios(took[OURS], took[TRL]), 0.9))
+    return {
+        "setting": {"batch_size": size, "rounds": options.rounds},
+        "rows": rows,
+        "figures": figures,
+    }
+
+
+def tokenising(options: Any) -> dict[str, Any]:
+    """Time of all records and of a tenth of them, and memory."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    counts = (options.records // 10, options.records)
+    for _ in range(options.rounds):
+        for count, what in itertools.product(
+            counts, ("ours", "trl") if find_spec("trl") else ("ours",)
+        ):
+            with TemporaryDirectory() as name:
+                folder = Path(name)
+                write_records(options.data, folder, count, 16)
+                run([__file__, what, str(folder)], folder)
+                found = json.loads((folder / "found.json").read_text())
+            row = rows.setdefault(f"{what}, {count:,}", {"seconds": [], "peak_mib": []})
+            for key, value in found.items():
+                row[key].append(value)
+    few, many = (rows[f"ours, {count:,}"] for count in counts)
+    figures = [
+        Figure(
+            "peak memory, by that of a tenth of the records",
+            ratios(many["peak_mib"], few["peak_mib"]),
+            1.2,
         )
-        since = time.perf_counter()
-        data.setup("fit")
-        took = time.perf_counter() - since
-        print(f"{len(data.train_dataloader().dataset)} records {name}: {took:.2f} s")
-
-
-def compare(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
-    """Print the median seconds of each way, and its ratio to the first, with the ratios' range."""
-    ways = {name: partial(run, command) for name, command in commands.items()}
-    took = in_turn(ways, rounds)  # the first round fills the caches, the disk's too
-    first = next(iter(took.values()))
-    found = {name: sorted(ratios(values, first)) for name, values in took.items()}
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
-    for name, values in took.items():
-        low, middle, high = found[name][0], statistics.median(found[name]), found[name][-1]
-        median = statistics.median(values)
-        print(f"{name:26} {median:6.2f} s   {middle:5.2f}  ({low:.2f} to {high:.2f})")
-    return found
+    ]
+    if find_spec("trl"):
+        times = ratios(many["seconds"], rows[f"trl, {counts[1]:,}"]["seconds"])
+        figures.insert(0, Figure("time by TRL's", times, 0.9))
+    return {
+        "setting": {"records": options.records, "rounds": options.rounds},
+        "rows": rows,
+        "figures": figures,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("records", type=Path)
-    parser.add_argument("--base", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="file for the figures of training_speed.py")
-    parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)  # its tokenised data
-    options = parser.parse_args()
-    if options.baseline:
-        baseline(str(options.base), str(options.baseline), options.batch_size)
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = options.base or save_base(folder / "base")
-        data = save_tokenised(options.records, base, folder / "tokenised")
-        config = folder / "config.yaml"
-        places = {"folder": folder, "base": base, "records": options.records.resolve()}
-        config.write_text(CONFIG.format(**places, batch_size=options.batch_size))
-        size = ["--base", str(base), "--batch-size", str(options.batch_size)]
-        commands = {
-            "LoRA, HF Trainer": [__file__, str(options.records), "--baseline", str(data), *size],
-            "fit": ["-m", "rosa_lightning", "fit", "--config", str(config)],
-            "--help": ["-m", "rosa_lightning", "--help"],
-            "import torch": ["-c", "import torch"],
-            "import lightning.pytorch": ["-c", "import lightning.pytorch"],
-        }
-        found = compare(commands, options.rounds)
-        tokenise(options.records, base, folder / "anew")
-        if options.json:
-            name = "start of fit to the end of step 1 over LoRA's"
-            figure = {"name": name, "values": found["fit"], "bar": 1.0}
-            options.json.write_text(json.dumps([figure]))
+    from rosa_lightning.models.gguf import gguf_folder
+
+    quiet()
+    what, folder, base = sys.argv[1], Path(sys.argv[2]), str(gguf_folder("smollm2"))
+    if what == "first_step":
+        first_step_of_trl(folder, base)
+    else:
+        tokenise(what, folder, base)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ does some steps when it is its turn, so that whatever else the machine does meet
 records are drawn from all files alike, so that these are mixed by size. The first epoch
 of each is not counted, and each round is an epoch. Ratios are taken in each round; the table has
 their median, and in brackets the lowest and the highest. `--only` chooses among trainings, what DLS
-selects, the cost of RoAE and of the number of records, and two scripts of their own: roae_cost.py,
-which has the cost of scoring, and start_up.py. The last table has all figures with their bars.
+selects, the cost of RoAE and of the number of records, and a script of its own: roae_cost.py, which
+has the cost of scoring. The last table has all figures with their bars. A real model: speed.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
 RANDOM, GROUPED = "LoRA, HF Trainer, random order", "LoRA, HF Trainer, length groups"
 UPPER, ALL, DLS = "RoSA, upper half", "RoSA, all layers", "RoSA, DLS defaults"
 PACKED = "RoSA, all layers, packed"
-SECTIONS = ["training", "selection", "floor", "size", "scoring", "start"]
+SECTIONS = ["training", "selection", "floor", "size", "scoring"]
 BARS = {UPPER: (4.8, 2.6), ALL: (3.5, 1.9)}
 """Times the examples a second of LoRA in random order, and in length groups."""
 
@@ -244,8 +244,16 @@ class Contender:
         self.process.start()
         self.seconds: list[float] = []
         self.seen: list[Any] = []
+        self.before: list[Any] = []
+        """What was noted of the steps that are not timed."""
         self.rss = 0.0
-        self._receive()
+        self.is_ready = False
+
+    def wait(self) -> None:
+        """Until it stands before its first step."""
+        if not self.is_ready:
+            self._receive()
+            self.is_ready = True
 
     def _receive(self) -> float:
         while not self.pipe.poll(1):
@@ -259,10 +267,12 @@ class Contender:
         return float(answer["seconds"])
 
     def run(self, steps: int) -> float:
+        self.wait()
         self.pipe.send(steps)
         return self._receive()
 
     def stop(self) -> None:
+        self.wait()
         self.pipe.send(0)
         self.process.join()
 
@@ -274,9 +284,12 @@ def interleave(
     contenders: dict[str, Contender], steps: int, rounds: int, turn: int, warm_up: int
 ) -> None:
     """Seconds of each round of each contender, a turn of some steps after another."""
+    for contender in contenders.values():
+        contender.wait()
     for contender in contenders.values():  # the first steps try things out and allocate
-        contender.run(warm_up)
-        contender.seen.clear()
+        if not contender.seconds:
+            contender.run(warm_up)
+            contender.before, contender.seen = contender.seen, []
     for number in range(rounds):
         for contender in contenders.values():
             contender.seconds.append(0.0)
@@ -355,7 +368,9 @@ def size_table(options: argparse.Namespace, job: dict[str, Any]) -> list[Figure]
         path = source.with_name(f"{count}.json")
         path.write_text(json.dumps([record] * count))
         since = time.perf_counter()
-        contenders[f"{count} records"] = Contender(train_rosa, **{**job, "paths": [str(path)]})
+        contender = Contender(train_rosa, **{**job, "paths": [str(path)]})
+        contender.wait()
+        contenders[f"{count} records"] = contender
         print(f"\nfrom the start of the process to the first batch, {count} records: ", end="")
         print(f"{time.perf_counter() - since:.1f} s", flush=True)
     turn = options.size_steps // 4 or 1
@@ -402,7 +417,6 @@ def on_cpu(options: argparse.Namespace) -> None:
             "floor": lambda: floor_table(options, job),
             "size": lambda: size_table(options, job),
             "scoring": lambda: run_script("roae_cost.py", "--threads", str(options.threads)),
-            "start": lambda: run_script("start_up.py", str(options.data / "boolq.json")),
         }
         wanted = options.only or SECTIONS
         figures = [figure for name, make in tables.items() if name in wanted for figure in make()]

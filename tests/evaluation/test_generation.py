@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rosa_lightning.evaluation.generation import Sampling, generate
+from rosa_lightning.models.kv_cache import cache_argument
 from rosa_lightning.models.loading import load_base, load_tokenizer
 
 
@@ -83,40 +84,81 @@ def test_beams_find_no_less_likely_text_than_greedy_search(base):
             assert likelihood(prompt, one) >= likelihood(prompt, other) - 1e-4
 
 
-def scripted(base, monkeypatch, texts: list[str]):
-    """The base, made to write these texts, and how many tokens it was asked for."""
+def scripted(base, monkeypatch, texts: dict[str, str]):
+    """The base, made to write a text after each prompt, and how many rows each step had.
+
+    Prompts are told from each other by their lengths.
+    """
     model, tokenizer = base
-    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    rows = {
+        len(tokenizer(prompt).input_ids): tokenizer(text, add_special_tokens=False).input_ids
+        for prompt, text in texts.items()
+    }
     steps: list[int] = []
     forward = type(model).forward
 
-    def written(self, input_ids, **options):
-        output = forward(self, input_ids, **options)
+    def written(self, input_ids, attention_mask=None, **options):
+        output = forward(self, input_ids, attention_mask=attention_mask, **options)
+        if attention_mask is None:  # no row is padded
+            total = options[cache_argument(model)].get_seq_length()
+            attention_mask = torch.ones(len(input_ids), total, dtype=torch.long)
         step = len(steps)
-        steps.append(step)
+        steps.append(len(input_ids))
         output.logits = torch.full_like(output.logits, -1e4)
-        for row, ids in enumerate(rows):
+        for row, tokens in enumerate(attention_mask.sum(1).tolist()):
+            ids = rows[tokens - step]
             output.logits[row, -1, ids[step] if step < len(ids) else 65] = 0.0
         return output
 
     monkeypatch.setattr(type(model), "forward", written)
-    return model, tokenizer, steps
+    return model, prompts_of(tokenizer, list(texts)), steps
 
 
 def test_each_row_stops_where_its_next_exercise_begins(base, monkeypatch):
-    texts = ["it is 3\n\n### Instruction:\nSay 4.", "a longer answer of 5 ### Instruction: x"]
-    model, tokenizer, steps = scripted(base, monkeypatch, texts)
-    batch = prompts_of(tokenizer, ["Say 1.", "Say 2."])
-    found = generate(model, tokenizer, batch, 200, stop=("### Instruction:",))
+    longer = "a longer answer of 5 ### Instruction: x"
+    texts = {"Say 1.": "it is 3\n\n### Instruction:\nSay 4.", "Say 22.": longer}
+    model, batch, steps = scripted(base, monkeypatch, texts)
+    found = generate(model, base[1], batch, 200, stop=("### Instruction:",))
     assert found == ["it is 3\n\n", "a longer answer of 5 "]
     assert len(steps) == len("a longer answer of 5 ### Instruction:")
 
 
+def test_rows_that_have_ended_leave_the_batch(base, monkeypatch):
+    lengths = {"a": 9, "bb": 3, "ccc": 20, "dddd": 6, "eeeee": 9, "ffffff": 100}
+    texts = {prompt: "x" * length + "!" for prompt, length in lengths.items()}
+    model, batch, steps = scripted(base, monkeypatch, texts)
+    found = generate(model, base[1], batch, 30, stop=("!",))
+    assert found == ["x" * min(length, 30) for length in lengths.values()]
+    assert len(steps) == 30
+    assert sum(steps) < 4 + 4 + 7 + 10 + 10 + 21 + 30 + 6
+
+
+def test_a_beginning_of_all_prompts_is_read_once_and_changes_no_answer(base, monkeypatch):
+    model, tokenizer = base
+    start = "A text that all of the prompts begin with, and then "
+    prompts = [f"{start}{rest}" for rest in ("Say 1.", "What is the number after 41?", "Why")]
+    wanted = [greedy(model, tokenizer, prompt, 100) for prompt in prompts]
+    read: list[tuple[int, ...]] = []
+    forward = type(model).forward
+
+    def watched(self, input_ids, **options):
+        read.append(tuple(input_ids.shape))
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    assert generate(model, tokenizer, prompts_of(tokenizer, prompts), 100) == wanted
+    (one, beginning), (rows, rest) = read[:2]
+    assert (one, rows) == (1, 3)
+    assert beginning >= len(tokenizer(start).input_ids) - 1
+    assert beginning + rest == max(len(tokenizer(prompt).input_ids) for prompt in prompts)
+
+
 def test_an_end_token_of_the_base_alone_ends_an_answer_too(base, monkeypatch):
-    model, tokenizer, steps = scripted(base, monkeypatch, ["yes!no"])
+    model, batch, steps = scripted(base, monkeypatch, {"Say 1.": "yes!no"})
+    tokenizer = base[1]
     monkeypatch.setattr(
         model.generation_config, "eos_token_id", [*tokenizer("!").input_ids, tokenizer.eos_token_id]
     )
-    (found,) = generate(model, tokenizer, prompts_of(tokenizer, ["Say 1."]), 50)
+    (found,) = generate(model, tokenizer, batch, 50)
     assert found == "yes!"
     assert len(steps) == 4

@@ -23,7 +23,7 @@ import yaml
 
 from rosa_lightning.cli.main import main
 from rosa_lightning.models import tiny
-from tests import options_table, results_table
+from tests import options_table, results_table, speed_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -165,10 +165,16 @@ def test_every_block_runs(page, trained, tmp_path, monkeypatch):
             assert language in ("text", "bibtex", "mermaid"), language
 
 
-@pytest.mark.parametrize("made", [options_table, results_table])
-def test_the_tables_are_those_of_the_code_and_of_the_results(made):
-    page = made.PAGE.read_text()
-    assert page == made.generated(page), f"run: python -m {made.__name__}"
+@pytest.mark.parametrize(
+    ("made", "page"),
+    [
+        *((made, made.PAGE) for made in (options_table, results_table)),
+        *((speed_table, page) for page in speed_table.PAGES),
+    ],
+)
+def test_the_tables_are_those_of_the_code_and_of_the_results(made, page):
+    text = page.read_text()
+    assert text == made.generated(text), f"run: python -m {made.__name__}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
