@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 
 import pytest
@@ -97,6 +98,7 @@ def scripted(base, monkeypatch, texts: dict[str, str]):
     steps: list[int] = []
     forward = type(model).forward
 
+    @functools.wraps(forward)  # transformers passes what it names
     def written(self, input_ids, attention_mask=None, **options):
         output = forward(self, input_ids, attention_mask=attention_mask, **options)
         if attention_mask is None:  # no row is padded
@@ -141,6 +143,7 @@ def test_a_beginning_of_all_prompts_is_read_once_and_changes_no_answer(base, mon
     read: list[tuple[int, ...]] = []
     forward = type(model).forward
 
+    @functools.wraps(forward)
     def watched(self, input_ids, **options):
         read.append(tuple(input_ids.shape))
         return forward(self, input_ids, **options)
