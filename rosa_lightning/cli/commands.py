@@ -234,6 +234,9 @@ def inspect(
         optimizer=module.make_optimizer,
         autocast=_AUTOCAST.get(precision),
         speed=replace(module.speed, microbatch_tokens=num_tokens),
+        attn_implementation=module.attn_implementation
+        if _device(context.trainer) == "cpu"
+        else "sdpa",
     )
     console.print(memory_table(estimates))
     if drawn is not None:
@@ -396,17 +399,20 @@ def _tokens_at_once(
     module: RoSAModule, trainer: Mapping[str, Any], model: torch.nn.Module
 ) -> int | None:
     """Most tokens that a training runs forward and backward at once; None for whole batches."""
-    given = module.speed.microbatch_tokens
-    accelerator = str(trainer.get("accelerator") or "auto").lower()
-    if accelerator == "auto":
-        accelerator = "gpu" if torch.accelerator.is_available() else "cpu"
-    device = "cpu" if "cpu" in accelerator else accelerator
+    given, device = module.speed.microbatch_tokens, _device(trainer)
     # Lightning takes bfloat16 on a CPU.
     scaled = device != "cpu" and _AUTOCAST.get(str(trainer.get("precision"))) == torch.float16
     strategy = str(trainer.get("strategy")).lower()
     if given is None or scaled or "fsdp" in strategy or "modelparallel" in strategy:
         return None
     return default_microbatch_tokens(model, device) if given == "auto" else given
+
+
+def _device(trainer: Mapping[str, Any]) -> str:
+    accelerator = str(trainer.get("accelerator") or "auto").lower()
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.accelerator.is_available() else "cpu"
+    return "cpu" if "cpu" in accelerator else accelerator
 
 
 def _draw_activations(

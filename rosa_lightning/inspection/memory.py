@@ -79,6 +79,7 @@ def estimate_memory(
     active_layers: Collection[int] | None = None,
     scoring: bool = False,
     speed: SpeedConfig | None = None,
+    attn_implementation: str | None = None,
 ) -> MemoryEstimate:
     """The memory of one training step of `RoSAModule`, once the optimizer has its state.
 
@@ -101,6 +102,8 @@ def estimate_memory(
         scoring: A step in which `DynamicLayerSelection` selects: all layers and the norm weights
             that score them take gradients.
         speed: As `RoSAModule` takes it; ``auto`` is for whole batches here, and so is none.
+        attn_implementation: The kernel that is named, as ``sdpa`` for a step on an accelerator;
+            without one short rows attend as they do on a CPU in bfloat16.
 
     Raises:
         ValueError: Nothing trains, no such layers, no batch, or a model, a method or an optimizer
@@ -121,7 +124,7 @@ def estimate_memory(
 
     try:
         with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
-            step = _Step(model, optimized, optimizer, speed)
+            step = _Step(model, optimized, optimizer, speed, attn_implementation)
             ids_BT = torch.zeros(batch_size, length, dtype=torch.int64)
             names = ("input_ids", "attention_mask", "position_ids", "labels")
             batch: dict[str, Any] = {name: ids_BT.clone() for name in names}
@@ -211,10 +214,12 @@ class _Step:
         optimized: Collection[str],
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         speed: SpeedConfig,
+        attn_implementation: str | None,
     ) -> None:
         self.model = model
         recomputes = speed.recompute_activations and not speed.compile
-        self.computer = LossComputer(model, replace(speed, recompute_activations=recomputes))
+        speed = replace(speed, recompute_activations=recomputes)
+        self.computer = LossComputer(model, speed, attn_implementation=attn_implementation)
         self.optimized = [p for name, p in model.named_parameters() if name in optimized]
         for parameter in self.optimized:
             parameter.grad = torch.zeros_like(parameter)
@@ -269,7 +274,7 @@ class _Step:
         keep = batch["num_label_positions"]
         rows_N = torch.arange(rows).repeat_interleave(keep)
         columns_N = torch.arange(width - keep - 1, width - 1).repeat(rows)
-        with self.computer.recomputing():
+        with self.computer.saving():
             return self.computer.loss_at(batch, rows_N, columns_N)[0] / len(rows_N)
 
 

@@ -9,7 +9,8 @@ Axes: B rows, T tokens, N supervised positions, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from rosa_lightning.data.collators import (
 )
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
 from rosa_lightning.training import head, prompts, shared_prefix
+from rosa_lightning.training.attention import short_rows_by_products
+from rosa_lightning.training.compile import is_compiled
 from rosa_lightning.training.microbatches import (
     accumulate_loss,
     default_microbatch_tokens,
@@ -43,6 +46,7 @@ from rosa_lightning.training.recompute import (
     recomputed,
 )
 from rosa_lightning.training.speed import SpeedConfig
+from rosa_lightning.utils.modules import is_checkpointed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,8 +69,16 @@ class Scored:
 class LossComputer:
     """Computes losses of batches for training, validation and the memory estimate."""
 
-    def __init__(self, model: PreTrainedModel, speed: SpeedConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        speed: SpeedConfig | None = None,
+        *,
+        attn_implementation: str | None = None,
+    ) -> None:
+        """An attention kernel that is named is kept."""
         self.model = model
+        self._chooses_attention = attn_implementation is None
         self.speed = speed or SpeedConfig()
         self.sharded = any(
             isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()
@@ -83,13 +95,22 @@ class LossComputer:
         self._cheap: list[nn.Module] | None = None
         self._tokens_at_once = self.speed.microbatch_tokens
 
-    def recomputing(self) -> AbstractContextManager[None]:
-        """Within it, cheap activations are not held for the backward pass."""
-        if not (self.speed.recompute_activations and torch.is_grad_enabled()):
-            return nullcontext()
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within it, a model runs for a backward pass with less work and memory.
+
+        Cheap activations are not held, and short rows attend as is fastest.
+        """
         if self._cheap is None:
             self._cheap = recomputable(self.model)
-        return recomputed(self._cheap) if self._cheap else nullcontext()
+        # What a layer computes again has to be what it computed at first.
+        as_written = is_compiled(self.model) or is_checkpointed(self.model)
+        with ExitStack() as stack:
+            if self._cheap and self.speed.recompute_activations and torch.is_grad_enabled():
+                stack.enter_context(recomputed(self._cheap))
+            if self._chooses_attention and not as_written:
+                stack.enter_context(short_rows_by_products())
+            yield
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
@@ -104,7 +125,7 @@ class LossComputer:
 
         def part_of_loss(part: dict[str, Any]) -> Tensor:
             rows_N, columns_N = _supervised(part)
-            with self.recomputing():
+            with self.saving():
                 total, _ = self.loss_at(part, rows_N, columns_N)
             return total / (count or len(rows_N))
 
