@@ -29,6 +29,7 @@ from rosa_lightning.data.collators import (
     row_of,
 )
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
+from rosa_lightning.models.vocabulary import num_embeddings
 from rosa_lightning.training import head, prompts, shared_prefix
 from rosa_lightning.training.attention import short_rows_by_products
 from rosa_lightning.training.compile import is_compiled
@@ -51,6 +52,8 @@ from rosa_lightning.utils.modules import is_checkpointed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LOGITS_AT_ONCE = 2**27
+"""Bytes of a chunk's logits in float32 under ``auto``; their gradients take as many again."""
 _SHARDED = "the ranks that share a model in shards must all run it equally often"
 
 
@@ -163,21 +166,39 @@ class LossComputer:
         columns_N = columns_N - num_shared
         if narrow:
             positions_N = rows_N * inputs["input_ids"].shape[1] + columns_N
-            if self.speed.loss_chunk is not None and len(labels_N) > self.speed.loss_chunk:
-                return self._in_chunks(inputs, positions_N, labels_N, predict)
+            size = self._chunk_size(len(labels_N), labels_N.device.type)
+            if size < len(labels_N):
+                return self._in_chunks(inputs, positions_N, labels_N, size, predict)
             logits_NV = head.logits_at(self.model, inputs, positions_N, self._block)
         else:
             logits_NV = self._last_columns(inputs, batch, rows_N, columns_N)
         predicted_N = logits_NV.argmax(-1) if predict else labels_N
         return cross_entropy_sum(logits_NV, labels_N), predicted_N
 
+    def _chunk_size(self, count: int, device: str) -> int:
+        """Of so many positions, how many have logits at once."""
+        size = self.speed.loss_chunk
+        if size == "auto":
+            num_rows = num_embeddings(self.model)
+            # Where gradients have to be taken later, chunks would compute the head twice.
+            late = torch.is_grad_enabled() and self._later_backward_reason(device)
+            if late or num_rows is None:
+                return count
+            num_chunks = -(-count * num_rows * 4 // LOGITS_AT_ONCE)
+            return -(-count // num_chunks)
+        return count if size is None else size
+
     def _in_chunks(
-        self, inputs: dict[str, Any], positions_N: Tensor, labels_N: Tensor, predict: bool
+        self,
+        inputs: dict[str, Any],
+        positions_N: Tensor,
+        labels_N: Tensor,
+        size: int,
+        predict: bool,
     ) -> tuple[Tensor, Tensor]:
         """`loss_at`, the logits of one chunk held at a time."""
         states_ND, head_of = head.states_at(self.model, inputs, positions_N, self._block)
         predicted_N = torch.empty_like(labels_N)
-        size = self.speed.loss_chunk or len(labels_N)
 
         def one(states_nD: Tensor, start: int) -> Tensor:
             chunk = slice(start, start + len(states_nD))
@@ -324,7 +345,7 @@ class LossComputer:
                 self._block = head.last_block(self.model, ids_BT)
             torch.clear_autocast_cache()  # of weights cast without a graph
             instead = "logits are computed at the last columns of all rows"
-            if self.speed.loss_chunk is not None:
+            if isinstance(self.speed.loss_chunk, int):
                 instead += ", all at once in spite of model.speed.loss_chunk"
             self._note("head", reason, instead)
         return not self._unsupported["head"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MicrobatchTokens = int | Literal["auto"] | None
+NumTokens = int | Literal["auto"] | None
 
 BUILT_LEVERS = ("gradient_checkpointing", "compile")
 """Levers that a model is built with."""
@@ -21,7 +21,9 @@ class SpeedConfig:
         share_prefix: Compute once what all rows of a batch begin with, such as an instruction
             template, where loss and gradients stay as they are; where not, the log says why.
         loss_chunk: Response tokens of a batch whose logits are held at once (chunked
-            cross-entropy, whose gradients are taken in the forward pass); all by default.
+            cross-entropy, whose gradients are taken in the forward pass); null is all. ``auto`` is
+            chunks of up to 128 MiB of logits in float32, and all under 16-mixed and with hooks on
+            parameters.
         microbatch_tokens: Tokens of a batch, padding included, that run forward and backward at
             once; a larger batch is taken in parts, in one step and with its own gradients.
             ``auto`` is 2048 on a CPU and for bases from 2e9 weights on, else all; null is all. All,
@@ -45,8 +47,8 @@ class SpeedConfig:
     """
 
     share_prefix: bool = True
-    loss_chunk: int | None = None
-    microbatch_tokens: MicrobatchTokens = "auto"
+    loss_chunk: NumTokens = "auto"
+    microbatch_tokens: NumTokens = "auto"
     recompute_activations: bool = True
     gradient_checkpointing: bool = False
     supervised_only: bool = True
@@ -54,7 +56,7 @@ class SpeedConfig:
     prompt_gradients: bool = True
 
     def __post_init__(self) -> None:
-        if self.loss_chunk is not None and not self.supervised_only:
+        if isinstance(self.loss_chunk, int) and not self.supervised_only:
             raise ValueError(
                 "loss_chunk has no effect without supervised_only. Set model.speed.loss_chunk to "
                 "null, or model.speed.supervised_only to true."
@@ -67,11 +69,10 @@ class SpeedConfig:
         for name in ("loss_chunk", "microbatch_tokens"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            auto = ", auto" if name == "microbatch_tokens" else ""
-            if value is not None and not whole and not (auto and value == "auto"):
+            if value is not None and not whole and value != "auto":
                 raise ValueError(
                     f"{name}={value!r} is not a whole number of at least 1. Set model.speed.{name} "
-                    f"to a number of tokens{auto}, or null for no limit."
+                    "to a number of tokens, auto, or null for no limit."
                 )
 
 

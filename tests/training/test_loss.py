@@ -153,6 +153,32 @@ def test_under_a_gradient_scaler_no_gradient_is_taken_before_the_backward_pass(m
     assert not taken
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_by_default_logits_come_in_equal_chunks_that_fit(tied, monkeypatch):
+    model, batch = build("llama", tie_word_embeddings=tied).requires_grad_(), batch_of()
+    check(model, batch)
+    widths, run = Widths(model), LossComputer(model)
+    run.loss(batch)
+    widths.head.clear()
+    run.loss(batch)
+    assert max(widths.head) == 12  # all of them fit
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 5 * 4 * model.vocab_size)
+    check(model, batch)
+    check(model, batch, microbatch_tokens=40)
+    widths.head.clear()
+    run.loss(batch)
+    assert [rows for rows in widths.head if rows > 1][-3:] == [4, 4, 4]
+
+
+def test_by_default_gradients_that_come_later_are_of_all_logits_at_once(monkeypatch):
+    model, batch = adapted(build("llama")), batch_of()
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 1)
+    widths, run = Widths(model), LossComputer(model, SpeedConfig(share_prefix=False))
+    with torch.autocast("cpu", torch.float16):
+        run.loss(batch).backward()
+    assert widths.head[-1] == 12
+
+
 def test_logits_of_all_tokens_where_that_is_asked_for():
     model, batch = adapted(build("llama")), batch_of()
     options = {"share_prefix": False, "supervised_only": False}
