@@ -100,8 +100,9 @@ def generated(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         heading, *rows = TABLES[match[2]](content)
-        lines = [heading, ["---"] * len(heading), *rows] if rows else [["No figures yet."]]
-        told = [f"| {' | '.join(cells)} |" for cells in lines] if rows else lines[0]
+        lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
+        lines.insert(1, "|---" * len(heading) + "|")
+        told = lines if rows else ["No figures yet."]
         return match[1] + "\n" + "\n".join(told) + "\n\n" + match[3]
 
     return MARKED.sub(table, page)

@@ -56,12 +56,11 @@ SECTIONS: dict[str, Section] = {
 }
 AMOUNTS = {
     # whole, --short, --try-out
-    "batches": (6, 3, 1),
+    "batches": (6, 2, 1),
     "rounds": (2, 1, 1),
     "questions": (128, 32, 3),
     "new-tokens": (200, 96, 4),
     "records": (100_000, 100_000, 200),
-    "steps": (300, 70, 12),
 }
 VERSIONS = ("torch", "transformers", "peft", "lightning", "trl", "lm_eval", "datasets")
 

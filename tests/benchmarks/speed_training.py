@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA, no gradients through prompts": {"peft": LORA, **NO_PROMPTS},
     "RoAE+, no gradients through prompts": {**PLUS, **NO_PROMPTS},
 }
-GROUPS = (ALL, UPPER, tuple(METHODS)[-2:])
+GROUPS = (*zip(ALL, UPPER, strict=True), tuple(METHODS)[-2:])
 """What is in memory at once, beside the two that others are set against."""
 OVER_HF = {
     ("commonsense", "32-true"): (2.5, 3.5),
@@ -79,7 +79,7 @@ def write_batches(data: Path, task: str, batch_size: int, count: int, folder: Pa
 def train_ours(
     turns: Turns, base: str, paths: list[str], batch_size: int, precision: str, **method: Any
 ) -> None:
-    """Train; with `count`, the first step on each batch notes the products' floating operations."""
+    """Train; with `count` batches, the second epoch notes its products' floating operations."""
     from lightning.pytorch import Callback
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,7 +91,9 @@ def train_ours(
     class Gate(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             turns.before_step()
-            self.counter = FlopCounterMode(display=False) if trainer.global_step < count else None
+            # Not in the first epoch, in which models are tried out.
+            counted = count <= trainer.global_step < 2 * count
+            self.counter = FlopCounterMode(display=False) if counted else None
             if self.counter:
                 self.counter.__enter__()
 
@@ -263,7 +265,8 @@ def limit(options: Any, precision: str) -> dict[str, Any]:
             name: race.start(train_ours, count=options.batches, **METHODS[name]) for name in names
         }
         peak = race.start(multiply)
-        interleave({**running, "peak": peak}, options.batches, options.rounds, 1, options.batches)
+        warm_up = 2 * options.batches
+        interleave({**running, "peak": peak}, options.batches, options.rounds, 1, warm_up)
         highest = max(peak.seen)
         for name, one in running.items():
             products = sum(one.before) / highest
