@@ -158,7 +158,7 @@ def _draw(chart: Chart, lines: Mapping[str, Series]) -> Figure:
         axes.update_datalim([(next(iter(lines.values())).steps[0], 0)])
         axes.autoscale_view()
         axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     if len(lines) > 1:
         beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         axes.legend(**(beside if len(lines) > 3 else {}))
@@ -195,7 +195,7 @@ def _draw_map(figure: Figure, axes: Axes, chart: Chart, lines: Mapping[str, Seri
 def _draw_bars(axes: Axes, layers: Sequence[int], values: Sequence[float], label: str) -> None:
     axes.bar(layers, values, color="#4a8ac0")
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
 
 

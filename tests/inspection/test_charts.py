@@ -78,6 +78,12 @@ def test_axes_of_scores_begin_at_zero():
     assert not any(label.startswith("\N{MINUS SIGN}") for label in labels)
 
 
+def test_steps_are_whole_numbers_where_there_is_one_alone():
+    labels = texts(drawn({"train/lr": Series((9,), (5e-4,))})["Learning rate"])
+    assert "9" in labels
+    assert not any(label.startswith(("8.", "9.")) for label in labels)
+
+
 def test_the_accuracy_on_an_only_task_is_drawn_once():
     title = "Accuracy of validation answers"
     one = drawn({"val/accuracy": line(0, 1), "val/accuracy/demo": line(0, 1)})[title]
