@@ -52,7 +52,8 @@ def _by_size(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     other = dropout or any(more.get(name) is not None for name in ("position_bias", "softcap"))
     square = masked or T == S
-    if not _is_half_on_cpu(query) or not 1 < T <= S <= MOST_KEYS or other or not square:
+    half = is_half_on_cpu(query.device.type, query.dtype)
+    if not half or not 1 < T <= S <= MOST_KEYS or other or not square:
         given = (query, key, value, attention_mask)
         result: tuple[Tensor, Tensor | None] = kernel(
             module, *given, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
@@ -65,11 +66,11 @@ def _by_size(
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
-def _is_half_on_cpu(query: Tensor) -> bool:
-    if query.device.type != "cpu":
-        return False
-    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return autocast == torch.bfloat16
+def is_half_on_cpu(device: str, dtype: torch.dtype) -> bool:
+    """Whether products of tensors of a dtype run in bfloat16 on a CPU, as under autocast."""
+    if device == "cpu" and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    return device == "cpu" and dtype == torch.bfloat16
 
 
 def attend(

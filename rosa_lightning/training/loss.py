@@ -31,7 +31,7 @@ from rosa_lightning.data.collators import (
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
 from rosa_lightning.models.vocabulary import num_embeddings
 from rosa_lightning.training import head, prompts, shared_prefix
-from rosa_lightning.training.attention import short_rows_by_products
+from rosa_lightning.training.attention import is_half_on_cpu, short_rows_by_products
 from rosa_lightning.training.compile import is_compiled
 from rosa_lightning.training.microbatches import (
     accumulate_loss,
@@ -54,6 +54,10 @@ if TYPE_CHECKING:
 
 LOGITS_AT_ONCE = 2**27
 """Bytes of a chunk's logits in float32 under ``auto``; their gradients take as many again."""
+WIDTH_STEP, POSITIONS_STEP = 8, 32
+"""In bfloat16 on a CPU the numbers of columns and of supervised positions are rounded up to these:
+each new shape of a product takes half a MiB of the process for good (oneDNN 3.12), whether or not
+oneDNN keeps it, and a width has some 35."""
 _SHARDED = "the ranks that share a model in shards must all run it equally often"
 
 
@@ -161,19 +165,23 @@ class LossComputer:
         Without `predict` the labels are returned as predictions.
         """
         labels_N = batch["labels"][rows_N, columns_N + 1]
+        count = len(labels_N)
         narrow = self._can_narrow(batch)
         inputs, num_shared = self._inputs(batch)
         columns_N = columns_N - num_shared
         if narrow:
             positions_N = rows_N * inputs["input_ids"].shape[1] + columns_N
+            if self._rounds_up(batch):
+                positions_N, labels_N = _filled_up(positions_N, labels_N, inputs["input_ids"])
             size = self._chunk_size(len(labels_N), labels_N.device.type)
             if size < len(labels_N):
-                return self._in_chunks(inputs, positions_N, labels_N, size, predict)
+                total, predicted_N = self._in_chunks(inputs, positions_N, labels_N, size, predict)
+                return total, predicted_N[:count]
             logits_NV = head.logits_at(self.model, inputs, positions_N, self._block)
         else:
             logits_NV = self._last_columns(inputs, batch, rows_N, columns_N)
         predicted_N = logits_NV.argmax(-1) if predict else labels_N
-        return cross_entropy_sum(logits_NV, labels_N), predicted_N
+        return cross_entropy_sum(logits_NV, labels_N), predicted_N[:count]
 
     def _chunk_size(self, count: int, device: str) -> int:
         """Of so many positions, how many have logits at once."""
@@ -238,13 +246,17 @@ class LossComputer:
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """What the model's forward takes, and how many columns are left out."""
-        num_shared = self._num_shared(batch)
+        num_shared, more = self._num_shared(batch), 0
+        if self._rounds_up(batch):
+            more = -(batch["labels"].shape[1] - num_shared) % WIDTH_STEP
+            batch = _padded(batch, more)
         if self._cuts_prompts():
-            widths = self._assumed_widths or self._prompt_widths(batch)
+            widths = self._assumed_widths or self._prompt_widths(batch, num_shared)
             inputs = prompts.rows_after_prompts(self.model, batch, widths, num_shared)
-            return inputs, batch["labels"].shape[1] - widths[1]
+            return inputs, batch["labels"].shape[1] - widths[1] - more
         if num_shared:
-            return shared_prefix.rows_after_prefix(self.model, batch, num_shared), num_shared
+            inputs = shared_prefix.rows_after_prefix(self.model, batch, num_shared)
+            return inputs, num_shared - more
         names = ["input_ids", "position_ids"]
         if not is_packed_batch(batch):
             names.append("attention_mask")
@@ -252,12 +264,17 @@ class LossComputer:
             check_can_pack(self.model)
             torch.clear_autocast_cache()  # of weights cast without a graph
             self._unsupported["packed"] = ""
-        return {**{name: batch[name] for name in names}, "use_cache": False}, 0
+        return {**{name: batch[name] for name in names}, "use_cache": False}, -more
+
+    def _rounds_up(self, batch: dict[str, Any]) -> bool:
+        """Whether columns and positions are added, so that few shapes occur."""
+        half = is_half_on_cpu(batch["labels"].device.type, self.model.dtype)
+        return half and not is_packed_batch(batch)
 
     def _cuts_prompts(self) -> bool:
         return not self.speed.prompt_gradients and self.model.training and torch.is_grad_enabled()
 
-    def _prompt_widths(self, batch: dict[str, Any]) -> tuple[int, int]:
+    def _prompt_widths(self, batch: dict[str, Any], num_shared: int) -> tuple[int, int]:
         """Columns of prompts and responses; ValueError where prompts cannot be run apart."""
         if "prompts" not in self._unsupported:
             reason = _SHARDED if self.sharded else ""
@@ -270,6 +287,9 @@ class LossComputer:
             self._unsupported["prompts"] = reason
         reason = self._unsupported["prompts"]
         widths = (0, 0) if reason else prompts.widths(batch)
+        if not reason and self._rounds_up(batch):
+            P, R = widths
+            widths = P + -(P - num_shared) % WIDTH_STEP, R + -R % WIDTH_STEP
         # A window counts columns, the gap between a short prompt and its response among them.
         if self._window is not None and sum(widths) > self._window:
             reason = f"a window of {self._window} tokens is shorter than the {sum(widths)} columns "
@@ -399,6 +419,25 @@ def _supervised(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _num_supervised(batch: dict[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def _padded(batch: dict[str, Any], num_columns: int) -> dict[str, Any]:
+    """A batch with more columns of padding on the left."""
+    fillers = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": IGNORE_INDEX}
+    more = {name: F.pad(batch[name], (num_columns, 0), value=v) for name, v in fillers.items()}
+    return {**batch, **more}
+
+
+def _filled_up(positions_N: Tensor, labels_N: Tensor, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions and labels with positions without loss behind them, so that their number is round.
+
+    As many as there are.
+    """
+    free = torch.ones(ids_BT.numel(), dtype=torch.bool, device=ids_BT.device)
+    free[positions_N] = False
+    others = free.nonzero()[: -len(positions_N) % POSITIONS_STEP, 0]
+    ignored = torch.full_like(others, IGNORE_INDEX)
+    return torch.cat([positions_N, others]), torch.cat([labels_N, ignored])
 
 
 def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

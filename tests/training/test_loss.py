@@ -179,6 +179,41 @@ def test_by_default_gradients_that_come_later_are_of_all_logits_at_once(monkeypa
     assert widths.head[-1] == 12
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("prompt_gradients", [True, False])
+@pytest.mark.parametrize("num_shared", [0, 20])
+def test_few_shapes_occur_and_loss_and_gradients_are_the_same(
+    num_shared, prompt_gradients, chunk, monkeypatch
+):
+    model = adapted(build("llama"))
+    options = SpeedConfig(loss_chunk=chunk, prompt_gradients=prompt_gradients)
+    shapes = set()
+    for rests in (RESTS, ((9, 3), (16, 8), (10, 4)), ((11, 2), (12, 7), (13, 9))):
+        batch, run = batch_of(num_shared, rests), LossComputer(model, options)
+        found = []
+        for rounds_up in (False, True):
+            monkeypatch.setattr(LossComputer, "_rounds_up", lambda *_, on=rounds_up: on)
+            run.loss(batch)
+            widths = Widths(model)
+            loss = run.loss(batch)
+            correct = run.score(batch).correct
+            found.append((loss, gradients(model, loss), correct))
+        assert_close(found[1][:2], found[0][:2], rtol=1e-5, atol=1e-6)
+        assert found[1][2].equal(found[0][2])
+        shapes |= {shape[1] for shape in widths.decoder if shape[0] > 1}
+        assert chunk or widths.head[-1] in (24, 32)  # after prompts there are no more
+    assert all(width % 8 == 0 for width in shapes)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_shapes_are_rounded_in_bfloat16_alone(autocast):
+    model, batch = adapted(build("llama")), batch_of(0)
+    run, widths = LossComputer(model), Widths(model)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        run.loss(batch)
+    assert widths.decoder[-1] == (3, 16 if autocast else 14)
+
+
 def test_logits_of_all_tokens_where_that_is_asked_for():
     model, batch = adapted(build("llama")), batch_of()
     options = {"share_prefix": False, "supervised_only": False}
