@@ -1,8 +1,8 @@
 """Trainings of SmolLM2-135M-Instruct for `speed.py`, beside PEFT LoRA under other trainers.
 
 Batches are those that length groups give: 50 batches of records are drawn and sorted by length, and
-some of the batches are kept, evenly spread. All contenders have the same batches, but TRL, whose
-default is a random order of the same records. A round is an epoch; the first is not counted.
+some of the batches are kept, evenly spread. All contenders have the same batches, but TRL, which
+has as many records in its default, a random order. A round is an epoch; the first is not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from training_speed import NAMES, Contender, Turns, interleave
 
 BATCH_SIZES = {"commonsense": 16, "gsm8k": 8}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": LORA_TARGETS}
-PLUS = {"targets": ["q", "k", "v", "o", "up", "down"]}
+TARGETS = ["q", "k", "v", "o", "up", "down"]
+PLUS = {"targets": TARGETS}
 HALF = {"layer_ratio": 0.5}
 HF, TRL, OURS = "LoRA, HF Trainer, length groups", "LoRA, TRL, random order (default)", "LoRA"
 ALL, UPPER = ("RoAE", "RoAE+"), ("RoAE, upper half", "RoAE+, upper half")
@@ -59,8 +60,10 @@ def rows_of(data: Path, task: str) -> list[dict[str, str]]:
     return [row for row in map(json.loads, lines) if sum(map(len, row.values())) <= 600]
 
 
-def write_batches(data: Path, task: str, batch_size: int, count: int, folder: Path) -> str:
-    """A file with some batches of length groups, one after another."""
+def write_batches(
+    data: Path, task: str, batch_size: int, count: int, folder: Path
+) -> tuple[str, str]:
+    """A file with some batches of length groups, one after another, and one of random batches."""
     from rosa_lightning.models.loading import load_tokenizer
 
     path = folder / "records.json"
@@ -70,7 +73,9 @@ def write_batches(data: Path, task: str, batch_size: int, count: int, folder: Pa
     order = sorted(range(len(drawn)), key=lambda number: lengths[number])
     starts = [(2 * i + 1) * 50 // (2 * count) * batch_size for i in range(count)]
     path.write_text(json.dumps([drawn[n] for s in starts for n in order[s : s + batch_size]]))
-    return str(path)
+    mixed = folder / "mixed.json"
+    mixed.write_text(json.dumps(drawn[: count * batch_size]))
+    return str(path), str(mixed)
 
 
 # --- what contenders run ----------------------------------------------------------------------
@@ -107,7 +112,7 @@ def train_ours(
         options: dict[str, Any] = {"peft": PeftMethod("peft.LoraConfig", lora)}
     else:
         options = {"roae": RoAEConfig(rank=4, alpha=8, low_freq_ratio=0.25, **method)}
-    module = RoSAModule("smollm2", attn_implementation="eager", speed=speed, **options)
+    module = RoSAModule("smollm2", speed=speed, **options)
     data = ReasoningDataModule(
         sources=paths, tokenizer="smollm2", batch_size=batch_size, max_length=1024, val_fraction=0
     )
@@ -115,6 +120,22 @@ def train_ours(
         precision=precision, max_epochs=-1, max_steps=1_000_000, callbacks=[Gate()]
     )
     trainer.fit(module, data)
+
+
+def settings(base: str, batch_size: int, precision: str, order: str) -> dict[str, Any]:
+    """Of the trainers of transformers and TRL."""
+    return {
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1_000_000,
+        "train_sampling_strategy": order,
+        "bf16": precision == "bf16-mixed",
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 0,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
 
 
 def train_theirs(
@@ -129,27 +150,16 @@ def train_theirs(
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = lora_on(AutoModelForCausalLM.from_pretrained(base), **LORA)
     rows = encoded(paths, tokenizer)
-    settings = {
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1_000_000,
-        # Its own length groups need hundreds of records: these lie in such groups.
-        "train_sampling_strategy": "random" if trl else "sequential",
-        "bf16": precision == "bf16-mixed",
-        "optim": "adamw_torch_fused",
-        "max_grad_norm": 0,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    # Its own length groups need hundreds of records: these lie in such groups.
+    more = settings(base, batch_size, precision, "random" if trl else "sequential")
     with TemporaryDirectory() as folder:
         if not trl:
-            hf_trainer(model, folder, rows, tokenizer, Gate(), **settings).train()
+            hf_trainer(model, folder, rows, tokenizer, Gate(), **more).train()
             return
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        args = SFTConfig(output_dir=folder, report_to="none", use_cpu=True, **settings)
+        args = SFTConfig(output_dir=folder, report_to="none", use_cpu=True, **more)
         given = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
         SFTTrainer(model, args, callbacks=[Gate()], **given).train()
 
@@ -187,7 +197,8 @@ class Race:
 
         self.options = options
         self.batch_size = 2 if options.try_out else BATCH_SIZES[task]
-        path = write_batches(options.data, task, self.batch_size, options.batches, folder)
+        size = (self.batch_size, options.batches)
+        path, self.mixed = write_batches(options.data, task, *size, folder)
         self.job = {"base": str(gguf_folder("smollm2")), "paths": [path], "precision": precision}
         self.job |= {"batch_size": self.batch_size, "threads": options.threads}
 
@@ -197,7 +208,7 @@ class Race:
         return {**named, "rounds": self.options.rounds}
 
     def start(self, train: Callable[..., None], **more: Any) -> Contender:
-        return Contender(train, **self.job, **more)
+        return Contender(train, **{**self.job, **more})
 
     def run(self, contenders: dict[str, Contender]) -> None:
         interleave(contenders, self.options.batches, self.options.rounds, 1, self.options.batches)
@@ -217,7 +228,7 @@ def training(options: Any, task: str, precision: str) -> dict[str, Any]:
             if group == (TRL,):
                 both.pop(OURS).stop()  # for its memory
             own = {
-                name: race.start(train_theirs, trl=True)
+                name: race.start(train_theirs, trl=True, paths=[race.mixed])
                 if name == TRL
                 else race.start(train_ours, **METHODS[name])
                 for name in group
