@@ -5,6 +5,7 @@ Axes: B batch, T tokens. Batches are padded on the left: all responses end in th
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,8 +90,15 @@ class PackedCollator:
         """Inputs, `labels`, `answer_mask` (1, N); `row_lengths`, `source`, `index` (B,); `task`.
 
         As the padded batch's, but for `position_ids`, which start again at 0 with each row, and
-        the attention mask, which is of ones and for counting alone.
+        the attention mask, which is of ones and for counting alone. Rows that begin alike follow
+        one another; `shared_lengths` (B,) is how many tokens that predict no label a row has in
+        common with the one before it.
         """
+        examples = sorted(examples, key=lambda one: one.prompt + one.response)
+        shared = [0] * len(examples)
+        for row, (one, other) in enumerate(pairwise(examples), 1):
+            common = common_start([one.prompt + one.response, other.prompt])
+            shared[row] = max(0, min(len(common), len(other.prompt) - 1))
         ids: list[int] = []
         labels: list[int] = []
         is_answer: list[bool] = []
@@ -108,6 +116,7 @@ class PackedCollator:
             "labels": torch.tensor([labels]),
             "answer_mask": torch.tensor([is_answer]),
             "row_lengths": torch.tensor([example.num_tokens for example in examples]),
+            "shared_lengths": torch.tensor(shared),
             **origins(examples, self.source_names),
         }
 

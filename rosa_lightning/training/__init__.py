@@ -1,8 +1,8 @@
 """From a batch to its loss and gradients.
 
 `LossComputer` computes the loss with the levers of `SpeedConfig`, a file each (`shared_prefix`,
-`head`, `microbatches`, `recompute`, `compile`); the others keep a run right: `guard`, `resume`,
-`sharding`, `checkpoint_io`.
+`pack_attention`, `head`, `microbatches`, `recompute`, `compile`); the others keep a run right:
+`guard`, `resume`, `sharding`, `checkpoint_io`.
 """
 
 from rosa_lightning.utils.lazy import lazy_names

@@ -10,7 +10,7 @@ Axes: B rows, T tokens, N supervised positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from rosa_lightning.data.collators import (
 )
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
 from rosa_lightning.models.vocabulary import num_embeddings
-from rosa_lightning.training import head, prompts, shared_prefix
+from rosa_lightning.training import head, pack_attention, prompts, shared_prefix
 from rosa_lightning.training.attention import is_half_on_cpu, short_rows_by_products
 from rosa_lightning.training.compile import is_compiled
 from rosa_lightning.training.microbatches import (
@@ -39,6 +39,7 @@ from rosa_lightning.training.microbatches import (
     microbatches,
     sum_at_once,
 )
+from rosa_lightning.training.pack_attention import Pack
 from rosa_lightning.training.packing import check_can_pack
 from rosa_lightning.training.recompute import (
     has_gradient_hooks,
@@ -167,19 +168,24 @@ class LossComputer:
         labels_N = batch["labels"][rows_N, columns_N + 1]
         count = len(labels_N)
         narrow = self._can_narrow(batch)
-        inputs, num_shared = self._inputs(batch)
-        columns_N = columns_N - num_shared
-        if narrow:
-            positions_N = rows_N * inputs["input_ids"].shape[1] + columns_N
-            if self._rounds_up(batch):
-                positions_N, labels_N = _filled_up(positions_N, labels_N, inputs["input_ids"])
-            size = self._chunk_size(len(labels_N), labels_N.device.type)
-            if size < len(labels_N):
-                total, predicted_N = self._in_chunks(inputs, positions_N, labels_N, size, predict)
-                return total, predicted_N[:count]
-            logits_NV = head.logits_at(self.model, inputs, positions_N, self._block)
+        pack = self._pack(batch)
+        if pack is None:
+            inputs, num_left_out = self._inputs(batch)
+            columns_N = columns_N - num_left_out
         else:
-            logits_NV = self._last_columns(inputs, batch, rows_N, columns_N)
+            inputs, columns_N = pack.inputs(batch), pack.place_N[columns_N]
+        with pack.attending() if pack else nullcontext():
+            if not narrow:
+                logits_NV = self._last_columns(inputs, batch, rows_N, columns_N)
+            else:
+                positions_N = rows_N * inputs["input_ids"].shape[1] + columns_N
+                if self._rounds_up(batch):
+                    positions_N, labels_N = _filled_up(positions_N, labels_N, inputs["input_ids"])
+                size = self._chunk_size(len(labels_N), labels_N.device.type)
+                if size < len(labels_N):
+                    of_chunks = self._in_chunks(inputs, positions_N, labels_N, size, predict)
+                    return of_chunks[0], of_chunks[1][:count]
+                logits_NV = head.logits_at(self.model, inputs, positions_N, self._block)
         predicted_N = logits_NV.argmax(-1) if predict else labels_N
         return cross_entropy_sum(logits_NV, labels_N), predicted_N[:count]
 
@@ -260,16 +266,32 @@ class LossComputer:
         names = ["input_ids", "position_ids"]
         if not is_packed_batch(batch):
             names.append("attention_mask")
-        elif "packed" not in self._unsupported:
-            check_can_pack(self.model)
-            torch.clear_autocast_cache()  # of weights cast without a graph
-            self._unsupported["packed"] = ""
         return {**{name: batch[name] for name in names}, "use_cache": False}, -more
 
     def _rounds_up(self, batch: dict[str, Any]) -> bool:
         """Whether columns and positions are added, so that few shapes occur."""
         half = is_half_on_cpu(batch["labels"].device.type, self.model.dtype)
         return half and not is_packed_batch(batch)
+
+    def _pack(self, batch: dict[str, Any]) -> Pack | None:
+        """How a packed batch is run row by row; None for others, and where that is impossible."""
+        if not is_packed_batch(batch) or self._cuts_prompts() or not self._can_run_by_row(batch):
+            return None
+        lengths = batch["row_lengths"].tolist()
+        return Pack(lengths, self._shared_lengths(batch), batch["labels"].device)
+
+    def _shared_lengths(self, batch: dict[str, Any]) -> list[int]:
+        """Tokens that each row of a packed batch has in common with the one before, run once."""
+        none = [0] * num_rows(batch)
+        if not (self.speed.share_prefix and "shared_lengths" in batch):
+            return none
+        if self.model.training and "packed prefix" not in self._unsupported:
+            reason = shared_prefix.random_part(self.model)
+            self._note("packed prefix", reason, "what packed rows share is run for each")
+        if self.model.training and self._unsupported["packed prefix"]:
+            return none
+        found: list[int] = batch["shared_lengths"].tolist()
+        return found if self._can_run_by_row(batch) else none
 
     def _cuts_prompts(self) -> bool:
         return not self.speed.prompt_gradients and self.model.training and torch.is_grad_enabled()
@@ -328,6 +350,8 @@ class LossComputer:
             self._tokens_at_once = default_microbatch_tokens(self.model, device)
         if self._tokens_at_once is None:
             return [batch]
+        if is_packed_batch(batch):
+            batch = {**batch, "shared_lengths": torch.tensor(self._shared_lengths(batch))}
         parts = microbatches(batch, self._tokens_at_once, self._num_shared(batch))
         if len(parts) > 1 and (reason := self._whole_batch_reason(device)):
             self._note(reason, reason, "batches are run whole")
@@ -369,6 +393,25 @@ class LossComputer:
                 instead += ", all at once in spite of model.speed.loss_chunk"
             self._note("head", reason, instead)
         return not self._unsupported["head"]
+
+    def _can_run_by_row(self, batch: dict[str, Any]) -> bool:
+        training = self.model.training
+        what = "packed training" if training else "packed evaluation"
+        instead = "the scores of all pairs of tokens of a pack are computed"
+        if what not in self._unsupported:
+            check_can_pack(self.model)
+            reason = _SHARDED
+            if not self.sharded:
+                reason = pack_attention.unsupported_reason(self.model, training=training)
+                self._window = shared_prefix.attention_window(self.model)
+            torch.clear_autocast_cache()  # of weights cast without a graph
+            self._note(what, reason, instead)
+        longest = int(batch["row_lengths"].max())
+        if self._window is not None and longest > self._window:
+            reason = f"a window of {self._window} tokens is shorter than a row of {longest}"
+            self._note("packed window", reason, instead)
+            return False
+        return not self._unsupported[what]
 
     def _can_share(self, batch: dict[str, Any]) -> bool:
         training = self.model.training

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ _LARGE = 2e9
 """Weights of a base that takes an accelerator longer to run over so many tokens (8 TFLOP forward,
 as much backward) than to launch the kernels."""
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
+Row = TypeVar("Row")
+"""What is known of a row: its length, or more."""
 _BOUNDS = ("num_label_positions", "num_shared")
 """What holds for all rows of a padded batch and so for any of them."""
 
@@ -54,7 +56,8 @@ def microbatches(
     """A batch in as few parts as hold at most so many tokens, padding included, or one row.
 
     Padded rows of like length come together, and a part is as wide as its longest row. Parts
-    without labels are left out. `num_shared` tokens of padded rows are computed once in each part.
+    without labels are left out. `num_shared` tokens of padded rows are computed once in each part,
+    and so are `shared_lengths` of packed ones, if the batch has them.
     """
     is_packed = is_packed_batch(batch)
     rows, width = (1, batch["labels"].numel()) if is_packed else batch["labels"].shape
@@ -82,25 +85,36 @@ def _padded(batch: dict[str, Any], num_tokens: int, num_shared: int) -> list[dic
 
 
 def _packed(batch: dict[str, Any], num_tokens: int) -> list[dict[str, Any]]:
-    groups = _groups(batch["row_lengths"].tolist(), sum, num_tokens)
-    sizes = [*map(sum, groups)]
+    lengths: list[int] = batch["row_lengths"].tolist()
+    known = batch.get("shared_lengths")
+    shared: list[int] = [0] * len(lengths) if known is None else known.tolist()
+    rows = [*zip(lengths, shared, strict=True)]
+
+    def size(group: Sequence[tuple[int, int]]) -> int:
+        return group[0][1] + sum(length - shared for length, shared in group)
+
+    groups = _groups(rows, size, num_tokens)
+    sizes = [sum(length for length, _ in group) for group in groups]
     parts = {name: batch[name].split(sizes, dim=1) for name in _PER_TOKEN}
     parts["row_lengths"] = batch["row_lengths"].split([*map(len, groups)])
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+    found = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+    for part, group in zip(found, groups, strict=True):
+        part["shared_lengths"] = torch.tensor([0, *(shared for _, shared in group[1:])])
+    return found
 
 
 def _groups(
-    lengths: Sequence[int], size: Callable[[Sequence[int]], int], most: int
-) -> list[list[int]]:
-    """Lengths in groups, in their order: as few as can be, and the largest as small as can be."""
+    rows: Sequence[Row], size: Callable[[Sequence[Row]], int], most: int
+) -> list[list[Row]]:
+    """Rows in groups, in their order: as few as can be, and the largest as small as can be."""
 
-    def filled(most: int) -> list[list[int]]:
-        groups: list[list[int]] = []
-        for length in lengths:
-            if groups and size([*groups[-1], length]) <= most:
-                groups[-1].append(length)
+    def filled(most: int) -> list[list[Row]]:
+        groups: list[list[Row]] = []
+        for row in rows:
+            if groups and size([*groups[-1], row]) <= most:
+                groups[-1].append(row)
             else:
-                groups.append([length])
+                groups.append([row])
         return groups
 
     fewest = len(filled(most))

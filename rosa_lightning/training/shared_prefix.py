@@ -72,8 +72,8 @@ def unsupported_reason(model: PreTrainedModel, ids_T: Tensor, *, training: bool)
     """
     if reason := cache_reason(model, training=training):
         return reason
-    if training and (found := next(_random_parts(model), "")):
-        return f"{found} would fall on all rows alike"
+    if training and (reason := random_part(model)):
+        return reason
     with in_mode(model, False), torch.inference_mode(False), torch.set_grad_enabled(training):
         return _difference(model, ids_T[-17:].clone(), gradients=training)
 
@@ -92,6 +92,12 @@ def cache_reason(model: PreTrainedModel, *, training: bool) -> str:
     if not _cache_layers(model):
         return f"{kind} keeps more than keys and values, or rotates by the length of a text"
     return ""
+
+
+def random_part(model: nn.Module) -> str:
+    """Why tokens cannot be computed once for several rows in training; empty if they can."""
+    found = next(_random_parts(model), "")
+    return f"{found} would fall on all rows alike" if found else ""
 
 
 def _random_parts(model: nn.Module) -> Iterator[str]:
@@ -121,7 +127,7 @@ def _difference(model: PreTrainedModel, ids: Tensor, gradients: bool) -> str:
         return f"{kind} cannot continue from a cache: {type(error).__name__}: {line}"
     if not close(found, wanted, HALF):
         return f"{kind} gives other logits after a shared prefix"
-    if gradients and not _same_gradients(model, found, wanted):
+    if gradients and not same_gradients(model, found, wanted):
         return f"the gradients of {kind} differ after a shared prefix"
     return ""
 
@@ -142,7 +148,8 @@ def _together(model: PreTrainedModel, start: Tensor, first: Tensor, second: Tens
     return torch.cat([logits[0], logits[1, gap:]])
 
 
-def _same_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> bool:
+def same_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> bool:
+    """Whether two logits of the same tokens have equal gradients of their first entries."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not (parameters and wanted.requires_grad and found.requires_grad):
         return wanted.requires_grad == found.requires_grad

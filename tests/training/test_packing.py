@@ -1,8 +1,9 @@
-"""Packed batches against padded ones and single rows."""
+"""Packed batches against single rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from rosa_lightning.data.collators import PackedCollator, TrainCollator
 from rosa_lightning.data.encoding import Example
@@ -12,29 +13,27 @@ from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.packing import check_can_pack
 from tests.conftest import FAMILIES, build
 from tests.model_zoo.small import build_small
-from tests.training.test_loss import adapted, gradients
+from tests.training.test_loss import Widths, adapted, gradients, single_rows
 
-LENGTHS = [(3, 2), (14, 5), (1, 1), (8, 9)]
+LENGTHS = [(8, 9), (3, 2), (14, 5), (1, 1)]
+ALIKE = {1: (0, 2), 2: (0, 6)}
+"""Rows that begin as another does, and with how many tokens."""
 
 
-def examples(lengths=LENGTHS):
+def examples(lengths=LENGTHS, alike=ALIKE):
     """Rows of random tokens, as many of a prompt and of a response; the answer is the last."""
     from array import array
 
     generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 96, (sum(some),), generator=generator).tolist() for some in lengths]
     made = []
-    for number, (prompt, response) in enumerate(lengths):
+    for number, (ids, (prompt, response)) in enumerate(zip(rows, lengths, strict=True)):
+        other, count = alike.get(number, (0, 0))
+        ids = [*rows[other][:count], *ids[count:]]
         record = Record("", "", "", "", "boolq", "a", number + 1)
-        ids = torch.randint(3, 96, (prompt + response,), generator=generator).tolist()
         rest = array("i", ids[prompt:])
         made.append(Example(record, array("i", ids[:prompt]), rest, response - 1))
     return made
-
-
-def padded_loss(model, batch):
-    names = ("input_ids", "attention_mask", "position_ids")
-    logits = model(**{name: batch[name] for name in names}, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
 KERNELS = ["eager", "sdpa"]
@@ -52,8 +51,7 @@ CASES = [
     ("gemma2", SLIDING),
     ("gemma3", SLIDING),
     ("mistral", SLIDING),
-    # Frequencies that depend on the longest row: of the batch, padded or packed.
-    ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12}),
+    ("mistral", {"sliding_window": 19}),  # the longest row's
 ]
 
 
@@ -61,18 +59,31 @@ CASES = [
     ("family", "changes", "kernel"),
     [(*case, kernel) for case in CASES for kernel in KERNELS if (case[0], kernel) != NO_SUCH],
 )
-def test_packed_rows_have_the_loss_and_gradients_of_padded_rows(
-    monkeypatch, family, changes, kernel
-):
-    model = adapted(build(family, attn_implementation=kernel, **changes)).eval()
-    if "original_max_position_embeddings" in changes:  # the check's rows are longer than that
-        monkeypatch.setattr(forward, "check_can_pack", lambda *_: None)
+def test_packed_rows_have_the_loss_and_gradients_of_single_rows(family, changes, kernel):
+    model = adapted(build(family, torch.float64, attn_implementation=kernel, **changes)).eval()
+    rows, run, widths = examples(), LossComputer(model), Widths(model)
+    expected = single_rows(model, TrainCollator(("a",), pad_id=0)(rows))
+    loss = run.loss(PackedCollator(("a",))(rows))
+    # Norms are in float32 in a model of float64, too.
+    assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    assert_close(gradients(model, loss), gradients(model, expected), rtol=1e-5, atol=1e-6)
+    # Windows of fewer tokens than a row are left to the masks of transformers.
+    assert widths.decoder[-1] == (1, 43 if changes == SLIDING else 43 - 8)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_frequencies_that_depend_on_the_longest_row_are_those_of_the_batch(monkeypatch, kernel):
+    changes = {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12}
+    model = adapted(build("phi3", attn_implementation=kernel, **changes)).eval()
+    # Its rows are longer than that.
+    monkeypatch.setattr(forward, "check_can_pack", lambda *_: None)
     rows = examples()
-    expected = padded_loss(model, TrainCollator(("a",), pad_id=0)(rows))
-    loss = LossComputer(model).loss(PackedCollator(("a",))(rows))
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
-    found, wanted = gradients(model, loss), gradients(model, expected)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    padded, packed = TrainCollator(("a",), pad_id=0)(rows), PackedCollator(("a",))(rows)
+    logits = model(**{n: padded[n] for n in ("input_ids", "attention_mask", "position_ids")}).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), padded["labels"][:, 1:].flatten())
+    loss = LossComputer(model).loss(packed)
+    assert_close(loss, expected, rtol=0, atol=1e-5)
+    assert_close(gradients(model, loss), gradients(model, expected), rtol=1e-4, atol=1e-5)
 
 
 def test_answers_are_right_row_by_row():
@@ -91,7 +102,8 @@ def test_answers_are_right_row_by_row():
     packed["answer_mask"][0, ends] = True
     padded["answer_mask"][:, -1] = True
     for batch in (packed, padded):
-        assert LossComputer(model).score(batch).correct.tolist() == [False, True, False, True]
+        correct = LossComputer(model).score(batch).correct
+        assert set(batch["index"][correct].tolist()) == {2, 4}
 
 
 # Models that cannot.
