@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from real_model_speed import LORA, TARGETS, settings
+from speed_training import LORA, TARGETS, settings
 from timing import encoded, hf_trainer, lightning_trainer, lora_on, quiet
 
 SHOWN = (1, 10, 30, 100, 300)

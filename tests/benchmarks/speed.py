@@ -8,7 +8,8 @@ DATA is a folder with train/ (boolq.json, openbookqa.json, arc_easy.json, arc_ch
 gsm8k.jsonl) and test/ (arc_easy.json, gsm8k.json). Each section writes its figures, with machine
 and versions, into the output as soon as it is done; sections that are there are not measured again,
 unless `--only` names them, or what they begin with. What a section does is told where it is
-written: speed_training.py, speed_evaluation.py, start_up.py. Up to 15 GiB are needed.
+written: speed_training.py, speed_evaluation.py, start_up.py and memory_growth.py. Up to 15 GiB
+are needed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,6 +33,21 @@ import speed_training
 import start_up
 import torch
 from timing import Figure, quiet
+
+GROWN = re.compile(r"(.*): the peak of \d+ steps is (.*) of the tenth's")
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """The peak of a long training, by that of its first ten steps."""
+    script = Path(__file__).with_name("memory_growth.py")
+    command = [sys.executable, str(script), str(options.data / "train")]
+    done = subprocess.run(
+        [*command, "--steps", str(options.steps)], capture_output=True, text=True, check=True
+    )
+    rows = {name: {"growth": float(value)} for name, value in GROWN.findall(done.stdout)}
+    figures = [Figure("RoAE+: peak by that of step 10", [rows["RoAE+"]["growth"]], 1.2)]
+    return {"setting": {"steps": options.steps}, "rows": rows, "figures": figures}
+
 
 Section = Callable[[Any], dict[str, Any]]
 PRECISIONS = ("bf16-mixed", "32-true")
@@ -53,6 +72,7 @@ SECTIONS: dict[str, Section] = {
     },
     "start/first_step": start_up.first_step,
     "start/tokenise": start_up.tokenising,
+    "memory": memory,
 }
 AMOUNTS = {
     # whole, --short, --try-out
@@ -61,6 +81,7 @@ AMOUNTS = {
     "questions": (128, 32, 3),
     "new-tokens": (200, 96, 4),
     "records": (100_000, 100_000, 200),
+    "steps": (300, 30, 12),
 }
 VERSIONS = ("torch", "transformers", "peft", "lightning", "trl", "lm_eval", "datasets")
 
