@@ -478,7 +478,9 @@ def _filled_up(positions_N: Tensor, labels_N: Tensor, ids_BT: Tensor) -> tuple[T
     """
     free = torch.ones(ids_BT.numel(), dtype=torch.bool, device=ids_BT.device)
     free[positions_N] = False
-    others = free.nonzero()[: -len(positions_N) % POSITIONS_STEP, 0]
+    count = min(-len(positions_N) % POSITIONS_STEP, len(free) - len(positions_N))
+    # Not by nonzero, whose number fake tensors do not know.
+    others = free.int().argsort(descending=True, stable=True)[:count]
     ignored = torch.full_like(others, IGNORE_INDEX)
     return torch.cat([positions_N, others]), torch.cat([labels_N, ignored])
 
