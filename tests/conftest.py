@@ -130,11 +130,11 @@ def data_module(**settings: Any) -> ReasoningDataModule:
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What `LossComputer` says of what it leaves out or cannot leave out."""
-    from rosa_lightning.training import loss as forward
+    """What `Support` says of what is left out or cannot be."""
+    from rosa_lightning.training import support
 
     lines: list[str] = []
-    monkeypatch.setattr(forward, "rank_zero_info", lines.append)
+    monkeypatch.setattr(support, "rank_zero_info", lines.append)
     return lines
 
 

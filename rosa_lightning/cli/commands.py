@@ -298,12 +298,18 @@ def shown_example(example: Example, tokenizer: Any) -> Group:
         ids = [number for _, number in some]
         style = "green" if carries else "dim"
         table.add_row(Text("loss" if carries else "no loss", style), Text(tokenizer.decode(ids)))
-        tokens = "|".join(tokenizer.convert_ids_to_tokens(ids))
+        tokens = "|".join(_shown_token(tokenizer, number) for number in ids)
         table.add_row(Text(f"{len(ids)} tokens", style), Text(tokens, style))
     record = example.record
     title = f"{record.source}, record {record.index}: {sum(labels)} of {len(labels)} tokens"
     cut = ", cut to data.max_length" if example.too_long else ""
     return Group(Text(f"{title} carry loss{cut}", "bold"), table, Text())
+
+
+def _shown_token(tokenizer: Any, number: int) -> str:
+    """A token as text, with its space before it, which some tokenizers do not decode."""
+    text: str = tokenizer.decode([number]).replace("\n", "⏎")
+    return f" {text}" if tokenizer.convert_ids_to_tokens(number)[:1] == "▁" else text
 
 
 def audit_tables(audit: Audit) -> Group:

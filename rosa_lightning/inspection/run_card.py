@@ -162,7 +162,7 @@ def _training(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         layers = [name.rpartition(".")[2] for name in selection["layers"]]
         counts = zip(layers, selection["selection_counts"], strict=True)
         shown = ", ".join(f"{layer} ({count})" for layer, count in counts if count)
-        rows.append(("layers", f"selected, of {selection['num_selections']} times: {shown}"))
+        rows.append(("layers", f"times selected, of {selection['num_selections']}: {shown}"))
     if "seed_everything" in config:
         rows.append(("seed_everything", str(config["seed_everything"])))
     recorded = callbacks.get(RunRecorder.__name__, {})

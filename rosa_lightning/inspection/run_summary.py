@@ -203,7 +203,7 @@ def _results(trainer: Any, folder: Path, seconds: float) -> list[tuple[str, str]
         if isinstance(one, DynamicLayerSelection) and one.num_selections:
             pairs = zip(one.candidate_layers, one.selection_counts, strict=True)
             counts = ", ".join(f"{n} ({count})" for n, count in pairs if count)
-            rows.append(("layers", f"selected, of {one.num_selections} times: {counts}"))
+            rows.append(("layers", f"times selected, of {one.num_selections}: {counts}"))
     return rows
 
 

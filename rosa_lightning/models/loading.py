@@ -401,7 +401,7 @@ def _one_line_errors(base: str, what: str, setting: str = "model.base") -> Itera
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own."
             fix = "Set model.trust_remote_code to true if you have read that code and trust it."
-        elif Path(base).is_absolute() and not Path(base).exists():
+        elif (base[:1] in ("/", ".", "~") or base.count("/") > 1) and not Path(base).exists():
             reason = "there is no such folder."
         message = f"the {what} of base {base!r} could not be loaded: {reason} {fix}"
         raise ValueError(message) from error

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from rosa_lightning.data.collators import (
@@ -30,7 +28,7 @@ from rosa_lightning.data.collators import (
 )
 from rosa_lightning.models.kv_cache import WORTH_SHARING, forward_arguments
 from rosa_lightning.models.vocabulary import num_embeddings
-from rosa_lightning.training import head, pack_attention, prompts, shared_prefix
+from rosa_lightning.training import head, prompts, shared_prefix
 from rosa_lightning.training.attention import is_half_on_cpu, short_rows_by_products
 from rosa_lightning.training.compile import is_compiled
 from rosa_lightning.training.microbatches import (
@@ -40,14 +38,9 @@ from rosa_lightning.training.microbatches import (
     sum_at_once,
 )
 from rosa_lightning.training.pack_attention import Pack
-from rosa_lightning.training.packing import check_can_pack
-from rosa_lightning.training.recompute import (
-    has_gradient_hooks,
-    is_reentrant,
-    recomputable,
-    recomputed,
-)
+from rosa_lightning.training.recompute import recomputable, recomputed
 from rosa_lightning.training.speed import SpeedConfig
+from rosa_lightning.training.support import Support
 from rosa_lightning.utils.modules import is_checkpointed
 
 if TYPE_CHECKING:
@@ -59,7 +52,6 @@ WIDTH_STEP, POSITIONS_STEP = 8, 32
 """In bfloat16 on a CPU the numbers of columns and of supervised positions are rounded up to these:
 each new shape of a product takes half a MiB of the process for good (oneDNN 3.12), whether or not
 oneDNN keeps it, and a width has some 35."""
-_SHARDED = "the ranks that share a model in shards must all run it equally often"
 
 
 @dataclass(frozen=True)
@@ -88,18 +80,12 @@ class LossComputer:
         self.model = model
         self._chooses_attention = attn_implementation is None
         self.speed = speed or SpeedConfig()
-        self.sharded = any(
-            isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()
-        )
         self.reset()
 
     def reset(self) -> None:
         """Test again what the model supports, as after a change of it."""
-        self._unsupported: dict[str, str] = {}
-        """Why something cannot be done, by what; empty where it can."""
-        self._window: int | None = None
+        self.support = Support(self.model, self.speed)
         self._assumed_widths: tuple[int, int] | None = None
-        self._block: nn.Module | None = None  # it runs at supervised positions alone, as the head
         self._cheap: list[nn.Module] | None = None
         self._tokens_at_once = self.speed.microbatch_tokens
 
@@ -167,7 +153,7 @@ class LossComputer:
         """
         labels_N = batch["labels"][rows_N, columns_N + 1]
         count = len(labels_N)
-        narrow = self._can_narrow(batch)
+        narrow = self.support.head(batch)
         pack = self._pack(batch)
         if pack is None:
             inputs, num_left_out = self._inputs(batch)
@@ -185,7 +171,7 @@ class LossComputer:
                 if size < len(labels_N):
                     of_chunks = self._in_chunks(inputs, positions_N, labels_N, size, predict)
                     return of_chunks[0], of_chunks[1][:count]
-                logits_NV = head.logits_at(self.model, inputs, positions_N, self._block)
+                logits_NV = head.logits_at(self.model, inputs, positions_N, self.support.block)
         predicted_N = logits_NV.argmax(-1) if predict else labels_N
         return cross_entropy_sum(logits_NV, labels_N), predicted_N[:count]
 
@@ -195,7 +181,7 @@ class LossComputer:
         if size == "auto":
             num_rows = num_embeddings(self.model)
             # Where gradients have to be taken later, chunks would compute the head twice.
-            late = torch.is_grad_enabled() and self._later_backward_reason(device)
+            late = torch.is_grad_enabled() and self.support.later_backward_reason(device)
             if late or num_rows is None:
                 return count
             num_chunks = -(-count * num_rows * 4 // LOGITS_AT_ONCE)
@@ -211,7 +197,7 @@ class LossComputer:
         predict: bool,
     ) -> tuple[Tensor, Tensor]:
         """`loss_at`, the logits of one chunk held at a time."""
-        states_ND, head_of = head.states_at(self.model, inputs, positions_N, self._block)
+        states_ND, head_of = head.states_at(self.model, inputs, positions_N, self.support.block)
         predicted_N = torch.empty_like(labels_N)
 
         def one(states_nD: Tensor, start: int) -> Tensor:
@@ -221,7 +207,7 @@ class LossComputer:
             return cross_entropy_sum(logits_nV, labels_N[chunk])
 
         starts = range(0, len(labels_N), size)
-        if torch.is_grad_enabled() and not self._later_backward_reason(labels_N.device.type):
+        if torch.is_grad_enabled() and not self.support.later_backward_reason(labels_N.device.type):
             return sum_at_once(states_ND, starts, one), predicted_N
         # The function is run again in the backward pass, with the same predictions.
         losses = [
@@ -275,71 +261,50 @@ class LossComputer:
 
     def _pack(self, batch: dict[str, Any]) -> Pack | None:
         """How a packed batch is run row by row; None for others, and where that is impossible."""
-        if not is_packed_batch(batch) or self._cuts_prompts() or not self._can_run_by_row(batch):
+        if (
+            not is_packed_batch(batch)
+            or self._cuts_prompts()
+            or not self.support.rows_of_pack(batch)
+        ):
             return None
         lengths = batch["row_lengths"].tolist()
         return Pack(lengths, self._shared_lengths(batch), batch["labels"].device)
 
     def _shared_lengths(self, batch: dict[str, Any]) -> list[int]:
         """Tokens that each row of a packed batch has in common with the one before, run once."""
-        none = [0] * num_rows(batch)
-        if not (self.speed.share_prefix and "shared_lengths" in batch):
-            return none
-        if self.model.training and "packed prefix" not in self._unsupported:
-            reason = shared_prefix.random_part(self.model)
-            self._note("packed prefix", reason, "what packed rows share is run for each")
-        if self.model.training and self._unsupported["packed prefix"]:
-            return none
+        shares = self.speed.share_prefix and "shared_lengths" in batch
+        if not (shares and self.support.beginnings_in_pack(batch)):
+            return [0] * num_rows(batch)
         found: list[int] = batch["shared_lengths"].tolist()
-        return found if self._can_run_by_row(batch) else none
+        return found
 
     def _cuts_prompts(self) -> bool:
         return not self.speed.prompt_gradients and self.model.training and torch.is_grad_enabled()
 
     def _prompt_widths(self, batch: dict[str, Any], num_shared: int) -> tuple[int, int]:
         """Columns of prompts and responses; ValueError where prompts cannot be run apart."""
-        if "prompts" not in self._unsupported:
-            reason = _SHARDED if self.sharded else ""
-            if is_packed_batch(batch):
-                reason = "packed rows stand in one row"
-            if not reason:
-                reason = prompts.unsupported_reason(self.model)
-                torch.clear_autocast_cache()  # of weights cast without a graph
-                self._window = shared_prefix.attention_window(self.model)
-            self._unsupported["prompts"] = reason
-        reason = self._unsupported["prompts"]
-        widths = (0, 0) if reason else prompts.widths(batch)
-        if not reason and self._rounds_up(batch):
+        self.support.check_prompts(batch)
+        widths = prompts.widths(batch)
+        if self._rounds_up(batch):
             P, R = widths
             widths = P + -(P - num_shared) % WIDTH_STEP, R + -R % WIDTH_STEP
-        # A window counts columns, the gap between a short prompt and its response among them.
-        if self._window is not None and sum(widths) > self._window:
-            reason = f"a window of {self._window} tokens is shorter than the {sum(widths)} columns "
-            reason += "of a batch's prompts and responses"
-        if reason:
-            raise _prompts_refused(reason)
+        self.support.check_window(sum(widths))
         return widths
 
     def _num_shared(self, batch: dict[str, Any]) -> int:
         """Tokens of the shared prefix that are computed once."""
         num_shared: int = batch.get("num_shared", 0)
         worth = num_shared >= WORTH_SHARING and len(batch["labels"]) > 1
-        return num_shared if self.speed.share_prefix and worth and self._can_share(batch) else 0
-
-    # What the model and the settings support.
+        shares = self.speed.share_prefix and worth and self.support.shared_prefix(batch)
+        return num_shared if shares else 0
 
     def assume_supported(self, ids_BT: Tensor, response_length: int) -> None:
         """Take levers to be right, as for fake tensors, which cannot be compared.
 
         All responses are taken to be of one length, in tokens.
         """
-        cuts = not self.speed.prompt_gradients
-        if cuts and (reason := shared_prefix.cache_reason(self.model, training=True)):
-            raise _prompts_refused(reason)
+        self.support.assume(ids_BT)
         self._assumed_widths = (ids_BT.shape[1] - response_length - 1, response_length + 1)
-        narrow = head.decoder_of(self.model) is not self.model
-        self._unsupported["head"] = "" if narrow else "no decoder"
-        self._block = head.last_block(self.model, ids_BT, compare=False) if narrow else None
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """The batch in as many parts as it takes to run few enough tokens at once."""
@@ -353,100 +318,7 @@ class LossComputer:
         if is_packed_batch(batch):
             batch = {**batch, "shared_lengths": torch.tensor(self._shared_lengths(batch))}
         parts = microbatches(batch, self._tokens_at_once, self._num_shared(batch))
-        if len(parts) > 1 and (reason := self._whole_batch_reason(device)):
-            self._note(reason, reason, "batches are run whole")
-            return [batch]
-        return parts
-
-    def _whole_batch_reason(self, device: str) -> str:
-        if self.sharded:
-            return _SHARDED
-        if reason := self._later_backward_reason(device):
-            return reason
-        if any(is_reentrant(module) for module in self.model.modules()):
-            return "reentrant checkpointing has but one backward pass"
-        return ""
-
-    def _later_backward_reason(self, device: str) -> str:
-        """Why no gradient may be taken before the backward pass; empty if it may."""
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if autocast == torch.float16:
-            return (
-                "16-mixed scales the loss for a backward pass that comes later (set "
-                "trainer.precision to bf16-mixed for parts)"
-            )
-        if has_gradient_hooks(self.model):
-            return "hooks on parameters would see gradients of parts"
-        return ""
-
-    def _can_narrow(self, batch: dict[str, Any]) -> bool:
-        if not self.speed.supervised_only:
-            return False
-        if "head" not in self._unsupported:
-            ids_BT = batch["input_ids"]
-            reason = _SHARDED if self.sharded else head.unsupported_reason(self.model, ids_BT)
-            if not reason:
-                self._block = head.last_block(self.model, ids_BT)
-            torch.clear_autocast_cache()  # of weights cast without a graph
-            instead = "logits are computed at the last columns of all rows"
-            if isinstance(self.speed.loss_chunk, int):
-                instead += ", all at once in spite of model.speed.loss_chunk"
-            self._note("head", reason, instead)
-        return not self._unsupported["head"]
-
-    def _can_run_by_row(self, batch: dict[str, Any]) -> bool:
-        training = self.model.training
-        what = "packed training" if training else "packed evaluation"
-        instead = "the scores of all pairs of tokens of a pack are computed"
-        if what not in self._unsupported:
-            check_can_pack(self.model)
-            reason = _SHARDED
-            if not self.sharded:
-                reason = pack_attention.unsupported_reason(self.model, training=training)
-                self._window = shared_prefix.attention_window(self.model)
-            torch.clear_autocast_cache()  # of weights cast without a graph
-            self._note(what, reason, instead)
-        longest = int(batch["row_lengths"].max())
-        if self._window is not None and longest > self._window:
-            reason = f"a window of {self._window} tokens is shorter than a row of {longest}"
-            self._note("packed window", reason, instead)
-            return False
-        return not self._unsupported[what]
-
-    def _can_share(self, batch: dict[str, Any]) -> bool:
-        training = self.model.training
-        mode = "training" if training else "evaluation"
-        if mode not in self._unsupported:
-            reason = _SHARDED
-            if not self.sharded:
-                longest_T = batch["input_ids"][batch["position_ids"][:, -1].argmax()]
-                reason = shared_prefix.unsupported_reason(self.model, longest_T, training=training)
-                torch.clear_autocast_cache()
-                self._window = shared_prefix.attention_window(self.model)
-            self._note(mode, reason, f"in {mode} the shared prefix is computed for each row")
-        if self._unsupported[mode]:
-            return False
-        width = batch["input_ids"].shape[1]
-        if self._window is not None and width > self._window:
-            self._note(
-                "window",
-                f"a window of {self._window} tokens is shorter than a batch of {width} columns",
-                "the shared prefix of such batches is computed for each row",
-            )
-            return False
-        return True
-
-    def _note(self, what: str, reason: str, instead: str) -> None:
-        if reason and what not in self._unsupported:
-            rank_zero_info(f"{instead}: {reason}.")
-        self._unsupported.setdefault(what, reason)
-
-
-def _prompts_refused(reason: str) -> ValueError:
-    return ValueError(
-        f"model.speed.prompt_gradients=false cannot be kept: {reason}. "
-        "Set model.speed.prompt_gradients: true."
-    )
+        return parts if len(parts) == 1 or self.support.parts(device) else [batch]
 
 
 def _supervised(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -446,6 +446,7 @@ def test_audit_shows_what_records_became(leaky, capsys):
     lines = words(printed)
     assert "mine, record 2: 2 of" in printed
     assert "record 3" not in printed
+    assert not {"Ġ", "Ċ"} & {*printed}
     shown = [line for line in lines if line.startswith("loss")]
     assert shown == ["loss 1<|end|>", "loss 2<|end|>"]
     assert "2 tokens 1|<|end|>" in lines

@@ -174,10 +174,12 @@ def test_no_name_and_no_number_of_a_table_is_torn(width):
     console = Console(width=width, record=True, file=io.StringIO())
     found = content()
     found["methods"]["Diverging"] = found["methods"].pop("Broken")
+    found["methods"]["RoSA"]["learning_rate"] = 3e-3
+    found["tests"][0]["p_holm"] = 0.0576
     console.print(comparison_tables(found))
     text = console.export_text()
-    assert re.search(r"^ RoSA +0.01 \(edge\) +0.7500 ± 0.0707 ", text, re.M)
-    assert {"Diverging", "LoRA", "-0.2500", "0.08"} <= set(text.split())
+    assert re.search(r"^ RoSA +0.003 \(edge\) +0.7500 ± 0.0707 ", text, re.M)
+    assert {"Diverging", "LoRA", "-0.2500", "0.0576"} <= set(text.split())
     assert "…" not in text
 
 

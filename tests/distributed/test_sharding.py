@@ -175,9 +175,9 @@ class Joint(RoSAModule):
 
     whole_rows = False
 
-    def configure_model(self):
-        super().configure_model()
-        self.loss_computer.sharded = self.whole_rows
+    def on_fit_start(self):
+        super().on_fit_start()
+        self.loss_computer.support.sharded = self.whole_rows
 
     def training_step(self, batch, batch_idx):
         return torch.stack([self.loss(one) for one in batch]).mean()

@@ -302,10 +302,11 @@ def test_quantised_weights_are_counted_at_the_bits_of_their_format(scheme, bits)
 def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
     model = build_small(family).to(dtype)
     inject_roae(model, RoAEConfig(rank=4))
-    shape = {"batch_size": 4, "length": 100, "response_length": 10}
+    # 32 positions, as in bfloat16 on a CPU others are filled up to.
+    shape = {"batch_size": 4, "length": 100, "response_length": 8}
     estimate = estimate_memory(model, **shape, autocast=autocast)
     assert not caplog.records
-    check(estimate, measure(LossComputer(model.train()), 4, 100, 10, autocast=autocast))
+    check(estimate, measure(LossComputer(model.train()), 4, 100, 8, autocast=autocast))
 
 
 def test_chunks_of_logits_are_in_the_figures():

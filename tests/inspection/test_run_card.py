@@ -80,7 +80,7 @@ def test_the_card_holds_data_settings_and_results(runs, tmp_path):
         "| seed_everything | 0 |",
     ):
         assert row in card.content
-    layers = re.search(r"selected, of 2 times: (.*) \|", card.content)[1]
+    layers = re.search(r"times selected, of 2: (.*) \|", card.content)[1]
     assert {one.split()[0] for one in layers.split(", ")} <= {"2", "3"}  # which alone have terms
     (row,) = json.loads((runs / "version_1" / "results.json").read_text())["results"]
     low, high = (100 * bound for bound in row["interval"])

@@ -124,6 +124,8 @@ def test_a_base_with_code_of_its_own_and_a_missing_folder_say_how_to_mend_it(tmp
         load_base(str(tmp_path))
     with pytest.raises(ValueError, match=r"/none' could not be loaded: there is no such folder\."):
         load_base(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"'./none' could not be loaded: there is no such folder"):
+        load_base("./none")
 
 
 def test_a_damaged_base_and_one_that_lacks_weights_are_refused(base_folder, tmp_path):

@@ -325,7 +325,7 @@ def test_the_switch_and_batches_not_worth_it_compute_whole_rows(said):
 def test_a_model_in_shards_is_run_once_over_whole_rows(said):
     model = adapted(build("llama"))
     run, widths, batch = LossComputer(model, SpeedConfig(loss_chunk=2)), Widths(model), batch_of()
-    run.sharded = True
+    run.support.sharded = True
     assert_close(run.loss(batch), single_rows(model, batch), rtol=1e-6, atol=1e-6)
     assert widths.decoder[0] == (3, 34)
     assert len(said) == 2

@@ -208,7 +208,7 @@ def reentrant(run: LossComputer) -> None:
 
 
 OBSTACLES = {
-    "shards": lambda run: setattr(run, "sharded", True),
+    "shards": lambda run: setattr(run.support, "sharded", True),
     "16-mixed": lambda run: None,
     "hooks on parameters": with_a_hook,
     "reentrant": reentrant,

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from rosa_lightning.data.collators import PackedCollator, TrainCollator
 from rosa_lightning.data.encoding import Example
 from rosa_lightning.tasks.records import Record
-from rosa_lightning.training import loss as forward
+from rosa_lightning.training import support
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.packing import check_can_pack
 from tests.conftest import FAMILIES, build
@@ -76,7 +76,7 @@ def test_frequencies_that_depend_on_the_longest_row_are_those_of_the_batch(monke
     changes = {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12}
     model = adapted(build("phi3", attn_implementation=kernel, **changes)).eval()
     # Its rows are longer than that.
-    monkeypatch.setattr(forward, "check_can_pack", lambda *_: None)
+    monkeypatch.setattr(support, "check_can_pack", lambda *_: None)
     rows = examples()
     padded, packed = TrainCollator(("a",), pad_id=0)(rows), PackedCollator(("a",))(rows)
     logits = model(**{n: padded[n] for n in ("input_ids", "attention_mask", "position_ids")}).logits

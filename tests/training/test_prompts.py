@@ -186,7 +186,7 @@ def test_models_in_shards_and_packed_rows_are_refused():
     with pytest.raises(ValueError, match="packed rows stand in one row"):
         run.loss(packed(batch_of()))
     run.reset()
-    run.sharded = True
+    run.support.sharded = True
     with pytest.raises(ValueError, match="shards"):
         run.loss(batch_of())
 
