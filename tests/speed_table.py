@@ -73,10 +73,16 @@ def bars(content: dict[str, Any]) -> Rows:
 
 
 def readme(content: dict[str, Any]) -> Rows:
-    yield ["SmolLM2-135M, 2 CPU cores", "training", "times LoRA, HF Trainer", "its peak memory"]
+    found: dict[str, dict[str, list[str]]] = {name: {} for name in IN_README}
     for about, name, row in some(content, "training"):
-        if name in IN_README:
-            yield [about, name, middle(row["over_hf"]), f"{row['memory_of_hf']:.2f}"]
+        task, _, precision = about.partition(", ")
+        if name in found and precision == "bf16-mixed":
+            found[name][task] = [f"{middle(row['over_hf'])} x", f"{row['memory_of_hf']:.2f} x"]
+    tasks = list(found[IN_README[0]])
+    yield ["", *(f"{task}: {what}" for task in tasks for what in ("speed", "memory"))]
+    for name, figures in found.items():
+        if figures:
+            yield [name, *(cell for task in tasks for cell in figures[task])]
 
 
 def machines(content: dict[str, Any]) -> Rows:
