@@ -92,7 +92,8 @@ class AdaptedModel(LightningModule):
             as the base has them. Needs ``pip install 'rosa-lightning[quantization]'``.
         attn_implementation: Attention kernel: eager, sdpa, flash_attention_2, flex_attention; by
             default what `transformers` chooses, and for training in bfloat16 on a CPU plain
-            products in place of sdpa, for rows of up to 512 tokens.
+            products in place of sdpa, for rows of up to 512 tokens (not with
+            ``gradient_checkpointing`` and ``compile``).
         speed: What makes a training step faster or smaller; `SpeedConfig`.
         trust_remote_code: Run Python code that comes with the base. Off unless asked for.
         evaluation: How ``test`` finds and reads answers.

@@ -234,9 +234,8 @@ def inspect(
         optimizer=module.make_optimizer,
         autocast=_AUTOCAST.get(precision),
         speed=replace(module.speed, microbatch_tokens=num_tokens),
-        attn_implementation=module.attn_implementation
-        if _device(context.trainer) == "cpu"
-        else "sdpa",
+        attn_implementation=module.attn_implementation,
+        device=_device(context.trainer),
     )
     console.print(memory_table(estimates))
     if drawn is not None:

@@ -80,6 +80,7 @@ def estimate_memory(
     scoring: bool = False,
     speed: SpeedConfig | None = None,
     attn_implementation: str | None = None,
+    device: str = "cpu",
 ) -> MemoryEstimate:
     """The memory of one training step of `RoSAModule`, once the optimizer has its state.
 
@@ -102,8 +103,9 @@ def estimate_memory(
         scoring: A step in which `DynamicLayerSelection` selects: all layers and the norm weights
             that score them take gradients.
         speed: As `RoSAModule` takes it; ``auto`` is for whole batches here, and so is none.
-        attn_implementation: The kernel that is named, as ``sdpa`` for a step on an accelerator;
-            without one short rows attend as they do on a CPU in bfloat16.
+        attn_implementation: The attention kernel that is named.
+        device: The kind of device, such as cuda: on a CPU a step in bfloat16 rounds shapes up, and
+            short rows attend otherwise.
 
     Raises:
         ValueError: Nothing trains, no such layers, no batch, or a model, a method or an optimizer
@@ -124,7 +126,8 @@ def estimate_memory(
 
     try:
         with in_mode(model, training=True), fake_tensors(), replaced_tensors(model, fake):
-            step = _Step(model, optimized, optimizer, speed, attn_implementation)
+            named = {"attn_implementation": attn_implementation, "device": device}
+            step = _Step(model, optimized, optimizer, speed, named)
             ids_BT = torch.zeros(batch_size, length, dtype=torch.int64)
             names = ("input_ids", "attention_mask", "position_ids", "labels")
             batch: dict[str, Any] = {name: ids_BT.clone() for name in names}
@@ -214,12 +217,12 @@ class _Step:
         optimized: Collection[str],
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         speed: SpeedConfig,
-        attn_implementation: str | None,
+        named: dict[str, Any],
     ) -> None:
         self.model = model
         recomputes = speed.recompute_activations and not speed.compile
         speed = replace(speed, recompute_activations=recomputes)
-        self.computer = LossComputer(model, speed, attn_implementation=attn_implementation)
+        self.computer = LossComputer(model, speed, **named)
         self.optimized = [p for name, p in model.named_parameters() if name in optimized]
         for parameter in self.optimized:
             parameter.grad = torch.zeros_like(parameter)

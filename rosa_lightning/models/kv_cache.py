@@ -168,6 +168,11 @@ class GrowingCacheLayer(SharedPrefixCacheLayer):  # type: ignore[no-untyped-call
         self.values = self._with("values", self.values, value_states)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, and no memory of the others."""
+        super().batch_select_indices(indices)
+        self._held.clear()
+
     def _with(self, name: str, old: Any, new: Tensor) -> Tensor:
         """`old` with `new` after it, in the memory of `old` where that has room."""
         start, end = old.shape[-2], old.shape[-2] + new.shape[-2]

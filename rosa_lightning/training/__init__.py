@@ -1,8 +1,9 @@
 """From a batch to its loss and gradients.
 
 `LossComputer` computes the loss with the levers of `SpeedConfig`, a file each (`shared_prefix`,
-`pack_attention`, `head`, `microbatches`, `recompute`, `compile`); the others keep a run right:
-`guard`, `resume`, `sharding`, `checkpoint_io`.
+`prompts`, `pack_attention`, `head`, `attention`, `microbatches`, `recompute`, `compile`); `support`
+says which of them a model allows, and `packing` which model keeps packed rows apart. The others
+keep a run right: `guard`, `resume`, `sharding`, `checkpoint_io`.
 """
 
 from rosa_lightning.utils.lazy import lazy_names

@@ -68,7 +68,7 @@ def _by_size(
 
 def is_half_on_cpu(device: str, dtype: torch.dtype) -> bool:
     """Whether products of tensors of a dtype run in bfloat16 on a CPU, as under autocast."""
-    if device == "cpu" and torch.is_autocast_enabled("cpu"):
+    if device == "cpu" and torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
     return device == "cpu" and dtype == torch.bfloat16
 
@@ -99,8 +99,8 @@ def attend(
 
 
 def _added(mask: Tensor) -> Tensor:
-    """A mask as it is added to scores."""
-    if mask.dtype != torch.bool:
-        return mask.bfloat16()
+    """A mask as it is added to scores, finite also for a query that sees nothing."""
     lowest = torch.finfo(torch.bfloat16).min
+    if mask.dtype != torch.bool:
+        return mask.clamp(min=lowest).bfloat16()
     return torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(~mask, lowest)

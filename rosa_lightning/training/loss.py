@@ -75,10 +75,15 @@ class LossComputer:
         speed: SpeedConfig | None = None,
         *,
         attn_implementation: str | None = None,
+        device: str | None = None,
     ) -> None:
-        """An attention kernel that is named is kept."""
+        """An attention kernel that is named is kept.
+
+        `device` is the kind on which a step would run that is estimated on another.
+        """
         self.model = model
-        self._chooses_attention = attn_implementation is None
+        self._device = device
+        self._chooses_attention = attn_implementation is None and device in (None, "cpu")
         self.speed = speed or SpeedConfig()
         self.reset()
 
@@ -239,13 +244,15 @@ class LossComputer:
     def _inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """What the model's forward takes, and how many columns are left out."""
         num_shared, more = self._num_shared(batch), 0
+        width = batch["labels"].shape[1]
         if self._rounds_up(batch):
-            more = -(batch["labels"].shape[1] - num_shared) % WIDTH_STEP
+            more = -(width - num_shared) % WIDTH_STEP
+            more = more if self.support.holds(width + more) else 0
             batch = _padded(batch, more)
         if self._cuts_prompts():
             widths = self._assumed_widths or self._prompt_widths(batch, num_shared)
             inputs = prompts.rows_after_prompts(self.model, batch, widths, num_shared)
-            return inputs, batch["labels"].shape[1] - widths[1] - more
+            return inputs, width - widths[1]
         if num_shared:
             inputs = shared_prefix.rows_after_prefix(self.model, batch, num_shared)
             return inputs, num_shared - more
@@ -256,7 +263,8 @@ class LossComputer:
 
     def _rounds_up(self, batch: dict[str, Any]) -> bool:
         """Whether columns and positions are added, so that few shapes occur."""
-        half = is_half_on_cpu(batch["labels"].device.type, self.model.dtype)
+        device = self._device or batch["labels"].device.type
+        half = is_half_on_cpu(device, self.model.dtype)
         return half and not is_packed_batch(batch)
 
     def _pack(self, batch: dict[str, Any]) -> Pack | None:
@@ -284,12 +292,12 @@ class LossComputer:
     def _prompt_widths(self, batch: dict[str, Any], num_shared: int) -> tuple[int, int]:
         """Columns of prompts and responses; ValueError where prompts cannot be run apart."""
         self.support.check_prompts(batch)
-        widths = prompts.widths(batch)
-        if self._rounds_up(batch):
-            P, R = widths
-            widths = P + -(P - num_shared) % WIDTH_STEP, R + -R % WIDTH_STEP
-        self.support.check_window(sum(widths))
-        return widths
+        P, R = prompts.widths(batch)
+        rounded = P + -(P - num_shared) % WIDTH_STEP, R + -R % WIDTH_STEP
+        if self._rounds_up(batch) and self.support.holds(sum(rounded)):
+            return rounded
+        self.support.check_window(P + R)
+        return P, R
 
     def _num_shared(self, batch: dict[str, Any]) -> int:
         """Tokens of the shared prefix that are computed once."""

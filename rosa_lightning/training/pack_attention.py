@@ -40,6 +40,10 @@ _BY_ROW = ("eager", "sdpa")
 _HALF = (torch.float16, torch.bfloat16)
 
 
+class _KernelError(ValueError):
+    """A kernel is not called row by row."""
+
+
 class Pack:
     """How the rows of a pack are run.
 
@@ -87,7 +91,7 @@ class Pack:
 
         def get_interface(interface: Any, kernel: str, default: Any) -> Callable[..., Any]:
             if kernel not in _BY_ROW:
-                raise ValueError(f"{kernel} keeps rows apart by itself")
+                raise _KernelError(f"{kernel} keeps rows apart by itself")
             attend = find(interface, kernel, default)
 
             def by_row(
@@ -172,6 +176,8 @@ def unsupported_reason(model: PreTrainedModel, *, training: bool) -> str:
         wanted = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
         try:
             found = _packed(model, rows, [0, 9, 4, 0])
+        except _KernelError as error:
+            return str(error)
         except Exception as error:
             return f"{kind} cannot run rows apart: {type(error).__name__}: {one_line(error, 120)}"
         if not close(found, wanted, HALF):

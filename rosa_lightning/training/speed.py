@@ -19,11 +19,12 @@ class SpeedConfig:
 
     Args:
         share_prefix: Compute once what all rows of a batch begin with, such as an instruction
-            template, where loss and gradients stay as they are; where not, the log says why.
+            template, and in a packed row what neighbouring rows do, where loss and gradients stay
+            as they are; where not, the log says why.
         loss_chunk: Response tokens of a batch whose logits are held at once (chunked
             cross-entropy, whose gradients are taken in the forward pass); null is all. ``auto`` is
-            chunks of up to 128 MiB of logits in float32, and all under 16-mixed and with hooks on
-            parameters.
+            chunks of up to 128 MiB of logits in float32, and all under 16-mixed, with hooks on
+            parameters and where the head cannot run at tokens with loss alone.
         microbatch_tokens: Tokens of a batch, padding included, that run forward and backward at
             once; a larger batch is taken in parts, in one step and with its own gradients.
             ``auto`` is 2048 on a CPU and for bases from 2e9 weights on, else all; null is all. All,

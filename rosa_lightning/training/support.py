@@ -95,7 +95,7 @@ class Support:
         """Whether a pack is run row by row."""
         training = self._model.training
         what = "packed training" if training else "packed evaluation"
-        instead = "the scores of all pairs of tokens of a pack are computed"
+        instead = "packed rows are not run one by one"
         if what not in self._reasons:
             check_can_pack(self._model)
             reason = _SHARDED
@@ -135,11 +135,16 @@ class Support:
         if reason := self._reasons["prompts"]:
             raise _prompts_refused(reason)
 
-    def check_window(self, num_columns: int) -> None:
-        """Raise ValueError for prompts and responses that an attention window does not hold.
+    def holds(self, num_columns: int) -> bool:
+        """Whether so many columns are within an attention window, and what the model was made for.
 
-        It counts columns, the gap between a short prompt and its response among them.
+        A window counts columns, those between a short row and what rows share among them.
         """
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return all(most is None or num_columns <= most for most in (self._window, positions))
+
+    def check_window(self, num_columns: int) -> None:
+        """Raise ValueError for prompts and responses that an attention window does not hold."""
         if self._window is not None and num_columns > self._window:
             raise _prompts_refused(
                 f"a window of {self._window} tokens is shorter than the {num_columns} columns of a "

@@ -148,7 +148,7 @@ def first_step(options: Any) -> dict[str, Any]:
         if find_spec("trl"):
             commands[TRL] = [__file__, "first_step", str(folder)]
         ways = {name: partial(run, command, folder) for name, command in commands.items()}
-        took = in_turn(ways, options.rounds + 1)  # the first round fills the caches
+        took = in_turn(ways, options.rounds)  # after one that fills the caches
     rows = {name: {"seconds": values} for name, values in took.items()}
     figures = []
     if TRL in took:

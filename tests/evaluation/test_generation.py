@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -133,6 +133,29 @@ def test_rows_that_have_ended_leave_the_batch(base, monkeypatch):
     assert found == ["x" * min(length, 30) for length in lengths.values()]
     assert len(steps) == 30
     assert sum(steps) < 4 + 4 + 7 + 10 + 10 + 21 + 30 + 6
+
+
+def test_rows_that_stay_go_on_from_their_own_keys_and_values(base, monkeypatch):
+    model, tokenizer = base
+    prompts = ["Say 1.", "What is the number after 41?", "Why", "Who?", "Anna has 3 apples.", "No"]
+    whole = [greedy(model, tokenizer, prompt, 80) for prompt in prompts]
+    # A token that ends some answers early.
+    texts = [tokenizer(text, add_special_tokens=False).input_ids for text in whole]
+    counts = Counter(token for ids in texts for token in {*ids[3:40]})
+    end = next(token for token, count in counts.most_common() if count < len(prompts))
+    wanted = [ids[: ids.index(end) + 1] if end in ids else ids for ids in texts]
+    sizes: list[int] = []
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def watched(self, input_ids, **options):
+        sizes.append(len(input_ids))
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    found = generate(model, tokenizer, prompts_of(tokenizer, prompts), 80, stop_ids=[end])
+    assert found == tokenizer.batch_decode(wanted, skip_special_tokens=True)
+    assert sizes[-1] < sizes[0]
 
 
 def test_a_beginning_of_all_prompts_is_read_once_and_changes_no_answer(base, monkeypatch):

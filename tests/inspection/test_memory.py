@@ -302,11 +302,16 @@ def test_quantised_weights_are_counted_at_the_bits_of_their_format(scheme, bits)
 def test_experts_are_in_the_figures(family, dtype, autocast, caplog):
     model = build_small(family).to(dtype)
     inject_roae(model, RoAEConfig(rank=4))
-    # 32 positions, as in bfloat16 on a CPU others are filled up to.
-    shape = {"batch_size": 4, "length": 100, "response_length": 8}
+    shape = {"batch_size": 4, "length": 100, "response_length": 10}
     estimate = estimate_memory(model, **shape, autocast=autocast)
     assert not caplog.records
-    check(estimate, measure(LossComputer(model.train()), 4, 100, 8, autocast=autocast))
+    measured = measure(LossComputer(model.train()), 4, 100, 10, autocast=autocast)
+    if torch.bfloat16 in (dtype, autocast):  # 40 positions are filled up to 64
+        measured["logits"] *= 64 / 40
+        measured["activations"] -= 4 * model.config.vocab_size * 24
+        on_gpu = estimate_memory(model, **shape, autocast=autocast, device="cuda")
+        assert on_gpu.logits < 0.7 * estimate.logits
+    check(estimate, measured)
 
 
 def test_chunks_of_logits_are_in_the_figures():

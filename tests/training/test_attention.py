@@ -19,7 +19,7 @@ MASKS = {
     "none": None,
     "causal": CAUSAL,
     "padded, so that some queries see nothing": PADDED & (torch.arange(9) != 3),
-    "added": torch.where(PADDED, 0.5 * torch.arange(9), -1e30),
+    "added": torch.where(PADDED, 0.5 * torch.arange(9), torch.finfo(torch.float32).min),
 }
 
 

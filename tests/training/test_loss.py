@@ -205,6 +205,20 @@ def test_few_shapes_occur_and_loss_and_gradients_are_the_same(
     assert all(width % 8 == 0 for width in shapes)
 
 
+@pytest.mark.parametrize("window", [34, 36])
+@pytest.mark.parametrize("prompt_gradients", [True, False])
+def test_columns_beyond_a_window_are_not_added(window, prompt_gradients, monkeypatch):
+    """A batch of 34 columns, 20 of them shared, is run with 36 where the window holds these."""
+    model, batch = adapted(build("mistral", sliding_window=window)), batch_of(20)
+    run = LossComputer(model, SpeedConfig(prompt_gradients=prompt_gradients))
+    if not prompt_gradients:
+        wanted = run.loss(batch)
+    monkeypatch.setattr(LossComputer, "_rounds_up", lambda *_: True)
+    if prompt_gradients:
+        wanted = single_rows(model, batch)
+    assert_close(run.loss(batch), wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_shapes_are_rounded_in_bfloat16_alone(autocast):
     model, batch = adapted(build("llama")), batch_of(0)
