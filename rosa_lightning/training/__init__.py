@@ -2,7 +2,7 @@
 
 `LossComputer` computes the loss with the levers of `SpeedConfig`, a file each (`shared_prefix`,
 `prompts`, `pack_attention`, `head`, `attention`, `microbatches`, `recompute`, `compile`); `support`
-says which of them a model allows, and `packing` which model keeps packed rows apart. The others
+says which of them a model allows, by `probes` of the model itself and by `packing`. The others
 keep a run right: `guard`, `resume`, `sharding`, `checkpoint_io`.
 """
 

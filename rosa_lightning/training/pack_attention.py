@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,9 @@ import torch
 from torch import Tensor
 
 from rosa_lightning.training.compile import is_compiled
-from rosa_lightning.training.head import close
 from rosa_lightning.training.packing import probe_ids
-from rosa_lightning.training.shared_prefix import HALF, same_gradients
+from rosa_lightning.training.probes import RefusedError, difference
 from rosa_lightning.utils.modules import in_mode, is_checkpointed, replaced
-from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,10 +37,6 @@ with suppress(ImportError):  # before torch 2.10
 _BY_ROW = ("eager", "sdpa")
 """Kernels that do not keep packed rows apart by themselves."""
 _HALF = (torch.float16, torch.bfloat16)
-
-
-class _KernelError(ValueError):
-    """A kernel is not called row by row."""
 
 
 class Pack:
@@ -91,7 +86,7 @@ class Pack:
 
         def get_interface(interface: Any, kernel: str, default: Any) -> Callable[..., Any]:
             if kernel not in _BY_ROW:
-                raise _KernelError(f"{kernel} keeps rows apart by itself")
+                raise RefusedError(f"{kernel} keeps rows apart by itself")
             attend = find(interface, kernel, default)
 
             def by_row(
@@ -169,22 +164,14 @@ def unsupported_reason(model: PreTrainedModel, *, training: bool) -> str:
         return "with gradient checkpointing attention is computed again in the backward pass"
     if training and is_compiled(model):
         return "layers are compiled"
-    kind, ids = type(model).__name__, probe_ids(model, 40)
+    ids = probe_ids(model, 40)
     first, other = ids[:16], ids[24:]
     rows = [first, torch.cat([first[:9], other[:3]]), torch.cat([first[:4], other[:8]]), other]
+    run = partial(_packed, model, rows, [0, 9, 4, 0])
+    to, where = "run rows apart", "for rows run apart"
     with in_mode(model, False), torch.inference_mode(False), torch.set_grad_enabled(training):
         wanted = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
-        try:
-            found = _packed(model, rows, [0, 9, 4, 0])
-        except _KernelError as error:
-            return str(error)
-        except Exception as error:
-            return f"{kind} cannot run rows apart: {type(error).__name__}: {one_line(error, 120)}"
-        if not close(found, wanted, HALF):
-            return f"{kind} gives other logits for rows run apart"
-        if training and not same_gradients(model, found, wanted):
-            return f"the gradients of {kind} differ for rows run apart"
-    return ""
+        return difference(model, run, wanted, to=to, where=where, gradients=training)
 
 
 def _packed(model: PreTrainedModel, rows: Sequence[Tensor], shared: Sequence[int]) -> Tensor:

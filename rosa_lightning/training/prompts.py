@@ -18,11 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rosa_lightning.data.collators import IGNORE_INDEX, complete_batch
 from rosa_lightning.models.kv_cache import cache_argument, fill_cache, inputs_after_prefix
-from rosa_lightning.training.head import close
 from rosa_lightning.training.packing import probe_ids
-from rosa_lightning.training.shared_prefix import HALF, cache_reason, prefix_cache
+from rosa_lightning.training.probes import difference
+from rosa_lightning.training.shared_prefix import cache_reason, prefix_cache
 from rosa_lightning.utils.modules import in_mode
-from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +82,6 @@ def unsupported_reason(model: PreTrainedModel) -> str:
 
 def _difference(model: PreTrainedModel, ids: Tensor) -> str:
     """How two rows of different lengths differ from the same rows run whole."""
-    kind = type(model).__name__
     rows, prompts = [ids[:14], ids[6:17]], [11, 6]
     padded = partial(pad_sequence, batch_first=True, padding_side="left")
     labels = [
@@ -98,13 +96,12 @@ def _difference(model: PreTrainedModel, ids: Tensor) -> str:
     batch = complete_batch(given, model)
     whole = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
     wanted = torch.cat([whole[0][-4:], whole[1][-6:]])
-    try:
-        logits = model(**rows_after_prompts(model, batch, widths(batch))).logits
-    except Exception as error:
-        line = one_line(error, 120)
-        return f"{kind} cannot continue from a cache: {type(error).__name__}: {line}"
-    found = torch.cat([logits[0, -4:], logits[1, -6:]])
-    return "" if close(found, wanted, HALF) else f"{kind} gives other logits after its prompts"
+
+    def run() -> Tensor:
+        logits: Tensor = model(**rows_after_prompts(model, batch, widths(batch))).logits
+        return torch.cat([logits[0, -4:], logits[1, -6:]])
+
+    return difference(model, run, wanted, to="continue from a cache", where="after its prompts")
 
 
 def _bounds(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

@@ -9,10 +9,10 @@ Axes: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
@@ -24,15 +24,12 @@ from rosa_lightning.models.kv_cache import (
     new_cache,
 )
 from rosa_lightning.training.compile import is_compiled
-from rosa_lightning.training.head import close
+from rosa_lightning.training.probes import difference
 from rosa_lightning.utils.modules import in_mode, is_checkpointed
-from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HALF = 0.1
-"""Bound on relative differences in 16 bits: rows after a cache use other kernels."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention_window")
 
 
@@ -117,19 +114,11 @@ def _random_parts(model: nn.Module) -> Iterator[str]:
 
 def _difference(model: PreTrainedModel, ids: Tensor, gradients: bool) -> str:
     """How two rows after a shared prefix differ from the same rows alone."""
-    kind = type(model).__name__
     start, first, second = ids[:8], ids[8:14], ids[14:17]
     wanted = torch.cat([_single(model, start, rest) for rest in (first, second)])
-    try:
-        found = _together(model, start, first, second)
-    except Exception as error:
-        line = one_line(error, 120)
-        return f"{kind} cannot continue from a cache: {type(error).__name__}: {line}"
-    if not close(found, wanted, HALF):
-        return f"{kind} gives other logits after a shared prefix"
-    if gradients and not same_gradients(model, found, wanted):
-        return f"the gradients of {kind} differ after a shared prefix"
-    return ""
+    run = partial(_together, model, start, first, second)
+    to, where = "continue from a cache", "after a shared prefix"
+    return difference(model, run, wanted, to=to, where=where, gradients=gradients)
 
 
 def _single(model: PreTrainedModel, start: Tensor, rest: Tensor) -> Tensor:
@@ -146,17 +135,3 @@ def _together(model: PreTrainedModel, start: Tensor, first: Tensor, second: Tens
     batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
     logits: Tensor = model(**rows_after_prefix(model, batch, len(start))).logits
     return torch.cat([logits[0], logits[1, gap:]])
-
-
-def same_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> bool:
-    """Whether two logits of the same tokens have equal gradients of their first entries."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not (parameters and wanted.requires_grad and found.requires_grad):
-        return wanted.requires_grad == found.requires_grad
-    both = []
-    for logits in (found, wanted):
-        loss = F.log_softmax(logits.float(), -1)[:, 0].sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        both.append(torch.cat([g.flatten() for g in gradients if g is not None]))
-    shared, single = (one.to(wanted.dtype) for one in both)
-    return shared.shape == single.shape and close(shared, single, HALF)

@@ -90,7 +90,7 @@ def train_hf(peaks: Peaks, paths: list[str], steps: int, precision: str) -> None
     base = str(gguf_folder("smollm2"))
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = lora_on(AutoModelForCausalLM.from_pretrained(base), **LORA)
-    more = settings(base, BATCH_SIZE, precision, "group_by_length")
+    more = settings(BATCH_SIZE, precision, "group_by_length")
     more |= {"max_steps": steps}
     rows = [row for row in encoded(paths, tokenizer) if len(row["input_ids"]) <= LONGEST]
     with TemporaryDirectory() as folder:

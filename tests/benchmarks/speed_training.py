@@ -122,7 +122,7 @@ def train_ours(
     trainer.fit(module, data)
 
 
-def settings(base: str, batch_size: int, precision: str, order: str) -> dict[str, Any]:
+def settings(batch_size: int, precision: str, order: str) -> dict[str, Any]:
     """Of the trainers of transformers and TRL."""
     return {
         "per_device_train_batch_size": batch_size,
@@ -151,7 +151,7 @@ def train_theirs(
     model = lora_on(AutoModelForCausalLM.from_pretrained(base), **LORA)
     rows = encoded(paths, tokenizer)
     # Its own length groups need hundreds of records: these lie in such groups.
-    more = settings(base, batch_size, precision, "random" if trl else "sequential")
+    more = settings(batch_size, precision, "random" if trl else "sequential")
     with TemporaryDirectory() as folder:
         if not trl:
             hf_trainer(model, folder, rows, tokenizer, Gate(), **more).train()
