@@ -48,7 +48,7 @@ def test_a_reason_stands_by_itself():
     )
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")  # of transformers
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers and torch
 def test_a_kernel_that_keeps_rows_apart_is_named():
     model = build("llama", attn_implementation="flex_attention")
     reason = pack_attention.unsupported_reason(model, training=False)
