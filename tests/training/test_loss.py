@@ -60,7 +60,7 @@ def single_rows(model, batch) -> Tensor:
 def gradients(model, loss: Tensor) -> Tensor:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     found = torch.autograd.grad(loss, weights, allow_unused=True)
-    return torch.cat([torch.zeros(0), *(one.flatten() for one in found if one is not None)])
+    return torch.cat([loss.new_zeros(0), *(one.flatten() for one in found if one is not None)])
 
 
 def adapted(model, **options):
