@@ -16,14 +16,6 @@ _HOMES = {
     "read_metadata": "files",
 }
 
-__all__ = [
-    "AdapterMetadata",
-    "BaseFingerprint",
-    "Conditions",
-    "export_adapter",
-    "fingerprint",
-    "load_adapter",
-    "read_metadata",
-]
+__all__ = [*_HOMES]
 
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from rosa_lightning.adapters.files import read_metadata
 from rosa_lightning.adapters.fingerprint import BaseFingerprint
-from rosa_lightning.adapters.metadata import (
-    AdapterMetadata,
-    Conditions,
-)
+from rosa_lightning.adapters.metadata import AdapterMetadata, Conditions
 from rosa_lightning.adapters.methods import (
     FullFinetuning,
     Method,

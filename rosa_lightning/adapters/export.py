@@ -20,12 +20,7 @@ from rosa_lightning.adapters.fidelity import (
 from rosa_lightning.adapters.files import check_plain_model, write_adapter
 from rosa_lightning.adapters.lora import write_lora
 from rosa_lightning.adapters.metadata import Conditions
-from rosa_lightning.adapters.methods import (
-    FullFinetuning,
-    Method,
-    as_plain,
-    trained_otherwise,
-)
+from rosa_lightning.adapters.methods import FullFinetuning, Method, as_plain, trained_otherwise
 from rosa_lightning.adapters.peft_folder import write_peft
 from rosa_lightning.models.finite import check_weights
 from rosa_lightning.roae.inject import merged, roae_layers, roae_report

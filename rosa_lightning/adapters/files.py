@@ -15,10 +15,7 @@ from torch import nn
 
 from rosa_lightning.adapters import lora
 from rosa_lightning.adapters.fingerprint import fingerprint
-from rosa_lightning.adapters.metadata import (
-    AdapterMetadata,
-    Conditions,
-)
+from rosa_lightning.adapters.metadata import AdapterMetadata, Conditions
 from rosa_lightning.adapters.methods import Method, MethodReport, as_method, check_same_method
 from rosa_lightning.adapters.peft_folder import load_peft, peft_metadata
 from rosa_lightning.adapters.reading import naming, read_json, read_tensors

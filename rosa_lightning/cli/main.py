@@ -42,14 +42,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rosa_lightning.adapters.checkpoint import checkpoint_defaults
 from rosa_lightning.adapters.metadata import contradictions
 from rosa_lightning.cli.chat import chat
-from rosa_lightning.cli.commands import (
-    NO_BASE,
-    CommandContext,
-    audit,
-    export,
-    inspect,
-    report,
-)
+from rosa_lightning.cli.commands import NO_BASE, CommandContext, audit, export, inspect, report
 from rosa_lightning.cli.compare import add_bare_arguments, compare
 from rosa_lightning.cli.configuration import (
     ONE_SELECTION,

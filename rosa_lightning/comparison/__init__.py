@@ -22,16 +22,6 @@ _HOMES = {
     "write_report": "report",
 }
 
-__all__ = [
-    "Comparison",
-    "ComparisonConfig",
-    "compare_answers",
-    "holm",
-    "mcnemar",
-    "paired_bootstrap",
-    "paired_t",
-    "paired_tests",
-    "write_report",
-]
+__all__ = [*_HOMES]
 
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -15,6 +15,6 @@ _HOMES = {
     "TextInfo": "text_info",
 }
 
-__all__ = ["LoadingConfig", "PromptStyle", "ReasoningDataModule", "Source", "TextInfo"]
+__all__ = [*_HOMES]
 
 __getattr__ = lazy_names(__name__, _HOMES)

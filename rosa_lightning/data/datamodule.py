@@ -17,12 +17,7 @@ from rosa_lightning.data.encoding import Encoder, Example, checked_tokenizer
 from rosa_lightning.data.loaders import Loaders
 from rosa_lightning.data.prompts import StyleName
 from rosa_lightning.data.records import load_records
-from rosa_lightning.data.sampling import (
-    Mixture,
-    MixtureSampler,
-    ResumableLoader,
-    report_packs,
-)
+from rosa_lightning.data.sampling import Mixture, MixtureSampler, ResumableLoader, report_packs
 from rosa_lightning.data.settings import (
     CHECKED,
     LoadingConfig,

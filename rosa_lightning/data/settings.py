@@ -14,13 +14,7 @@ from rosa_lightning.data.encoding import Example, LossTurns, Overlong
 from rosa_lightning.data.prompts import STYLES
 from rosa_lightning.data.sampling import Stop
 from rosa_lightning.data.tokenization import tokens_digest
-from rosa_lightning.utils.agreement import (
-    RanksError,
-    agree,
-    configuration,
-    several_ranks,
-    together,
-)
+from rosa_lightning.utils.agreement import RanksError, agree, configuration, several_ranks, together
 from rosa_lightning.utils.stopping import Stopping
 
 

@@ -17,15 +17,6 @@ _HOMES = {
     "wilson_interval": "metrics",
 }
 
-__all__ = [
-    "Evaluation",
-    "EvaluationConfig",
-    "PredictionWriter",
-    "ResultWriter",
-    "TaskCounts",
-    "generate",
-    "log_likelihoods",
-    "wilson_interval",
-]
+__all__ = [*_HOMES]
 
 __getattr__ = lazy_names(__name__, _HOMES)

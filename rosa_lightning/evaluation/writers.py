@@ -20,13 +20,7 @@ from rich.console import Console
 from rosa_lightning.evaluation.evaluator import item_id
 from rosa_lightning.evaluation.results import results_table, versions, write_results
 from rosa_lightning.tasks.records import scored_as
-from rosa_lightning.utils.files import (
-    atomic_write,
-    open_input,
-    read_lines,
-    shown,
-    writing,
-)
+from rosa_lightning.utils.files import atomic_write, open_input, read_lines, shown, writing
 from rosa_lightning.utils.rng import of_all_ranks
 from rosa_lightning.utils.run_folder import run_folder
 from rosa_lightning.utils.strict_json import parse, read_object

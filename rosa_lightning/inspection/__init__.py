@@ -17,13 +17,6 @@ _HOMES = {
     "write_report": "report",
 }
 
-__all__ = [
-    "MemoryEstimate",
-    "RunMonitor",
-    "TokenThroughputMonitor",
-    "estimate_memory",
-    "rotated_norms",
-    "write_report",
-]
+__all__ = [*_HOMES]
 
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -13,6 +13,6 @@ _HOMES = {
     "num_embeddings": "vocabulary",
 }
 
-__all__ = ["load_base", "load_skeleton", "load_tokenizer", "num_embeddings"]
+__all__ = [*_HOMES]
 
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -17,15 +17,6 @@ _HOMES = {
     "with_own_tasks": "custom",
 }
 
-__all__ = [
-    "TASKS",
-    "Record",
-    "Sample",
-    "Task",
-    "candidates",
-    "extract_answer",
-    "same_answer",
-    "with_own_tasks",
-]
+__all__ = [*_HOMES]
 
 __getattr__ = lazy_names(__name__, _HOMES)
