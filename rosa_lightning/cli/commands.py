@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +46,7 @@ from rosa_lightning.models.loading import (
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.microbatches import default_microbatch_tokens, rows_at_once
 from rosa_lightning.utils.errors import ConfigurationError
-from rosa_lightning.utils.files import atomic_write
+from rosa_lightning.utils.strict_json import write_json
 from rosa_lightning.utils.tables import note, text_table
 
 _AUTOCAST = {
@@ -282,7 +281,7 @@ def audit(
     )
     console.print(audit_tables(found))
     if output is not None:
-        atomic_write(Path(output), json.dumps(found.to_dict(), indent=1).encode())
+        write_json(Path(output), found.to_dict())
         sys.stdout.write(f"\n{output}\n")
 
 

@@ -38,8 +38,7 @@ from rosa_lightning.models.loading import load_base, load_skeleton
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.errors import ConfigurationError
-from rosa_lightning.utils.files import atomic_write
-from rosa_lightning.utils.strict_json import read_object
+from rosa_lightning.utils.strict_json import read_object, write_json
 from rosa_lightning.utils.tables import text_table
 
 _TOLERANCE = 0.01
@@ -151,7 +150,7 @@ def _described(context: CommandContext, root: Path, seed: int) -> dict[str, Any]
     found = read_object(path)
     if not found:
         found = describe_data(context.data, seed)
-        atomic_write(path, json.dumps(found, indent=1).encode())
+        write_json(path, found)
     return found
 
 
@@ -177,8 +176,7 @@ def _measure_speed(
                 console.print(f"{text} ...", highlight=False)
 
         content = measure_speed(config, methods, steps=steps, rounds=rounds, say=say)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(kept, json.dumps(content, indent=1).encode())
+    write_json(kept, content)
     console.width = max(console.width, 100)
     console.print(speed_table(content))
     sys.stdout.write(f"{kept}\n")
@@ -242,7 +240,7 @@ def _method(
     if not given.items() <= kept.items():
         method = _sized(context.build(files), name, overrides, comparison.trainable_parameters)
         kept = asdict(method) | given
-        atomic_write(folder / "method.json", json.dumps(kept, indent=1).encode())
+        write_json(folder / "method.json", kept)
     return Method(name, kept["overrides"], kept["rank"], kept["trainable_parameters"])
 
 

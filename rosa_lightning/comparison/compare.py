@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -23,9 +22,8 @@ from rosa_lightning.comparison.plan import (
 )
 from rosa_lightning.comparison.runner import RESULT, RunFailedError, Runner
 from rosa_lightning.evaluation.results import versions
-from rosa_lightning.inspection.text_loss import file_digest
-from rosa_lightning.utils.files import atomic_write
-from rosa_lightning.utils.strict_json import read_object
+from rosa_lightning.utils.files import file_digest
+from rosa_lightning.utils.strict_json import read_object, write_json
 
 COMPARISON = "comparison.json"
 SHARED = "shared.yaml"
@@ -139,11 +137,11 @@ class Comparison:
                 since = time.monotonic()
                 result |= summary(self.runner.fit(folder, self.display.at))
                 result["wall_seconds"] = {"train": round(time.monotonic() - since, 1)}
-                _write_json(folder / RESULT, result)
+                write_json(folder / RESULT, result)
         except RunFailedError as error:
             result |= {"status": "failed", "error": str(error), "val_loss": None}
             if not error.killed:  # which may well go on another time
-                _write_json(folder / RESULT, result)
+                write_json(folder / RESULT, result)
         if is_new:
             write_run(folder, method, result)
             self.display.end("train", run, result, known=bool(known))
@@ -154,7 +152,7 @@ class Comparison:
         if result["status"] != "finished":
             return result
         result, errors = self._evaluated(run, run.folder(self.root), result)
-        _write_json(run.folder(self.root) / RESULT, result)
+        write_json(run.folder(self.root) / RESULT, result)
         write_run(run.folder(self.root), method, result)
         return result | errors  # which are tried again: the training stands
 
@@ -170,7 +168,7 @@ class Comparison:
                 "data.test_sources, or comparison.test to false and comparison.general_text to "
                 "null."
             )
-        _write_json(folder / RESULT, result)
+        write_json(folder / RESULT, result)
         return result
 
     def _evaluated(
@@ -223,7 +221,7 @@ class Comparison:
             a_step = (took[1] - took[0]) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
             a_step = a_step if a_step > 0 else took[1] / _PROBE_STEPS[1]
             known = {"seconds_per_step": a_step}
-            _write_json(folder / RESULT, known)
+            write_json(folder / RESULT, known)
             self.display.end("time", run, known)
         seconds: float = known["seconds_per_step"]
         steps = round(self.config.train_seconds / seconds)
@@ -268,7 +266,7 @@ class Comparison:
             ),
             "versions": versions(),
         }
-        _write_json(self.root / COMPARISON, content)
+        write_json(self.root / COMPARISON, content)
         write_experiment(self.root, self._rows)
         return content
 
@@ -296,8 +294,3 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
 def without_texts(found: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a loss on texts beside its file, which has each text."""
     return {name: found[name] for name in ("loss", "tokens", "texts")}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(content, indent=1).encode())

@@ -18,8 +18,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rosa_lightning.comparison.child import GRACE_S
-from rosa_lightning.inspection.text_loss import TEXT_LOSS, file_digest
-from rosa_lightning.utils.files import atomic_write, read_text
+from rosa_lightning.inspection.text_loss import TEXT_LOSS
+from rosa_lightning.utils.files import atomic_write, file_digest, read_text
 from rosa_lightning.utils.strict_json import read_object
 
 RESULT = "result.json"
@@ -193,7 +193,6 @@ def write_once(path: Path, text: str, same: Callable[[], bool] | None = None) ->
             f"{path} is of a comparison with other settings. Set comparison.folder to another "
             "folder, or remove that one."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, text.encode())
 
 

@@ -20,6 +20,7 @@ from rosa_lightning.utils.files import (
     LINE_BYTES,
     check_input,
     check_name,
+    file_digest,
     memory_bytes,
     open_input,
     read_bytes,
@@ -116,12 +117,10 @@ def _file_rows(source: Source, purpose: Purpose) -> Rows:
             yield from _numbered(path, (_text_lines if asks else _READERS[kind])(path))
 
     def digest() -> str:
-        found = hashlib.blake2b(digest_size=8)
-        for path in paths:
-            with open_input(path) as file:
-                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
-            found.update(content.digest())
-        return content.hexdigest() if len(paths) == 1 else found.hexdigest()
+        digests = [file_digest(path) for path in paths]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.blake2b(bytes.fromhex("".join(digests)), digest_size=8).hexdigest()
 
     sizes = [p.stat().st_size * (_PACKED if p.suffix.lower() in COMPRESSED else 1) for p in paths]
     is_whole = len(paths) == 1 and file_kind(paths[0]) == ".json"

@@ -20,10 +20,10 @@ from rich.console import Console
 from rosa_lightning.evaluation.evaluator import item_id
 from rosa_lightning.evaluation.results import results_table, versions, write_results
 from rosa_lightning.tasks.records import scored_as
-from rosa_lightning.utils.files import atomic_write, open_input, read_lines, shown, writing
+from rosa_lightning.utils.files import atomic_write, shown, writing
 from rosa_lightning.utils.rng import of_all_ranks
 from rosa_lightning.utils.run_folder import run_folder
-from rosa_lightning.utils.strict_json import parse, read_object
+from rosa_lightning.utils.strict_json import read_object, read_objects
 from rosa_lightning.utils.text import one_line
 
 PREDICTIONS = "predictions.jsonl"
@@ -208,15 +208,13 @@ def _is_stopped(folder: Path, about: Mapping[str, Any]) -> bool:
 
 
 def _read_items(path: Path) -> Items:
-    """The answers in a file, without lines that are none, such as one that was cut off."""
+    """The whole answers in a file; none where there is no file."""
     items: Items = []
-    with suppress(FileNotFoundError), open_input(path) as file:
-        for line in read_lines(file, path):
-            with suppress(ValueError):
-                item = parse(line.decode("utf-8", "replace"))
-                whole = isinstance(item, dict) and item.keys() >= _FIELDS.keys()
-                if whole and all(isinstance(item[name], kind) for name, kind in _FIELDS.items()):
-                    items.append(item)
+    with suppress(FileNotFoundError):
+        for item in read_objects(path):
+            whole = item.keys() >= _FIELDS.keys()
+            if whole and all(isinstance(item[name], kind) for name, kind in _FIELDS.items()):
+                items.append(item)
     return items
 
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rosa_lightning.utils.files import open_input, read_lines, writing
-from rosa_lightning.utils.strict_json import parse
+from rosa_lightning.utils.files import writing
+from rosa_lightning.utils.strict_json import read_objects
 
 LAYERS = "layers.jsonl"
 """A line for each step and measure: ``{"step": 20, "tag": "score", "values": {"0": 1.5}}``."""
@@ -40,14 +40,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def read_rows(path: Path) -> list[Row]:
     """The lines of a file, without those that are none, such as one that was cut off."""
-    rows: list[Row] = []
-    with open_input(path) as file:
-        for line in read_lines(file, path):
-            with suppress(ValueError):
-                row = parse(line.decode())
-                if isinstance(row, dict) and row.keys() == {"step", "tag", "values"}:
-                    rows.append(row)
-    return rows
+    return [row for row in read_objects(path) if row.keys() == {"step", "tag", "values"}]
 
 
 def layer_series(rows: Iterable[Row]) -> Logged:

@@ -161,7 +161,6 @@ def log_picture(loggers: Iterable[Logger], name: str, figure: Figure, step: int)
             logger.experiment.log_image(logger.run_id, image_HWC, key=name, step=step)
         elif isinstance(logger, CSVLogger):
             path = Path(logger.log_dir, "pictures", f"{name.rpartition('/')[2]}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
             figure.savefig(content, format="png")
             atomic_write(path, content.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import suppress
 from datetime import datetime
@@ -17,8 +16,8 @@ from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.inspection.loggers import Settings, log_hparams, log_settings, run_settings
 from rosa_lightning.inspection.throughput import TokenThroughputMonitor, peak_mib
 from rosa_lightning.models.quantization import num_parameters
-from rosa_lightning.utils.files import atomic_write
 from rosa_lightning.utils.run_folder import run_folder
+from rosa_lightning.utils.strict_json import write_json
 
 RECORD = "run.json"
 _SECONDS = 2.0
@@ -176,7 +175,7 @@ class RunRecorder(Callback):
             "checkpoint": path and str(Path(path).absolute()),
             "validations": self._validations,
         }
-        atomic_write(self._target, json.dumps(record, indent=1).encode())
+        write_json(self._target, record)
 
 
 def _now() -> str:

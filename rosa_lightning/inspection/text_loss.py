@@ -5,7 +5,6 @@ Axes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from rosa_lightning.data.rows import kind_of, read_rows
 from rosa_lightning.data.sources import Source
 from rosa_lightning.tasks.records import TASKS
-from rosa_lightning.utils.files import atomic_write, open_input
+from rosa_lightning.utils.files import atomic_write, file_digest
 
 TEXT_LOSS = "text_loss.json"
 MAX_TOKENS = 512
@@ -120,9 +119,3 @@ def _texts(source: Source) -> Iterator[str]:
             )
         if text.strip():
             yield text
-
-
-def file_digest(path: str | Path) -> str:
-    """What tells a file's content from others."""
-    with open_input(path) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()

@@ -7,6 +7,7 @@ a shared folder would have another file overwritten.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -57,6 +58,12 @@ def open_input(path: str | Path) -> BufferedReader:
     """Open a regular file to read bytes from; errors as `check_input`."""
     check_input(path)
     return open(path, "rb")
+
+
+def file_digest(path: str | Path) -> str:
+    """What tells a regular file's content from others, as 16 characters."""
+    with open_input(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def read_bytes(path: str | Path, most: int | None = None) -> bytes:

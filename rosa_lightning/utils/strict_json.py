@@ -1,13 +1,14 @@
-"""JSON from elsewhere: what cannot be kept without loss is an error of one line."""
+"""JSON: of what comes from elsewhere, what cannot be kept without loss is an error of one line."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rosa_lightning.utils.files import read_text
+from rosa_lightning.utils.files import atomic_write, open_input, read_lines, read_text
 
 
 class JSONError(ValueError):
@@ -47,6 +48,21 @@ def read_object(path: Path) -> dict[str, Any]:
         found = parse(read_text(path))
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of one a line, without lines that are none, such as one cut off."""
+    with open_input(path) as file:
+        for line in read_lines(file, path):
+            with suppress(ValueError):
+                found = parse(line.decode("utf-8", "replace"))
+                if isinstance(found, dict):
+                    yield found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as a file, in folders that are made; errors as `atomic_write`."""
+    atomic_write(path, json.dumps(content, indent=1).encode())
 
 
 def half_character(text: str) -> str | None:

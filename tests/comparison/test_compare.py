@@ -14,11 +14,11 @@ from rosa_lightning.cli.main import main
 from rosa_lightning.comparison.compare import Comparison, summary
 from rosa_lightning.comparison.plan import ComparisonConfig, Method
 from rosa_lightning.comparison.runner import RunFailedError, Runner
-from rosa_lightning.inspection.text_loss import file_digest
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import PEFT_ADAPTER
 from rosa_lightning.roae.layer import RoAEConfig
+from rosa_lightning.utils.files import file_digest
 
 
 class Display:

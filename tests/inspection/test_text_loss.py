@@ -11,8 +11,9 @@ from rosa_lightning import ReasoningDataModule, RoSAModule, TextLoss
 from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.data.sources import Source
 from rosa_lightning.inspection import text_loss
-from rosa_lightning.inspection.text_loss import file_digest, read_texts
+from rosa_lightning.inspection.text_loss import read_texts
 from rosa_lightning.models.loading import load_tokenizer
+from rosa_lightning.utils.files import file_digest
 
 TEXTS = ["Ada has 12 apples and gives 5 of them away.", "x", "How many? " * 40]
 
