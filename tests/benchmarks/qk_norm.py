@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from rosa_lightning import RoAEConfig, RoSAModule, inject_roae
 from rosa_lightning.models.loading import load_base, load_tokenizer
-from rosa_lightning.models.tiny import folder, problems, recipe
+from rosa_lightning.models.tiny import folder
+from tests.tiny_model import problems, recipe
 
 NUM_PROBLEMS = 64
 RATIOS = (0.1, 0.3, 1.0, 3.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from rosa_lightning.models.loading import load_base, load_tokenizer
-from rosa_lightning.models.tiny import problems, recipe
+from tests.tiny_model import problems, recipe
 
 PROGRESS = 0.99
 """Of the recipe: its hardest text."""

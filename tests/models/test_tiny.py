@@ -13,7 +13,7 @@ from rosa_lightning.data.records import load_records
 from rosa_lightning.data.sources import demo_source
 from rosa_lightning.models import tiny
 from rosa_lightning.models.loading import load_base, load_tokenizer
-from rosa_lightning.models.tiny import problems, recipe
+from tests.tiny_model import problems, recipe
 
 
 @pytest.fixture(scope="module")

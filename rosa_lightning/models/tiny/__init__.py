@@ -1,6 +1,6 @@
 """The embedded base model and its demonstration set: `model.base: tiny`, `data.sources: demo`.
 
-`recipe.py` made every data file in this folder; `problems.py` writes the text it learns from.
+`tests/tiny_model` made every file in this folder: `recipe.py` from the text of `problems.py`.
 """
 
 from pathlib import Path

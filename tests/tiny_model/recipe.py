@@ -1,12 +1,12 @@
 """Make the embedded base model and the demonstration set, from nothing but a seed.
 
-    python -m rosa_lightning.models.tiny.recipe [--output DIR] [--seed 0] [--steps 1500]
-    python -m rosa_lightning.models.tiny.recipe --family qwen3 --output DIR
+    python -m tests.tiny_model.recipe [--output DIR] [--seed 0] [--steps 1500]
+    python -m tests.tiny_model.recipe --family qwen3 --output DIR
 
-The files in this folder are those of the default seed, made with OMP_NUM_THREADS=1 in 13 minutes
-on an AMD EPYC (bfloat16 in AVX-512): 98.0 % of fresh problems of the base's own family solved, and
-0.7 % of the demonstration's test problems. Other thread counts and processors round otherwise and
-yield other weights; tokenizer and demonstration set depend on the seed alone.
+The files in rosa_lightning/models/tiny are those of the default seed, made with OMP_NUM_THREADS=1
+in 13 minutes on an AMD EPYC (bfloat16 in AVX-512): 98.0 % of fresh problems of the base's own
+family solved, and 0.7 % of the demonstration's test problems. Other thread counts and processors
+round otherwise and yield other weights; tokenizer and demonstration set depend on the seed alone.
 
 `qwen3` is a base of the same size with norms on Q and K, which the package does not hold. A run
 that was stopped goes on from its last checkpoint, one every 100 steps.
@@ -35,7 +35,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rosa_lightning.models.tiny import folder, problems
+from rosa_lightning.models.tiny import folder
+from tests.tiny_model import problems
 
 # B rows, T tokens, V vocabulary
 VOCAB_SIZE = 1024
