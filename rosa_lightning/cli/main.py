@@ -63,7 +63,6 @@ from rosa_lightning.cli.process import (
     quiet_log_writers,
     read_pipes,
     run_defaults,
-    termination,
 )
 from rosa_lightning.cli.strict_yaml import load_yaml
 from rosa_lightning.data.datamodule import ReasoningDataModule
@@ -74,6 +73,7 @@ from rosa_lightning.inspection.run_summary import RunSummary
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.checkpoint_io import check_outputs
 from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration
+from rosa_lightning.utils.stopping import unwinding
 
 _TOOLS: tuple[Callable[..., None], ...] = (
     chat,
@@ -272,7 +272,7 @@ class RoSACLI(LightningCLI):
         """Run a command of the trainer, or another."""
         config = self.config_init[subcommand]
         if subcommand not in TOOL_COMMANDS:
-            with termination(), no_empty_run(self.trainer):
+            with unwinding(signal.SIGTERM), no_empty_run(self.trainer):
                 check_checkpoint_found(self.trainer, subcommand, config.get("ckpt_path"))
                 super()._run_subcommand(subcommand)
             return
@@ -286,7 +286,7 @@ class RoSACLI(LightningCLI):
             partial(self._shared, subcommand),
             partial(self._built, subcommand),
         )
-        with termination():
+        with unwinding(signal.SIGTERM):
             TOOL_COMMANDS[subcommand](context, **options)
 
     def _shared(self, subcommand: str, files: Sequence[Path | str] = ()) -> str:

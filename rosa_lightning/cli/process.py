@@ -1,4 +1,4 @@
-"""What surrounds a command: whose fault an error is, signals, and the log output of libraries."""
+"""What surrounds a command: whose fault an error is, its files, and the output of libraries."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import io
 import os
 import re
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -47,20 +45,6 @@ def configuration_errors(what: str, remedy: str = "") -> Iterator[None]:
             reason = one_line(told or f"{type(error).__name__}: {error}").rstrip(".;")
             told = f"{what}: {reason}. {remedy}"
         raise ConfigurationError(one_line(told)) from error
-
-
-@contextmanager
-def termination() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that nothing half-written stays behind."""
-
-    def leave(number: int, _: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 _OF_ANY_RUN = re.compile(

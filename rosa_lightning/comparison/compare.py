@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rosa_lightning.comparison.hparams import write_experiment, write_run
 from rosa_lightning.comparison.paired import forgetting, paired_tests
@@ -20,6 +20,7 @@ from rosa_lightning.comparison.plan import (
     nested,
     next_learning_rate,
 )
+from rosa_lightning.comparison.progress import ProgressDisplay
 from rosa_lightning.comparison.runner import RESULT, RunFailedError, Runner
 from rosa_lightning.evaluation.results import versions
 from rosa_lightning.utils.files import file_digest
@@ -34,19 +35,6 @@ _PROBE_STEPS = (5, 25)
 """Steps of two short runs whose difference is the time of a step."""
 
 
-class Display(Protocol):
-    """Shows how far a comparison is; jobs are of a kind: train, test, text or time."""
-
-    def begin(self, kind: str, run: Run) -> None:
-        """A job begins."""
-
-    def at(self, step: int, steps: int) -> None:
-        """It goes on, at a step of so many; 0 of 0 where it has none."""
-
-    def end(self, kind: str, run: Run, result: dict[str, Any], *, known: bool = False) -> None:
-        """It has ended, now or, if it is known, in an earlier call."""
-
-
 @dataclass
 class Comparison:
     """Runs a plan. What is done already is taken from the folder."""
@@ -56,7 +44,7 @@ class Comparison:
     shared_steps: int
     """Optimizer steps of the configuration that all share, which lies in the folder."""
     runner: Runner
-    display: Display
+    display: ProgressDisplay
     interval: int = 1
     """Optimizer steps from one validation to the next; a run ends with one."""
     split_seed: int = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from rosa_lightning.comparison.plan import finished, mean_losses
-from rosa_lightning.inspection.charts import STYLE
+from rosa_lightning.inspection.charts import STYLE, svg
 
 Content = Mapping[str, Any]
 _LABEL_INCHES = 0.17
@@ -36,7 +35,8 @@ def figures(content: Content) -> dict[str, str]:
             ),
             "Validation loss by learning rate, first seed": _grid(content),
         }
-        return {title: _svg(figure) for title, figure in drawn.items() if figure is not None}
+        found = {title: svg(one, bbox_inches="tight") for title, one in drawn.items() if one}
+        return {title: base64.b64encode(drawing).decode() for title, drawing in found.items()}
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -86,12 +86,11 @@ def _pareto(content: Content, key: str, label: str, *, may_be_alike: bool = True
 
 
 def _grid(content: Content) -> Figure | None:
-    tried = {
-        name: sound
-        for name, method in content["methods"].items()
-        if len(sound := [(r["learning_rate"], r["val_loss"]) for r in method["grid"] if _has(r)])
-        > 1
-    }
+    tried = {}
+    for name, method in content["methods"].items():
+        losses = [(run["learning_rate"], run["val_loss"]) for run in method["grid"]]
+        if len(sound := [(rate, loss) for rate, loss in losses if loss is not None]) > 1:
+            tried[name] = sound
     if not tried:
         return None
     figure, plot = _figure("learning rate", len(tried))
@@ -108,10 +107,6 @@ def _grid(content: Content) -> Figure | None:
         plot.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
     _label(content, plot, {name: points[-1] for name, points in tried.items()})
     return figure
-
-
-def _has(run: Mapping[str, Any]) -> bool:
-    return run["val_loss"] is not None
 
 
 def _colour(content: Content, name: str, number: int) -> Any:
@@ -150,9 +145,3 @@ def _figure(label: str, num_labels: int) -> tuple[Figure, Any]:
     plot = figure.add_subplot()
     plot.set(xlabel=label, ylabel="validation loss, nats per response token")
     return figure, plot
-
-
-def _svg(figure: Figure) -> str:
-    written = io.BytesIO()
-    figure.savefig(written, format="svg", bbox_inches="tight")
-    return base64.b64encode(written.getvalue()).decode()

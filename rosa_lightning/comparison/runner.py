@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 from rosa_lightning.comparison.child import GRACE_S
 from rosa_lightning.inspection.text_loss import TEXT_LOSS
 from rosa_lightning.utils.files import atomic_write, file_digest, read_text
+from rosa_lightning.utils.stopping import unwinding
 from rosa_lightning.utils.strict_json import read_object
 
 RESULT = "result.json"
@@ -148,7 +148,9 @@ class Runner:
                 time.sleep(_POLL_SECONDS)
         if process.returncode:
             reason = failure_reason(log, start, process.returncode)
-            raise RunFailedError(reason, killed=_by_signal(process.returncode))
+            # Or a signal was answered as this package's commands do.
+            by_signal = process.returncode < 0 or process.returncode > 128
+            raise RunFailedError(reason, killed=by_signal)
 
 
 def start_module(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
@@ -167,11 +169,6 @@ def start_module(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]
             env={**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C reaches this process alone
         )
-
-
-def _by_signal(status: int) -> bool:
-    """Whether a signal ended a process, or was answered as this package's commands do."""
-    return status < 0 or status > 128
 
 
 def _of(ckpt_path: str | None) -> list[str]:
@@ -235,23 +232,12 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def hangup_ends() -> Iterator[None]:
+def hangup_ends() -> AbstractContextManager[None]:
     """Let SIGHUP, a terminal's end, unwind the stack, unless it is ignored, as by nohup."""
     number = getattr(signal, "SIGHUP", None)  # Windows has none
-    before = None if number is None else signal.getsignal(number)
-    if number is None or before == signal.SIG_IGN:
-        yield
-        return
-
-    def leave(number: int, _: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
+    if number is None or signal.getsignal(number) == signal.SIG_IGN:
+        return nullcontext()
+    return unwinding(number)
 
 
 def failure_reason(log: Path, start: int, status: int) -> str:

@@ -18,8 +18,8 @@ from rosa_lightning.models.kv_cache import (
     GrowingCacheLayer,
     cache_argument,
     common_start,
-    fill_cache,
     forward_arguments,
+    inputs_after_prefix,
     new_cache,
 )
 from rosa_lightning.models.vocabulary import num_embeddings, padding_id
@@ -175,15 +175,9 @@ def _after_prefix(
     by_columns = "position_ids" not in forward_arguments(model)
     if len(rows) == 1 or num_shared < WORTH_SHARING or by_columns:
         return ids_BT, mask_BT
-    prefix_P = ids_BT.new_tensor(rows[0][:num_shared])
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
     with torch.no_grad():
-        fill_cache(model, {"input_ids": prefix_P[None]}, cache)
-    first_B1 = ids_BT.shape[1] - mask_BT.sum(1, keepdim=True)
-    own_BT = torch.arange(num_shared, ids_BT.shape[1], device=ids_BT.device) >= (
-        first_B1 + num_shared
-    )
-    start_BP = prefix_P.expand(len(rows), -1)
-    return (
-        torch.cat([start_BP, ids_BT[:, num_shared:]], dim=1),
-        F.pad(own_BT.to(mask_BT.dtype), (num_shared, 0), value=1),
-    )
+        rest = inputs_after_prefix(model, inputs, num_shared, cache)
+    start_BP = ids_BT.new_tensor(rows[0][:num_shared]).expand(len(rows), -1)
+    return torch.cat([start_BP, rest["input_ids"]], dim=1), rest["attention_mask"]

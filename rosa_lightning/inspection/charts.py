@@ -37,10 +37,10 @@ def draw_charts(run: Run) -> dict[str, dict[str, bytes]]:
     drawn: dict[str, dict[str, bytes]] = {chart.section: {} for chart in CURVES}
     with mpl.rc_context(fname=STYLE):
         for title, figure in (*_selected(run), *_counts(run)):
-            drawn["Layers and updates"][title] = _svg(figure)
+            drawn["Layers and updates"][title] = svg(figure)
         for chart in (*layer_charts(run).values(), *CURVES):
             if lines := _lines(chart, run):
-                drawn[chart.section][chart.title] = _svg(_draw(chart, lines))
+                drawn[chart.section][chart.title] = svg(_draw(chart, lines))
     return {section: charts for section, charts in drawn.items() if charts}
 
 
@@ -232,7 +232,8 @@ def _counts(run: Run) -> Iterator[tuple[str, Figure]]:
         yield title, figure
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure, **options: Any) -> bytes:
+    """A figure as SVG, with options of `savefig`."""
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file, format="svg", metadata={"Date": None}, **options)
     return file.getvalue()

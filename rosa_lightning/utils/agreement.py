@@ -61,10 +61,10 @@ def shared_store() -> Any:
     return group.get_group_store()
 
 
-def exchange(name: str, value: object, limit_s: float = LIMIT_S) -> list[Any]:
+def exchange(name: str, value: object) -> list[Any]:
     """What every rank gives under a name, in the order of the ranks; plain values.
 
-    RanksError if a rank gives nothing in ``limit_s`` seconds.
+    RanksError if a rank gives nothing in `LIMIT_S` seconds.
     """
     store, rank, world = shared_store(), dist.get_rank(), dist.get_world_size()
     _rounds[name] += 1
@@ -72,10 +72,10 @@ def exchange(name: str, value: object, limit_s: float = LIMIT_S) -> list[Any]:
     keys = [f"{key}/{other}" for other in range(world)]
     store.set(keys[rank], json.dumps(value))
     store.add(f"{key}/told", 1)
-    if not _counts_to(world, f"{key}/told", limit_s):
+    if not _counts_to(world, f"{key}/told", LIMIT_S):
         missing = [other for other in range(world) if not store.check([keys[other]])]
         raise RanksError(
-            f"{_ranks(missing)} did not get to the {name} within {limit_s:.0f} s. See its own log."
+            f"{_ranks(missing)} did not get to the {name} within {LIMIT_S:.0f} s. See its own log."
         )
     told = [json.loads(store.get(one)) for one in keys]
     store.add(f"{key}/read", 1)

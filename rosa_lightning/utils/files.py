@@ -82,10 +82,13 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
         return file.read()
 
 
-def read_text(path: str | Path, most: int = SETTINGS_BYTES) -> str:
-    """A regular file's UTF-8 text, without a byte order mark; errors as `read_bytes`."""
+def read_text(path: str | Path) -> str:
+    """A file's UTF-8 text of at most `SETTINGS_BYTES`, without a byte order mark.
+
+    Errors as `read_bytes`.
+    """
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        return read_bytes(path, SETTINGS_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start}). Save it in UTF-8."

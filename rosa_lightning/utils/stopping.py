@@ -278,6 +278,20 @@ class Stopping(Callback):
             _handle([signal.SIGTERM], self._before)
 
 
+@contextmanager
+def unwinding(number: int) -> Iterator[None]:
+    """Let a signal unwind the stack, so that nothing half-written stays behind."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def _handle(numbers: list[int], handler: Any) -> None:
     """Handle signals, where that can be set."""
     if threading.current_thread() is threading.main_thread():
