@@ -74,6 +74,7 @@ from rosa_lightning.module import RoSAModule
 from rosa_lightning.training.checkpoint_io import check_outputs
 from rosa_lightning.utils.errors import ConfigurationError, explain, is_configuration
 from rosa_lightning.utils.stopping import unwinding
+from rosa_lightning.utils.trainer import callbacks_of
 
 _TOOLS: tuple[Callable[..., None], ...] = (
     chat,
@@ -174,9 +175,8 @@ class RoSACLI(LightningCLI):
         trainer: Any = self.trainer  # `callbacks` is there, but not declared
         requeued = trainer._checkpoint_connector._hpc_resume_path  # written where SLURM stopped it
         resumes = bool(config["ckpt_path"] or (SLURMEnvironment.detect() and requeued))
-        for callback in trainer.callbacks:
-            if isinstance(callback, SaveRunConfig):
-                callback.resumes = resumes
+        for callback in callbacks_of(trainer, SaveRunConfig):
+            callback.resumes = resumes
         if nothing or not config["validate_first"] or resumes:
             return
         # Logged here, and without callbacks: a validation ends by closing the event file, and
@@ -335,8 +335,7 @@ class RoSACLI(LightningCLI):
 def complete_strategy(trainer: Trainer, *, trains: bool) -> None:
     """Set what a strategy needs here and the user has left open, and say so."""
     strategy: Any = trainer.strategy
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    selects = any(isinstance(c, DynamicLayerSelection) and c.selects for c in callbacks)
+    selects = any(one.selects for one in callbacks_of(trainer, DynamicLayerSelection))
     if isinstance(strategy, DDPStrategy) and selects and trains:
         if "find_unused_parameters" not in strategy._ddp_kwargs:
             strategy._ddp_kwargs["find_unused_parameters"] = True

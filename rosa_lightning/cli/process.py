@@ -28,8 +28,8 @@ from rosa_lightning.inspection.run_record import RunRecorder
 from rosa_lightning.inspection.run_summary import RunSummary
 from rosa_lightning.utils.errors import ConfigurationError, explain
 from rosa_lightning.utils.files import writing
-from rosa_lightning.utils.run_folder import folder_of, run_folder
 from rosa_lightning.utils.text import one_line
+from rosa_lightning.utils.trainer import folder_of, run_folder
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from rosa_lightning.evaluation.results import versions
 from rosa_lightning.inspection.throughput import batch_counts, peak_mib
 from rosa_lightning.utils.files import read_text
 from rosa_lightning.utils.tables import note, text_table
+from rosa_lightning.utils.trainer import callbacks_of
 
 _LORA = {
     "model.peft": {
@@ -87,8 +88,7 @@ class TakeTurns(Callback):
         turn: dict[str, Any] = {"seconds": time.perf_counter() - self._since}
         for name in ("examples", "tokens"):
             turn[name] = sum(int(count[name]) for count in self._counts)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        shares = [c.backward_share for c in callbacks if isinstance(c, DynamicLayerSelection)]
+        shares = [one.backward_share for one in callbacks_of(trainer, DynamicLayerSelection)]
         turn |= {"peak_mib": peak_mib(pl_module.device), "backward_share": min(shares, default=1.0)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(turn) + "\n")

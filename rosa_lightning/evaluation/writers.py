@@ -22,9 +22,9 @@ from rosa_lightning.evaluation.results import results_table, versions, write_res
 from rosa_lightning.tasks.records import scored_as
 from rosa_lightning.utils.files import atomic_write, shown, writing
 from rosa_lightning.utils.rng import of_all_ranks
-from rosa_lightning.utils.run_folder import run_folder
 from rosa_lightning.utils.strict_json import read_object, read_objects
 from rosa_lightning.utils.text import one_line
+from rosa_lightning.utils.trainer import log_folder
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
@@ -73,7 +73,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Write the records of all ranks."""
-        path = _log_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path)
+        path = log_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path)
         by_loader = [predictions] if len(batch_indices) == 1 else predictions
         # A sampler may repeat a record to give all ranks as many.
         found: dict[tuple[int, int], Any] = {}
@@ -111,7 +111,7 @@ class ResultWriter(Callback):
         """Read what a stopped run of this evaluation has answered, and go on from there."""
         self._since = time.perf_counter()
         module: Any = pl_module
-        folder = self._target = _log_folder(trainer) if self.folder is None else Path(self.folder)
+        folder = self._target = log_folder(trainer) if self.folder is None else Path(self.folder)
         self._about = module.about_evaluation()
         own = bool(trainer.loggers) and self.folder is None  # a folder of this run alone
         near = [folder, *(folder.parent.glob("*/") if own else ())]
@@ -189,11 +189,6 @@ class ResultWriter(Callback):
         """Close the answers, which stay to go on from."""
         if self._file is not None:
             self._file.close()
-
-
-def _log_folder(trainer: Trainer) -> Path:
-    """Where a run's files go. All ranks must ask at once: rank 0 tells the others."""
-    return run_folder(trainer) or Path(trainer.default_root_dir)
 
 
 def _line(value: Any) -> bytes:

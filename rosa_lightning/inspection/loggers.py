@@ -28,6 +28,7 @@ from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.files import atomic_write, writing
+from rosa_lightning.utils.trainer import callbacks_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,8 +55,8 @@ def run_settings(trainer: Trainer, module: LightningModule) -> Settings:
     """What a training was set to do: base, method, layers, optimizer, data, seed; plain values."""
     found: dict[str, Any] = {"base": module.hparams.get("base")}
     found |= _of_method(getattr(module, "method", None))
-    for one in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(one, DynamicLayerSelection) and one.selects:
+    for one in callbacks_of(trainer, DynamicLayerSelection):
+        if one.selects:
             names = ["num_active", "interval", "policy"]
             names += ["backward_budget"] if one.backward_budget < 1 else []
             found |= {f"dls.{name}": getattr(one, name) for name in names}

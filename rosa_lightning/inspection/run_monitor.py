@@ -23,7 +23,7 @@ from rosa_lightning.inspection.layer_log import (
 )
 from rosa_lightning.inspection.loggers import log_picture
 from rosa_lightning.inspection.updates import Update, find_updates, measure_updates
-from rosa_lightning.utils.run_folder import run_folder
+from rosa_lightning.utils.trainer import callbacks_of, run_folder
 
 
 class RunMonitor(Callback):
@@ -70,9 +70,8 @@ class RunMonitor(Callback):
         self._folder = run_folder(trainer)  # all ranks must ask
         if not trainer.is_global_zero or self._folder is None:
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        selections = [c for c in callbacks if isinstance(c, DynamicLayerSelection) and c.selects]
-        self._selection = next(iter(selections), None)
+        selections = callbacks_of(trainer, DynamicLayerSelection)
+        self._selection = next((one for one in selections if one.selects), None)
         try:
             self._updates = find_updates(pl_module)
         except ValueError as error:

@@ -16,8 +16,8 @@ from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.inspection.loggers import Settings, log_hparams, log_settings, run_settings
 from rosa_lightning.inspection.throughput import TokenThroughputMonitor, peak_mib
 from rosa_lightning.models.quantization import num_parameters
-from rosa_lightning.utils.run_folder import run_folder
 from rosa_lightning.utils.strict_json import write_json
+from rosa_lightning.utils.trainer import callbacks_of, run_folder
 
 RECORD = "run.json"
 _SECONDS = 2.0
@@ -84,12 +84,9 @@ class RunRecorder(Callback):
         self._target = own if self.path is None else Path(self.path)
         if trainer.ckpt_path is None:
             self.load_state_dict(type(self)().state_dict())
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._selections = [one for one in callbacks if isinstance(one, DynamicLayerSelection)]
-        held = [
-            group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups
-        ]
-        trainable = sum(parameter.numel() for group in held for parameter in group)
+        self._selections = callbacks_of(trainer, DynamicLayerSelection)
+        groups = [group for one in trainer.optimizers for group in one.param_groups]
+        trainable = sum(parameter.numel() for group in groups for parameter in group["params"])
         self._parameters = (trainable, num_parameters(pl_module))
         self._settings = run_settings(trainer, pl_module) | {"trainable_parameters": trainable}
         self._started = self._started or _now()
@@ -131,8 +128,7 @@ class RunRecorder(Callback):
         self._write(trainer, "finished")
         if self.hparams and trainer.is_global_zero:
             logged = [tag for tag in _FINAL if tag in trainer.callback_metrics]
-            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            if any(isinstance(one, TokenThroughputMonitor) for one in callbacks):
+            if callbacks_of(trainer, TokenThroughputMonitor):
                 logged += ["train/examples_per_s", "train/peak_mib"]
             log_hparams(trainer.loggers, self._settings, logged)
 
@@ -184,7 +180,7 @@ def _now() -> str:
 
 def best_checkpoint(trainer: Any) -> tuple[str | None, str]:
     """The best checkpoint by validation loss, or else the last; and what it was chosen by."""
-    found = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    found = callbacks_of(trainer, ModelCheckpoint)
     for one in sorted(found, key=lambda one: one.monitor != "val/loss"):
         if path := one.best_model_path or one.last_model_path:
             score = one.best_model_score

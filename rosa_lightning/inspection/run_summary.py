@@ -22,7 +22,7 @@ from rosa_lightning.dls.policies import resolve_num_active
 from rosa_lightning.inspection.loggers import step_size
 from rosa_lightning.inspection.run_record import RunRecorder, best_checkpoint
 from rosa_lightning.utils.files import shown
-from rosa_lightning.utils.run_folder import run_folder
+from rosa_lightning.utils.trainer import callbacks_of, log_folder
 
 _POLICIES = {
     "top_k": "by the gradients of their norm weights",
@@ -65,7 +65,7 @@ class RunSummary(Callback):
         """Say what will be done; a run that would log nothing logs each step."""
         self._begin(trainer, pl_module)
         self._first_step = trainer.global_step
-        self._folder = run_folder(trainer) or Path(trainer.default_root_dir)
+        self._folder = log_folder(trainer)
         settings: Any = trainer  # `log_every_n_steps` is there, but not declared
         if 0 < trainer.estimated_stepping_batches - self._first_step < settings.log_every_n_steps:
             settings.log_every_n_steps = 1
@@ -189,7 +189,7 @@ def _layers(selection: DynamicLayerSelection, module: LightningModule) -> str:
 
 def _results(trainer: Any, folder: Path, seconds: float) -> list[tuple[str, str]]:
     done = f"{trainer.global_step:,} steps in {timedelta(seconds=round(seconds))}"
-    recorder = next((one for one in trainer.callbacks if isinstance(one, RunRecorder)), None)
+    recorder = next(iter(callbacks_of(trainer, RunRecorder)), None)
     figures = {} if recorder is None else recorder.figures(trainer)
     if figures.get("train_seconds"):
         done += f", {figures['examples'] / figures['train_seconds']:.3g} examples/s in training"
@@ -199,8 +199,8 @@ def _results(trainer: Any, folder: Path, seconds: float) -> list[tuple[str, str]
     path, score = best_checkpoint(trainer)
     if path is not None:
         rows.append(("best" if score else "checkpoint", shown(path) + f" ({score})" * bool(score)))
-    for one in trainer.callbacks:
-        if isinstance(one, DynamicLayerSelection) and one.num_selections:
+    for one in callbacks_of(trainer, DynamicLayerSelection):
+        if one.num_selections:
             pairs = zip(one.candidate_layers, one.selection_counts, strict=True)
             counts = ", ".join(f"{n} ({count})" for n, count in pairs if count)
             rows.append(("layers", f"times selected, of {one.num_selections}: {counts}"))

@@ -38,6 +38,7 @@ from rosa_lightning.utils.agreement import (
     several_ranks,
     shared_store,
 )
+from rosa_lightning.utils.trainer import callbacks_of
 
 LOOK_S = 0.5
 """How often a rank looks whether another has left, in seconds."""
@@ -69,8 +70,7 @@ class Stopping(Callback):
     @classmethod
     def of(cls, trainer: Trainer | None) -> Stopping | None:
         """The one of a trainer's run, if there is one."""
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-        return next((one for one in callbacks if isinstance(one, cls)), None)
+        return next(iter(callbacks_of(trainer, cls)), None)
 
     @classmethod
     def for_run(cls, trainer: Any) -> Stopping:
@@ -349,7 +349,7 @@ def _before_its_first_batch(progress: Any) -> Iterator[None]:
 
 def _save(trainer: Trainer) -> str | None:
     """Save the last checkpoint of the first callback that saves any; all ranks must call this."""
-    saving = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    saving = callbacks_of(trainer, ModelCheckpoint)
     if not saving:
         return None
     callback = max(saving, key=lambda one: bool(one.save_last))

@@ -1,12 +1,21 @@
-"""Where the files of a run go."""
+"""What a trainer has: callbacks of a kind, and the folder of its run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+
+Kind = TypeVar("Kind", bound=Callback)
+
+
+def callbacks_of(trainer: Trainer | None, kind: type[Kind]) -> list[Kind]:
+    """The callbacks of a class that a trainer has, in their order; none without a trainer."""
+    held: list[Callback] = getattr(trainer, "callbacks", [])  # which is not declared
+    return [one for one in held if isinstance(one, kind)]
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -21,6 +30,11 @@ def run_folder(trainer: Trainer) -> Path | None:
         return None
     found: Path = trainer.strategy.broadcast(folder_of(logger, trainer.default_root_dir))
     return found
+
+
+def log_folder(trainer: Trainer) -> Path:
+    """Where the files of a command go: `run_folder`, or without a logger the trainer's own."""
+    return run_folder(trainer) or Path(trainer.default_root_dir)
 
 
 def folder_of(logger: Logger, root: str) -> Path:
