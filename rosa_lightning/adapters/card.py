@@ -73,6 +73,7 @@ def write_card(
     config = json.loads(peft_config.read_text()) if peft_config.exists() else {}
     rows = [("base model", _shown_base(model)), ("method", str(method))]
     rows += _method_rows(method.config)
+    licence = "None was given" if details.license is None else _cell(details.license)
     sections = {
         "Model": markdown_table(("", ""), rows),
         "Load": _loading(model, format, title, config),
@@ -80,7 +81,7 @@ def write_card(
         "Training data": details.data,
         "Training": details.training,
         "Results": details.results,
-        "Licence": _licence(details.license),
+        "Licence": f"{licence}. The base model has a licence of its own.",
     }
     what = "A fine-tuned model" if format == "merged" else "An adapter"
     how = f"RoSA ([RoPE-aware Selective Adaptation]({_PAPER}))" if other is None else method.name
@@ -187,12 +188,6 @@ def _prompts(trained: Conditions | None) -> str:
         return ""
     text = STYLES[style](None).apply("QUESTION", "")
     return f"Style {style}; the answer follows the last line break:\n\n```text\n{text}```"
-
-
-def _licence(name: str | None) -> str:
-    if name is not None:
-        return f"{_cell(name)}. The base model has a licence of its own."
-    return "None was given. The base model has a licence of its own."
 
 
 def markdown_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -49,13 +49,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; finite numbers, and indices."""
     with _open(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        check_weights({key: value for key, value in tensors.items() if not _is_index(key, value)})
+        # SHiRA keeps where its weights stand as indices.
+        whole = (torch.int32, torch.int64)
+        indices = {k for k, one in tensors.items() if k.endswith("indices") and one.dtype in whole}
+        check_weights({key: value for key, value in tensors.items() if key not in indices})
         return tensors
-
-
-def _is_index(key: str, tensor: Tensor) -> bool:
-    """Whether a tensor says where weights stand, as SHiRA keeps them."""
-    return key.endswith("indices") and tensor.dtype in (torch.int32, torch.int64)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def _quality(content: Content, name: str) -> list[str]:
         failed = [run["status"] for run in (*method["grid"], *method["runs"])]
         return ["", (failed or ["not run yet"])[-1], "", ""]
     losses = [run["val_loss"] for run in runs]
-    test = _test(content, name, "val_loss")
+    tests = (one for one in content["tests"] if one["method"] == name)
+    test = next((one for one in tests if one["metric"] == "val_loss"), None)
     against = "reference" if name == content["reference"] else ""
     return [
         f"{method['learning_rate']:.3g}" + (" (edge)" if method["at_edge"] else ""),
@@ -74,11 +75,6 @@ def _quality(content: Content, name: str) -> list[str]:
         against if test is None else difference(test, "val_loss"),
         "" if test is None else f"{test['p_holm']:.3g}",
     ]
-
-
-def _test(content: Content, name: str, metric: str) -> Content | None:
-    found = (t for t in content["tests"] if t["method"] == name and t["metric"] == metric)
-    return next(found, None)
 
 
 def cost(content: Content) -> Section:

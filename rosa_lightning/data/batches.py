@@ -29,10 +29,6 @@ def seeded(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def _no_lengths() -> NDArray[np.int32]:
-    return np.empty(0, np.int32)
-
-
 @dataclass(frozen=True, eq=False)
 class BatchPlanner:
     """How an epoch's records are made into batches.
@@ -51,7 +47,7 @@ class BatchPlanner:
     """In place of batch_size: the most tokens a batch may have on a rank, padding counted."""
     max_length: int = 0
     """Tokens that a pack of best_fit holds, at least those of the longest record."""
-    lengths: NDArray[np.int32] = field(default_factory=_no_lengths)
+    lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Tokens of each record, by its position in the sources laid end to end; random batches of
     so many records need none."""
 

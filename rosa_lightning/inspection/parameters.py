@@ -22,8 +22,8 @@ from rosa_lightning.adapters.methods import (
 from rosa_lightning.dls.layers import find_layers, outermost_lists
 from rosa_lightning.dls.selector import SelectionConfig
 from rosa_lightning.inspection.memory import MemoryEstimate, estimate_memory, readable_size
-from rosa_lightning.roae.inject import RoAEReport, roae_report
-from rosa_lightning.roae.layer import RoAELinear, spans
+from rosa_lightning.roae.inject import RoAEReport, roae_layers, roae_report
+from rosa_lightning.roae.layer import spans
 from rosa_lightning.roae.targets import AdaptedProjection
 from rosa_lightning.utils.tables import note, text_table
 
@@ -53,7 +53,7 @@ def summarize(model: nn.Module) -> dict[LayerSummary, list[int]]:
         ValueError: The model carries no RoAE.
     """
     report = roae_report(model)
-    lists = outermost_lists(model, lambda stack: any(map(_is_adapted, stack.modules())))
+    lists = outermost_lists(model, lambda stack: any(True for _ in roae_layers(stack)))
     kinds: dict[LayerSummary, list[int]] = {}
     for stack, layers in lists.items():
         for index, layer in enumerate(layers):
@@ -69,10 +69,6 @@ def summarize(model: nn.Module) -> dict[LayerSummary, list[int]]:
             )
             kinds.setdefault(kind, []).append(index)
     return kinds
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, RoAELinear)
 
 
 def _inside(projection: AdaptedProjection, prefix: str) -> AdaptedProjection:

@@ -131,7 +131,8 @@ def _terms(
         for path, rows in found
     ]
     reason = layer.notes.get(target, "no projection of that kind was seen")
-    if target in FEED_FORWARD and _has_stacked_experts(model.get_submodule(layer_of(layer.path))):
+    weights = model.get_submodule(layer_of(layer.path)).named_parameters()
+    if target in FEED_FORWARD and any(p.ndim == 3 and "weight" not in n for n, p in weights):
         return terms, "its routed experts are one parameter of three axes, not projections"
     return terms, "" if terms else reason
 
@@ -154,10 +155,6 @@ def _no_state(layer: AttentionGeometry, reason: str) -> ValueError:
         f"placement=state cannot be had in layer {layer.path}: {reason}. Set model.roae.placement "
         "to projection."
     )
-
-
-def _has_stacked_experts(layer: nn.Module) -> bool:
-    return any(p.ndim == 3 and "weight" not in name for name, p in layer.named_parameters())
 
 
 def _check_targets(
