@@ -1,6 +1,6 @@
 """The command line.
 
-`main` runs Lightning's commands (fit, validate, test, predict) and those of this package
-(`compare`, and in `commands` export, inspect, audit and report); `parser` and `configuration` read
-and check what the user writes.
+`main` runs Lightning's commands (fit, validate, test, predict) and those of this package: `chat`,
+`inspect`, `audit`, `compare`, and in `commands` export and report. `parser` and `configuration`
+read and check what the user writes.
 """

@@ -41,8 +41,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rosa_lightning.adapters.checkpoint import checkpoint_defaults
 from rosa_lightning.adapters.metadata import contradictions
+from rosa_lightning.cli.audit import audit
 from rosa_lightning.cli.chat import chat
-from rosa_lightning.cli.commands import NO_BASE, CommandContext, audit, export, inspect, report
+from rosa_lightning.cli.commands import NO_BASE, CommandContext, export, report
 from rosa_lightning.cli.compare import add_bare_arguments, compare
 from rosa_lightning.cli.configuration import (
     ONE_SELECTION,
@@ -52,6 +53,7 @@ from rosa_lightning.cli.configuration import (
     check_optimizer,
     check_trainer_settings,
 )
+from rosa_lightning.cli.inspect import inspect
 from rosa_lightning.cli.messages import messages
 from rosa_lightning.cli.names import COMMANDS, DESCRIPTION, usage
 from rosa_lightning.cli.parser import TRACEBACK_VARIABLE, RoSAParser, begin_anew

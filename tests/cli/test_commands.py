@@ -20,7 +20,8 @@ from torch import nn
 
 from rosa_lightning.adapters.export import export_adapter
 from rosa_lightning.adapters.files import load_adapter
-from rosa_lightning.cli import commands
+from rosa_lightning.cli.audit import audit_tables, shown_example
+from rosa_lightning.cli.inspect import _tokens_at_once
 from rosa_lightning.cli.main import main
 from rosa_lightning.data.encoding import Example
 from rosa_lightning.models.loading import load_base, load_tokenizer
@@ -346,7 +347,7 @@ def test_inspect_needs_no_weights(base_folder, tmp_path, capsys):
 )
 def test_inspect_knows_how_many_tokens_a_training_runs_at_once(given, settings, wanted):
     module = rosa_module("tiny", microbatch_tokens=given)
-    assert commands._tokens_at_once(module, settings, nn.Linear(2, 2)) == wanted
+    assert _tokens_at_once(module, settings, nn.Linear(2, 2)) == wanted
 
 
 def test_inspect_draws_the_rotated_states(trained, sources, capsys):
@@ -462,9 +463,7 @@ def test_what_carries_loss_is_coloured_on_a_terminal():
     record = Record("one", "", "two", None, "text", "a", 1)
     example = Example(record, ids, [*ids, *ids], gaps=[len(ids), len(ids) + 1])
     stream = io.StringIO()
-    Console(file=stream, force_terminal=True, width=60).print(
-        commands.shown_example(example, tokenizer)
-    )
+    Console(file=stream, force_terminal=True, width=60).print(shown_example(example, tokenizer))
     green = re.findall(r"\x1b\[32m *(\w+)", stream.getvalue())
     assert green.count("loss") == 2
     assert "\x1b[2m" in stream.getvalue()
@@ -479,7 +478,7 @@ def test_an_audit_that_cannot_be_made_ends_in_one_line(leaky, capsys):
 
 def printed_audit(found, width: int = 80) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=width).print(commands.audit_tables(found))
+    Console(file=stream, width=width).print(audit_tables(found))
     assert all(len(line) <= width for line in stream.getvalue().splitlines())
     return words(stream.getvalue())
 
