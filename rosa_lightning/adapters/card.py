@@ -55,15 +55,7 @@ def write_card(
     details: CardDetails,
     trained: Conditions | None = None,
 ) -> None:
-    """Write the model card of an export into its folder, whose other files are there.
-
-    Args:
-        model: What was exported, as `export_adapter` takes it.
-        folder: Of the export.
-        format: Of the export.
-        details: Title, licence, data, settings and results.
-        trained: How it was trained, for the prompt style.
-    """
+    """Write the model card of an export of `export_adapter` into its folder, as the last file."""
     from huggingface_hub import ModelCard
 
     base, other = base_name(model), trained_otherwise(model)

@@ -9,10 +9,7 @@ from rosa_lightning.utils.text import one_line
 
 
 def check_push(repo: str) -> None:
-    """Check that a model can be pushed, before it is made.
-
-    Args:
-        repo: USER/NAME on the hub.
+    """Check that a model can be pushed as USER/NAME, before it is made.
 
     Raises:
         ValueError: It is no name of a repository.
@@ -42,12 +39,9 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Push a folder as a model; returns its address.
+    """Push all files of a folder as the model USER/NAME; returns its address.
 
-    Args:
-        folder: All its files are pushed, into a repository that is made if there is none.
-        repo: USER/NAME on the hub.
-        private: Whether a new repository is private.
+    A repository is made if there is none, a private one if so wanted.
 
     Raises:
         OSError: The hub refuses, or cannot be reached. The folder stays.

@@ -104,14 +104,7 @@ def apply_method(
 
 
 def _inject(model: nn.Module, config: PeftConfig, *, fixed: bool, empty: bool) -> None:
-    """Add the layers.
-
-    Args:
-        model: The base.
-        config: Of PEFT.
-        fixed: Draw the same start each time.
-        empty: Leave weights that are loaded next on the meta device.
-    """
+    """Add the layers, with the same start each time (``fixed``), or none, to be loaded next."""
     from peft import inject_adapter_in_model
 
     on_meta = any(parameter.is_meta for parameter in model.parameters())

@@ -160,11 +160,8 @@ def read_pipes(args: Sequence[str]) -> list[str]:
 def run_defaults(given: Any, selection: DynamicLayerSelection | None) -> dict[str, Any]:
     """Logger and callbacks of every run, where the settings of the trainer have none of their kind.
 
-    A TensorBoardLogger that they have shows what the default one does.
-
-    Args:
-        given: The settings of the trainer.
-        selection: What selects layers in a training; None for the other commands.
+    A TensorBoardLogger that they have shows what the default one does. ``selection`` selects layers
+    in a training, and is None for the other commands.
     """
     callbacks, wanted = listed(given.callbacks), list[tuple[type, Callback]]()
     if selection is not None:

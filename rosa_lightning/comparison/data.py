@@ -21,9 +21,7 @@ GENERAL_TEXT = Path(__file__).with_name("general_text.txt")
 def describe_data(data: ReasoningDataModule, seed: int) -> dict[str, Any]:
     """Which tasks are trained on, and how many test questions stand in the training data.
 
-    Args:
-        data: What is trained and tested on.
-        seed: Chooses the records of sources with max_examples.
+    ``seed`` chooses the records of sources with max_examples.
 
     Returns:
         ``trained_tasks``; ``tests``: for each test source its ``questions``, and how many of them

@@ -15,13 +15,7 @@ EVENTS = "events.out.tfevents.0.hparams"
 
 
 def write_run(folder: Path, method: Method, result: Mapping[str, Any]) -> None:
-    """Write what was set and measured in a run; nothing for a run that failed.
-
-    Args:
-        folder: Of the run.
-        method: Its method.
-        result: Its row.
-    """
+    """Write what was set and measured in a run, by its row; nothing for a run that failed."""
     if not (metrics := metrics_of(result)):
         return
     settings = settings_of(method.name, method.rank, result)
@@ -35,9 +29,7 @@ def write_run(folder: Path, method: Method, result: Mapping[str, Any]) -> None:
 def write_experiment(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Write which settings and metrics there are in any run; TensorBoard reads it in one place.
 
-    Args:
-        root: Folder of the comparison.
-        rows: The methods' results, as ``comparison.json`` has them under ``methods``.
+    ``rows`` are the methods' results, as ``comparison.json`` has them under ``methods``.
     """
     settings, metrics = dict[str, Any](), dict[str, float]()
     for name, row in rows.items():

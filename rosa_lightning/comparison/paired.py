@@ -101,14 +101,8 @@ def _untrained(answers: Answers, trained: Collection[str]) -> Answers:
 def compare_texts(ours: Sequence[Texts], theirs: Sequence[Texts]) -> dict[str, Any]:
     """Difference of the loss in nats per token, paired by text.
 
-    A text counts for its number of tokens. Its loss is the mean over the seeds.
-
-    Args:
-        ours: The losses of one run for each seed.
-        theirs: Of the other method, of the same seeds, or of the base.
-
-    Raises:
-        ValueError: They are of different texts.
+    A text counts for its number of tokens. Its loss is the mean over the seeds, of each of which
+    both have the losses of a run; ValueError if these are of different texts.
     """
     tokens = [[number for _, number in texts] for texts in (*ours, *theirs)]
     if any(one != tokens[0] for one in tokens):
@@ -135,12 +129,7 @@ def _by_seed(row: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
 def compare_answers(ours: Sequence[Answers], theirs: Sequence[Answers]) -> list[dict[str, Any]]:
     """Differences of accuracy by protocol and task, and over all questions, paired by question.
 
-    Args:
-        ours: The answers of one run for each seed.
-        theirs: Of the other method, of the same seeds.
-
-    Raises:
-        ValueError: They answered different questions.
+    Both have the answers of a run for each seed; ValueError if these are to different questions.
     """
     for a, b in zip(ours, theirs, strict=True):
         if a.keys() != b.keys():

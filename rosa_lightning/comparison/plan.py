@@ -116,12 +116,7 @@ class ComparisonConfig:
         return self.reference or next(iter(self.methods))
 
     def of(self, method: str, key: str) -> list[Any]:
-        """Learning rates or seeds of a method: its own, or those of all.
-
-        Args:
-            method: Its name.
-            key: ``learning_rates`` or ``seeds``.
-        """
+        """``learning_rates`` or ``seeds`` of a method: its own, or those of all."""
         own = nested(self.methods[method]).get("comparison", {})
         found: list[Any] = own.get(key, getattr(self, key))
         return found
@@ -232,12 +227,9 @@ def next_learning_rate(losses: Mapping[float, float | None]) -> float | None:
 
 
 def solve_rank(count: Callable[[int], int], budget: int, most: int = 4096) -> int:
-    """The rank whose number of trainable parameters comes closest to a budget.
+    """The rank, up to the highest, whose number of trainable parameters is closest to a budget.
 
-    Args:
-        count: Function from a rank to a number, which grows with the rank.
-        budget: Trainable parameters.
-        most: Highest rank.
+    ``count`` gives that number of a rank; it grows with the rank.
     """
     count = cache(count)
     slope = count(2) - count(1)

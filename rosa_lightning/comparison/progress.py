@@ -25,10 +25,7 @@ class Remaining:
 
     A job that was done in an earlier call counts as done, and its time only as long as none of its
     kind has ended in this call. One of a kind that has not been seen is taken to last as long as
-    the others.
-
-    Args:
-        planned: The number of jobs of each kind.
+    the others. ``planned`` is the number of jobs of each kind.
     """
 
     def __init__(self, planned: dict[str, int]) -> None:
@@ -43,12 +40,9 @@ class Remaining:
             (self._earlier if known else self._took)[kind].append(seconds)
 
     def seconds(self, kind: str = "", since: float = 0.0, share: float = 0.0) -> float | None:
-        """Time left, with the job at hand; None where nothing tells.
+        """Time left; None where nothing tells.
 
-        Args:
-            kind: Of the job at hand.
-            since: How long it has gone on.
-            share: How much of it is done.
+        Of the job at hand its kind, how long it has gone on, and the share of it that is done.
         """
         of_now = since / share if share >= _FIRST_SHARE else None
         usual = {
@@ -72,10 +66,6 @@ class ProgressDisplay:
     """A bar of the run at hand, and a line for each that has ended; first what is planned.
 
     Where there is no terminal for a bar, a line says what begins.
-
-    Args:
-        config: The comparison.
-        console: Where to.
     """
 
     def __init__(self, config: ComparisonConfig, console: Console) -> None:

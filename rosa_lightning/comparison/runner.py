@@ -71,9 +71,7 @@ class Runner:
     def fit(self, folder: Path, progress: Progress) -> dict[str, Any]:
         """Train, or go on with a training that was stopped; the record of `RunRecorder`.
 
-        Args:
-            folder: Of the run, with its overrides.
-            progress: Told of each step that the record shows.
+        The folder holds the run's overrides; progress is told of each step that the record shows.
 
         Raises:
             RunFailedError: The training ended with an error.
@@ -97,13 +95,7 @@ class Runner:
         return record
 
     def test(self, folder: Path, ckpt_path: str | None, progress: Progress) -> dict[str, Any]:
-        """Answer the test sources with a checkpoint; the content of ``results.json``.
-
-        Args:
-            folder: Of the run, with its overrides.
-            ckpt_path: The checkpoint; None for the base itself.
-            progress: Told that it goes on.
-        """
+        """Answer the test sources with a checkpoint, or the base; what ``results.json`` holds."""
         results = folder / "results.json"
         if not read_object(results).get("complete"):
             self._run("test", folder, _of(ckpt_path), progress)
@@ -112,14 +104,7 @@ class Runner:
     def text_loss(
         self, folder: Path, ckpt_path: str | None, texts: Path, progress: Progress
     ) -> dict[str, Any]:
-        """Loss of a checkpoint on texts; what `TextLoss` wrote.
-
-        Args:
-            folder: Of the run, with its overrides.
-            ckpt_path: The checkpoint; None for the base itself.
-            texts: File of the texts.
-            progress: Told that it goes on.
-        """
+        """Loss of a checkpoint, or of the base, on a file of texts; what `TextLoss` wrote."""
         found = folder / TEXT_LOSS
         digest = file_digest(texts)
         if read_object(found).get("texts") != digest:
@@ -154,12 +139,7 @@ class Runner:
 
 
 def start_module(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a Python module in a process of its own, which adds what it says to a log.
-
-    Args:
-        arguments: The module, and its own.
-        log: A file.
-    """
+    """Start a Python module, with its arguments, in a process that adds what it says to a log."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -178,10 +158,7 @@ def _of(ckpt_path: str | None) -> list[str]:
 def write_once(path: Path, text: str, same: Callable[[], bool] | None = None) -> None:
     """Write a file of settings; ValueError if there is one with others.
 
-    Args:
-        path: The file.
-        text: Its content.
-        same: Says of one with another text whether it means the same; it is kept then.
+    ``same`` says of one with another text whether it means the same; it is kept then.
     """
     if path.exists():
         if read_text(path) == text or (same is not None and same()):
@@ -241,13 +218,7 @@ def hangup_ends() -> AbstractContextManager[None]:
 
 
 def failure_reason(log: Path, start: int, status: int) -> str:
-    """What a run said last, its error if it named one.
-
-    Args:
-        log: Its output.
-        start: Where that begins, in bytes.
-        status: With which it ended.
-    """
+    """What a run said last in a log, from a byte on: its error if it named one."""
     with log.open("rb") as file:
         file.seek(start)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]

@@ -16,11 +16,7 @@ Test = Mapping[str, Any]
 
 
 def verdict(content: Mapping[str, Any]) -> list[str]:
-    """Sentences on a finished comparison.
-
-    Args:
-        content: Of ``comparison.json``.
-    """
+    """Sentences on a finished comparison, from the content of ``comparison.json``."""
     reference = content["reference"]
     losses = mean_losses(content)
     lines = _on_loss(losses, reference, content["tests"])
@@ -59,12 +55,7 @@ def _on_loss(losses: Mapping[str, float], reference: str, tests: Sequence[Test])
     return [f"{line}.", *lines]
 
 
-def _sorted_out(
-    about: str,
-    reference: str,
-    tests: Sequence[Test],
-    metric: str,
-) -> list[str]:
+def _sorted_out(about: str, reference: str, tests: Sequence[Test], metric: str) -> list[str]:
     """Who is better, who is worse, and of whom neither is shown."""
     sign = -1 if metric == "val_loss" else 1
     groups: dict[str, list[Test]] = {"better": [], "worse": [], "open": []}

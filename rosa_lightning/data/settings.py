@@ -134,10 +134,9 @@ def agree_on_data(
 ) -> None:
     """Raise RanksError where ranks read other data, or have fewer examples than needed.
 
-    Args:
-        examples: By source, or by setting.
-        lengths: Gives a digest of the training records' lengths.
-        least: Number of processes, which would wait for one that has no example; 0 asks for none.
+    ``examples`` go by source or setting, ``lengths`` gives a digest of the training records'
+    lengths. ``least`` is the number of processes, which would wait for one without an example; 0
+    asks for none.
     """
     with together("comparison of the data"):
         found = {k: f"{len(v)} records, {tokens_digest(v)}" for k, v in examples.items()}

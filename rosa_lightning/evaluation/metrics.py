@@ -28,13 +28,7 @@ class TaskCounts(Metric):
         self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     def update(self, tasks: Sequence[str], correct: Tensor, failed: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            tasks: Task of each record.
-            correct: Which answers are right, bool, shape (B,).
-            failed: Which responses state no answer, bool, shape (B,).
-        """
+        """Count a batch: tasks, which answers are right, and which responses state none; (B,)."""
         unknown = sorted(set(tasks) - set(self.tasks))
         if unknown:
             raise ValueError(f"task {unknown[0]!r} is none of {list(self.tasks)}.")

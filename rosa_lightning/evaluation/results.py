@@ -127,13 +127,9 @@ def write_results(
 def results_table(
     title: str, scores: Sequence[Score], contaminated: Counts | None, notes: Sequence[str]
 ) -> Group:
-    """The scores for `rich` to print: a row for each task, columns for each protocol.
+    """The scores for `rich` to print: a row for each task, columns for each protocol; notes below.
 
-    Args:
-        title: What was evaluated.
-        scores: Of all tasks and protocols.
-        contaminated: None where the training data are not known.
-        notes: Lines to put below.
+    ``contaminated`` is None where the training data are not known.
     """
     protocols = list(dict.fromkeys(score.protocol for score in scores))
     columns = ["n", "Contaminated"]

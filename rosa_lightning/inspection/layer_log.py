@@ -17,25 +17,20 @@ Row = dict[str, Any]
 Logged = dict[str, dict[int, float]]
 
 
-def layer_row(step: int, tag: str, values: Mapping[int, float]) -> Row:
-    """A line of the file.
+def append_rows(path: Path, step: int, measures: Mapping[str, Mapping[int, float]]) -> None:
+    """Add what was measured in an optimizer step, by tag and number of the layer.
 
-    Args:
-        step: Optimizer step.
-        tag: ``score``, ``active`` or ``selections``; ``update_norm/<target>`` or
-            ``relative_update/<target>``.
-        values: By the number of the layer.
+    Tags are ``score``, ``active``, ``selections``, ``update_norm/<target>`` and
+    ``relative_update/<target>``.
     """
-    return {"step": step, "tag": tag, "values": {str(k): v for k, v in values.items()}}
-
-
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add lines to a file."""
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    rows = [
+        {"step": step, "tag": tag, "values": {str(k): v for k, v in values.items()}}
+        for tag, values in measures.items()
+    ]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:

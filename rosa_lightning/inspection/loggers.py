@@ -121,12 +121,9 @@ def log_settings(loggers: Iterable[Logger], settings: Settings) -> None:
 
 
 def log_hparams(loggers: Iterable[Logger], settings: Settings, metrics: Iterable[str]) -> None:
-    """Show settings and what came of them in TensorBoard's HParams.
+    """Show settings in TensorBoard's HParams, with the last values of some metrics, by their tags.
 
-    Args:
-        loggers: Of the run; others than TensorBoard's have both already.
-        settings: Of the run.
-        metrics: Tags of what came of them; their last values count.
+    Other loggers have both already.
     """
     from torch.utils.tensorboard import summary  # its functions have no types
 
@@ -139,13 +136,9 @@ def log_hparams(loggers: Iterable[Logger], settings: Settings, metrics: Iterable
 
 
 def log_picture(loggers: Iterable[Logger], name: str, figure: Figure, step: int) -> None:
-    """Give a picture to the loggers that show pictures; CSV's gets a file, ``pictures/<name>.png``.
+    """Give a picture of an optimizer step to the loggers that show pictures.
 
-    Args:
-        loggers: Of the run.
-        name: Such as ``weights/layer_scores``; of a file its last part.
-        figure: The picture.
-        step: Optimizer step that it belongs to.
+    CSV's gets a file, ``pictures/<last part of the name>.png``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -11,13 +11,7 @@ from rosa_lightning.utils.files import atomic_write, printable
 
 
 def write_page(path: Path, template: Path, /, **values: Any) -> None:
-    """Write a page.
-
-    Args:
-        path: The page.
-        template: A file that extends ``page.html``.
-        values: What stands in it; text is escaped.
-    """
+    """Write a page from a template that extends ``page.html``; text among the values is escaped."""
     loader = FileSystemLoader([template.parent, Path(__file__).parent])
     page = Environment(loader=loader, autoescape=True, trim_blocks=True)
     atomic_write(path, printable(page.get_template(template.name).render(values)).encode())

@@ -39,13 +39,8 @@ Results = list[dict[str, Any]]
 def run_card(ckpt_path: str, checkpoint: Mapping[str, Any], details: CardDetails) -> CardDetails:
     """Details with what a checkpoint, its run's files, and finished tests beside that run tell.
 
-    What they do not tell, or not in a form that can be read, is unknown on the card.
-
-    Args:
-        ckpt_path: The checkpoint; in the folder of its run its settings are found, and tests in
-            the folders beside that.
-        checkpoint: Its content.
-        details: Title and licence.
+    What they do not tell, or not in a form that can be read, is unknown on the card. Settings are
+    found in the folder of the checkpoint's run, and tests in the folders beside that.
     """
     run = next((one for one in Path(ckpt_path).absolute().parents[:2] if _config(one)), None)
     results = [] if run is None else _results(run, checkpoint["state_dict"])

@@ -14,13 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rosa_lightning.dls.callback import DynamicLayerSelection
 from rosa_lightning.inspection.charts import layer_figures
 from rosa_lightning.inspection.curves import CURVES, as_run
-from rosa_lightning.inspection.layer_log import (
-    LAYERS,
-    append_rows,
-    layer_row,
-    layer_series,
-    read_rows,
-)
+from rosa_lightning.inspection.layer_log import LAYERS, append_rows, layer_series, read_rows
 from rosa_lightning.inspection.loggers import log_picture
 from rosa_lightning.inspection.updates import Update, find_updates, measure_updates
 from rosa_lightning.utils.trainer import callbacks_of, run_folder
@@ -129,10 +123,7 @@ class RunMonitor(Callback):
 
     def _keep(self, measures: dict[str, dict[int, float]]) -> None:
         assert self._folder is not None
-        append_rows(
-            self._folder / LAYERS,
-            [layer_row(self._step, tag, values) for tag, values in measures.items()],
-        )
+        append_rows(self._folder / LAYERS, self._step, measures)
         self._is_drawn = False
 
     def _draw(self, trainer: Trainer) -> None:

@@ -71,11 +71,8 @@ class TextLoss(Callback):
 def text_loss(module: Any, tokenizer: Any, text: str, most: int) -> tuple[float, int]:
     """Loss of a text, summed over its tokens that count, in nats, and their number.
 
-    Args:
-        module: Takes ``input_ids``, shape (1, T), and gives ``logits``, shape (1, T, V).
-        tokenizer: Encodes the text.
-        text: The text.
-        most: Longest part that the model is given, in tokens.
+    The module takes ``input_ids``, shape (1, T), T at most ``most``, and gives ``logits``, shape
+    (1, T, V).
     """
     ids = tokenizer(text)["input_ids"]
     total, number = 0.0, 0
