@@ -20,7 +20,15 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from rosa_lightning.inspection.curves import CURVES, Chart, Run, Series, layer_charts, name_of
+from rosa_lightning.inspection.curves import (
+    CURVES,
+    UPDATES,
+    Chart,
+    Run,
+    Series,
+    layer_charts,
+    name_of,
+)
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
 MAX_LINES = 8
@@ -37,7 +45,7 @@ def draw_charts(run: Run) -> dict[str, dict[str, bytes]]:
     drawn: dict[str, dict[str, bytes]] = {chart.section: {} for chart in CURVES}
     with mpl.rc_context(fname=STYLE):
         for title, figure in (*_selected(run), *_counts(run)):
-            drawn["Layers and updates"][title] = svg(figure)
+            drawn[UPDATES][title] = svg(figure)
         for chart in (*layer_charts(run).values(), *CURVES):
             if lines := _lines(chart, run):
                 drawn[chart.section][chart.title] = svg(_draw(chart, lines))

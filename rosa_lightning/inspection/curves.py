@@ -50,29 +50,24 @@ class Chart:
     """Whether a map of many layers has a logarithmic scale."""
 
 
+_SPEED, UPDATES = "Speed and memory", "Layers and updates"
+"""Sections of charts."""
 CURVES = (
     Chart("Training", "Loss", "nats per response token", "((?:train|val)/loss)"),
     Chart("Training", "Accuracy of validation answers", "share", "(val/accuracy.*)", "share"),
     Chart("Training", "Learning rate", "", "train/lr"),
-    Chart("Speed and memory", "Examples", "per second", "train/examples_per_s"),
+    Chart(_SPEED, "Examples", "per second", "train/examples_per_s"),
+    Chart(_SPEED, "Tokens", "per second", "(train/(?:supervised_)?tokens_per_s)"),
+    Chart(_SPEED, "Padding", "share of the batches", "train/padding_share", "share"),
+    Chart(_SPEED, "Model FLOPs utilisation", "share of the peak", "train/mfu", "share"),
+    Chart(_SPEED, "Peak memory", "MiB", "train/peak_mib"),
     Chart(
-        *("Speed and memory", "Tokens", "per second"),
-        "(train/(?:supervised_)?tokens_per_s)",
-    ),
-    Chart(
-        *("Speed and memory", "Padding", "share of the batches", "train/padding_share", "share"),
-    ),
-    Chart(
-        *("Speed and memory", "Model FLOPs utilisation", "share of the peak", "train/mfu", "share"),
-    ),
-    Chart("Speed and memory", "Peak memory", "MiB", "train/peak_mib"),
-    Chart(
-        *("Layers and updates", "Update relative to the frozen weights"),
+        *(UPDATES, "Update relative to the frozen weights"),
         *("ratio of Frobenius norms", "weights/relative_update/(.+)"),
     ),
-    Chart("Layers and updates", "Lowest layer that trains", "layer", "weights/lowest_active"),
+    Chart(UPDATES, "Lowest layer that trains", "layer", "weights/lowest_active"),
     Chart(
-        *("Layers and updates", "Mean share of a full backward pass so far", ""),
+        *(UPDATES, "Mean share of a full backward pass so far", ""),
         *("weights/backward_share", "share"),
     ),
 )
@@ -106,10 +101,7 @@ _STARTS = {
 _MAPS = re.compile(r"layers/(score|update_norm/.+|relative_update/.+)/\d+")
 _MAP_TITLES = {
     "score": ("Layer scores", "gradient norm"),
-    "relative_update": (
-        "Update of {}, relative to the frozen weight",
-        "ratio of Frobenius norms",
-    ),
+    "relative_update": ("Update of {}, relative to the frozen weight", "ratio of Frobenius norms"),
     "update_norm": ("Update of {}", "Frobenius norm"),
 }
 
@@ -134,10 +126,6 @@ def layer_charts(run: Run) -> dict[str, Chart]:
     for measure in sorted({m[1] for tag in run if (m := _MAPS.fullmatch(tag))}, key=place):
         kind, _, target = measure.partition("/")
         title, unit = _MAP_TITLES[kind]
-        charts[measure] = Chart(
-            *("Layers and updates", title.format(target), unit),
-            rf"layers/{re.escape(measure)}/(\d+)",
-            layers=True,
-            log=kind == "score",
-        )
+        about = (UPDATES, title.format(target), unit, rf"layers/{re.escape(measure)}/(\d+)")
+        charts[measure] = Chart(*about, layers=True, log=kind == "score")
     return charts

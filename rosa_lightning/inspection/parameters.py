@@ -94,20 +94,17 @@ def parameter_tables(model: nn.Module) -> Group:
     parts: list[RenderableType] = []
     for kind, indices in kinds.items():
         parts += [*_describe(kind, indices), ""]
-    return Group(*parts, _model_table(model, [(k, len(i)) for k, i in kinds.items()], report))
+    return Group(*parts, _model_table(model, kinds, report))
 
 
 def _model_table(
-    model: nn.Module,
-    layers: Sequence[tuple[LayerSummary | ModuleSummary, int]],
-    report: RoAEReport | MethodReport,
+    model: nn.Module, kinds: Mapping[Any, list[int]], report: RoAEReport | MethodReport
 ) -> Table:
-    """The whole model, from its kinds of layers and the number of each."""
+    """The whole model, from its kinds of layers."""
     table = text_table(None, type(model).__name__, *_NUMBERS)
-    total = sum(kind.total * count for kind, count in layers)
-    trainable = sum(kind.trainable * count for kind, count in layers)
-    num_layers = sum(count for _, count in layers)
-    table.add_row(f"{num_layers} layers", *_cells(trainable, total))
+    total = sum(kind.total * len(indices) for kind, indices in kinds.items())
+    trainable = sum(kind.trainable * len(indices) for kind, indices in kinds.items())
+    table.add_row(f"{sum(map(len, kinds.values()))} layers", *_cells(trainable, total))
     rest = report.num_trainable - trainable, report.num_total - total
     table.add_row("other parts", *_cells(*rest))
     table.add_row("model", *_cells(report.num_trainable, report.num_total), style="bold")
@@ -150,9 +147,7 @@ def _module_tables(model: nn.Module) -> Group:
             table.add_row(path, *_cells(*numbers))
         table.add_row("one layer", *_cells(kind.trainable, kind.total), style="bold")
         parts += [Text(title, style="bold"), table, ""]
-    return Group(
-        *parts, _model_table(model, [(k, len(i)) for k, i in kinds.items()], method_report(model))
-    )
+    return Group(*parts, _model_table(model, kinds, method_report(model)))
 
 
 def _describe(kind: LayerSummary, indices: Sequence[int]) -> Iterable[RenderableType]:

@@ -17,7 +17,7 @@ from rosa_lightning.inspection.curves import CURVES, as_run
 from rosa_lightning.inspection.layer_log import LAYERS, append_rows, layer_series, read_rows
 from rosa_lightning.inspection.loggers import log_picture
 from rosa_lightning.inspection.updates import Update, find_updates, measure_updates
-from rosa_lightning.utils.trainer import callbacks_of, run_folder
+from rosa_lightning.utils.trainer import callbacks_of, logs_since, run_folder
 
 
 class RunMonitor(Callback):
@@ -96,9 +96,7 @@ class RunMonitor(Callback):
             self._keep(_selection_measures(selection))
             if self.raster_interval and self._num_seen % self.raster_interval == 0:
                 self._draw(trainer)
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        # Steps, not batches: under accumulation most batches end no step.
-        if self._updates and every and trainer.global_step // every != self._step // every:
+        if self._updates and logs_since(trainer, self._step):
             measures = measure_updates(self._updates)
             self._keep({tag: measure.by_layer for tag, measure in measures.items()})
             # Through the loggers: self.log would keep only every log_every_n_steps-th step.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rosa_lightning.data.collators import IGNORE_INDEX
 from rosa_lightning.dls.layers import find_layers
+from rosa_lightning.utils.trainer import logs_since
 
 Counts = dict[str, Tensor | int]
 
@@ -96,9 +97,7 @@ class TokenThroughputMonitor(Callback):
             counts["flops"] = flops_per_token(self._blocks) * counts["tokens"] + in_head
         for name, count in counts.items():
             self._counts[name] = self._counts.get(name, 0) + count
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        # Steps, not batches: under accumulation most batches end no step.
-        if every and trainer.global_step // every != self._step // every:
+        if logs_since(trainer, self._step):
             self._report(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,6 +18,13 @@ def callbacks_of(trainer: Trainer | None, kind: type[Kind]) -> list[Kind]:
     return [one for one in held if isinstance(one, kind)]
 
 
+def logs_since(trainer: Trainer, step: int) -> bool:
+    """Whether an optimizer step after this one is one that the trainer logs."""
+    # Steps, not batches: under accumulation most batches end no step.
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and trainer.global_step // every != step // every
+
+
 def run_folder(trainer: Trainer) -> Path | None:
     """The folder of a run: that of its first logger, or None without one.
 
