@@ -1,7 +1,5 @@
 """`RoSAModule`: training and evaluation of a frozen RoPE language model with RoAE."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path

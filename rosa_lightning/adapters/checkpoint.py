@@ -1,7 +1,5 @@
 """A checkpoint of `RoSAModule`: adapters, the base's fingerprint, settings, each rank's state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version

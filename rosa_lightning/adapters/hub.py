@@ -1,7 +1,5 @@
 """Pushing a finished folder to the Hugging Face hub."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

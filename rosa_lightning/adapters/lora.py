@@ -4,8 +4,6 @@ RoAE before any norm is a LoRA whose B has zero rows where RoAE adds nothing. Se
 fused projection are one LoRA: their A are stacked, and each has columns of B of its own.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator

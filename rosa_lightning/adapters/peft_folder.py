@@ -3,8 +3,6 @@
 RoAE in the format of PEFT is in `lora`.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Reads the files of an adapter, JSON and safetensors, within bounds; errors are one line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ Lightning skips an entry that is missing, and takes most values as they are: the
 anew in part, or fail steps later.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``audit``: what is in the training data, as tables, and records as they are trained on."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from itertools import groupby

@@ -1,7 +1,5 @@
 """``chat``: a conversation with a base or a trained adapter, in the terminal."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """``export`` and ``report``, and what commands that are no training share."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """``compare``: methods at equal budgets, or two finished tests question by question."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """What is checked of a configuration before anything is made of it: numbers, and what it calls."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """``inspect``: what is adapted and the memory that it takes, without weights; the states drawn."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import replace

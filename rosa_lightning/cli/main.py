@@ -8,8 +8,6 @@ Private members used, as of Lightning 2.6 and jsonargparse 4.53: `LightningCLI._
 `_hpc_resume_path` of `Trainer._checkpoint_connector`.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -1,7 +1,5 @@
 """What a command says while it runs: to the terminal as it is then, and without others' noise."""
 
-from __future__ import annotations
-
 import logging
 import re
 import sys

@@ -5,8 +5,6 @@ and in its configuration files are checked against the signatures in the source 
 plainly wrong is left to the parser.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 import sys

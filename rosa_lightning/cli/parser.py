@@ -1,7 +1,5 @@
 """The parser of the command line: its errors are one line."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

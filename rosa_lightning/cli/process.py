@@ -1,7 +1,5 @@
 """What surrounds a command: whose fault an error is, its files, and the output of libraries."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -1,7 +1,5 @@
 """YAML of a configuration, read strictly: each key once, of bounded size, and text throughout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ The parent holds the other end of standard input. That end closes when the paren
 whatever signal, on every system.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import signal

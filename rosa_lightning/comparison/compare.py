@@ -1,7 +1,5 @@
 """A comparison from its plan to ``comparison.json``: rates chosen, all seeds run, tested."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

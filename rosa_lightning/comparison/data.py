@@ -1,7 +1,5 @@
 """What a comparison says of its data: test questions in the training data, and general texts."""
 
-from __future__ import annotations
-
 import json
 from itertools import chain
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The figures of a comparison: validation loss against cost, and by learning rate."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean

@@ -1,7 +1,5 @@
 """The runs of a comparison in TensorBoard's HParams: what was set, and what came of it."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

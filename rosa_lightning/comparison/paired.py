@@ -1,7 +1,5 @@
 """Methods against the reference, and against the base: over seeds, questions and texts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

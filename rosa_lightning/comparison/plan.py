@@ -1,7 +1,5 @@
 """What is compared: methods as overrides of one configuration, budgets, and the runs they make."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field

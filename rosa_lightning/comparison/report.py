@@ -1,7 +1,5 @@
 """A comparison as tables for the terminal and as one HTML page with figures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Runs of a comparison: each in a process of its own, resumable; results as plain values."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

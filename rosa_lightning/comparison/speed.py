@@ -4,8 +4,6 @@ Each method is an ordinary ``fit`` in a process of its own, which trains some st
 turn and waits for the rest of the time, so that whatever else the machine does meets all of them.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re

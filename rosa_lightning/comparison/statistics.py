@@ -3,8 +3,6 @@
 Two methods are compared on the same questions, or with the same seeds, so all tests are paired.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a comparison shows, in sentences: who is better than the reference, and what is open."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

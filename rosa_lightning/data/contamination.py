@@ -14,8 +14,6 @@ else. Numbers must be the same because arithmetic sets repeat a story with other
 MultiArith's 360 questions would be near another one of them, and 2 are.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter, defaultdict

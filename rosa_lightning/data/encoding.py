@@ -1,7 +1,5 @@
 """Records to token ids, and which of them carry loss."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

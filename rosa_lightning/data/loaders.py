@@ -1,7 +1,5 @@
 """The loaders of what is trained on, validated on, and answered."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ plain text, and the fields of the hub data set of the source's task. Errors name
 field.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The rows of a data source as they stand in its file or hub data set, with their own fields."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Settings of `ReasoningDataModule`: the less common ones, checks of all, agreement of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args

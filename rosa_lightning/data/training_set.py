@@ -1,7 +1,5 @@
 """What is trained and validated on: tokenized, split, and counted as a run goes through it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

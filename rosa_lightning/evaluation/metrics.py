@@ -1,7 +1,5 @@
 """Accuracy and format failures of each task, counted by one torchmetrics metric."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import NormalDist

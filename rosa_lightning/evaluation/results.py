@@ -1,7 +1,5 @@
 """Scores of tasks, their averages, the printed table and ``results.json``."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence

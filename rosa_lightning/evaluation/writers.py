@@ -1,7 +1,5 @@
 """What ``predict`` and ``test`` write: answers as JSON lines, and the results of an evaluation."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -6,8 +6,6 @@ dimensions that rotary position embeddings turn slowly.
 Axes: B batch, T tokens, H heads, D head dimension.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack

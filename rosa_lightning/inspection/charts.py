@@ -3,8 +3,6 @@
 Axes: S selections or steps, L layers.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The curves of a run: which there are, what their tags are called, and how they are drawn."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

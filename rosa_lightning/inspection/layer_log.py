@@ -1,7 +1,5 @@
 """Numbers of each layer, in a file of the run: as scalars they would bury a logger's own page."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress

@@ -6,8 +6,6 @@ counted. So all that architecture, attention kernel, dtypes and checkpointing do
 Axes: B batch, T tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any

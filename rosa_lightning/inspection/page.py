@@ -1,7 +1,5 @@
 """HTML pages that need nothing else: one head and style for all reports."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

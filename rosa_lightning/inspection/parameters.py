@@ -1,7 +1,5 @@
 """What trains in each layer of a model, and what a training step takes: tables to print."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 While it is shown, whatever is written to the terminal goes through its console, above the bar.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The report of a run: one HTML page of charts and tables, made from what the run has logged."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import re

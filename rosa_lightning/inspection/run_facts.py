@@ -1,7 +1,5 @@
 """What the report of a run says in words: what was trained, its best checkpoint, and its tests."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """`RunMonitor`: which layers train, and how far the adapters have moved."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import Any

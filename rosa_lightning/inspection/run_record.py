@@ -1,7 +1,5 @@
 """`RunRecorder`: what a run trained, how long that took, and its validations, as ``run.json``."""
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 from datetime import datetime

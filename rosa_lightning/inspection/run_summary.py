@@ -1,7 +1,5 @@
 """`RunSummary`: what a training is going to do, when it begins, and what came of it, at its end."""
 
-from __future__ import annotations
-
 import math
 import shlex
 import sys

@@ -3,8 +3,6 @@
 Axes: T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 The products of attention itself, which depend on the lengths of the rows, are left out of FLOPs.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 import warnings

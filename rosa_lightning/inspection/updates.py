@@ -3,8 +3,6 @@
 Axes: R rank, D input width, L rows that take the term.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Refuse weights and optimizer states that are not finite floating-point numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

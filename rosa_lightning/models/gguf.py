@@ -1,7 +1,5 @@
 """A base in a GGUF file, llama.cpp's format: converted once into a folder in the user's cache."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import lru_cache
 from importlib.util import find_spec

@@ -8,8 +8,6 @@ whatever the model's size, and fused, latent or shared projections need no case 
 Axes: N runs at once, T = 2 tokens, H heads, D head dimension, R rows of all projections of a layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """RoAE on a whole model: wrap the projections, freeze the base, merge; the adapter's state dict."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ This reads any layout (half-split, interleaved, partial) and any scaling of freq
 Axes: N unit vectors, T positions, D head dimension.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

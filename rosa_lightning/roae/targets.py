@@ -1,7 +1,5 @@
 """Which rows of which projection take a term: what was asked for, against what was measured."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

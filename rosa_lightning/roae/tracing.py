@@ -10,8 +10,6 @@ Of torch 2.13: ``_subclasses.fake_tensor``, ``utils._python_dispatch``, ``utils.
 and the operators ``_grouped_mm`` and ``_to_copy``.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -4,8 +4,6 @@ They speak through the store of the process group and not through collectives. S
 configuration lets it do other collectives than the rest is found before it does any.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

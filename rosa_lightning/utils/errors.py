@@ -1,7 +1,5 @@
 """Whose an error is: the user's to mend, the machine's, or a defect that shows its traceback."""
 
-from __future__ import annotations
-
 import dis
 import errno
 import re

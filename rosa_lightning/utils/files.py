@@ -4,8 +4,6 @@ A pipe or a device in the place of a file would hang its reader, and a link that
 a shared folder would have another file overwritten.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

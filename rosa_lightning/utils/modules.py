@@ -1,7 +1,5 @@
 """Training mode, tensors and gradients of a module, one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ A resumed run draws the dropout masks that the interrupted one would have drawn.
 lists and tensors, so that they load with ``weights_only``.
 """
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

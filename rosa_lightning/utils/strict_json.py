@@ -1,7 +1,5 @@
 """JSON: of what comes from elsewhere, what cannot be kept without loss is an error of one line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress

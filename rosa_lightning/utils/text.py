@@ -1,7 +1,5 @@
 """Text of messages."""
 
-from __future__ import annotations
-
 
 def one_line(message: object, most: int | None = None) -> str:
     """A message, or an error's, on one line without runs of blanks, cut to so many characters."""

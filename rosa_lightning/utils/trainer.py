@@ -1,7 +1,5 @@
 """What a trainer has: callbacks of a kind, and the folder of its run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TypeVar
 
