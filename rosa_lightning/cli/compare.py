@@ -1,7 +1,6 @@
 """``compare``: methods at equal budgets, or two finished tests question by question."""
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,25 +15,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers.utils.logging import disable_progress_bar
 
-from rosa_lightning.adapters.methods import Method as Applied
-from rosa_lightning.adapters.methods import apply_method
-from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.cli.commands import CommandContext
 from rosa_lightning.comparison.compare import SHARED, Comparison
 from rosa_lightning.comparison.data import describe_data, write_general_text
 from rosa_lightning.comparison.paired import compare_answers, read_answers
-from rosa_lightning.comparison.plan import ComparisonConfig, Method, nested, slug, solve_rank
+from rosa_lightning.comparison.plan import ComparisonConfig, Method, slug
 from rosa_lightning.comparison.progress import ProgressDisplay
 from rosa_lightning.comparison.report import comparison_tables, write_report
 from rosa_lightning.comparison.runner import Runner, alone, hangup_ends, write_once
+from rosa_lightning.comparison.sizing import sized
 from rosa_lightning.comparison.speed import METHODS, measure_speed, speed_table
 from rosa_lightning.comparison.verdict import verdict
 from rosa_lightning.inspection.run_record import RunRecorder
-from rosa_lightning.models.loading import load_base, load_skeleton
-from rosa_lightning.module import RoSAModule
-from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.errors import ConfigurationError
 from rosa_lightning.utils.strict_json import read_object, write_json
 from rosa_lightning.utils.tables import text_table
@@ -236,59 +229,10 @@ def _method(
         files.append(runner.prepare(overrides, folder, "method.yaml"))
     kept = read_object(folder / "method.json")
     if not given.items() <= kept.items():
-        method = _sized(context.build(files), name, overrides, comparison.trainable_parameters)
+        method = sized(context.build(files), name, overrides, comparison.trainable_parameters)
         kept = asdict(method) | given
         write_json(folder / "method.json", kept)
     return Method(name, kept["overrides"], kept["rank"], kept["trainable_parameters"])
-
-
-def _sized(module: RoSAModule, name: str, overrides: dict[str, Any], budget: int | None) -> Method:
-    """A method with the rank whose number of trainable parameters comes closest to the budget."""
-
-    def count(rank: int | None) -> int:
-        method = _with_rank(module.method, rank)
-        model: Any = load_skeleton(module.base, **module.loading)
-        try:
-            return apply_method(model, method).num_trainable
-        except ValueError:  # such as SHiRA, which looks at the weights; or the error of a user
-            no_bar: Any = disable_progress_bar  # of transformers, within ours
-            no_bar()
-            return apply_method(load_base(module.base, **module.loading), method).num_trainable
-
-    rank = _rank(module)
-    if budget is not None and rank is not None:
-        rank = solve_rank(count, budget)
-        method = _with_rank(module.method, rank)
-        key = "model.peft" if isinstance(method, PeftMethod) else "model.roae"
-        overrides = nested({**overrides, key: asdict(method)})
-    return Method(name, overrides, rank, count(rank))
-
-
-def _rank(module: RoSAModule) -> int | None:
-    method = module.method
-    if isinstance(method, RoAEConfig):
-        return method.rank
-    rank = getattr(method.config(), "r", None) if isinstance(method, PeftMethod) else None
-    return rank if isinstance(rank, int) and rank > 0 else None
-
-
-def _with_rank(method: Applied, rank: int | None) -> Applied:
-    """A method at another rank and the same scale: its alpha follows."""
-    if rank is None:
-        return method
-    if isinstance(method, RoAEConfig):
-        return replace(method, rank=rank, alpha=method.alpha / method.rank * rank)
-    if not isinstance(method, PeftMethod):
-        return method
-    config: Any = method.config()
-    init_args = {**method.init_args, "r": rank}
-    for name in ("lora_alpha", "alpha"):
-        if getattr(config, name, None) is not None:
-            # rsLoRA divides by the root of the rank.
-            ratio = rank / config.r
-            factor = math.sqrt(ratio) if getattr(config, "use_rslora", False) else ratio
-            init_args[name] = getattr(config, name) * factor
-    return replace(method, init_args=init_args)
 
 
 def _compare_two(runs: list[str]) -> None:

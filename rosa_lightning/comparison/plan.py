@@ -1,9 +1,8 @@
 """What is compared: methods as overrides of one configuration, budgets, and the runs they make."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -222,25 +221,3 @@ def next_learning_rate(losses: Mapping[float, float | None]) -> float | None:
     if best.value == rates[0]:
         return rates[0] * rates[0] / rates[1]
     return rates[-1] * rates[-1] / rates[-2]
-
-
-def solve_rank(count: Callable[[int], int], budget: int, most: int = 4096) -> int:
-    """The rank, up to the highest, whose number of trainable parameters is closest to a budget.
-
-    ``count`` gives that number of a rank; it grows with the rank.
-    """
-    count = cache(count)
-    slope = count(2) - count(1)
-    if slope <= 0:
-        raise ValueError(
-            "its number of trainable parameters does not grow with its rank. Set its size itself, "
-            "and leave comparison.trainable_parameters out."
-        )
-    guess = min(max(1, round((budget - count(1)) / slope) + 1), most)
-    if count(guess) == count(1) + slope * (guess - 1):  # as of low-rank terms: no need to search
-        return guess
-    low, high = 1, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= budget else (low, middle)
-    return min((low, high), key=lambda rank: abs(count(rank) - budget))

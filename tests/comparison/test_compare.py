@@ -9,11 +9,11 @@ import yaml
 
 from rosa_lightning.adapters.methods import apply_method
 from rosa_lightning.adapters.peft_method import PeftMethod
-from rosa_lightning.cli.compare import _sized, _with_rank
 from rosa_lightning.cli.main import main
 from rosa_lightning.comparison.compare import Comparison, summary
 from rosa_lightning.comparison.plan import ComparisonConfig, Method
 from rosa_lightning.comparison.runner import RunFailedError, Runner
+from rosa_lightning.comparison.sizing import sized, with_rank
 from rosa_lightning.models.loading import load_base
 from rosa_lightning.module import RoSAModule
 from rosa_lightning.roae.inject import PEFT_ADAPTER
@@ -191,14 +191,14 @@ def test_another_rank_has_the_same_scale(method):
         module = model.get_submodule("model.layers.0.self_attn.q_proj")
         return module.scale if isinstance(of, RoAEConfig) else module.scaling[PEFT_ADAPTER]
 
-    assert scale(_with_rank(method, 16)) == pytest.approx(scale(method))
+    assert scale(with_rank(method, 16)) == pytest.approx(scale(method))
 
 
-def test_a_method_that_looks_at_the_weights_is_sized():
+def test_a_method_that_looks_at_the_weights_issized():
     shira = {"class_path": "peft.ShiraConfig", "init_args": {"r": 2, "target_modules": ["q_proj"]}}
-    found = _sized(RoSAModule("tiny", peft=shira), "SHiRA", {}, 3_000)
+    found = sized(RoSAModule("tiny", peft=shira), "SHiRA", {}, 3_000)
     model = load_base("tiny")
-    method = _with_rank(PeftMethod.of(shira), found.rank)
+    method = with_rank(PeftMethod.of(shira), found.rank)
     assert found.trainable_parameters == apply_method(model, method).num_trainable
     assert abs(found.trainable_parameters / 3_000 - 1) < 0.3
 

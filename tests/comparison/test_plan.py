@@ -12,8 +12,8 @@ from rosa_lightning.comparison.plan import (
     best_learning_rate,
     nested,
     next_learning_rate,
-    solve_rank,
 )
+from rosa_lightning.comparison.sizing import solve_rank
 
 
 def test_dotted_keys_become_mappings_and_keys_within_values_stay():
