@@ -1,10 +1,9 @@
 """What a base is recognised by, and what trained weights are."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ class BaseFingerprint:
     """Middle values of every weight, by name. None of a quantised weight, which is known by its
     name alone: the same base goes quantised or not."""
 
-    def check(self, trained: BaseFingerprint, what: str = "adapter") -> None:
+    def check(self, trained: Self, what: str = "adapter") -> None:
         """Raise ValueError for other weights; their name, folder or quantization may differ."""
         ours, theirs = self.samples, trained.samples
         differing = [name for name in theirs if not _same_values(theirs[name], ours.get(name))]

@@ -76,14 +76,7 @@ from rosa_lightning.utils.errors import ConfigurationError, explain, is_configur
 from rosa_lightning.utils.stopping import unwinding
 from rosa_lightning.utils.trainer import callbacks_of
 
-_TOOLS: tuple[Callable[..., None], ...] = (
-    chat,
-    export,
-    inspect,
-    audit,
-    compare,
-    report,
-)
+_TOOLS: tuple[Callable[..., None], ...] = (chat, export, inspect, audit, compare, report)
 TOOL_COMMANDS = {tool.__name__: tool for tool in _TOOLS}
 
 

@@ -146,11 +146,8 @@ def compare_answers(ours: Sequence[Answers], theirs: Sequence[Answers]) -> list[
         values = [
             [sum(run[key] for run in runs) / len(runs) for key in keys] for runs in (ours, theirs)
         ]
-        row = {
-            "metric": f"{protocol}/{task}",
-            "n": len(keys),
-            **paired_bootstrap(*values)._asdict(),
-        }
+        row = {"metric": f"{protocol}/{task}", "n": len(keys)}
+        row |= paired_bootstrap(*values)._asdict()
         if len(ours) == 1:
             row["p_mcnemar"] = mcnemar(*([run[0][key] for key in keys] for run in (ours, theirs)))
         rows.append(row)

@@ -1,12 +1,10 @@
 """How far a comparison is, in the terminal: the run at hand, and the time left over all runs."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from statistics import mean
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -96,7 +94,7 @@ class ProgressDisplay:
         self._num_trained = 0
         self._kind, self._since = "", 0.0
 
-    def __enter__(self) -> ProgressDisplay:
+    def __enter__(self) -> Self:
         self._progress.start()
         self.note(f"planned: {self._plan}. First: their sizes, and the data.")
         return self

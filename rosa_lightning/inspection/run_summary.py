@@ -121,10 +121,8 @@ def _plan(
     rows = [("base", str(module.base))] if hasattr(module, "base") else []
     if (report := getattr(module, "report", None)) is not None:
         model, (method, _, parameters) = module.model, str(report).partition("; ")
-        rows[0] = (
-            "base",
-            f"{module.base}: {type(model).__name__}, {model.dtype}".replace("torch.", ""),
-        )
+        kind = f"{type(model).__name__}, {model.dtype}".replace("torch.", "")
+        rows[0] = ("base", f"{module.base}: {kind}")
         rows += [("method", method), ("parameters", parameters)]
         remark = getattr(report, "remark", "")
         rows += [("note", remark)] if remark else []

@@ -23,14 +23,12 @@ RoPE rotates within each pair, so adding before the rotation equals adding to th
 Axes: B batch, T tokens, D input width, R rank, H heads, L adapted rows of all heads.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +130,7 @@ class RowBlocks:
     """Half-open runs of rows within a block."""
 
     @classmethod
-    def find(cls, rows: Sequence[int], num_rows: int, num_heads: int = 1) -> RowBlocks:
+    def find(cls, rows: Sequence[int], num_rows: int, num_heads: int = 1) -> Self:
         """Ascending rows, out of ``num_rows``, as blocks; ``num_heads`` blocks are tried first."""
         for count in (num_heads, *range(len(rows), 0, -1)):
             if len(rows) % count:

@@ -5,8 +5,6 @@ with a checkpoint to resume from. Elsewhere a signal ends the process at once, a
 rank looks whether another one has left.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -16,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -68,12 +66,12 @@ class Stopping(Callback):
         self._common_batches = 0
 
     @classmethod
-    def of(cls, trainer: Trainer | None) -> Stopping | None:
+    def of(cls, trainer: Trainer | None) -> Self | None:
         """The one of a trainer's run, if there is one."""
         return next(iter(callbacks_of(trainer, cls)), None)
 
     @classmethod
-    def for_run(cls, trainer: Any) -> Stopping:
+    def for_run(cls, trainer: Any) -> Self:
         """A new one for the run that a trainer begins, in place of that of the run before."""
         trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, cls)]
         new = cls()
@@ -84,7 +82,7 @@ class Stopping(Callback):
             threading.Thread(target=new._look, name="other-ranks", daemon=True).start()
         return new
 
-    def __reduce__(self) -> tuple[type[Stopping], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
         """A new one: a copied trainer, or one in another process, has no signals of its own."""
         return type(self), ()
 
