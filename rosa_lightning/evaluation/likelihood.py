@@ -5,6 +5,7 @@ Axes: B items, R rows, T tokens, K last positions that are needed, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,9 @@ from rosa_lightning.models.kv_cache import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+COST_OF_A_CALL = 64
+"""About as many tokens cost what a call of the model costs by itself."""
 
 
 @torch.no_grad()
@@ -68,21 +72,32 @@ def log_likelihoods(
         scores.append([common + (firsts[end[0]] if end else 0.0) for end in own])
     if not longer:
         return scores
-    owners, rests = [item for item, _, _ in longer], [end for _, _, end in longer]
     if state.cache is None:
         say_not_shared(type(model).__name__)
-        whole = [[*rows[owner], end[0]] for owner, end in zip(owners, rests, strict=True)]
-        found = uncached_log_likelihoods(
-            model, whole, [[end[1:]] for end in rests], pad_id, len(rows)
-        )
-        values = [value for (value,) in found]
-    else:
-        logits_RTV = state.extend(model, owners, [end[:-1] for end in rests], pad_id)
-        log_probs_RTV = zip(logits_RTV.log_softmax(-1), rests, strict=True)
-        values = [_log_likelihood(own_TV, end[1:]) for own_TV, end in log_probs_RTV]
-    for (item, number, _), value in zip(longer, values, strict=True):
-        scores[item][number] += value
+        whole = [[*rows[item], end[0]] for item, _, end in longer]
+        rests = [[end[1:]] for _, _, end in longer]
+        found = uncached_log_likelihoods(model, whole, rests, pad_id, len(rows))
+        for (item, number, _), (value,) in zip(longer, found, strict=True):
+            scores[item][number] += value
+        return scores
+    for part in _short_and_long(sorted(longer, key=lambda one: len(one[2]))):
+        more = [end[:-1] for _, _, end in part]
+        logits_RTV = state.extend(model, [item for item, _, _ in part], more, pad_id)
+        for (item, number, end), own_TV in zip(part, logits_RTV.log_softmax(-1), strict=True):
+            scores[item][number] += _log_likelihood(own_TV, end[1:])
     return scores
+
+
+def _short_and_long(longer: list[tuple[int, int, Ids]]) -> list[list[tuple[int, int, Ids]]]:
+    """Candidates in order of length, cut in two where that spares padding worth a call."""
+    lengths, count = [len(end) - 1 for _, _, end in longer], len(longer)
+
+    def tokens(cut: int) -> int:
+        call = COST_OF_A_CALL if cut < count else 0
+        return cut * lengths[cut - 1] + (count - cut) * lengths[-1] + call
+
+    cut = min(range(1, count + 1), key=tokens)
+    return [part for part in (longer[:cut], longer[cut:]) if part]
 
 
 @torch.no_grad()
@@ -140,12 +155,16 @@ class PrefillState:
     ) -> Tensor:
         """Read more tokens after some of the rows, of which one may come more than once.
 
+        The rows stay as they are, for other tokens.
+
         Returns:
             Logits after each position, float32, shape (R, T, V).
         """
         device, width = self.mask.device, max(map(len, more))
         index = torch.tensor(rows, device=device)
-        self.cache.batch_select_indices(index)
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache.batch_select_indices(index)
         ids = [[*ids, *[pad_id] * (width - len(ids))] for ids in more]
         mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in more]
         mask_RT = torch.tensor(mask, device=device)
@@ -154,7 +173,7 @@ class PrefillState:
             attention_mask=torch.cat([self.mask[index], mask_RT], dim=1),
             position_ids=self.lengths[index, None] + torch.arange(width, device=device),
             use_cache=True,
-            **{cache_argument(model): self.cache},
+            **{cache_argument(model): cache},
         )
         logits: Tensor = output.logits.float()
         return logits

@@ -86,6 +86,9 @@ def test_a_prompt_is_read_once_and_labels_take_no_second_look(monkeypatch):
     start = ids(20)
     log_likelihoods(model, [[*start, 8, 9, 10], [*start, 7]], [[[4, 5], [4, 6]]] * 2, PAD)
     assert seen == [(1, 20), (2, 4)]
+    seen.clear()
+    log_likelihoods(model, [ids(9)] * 8, [[[4, 5, 6], [7, *ids(20)]]] * 8, PAD)
+    assert seen == [(8, 9), (8, 2), (8, 20)]
 
 
 @torch.no_grad()
