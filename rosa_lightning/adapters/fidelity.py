@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -126,14 +126,8 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
         for parameter, dtype in cast_by.pop(module):
             parameter.data = parameter.data.to(dtype)
 
-    hooks = []
-    for module in (*blocks, *others):
-        hooks += [
-            module.register_forward_pre_hook(widen),
-            module.register_forward_hook(narrow, always_call=True),
-        ]
-    try:
+    with ExitStack() as hooks:
+        for module in (*blocks, *others):
+            hooks.enter_context(module.register_forward_pre_hook(widen))
+            hooks.enter_context(module.register_forward_hook(narrow, always_call=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

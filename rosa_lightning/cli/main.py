@@ -381,9 +381,7 @@ def _run(args: Sequence[str] | None) -> int:
         )
     except (KeyboardInterrupt, SystemExit) as ending:
         # Lightning hands a Ctrl-C on as the other.
-        if not isinstance(ending, KeyboardInterrupt) and not isinstance(
-            ending.__context__, KeyboardInterrupt
-        ):
+        if KeyboardInterrupt not in (type(ending), type(ending.__context__)):
             raise
         sys.stderr.write("interrupted\n")
         return 128 + signal.SIGINT

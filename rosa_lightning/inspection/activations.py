@@ -73,10 +73,10 @@ def rotated_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     device = next(model.parameters()).device
     with in_mode(model, training=False), ExitStack() as stack:
         for path, module in {call.path: call.module for call in calls}.items():
-            hook = module.register_forward_pre_hook(lambda *_, p=path: seen.running.append(p))
-            stack.callback(hook.remove)
-            hook = module.register_forward_hook(lambda *_: seen.running.clear())
-            stack.callback(hook.remove)
+            enter = module.register_forward_pre_hook(lambda *_, p=path: seen.running.append(p))
+            leave = module.register_forward_hook(lambda *_: seen.running.clear())
+            for hook in (enter, leave):
+                stack.enter_context(hook)
         for batch in batches:
             inputs = {name: batch[name].to(device) for name in names if name in batch}
             ids_BT = inputs["input_ids"]

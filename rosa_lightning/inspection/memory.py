@@ -244,22 +244,18 @@ class _Step:
         before = self.memory.now
         self.computer.assume_supported(batch["input_ids"], batch["num_label_positions"])
         head: nn.Module = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(self._enter_head)
-        try:
-            with self.memory:
-                with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                    loss = accumulate_loss([batch] * num_parts, self._part)
-                self.activations = self.memory.now - before - self.memory.now_of_head
-                if num_parts > 1:  # gradients of those before the last
-                    trained = (p for p in self.model.parameters() if p.requires_grad)
-                    self.activations -= _num_bytes(trained)
-                # Lightning drops the gradients of the step before after the forward pass.
-                self.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                self.gradients = _num_bytes(_gradients(self.model.parameters()))
-                self.optimizer.step()
-        finally:
-            handle.remove()
+        with head.register_forward_pre_hook(self._enter_head), self.memory:
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = accumulate_loss([batch] * num_parts, self._part)
+            self.activations = self.memory.now - before - self.memory.now_of_head
+            if num_parts > 1:  # gradients of those before the last
+                trained = (p for p in self.model.parameters() if p.requires_grad)
+                self.activations -= _num_bytes(trained)
+            # Lightning drops the gradients of the step before after the forward pass.
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.gradients = _num_bytes(_gradients(self.model.parameters()))
+            self.optimizer.step()
 
     def _enter_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args[0].requires_grad:  # not after prompts without a graph
