@@ -32,8 +32,8 @@ from rosa_lightning.models.loading import (
     load_base,
     load_tokenizer,
     vocabulary_size,
-    whole_name,
 )
+from rosa_lightning.models.location import whole_name
 from rosa_lightning.models.quantization import Quantization, is_packed
 from rosa_lightning.models.vocabulary import num_embeddings
 from rosa_lightning.roae.inject import (

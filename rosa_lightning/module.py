@@ -27,7 +27,8 @@ from rosa_lightning.evaluation.checks import check_lengths, check_test_prompts
 from rosa_lightning.evaluation.evaluator import Evaluation, EvaluationConfig, predictions
 from rosa_lightning.evaluation.generation import Sampling, generate
 from rosa_lightning.models.finite import check_states, check_weights
-from rosa_lightning.models.loading import context_length, whole_name
+from rosa_lightning.models.loading import context_length
+from rosa_lightning.models.location import whole_name
 from rosa_lightning.models.quantization import check_trainable
 from rosa_lightning.roae.inject import check_adapter_keys
 from rosa_lightning.roae.layer import RoAEConfig

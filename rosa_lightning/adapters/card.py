@@ -13,7 +13,8 @@ from rosa_lightning.adapters.metadata import Conditions
 from rosa_lightning.adapters.methods import FullFinetuning, method_report, trained_otherwise
 from rosa_lightning.data.prompts import STYLES
 from rosa_lightning.models.gguf import is_gguf
-from rosa_lightning.models.loading import base_name, hub_commit, is_hub_id
+from rosa_lightning.models.loading import hub_commit
+from rosa_lightning.models.location import base_name, is_hub_id
 from rosa_lightning.roae.inject import roae_report
 from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.files import printable

@@ -8,7 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from rosa_lightning.models.loading import base_name, hub_commit, whole_name
+from rosa_lightning.models.loading import hub_commit
+from rosa_lightning.models.location import base_name, whole_name
 from rosa_lightning.models.quantization import is_packed, is_quantized
 from rosa_lightning.roae.inject import base_modules
 

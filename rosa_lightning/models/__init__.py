@@ -1,7 +1,8 @@
 """The frozen base model.
 
-How it is loaded with its tokenizer (`loading`), quantised (`quantization`), checked (`finite`,
-`vocabulary`), and read with a cache (`kv_cache`); `tiny` is the embedded demonstration model.
+How it is found by its name (`location`), loaded with its tokenizer (`loading`), quantised
+(`quantization`), checked (`finite`, `vocabulary`), and read with a cache (`kv_cache`); `tiny` is
+the embedded demonstration model.
 """
 
 from rosa_lightning.utils.lazy import lazy_names

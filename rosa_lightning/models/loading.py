@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from rosa_lightning.models import tiny
 from rosa_lightning.models.finite import check_base
-from rosa_lightning.models.gguf import PACKAGED, gguf_folder, is_gguf
+from rosa_lightning.models.gguf import is_gguf
+from rosa_lightning.models.location import location, whole_name
 from rosa_lightning.models.quantization import Quantization, quantization_config, quiet_libraries
 from rosa_lightning.utils.files import check_archive, check_input, check_name, open_input
-from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +32,6 @@ _MOST = (
 )
 """Names of a configuration's numbers, and how large they may be."""
 _LONGEST_LIST = 2**16
-_PATIENCE = {True: 5.0, False: 30.0}
-"""Seconds that the hub may take to answer at all, by whether its cache has the weights."""
 _COMMIT = "hub_commit"
 """Attribute under which a loaded model keeps its commit."""
 
@@ -82,7 +77,7 @@ def load_base(
             settings["device_map"] = {"": device}
     with _one_line_errors(base, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _location(base, revision),
+            location(base, revision),
             revision=revision or "main",
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -113,7 +108,7 @@ def _cached_commit(base: str, revision: str | None) -> str | None:
     found = None
     with suppress(OSError):
         options = {"revision": revision or "main", "local_files_only": True}
-        found = cached_file(_location(base, revision), "config.json", **options)
+        found = cached_file(location(base, revision), "config.json", **options)
     return extract_commit_hash(found, None)
 
 
@@ -187,7 +182,7 @@ def _configuration(base: str, revision: str | None, trust_remote_code: bool) -> 
     with _one_line_errors(base, "configuration"):
         _check_base_files(base, revision)
         return AutoConfig.from_pretrained(
-            _location(base, revision),
+            location(base, revision),
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
         )
@@ -226,9 +221,9 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     with _one_line_errors(base, "tokenizer", setting):
-        _check_files(_location(base, revision))
+        _check_files(location(base, revision))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            _location(base, revision),
+            location(base, revision),
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
         )
@@ -244,7 +239,7 @@ def has_tokenizer(base: str, revision: str | None = None) -> bool:
 
     for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"):
         with suppress(OSError):  # no such file, or no connection
-            cached_file(_location(base, revision), name, revision=revision or "main")
+            cached_file(location(base, revision), name, revision=revision or "main")
             return True
     return False
 
@@ -259,77 +254,6 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
 
 
-def base_name(model: nn.Module) -> str:
-    """What a loaded base is called: hub id, folder, or ``tiny``; its class if it has no name."""
-    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
-    return "tiny" if name == str(tiny.folder()) else whole_name(name) or type(model).__name__
-
-
-def whole_name(base: str) -> str:
-    """A base's name that holds in any working folder: absolute paths for local ones."""
-    is_local = base not in ("", "tiny", PACKAGED) and (Path(base).is_dir() or is_gguf(base))
-    return str(Path(base).resolve()) if is_local else base
-
-
-def _location(base: str, revision: str | None = None) -> str:
-    """What `transformers` loads: a folder, or a hub id."""
-    if base == "tiny":
-        return str(tiny.folder())
-    if is_gguf(base):
-        return str(gguf_folder(base))
-    if is_hub_id(base):
-        _check_hub(base, revision or "main")
-    return base
-
-
-def is_hub_id(base: str) -> bool:
-    """Whether a base's name is one of the hub, and no folder, file or package."""
-    is_local = base == "tiny" or is_gguf(base) or Path(base).exists()
-    return not is_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
-
-
-@lru_cache
-def _check_hub(base: str, revision: str) -> None:
-    """Where the hub cannot be reached, go on with its cache: at once, and not after retries.
-
-    Raises OSError where the cache does not hold the base at this revision.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    if constants.is_offline_mode():
-        return
-    cached = _cached_files(base, revision)
-    has_weights = any(name.endswith((".safetensors", ".bin")) for name in cached)
-    try:
-        HfApi().model_info(base, timeout=_PATIENCE[has_weights])
-    except (HfHubHTTPError, HFValidationError):
-        return  # what loads the base says more
-    except Exception as error:  # of its HTTP client, without a common base
-        reason = one_line(error, 80)
-        if not cached:
-            raise OSError(
-                f"there is no such folder, and the hub cannot be reached ({reason})."
-            ) from error
-        constants.HF_HUB_OFFLINE = True
-        warnings.warn(
-            f"the hub cannot be reached ({reason}), so {base} is loaded from its cache, as with "
-            "HF_HUB_OFFLINE=1. Nothing else is fetched or pushed until the next start.",
-            stacklevel=2,
-        )
-
-
-def _cached_files(base: str, revision: str) -> list[str]:
-    """Names of the files of a repository that the hub's cache holds at a revision."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=base, repo_type="model"))
-    reference = folder / "refs" / revision
-    commit = reference.read_text() if reference.is_file() else revision
-    return [path.name for path in folder.glob(f"snapshots/{commit}/*")]
-
-
 def _set_name(model: PreTrainedModel, base: str) -> None:
     """Let a converted base go by its own name, not by that of a folder in the cache."""
     if is_gguf(base):
@@ -339,10 +263,10 @@ def _set_name(model: PreTrainedModel, base: str) -> None:
 # Checks of a stranger's files, before a library reads them and builds what they say.
 
 
-def _check_files(location: str) -> None:
+def _check_files(found: str) -> None:
     """Refuse a folder with files that cannot be read to their end, or that unpack to more."""
-    check_name(location)
-    folder = Path(location)
+    check_name(found)
+    folder = Path(found)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not path.is_dir():
             check_input(path)
@@ -357,9 +281,9 @@ def _check_files(location: str) -> None:
 def _check_base_files(base: str, revision: str | None) -> None:
     from transformers import PretrainedConfig
 
-    _check_files(_location(base, revision))
+    _check_files(location(base, revision))
     loaded: Any = PretrainedConfig
-    config, _ = loaded.get_config_dict(_location(base, revision), revision=revision or "main")
+    config, _ = loaded.get_config_dict(location(base, revision), revision=revision or "main")
     check_sizes(config)
 
 

