@@ -1,7 +1,8 @@
 """`RoSAModule`: training and evaluation of a frozen RoPE language model with RoAE."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from rosa_lightning.adapted import AdaptedModel
@@ -50,16 +50,6 @@ from rosa_lightning.utils.rng import set_rng_state
 from rosa_lightning.utils.stopping import Stopping
 
 
-def default_optimizer(params: Iterable[Any]) -> Optimizer:
-    """AdamW without weight decay."""
-    return AdamW(params, lr=1e-3, weight_decay=0.0)
-
-
-def default_lr_scheduler(optimizer: Optimizer) -> LRScheduler:
-    """Warm-up over the first 5 % of the steps, then cosine decay to zero."""
-    return WarmupCosine(optimizer)
-
-
 class RoSAModule(AdaptedModel):
     """Fine-tunes a frozen RoPE language model through RoAE alone.
 
@@ -78,8 +68,8 @@ class RoSAModule(AdaptedModel):
     """The last test, with its scores."""
 
     def _prepare(self) -> None:
-        self.make_optimizer: OptimizerCallable = default_optimizer
-        self.make_lr_scheduler: LRSchedulerCallable = default_lr_scheduler
+        self.make_optimizer: OptimizerCallable = partial(AdamW, lr=1e-3, weight_decay=0.0)
+        self.make_lr_scheduler: LRSchedulerCallable = WarmupCosine
         self.max_nonfinite_steps = 0
         self._val_answers: Evaluation | None = None
         """Answers written in the validation at hand."""

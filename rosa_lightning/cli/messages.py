@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rosa_lightning.models.quantization import quiet_libraries
 
@@ -60,12 +61,6 @@ def messages() -> Iterator[None]:
             logger.handlers = handlers
 
 
-def _one_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning without the line of code that warns."""
     return f"warning: {' '.join(str(message).split())}\n"
