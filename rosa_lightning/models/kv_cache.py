@@ -54,7 +54,7 @@ def new_cache(
     return cache if cache.layers else None
 
 
-def cache_argument(model: PreTrainedModel) -> str:
+def cache_argument(model: nn.Module) -> str:
     """The name of the cache among a forward's arguments; empty where there is none."""
     names = ("past_key_values", "cache")  # later `transformers` call it cache
     return next((name for name in names if name in forward_arguments(model)), "")
@@ -81,7 +81,11 @@ def _rope_types(settings: Any) -> Iterator[str]:
 
 
 def inputs_after_prefix(
-    model: PreTrainedModel, batch: dict[str, Any], num_shared: int, cache: Any
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    num_shared: int,
+    cache: Any,
+    decoder: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Run the shared prefix once into a cache, and give the inputs for the rest of all rows.
 
@@ -92,6 +96,7 @@ def inputs_after_prefix(
             prefix where that reaches so far, are masked.
         num_shared: P, at least 1 and below the length of every row.
         cache: Empty, of `SharedPrefixCacheLayer`.
+        decoder: Runs the prefix in place of the model, without the head.
     """
     ids_BT, positions_BT = batch["input_ids"], batch["position_ids"]
     positions_P = torch.arange(num_shared, device=ids_BT.device)
@@ -101,7 +106,7 @@ def inputs_after_prefix(
         "input_ids": ids_BT[:1].index_select(1, positions_P + first),
         "position_ids": positions_P[None],
     }
-    fill_cache(model, inputs, cache)
+    fill_cache(decoder or model, inputs, cache)
     own_BT = (positions_BT[:, num_shared:] >= num_shared).to(batch["attention_mask"].dtype)
     return {
         "input_ids": ids_BT[:, num_shared:],
@@ -112,8 +117,8 @@ def inputs_after_prefix(
     }
 
 
-def fill_cache(model: PreTrainedModel, inputs: dict[str, Any], cache: Any) -> None:
-    """Run a model for its keys and values alone, with as few logits as it can give."""
+def fill_cache(model: nn.Module, inputs: dict[str, Any], cache: Any) -> None:
+    """Run a model or its decoder for keys and values alone, with as few logits as it can give."""
     few = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
     model(**{**inputs, cache_argument(model): cache, "use_cache": True, **few})
 

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rosa_lightning.data.collators import IGNORE_INDEX, complete_batch
 from rosa_lightning.models.kv_cache import cache_argument, fill_cache, inputs_after_prefix
+from rosa_lightning.training.head import decoder_of
 from rosa_lightning.training.packing import probe_ids
 from rosa_lightning.training.probes import difference
 from rosa_lightning.training.shared_prefix import cache_reason, prefix_cache
@@ -47,17 +48,17 @@ def rows_after_prompts(
         widths: P and R, or more.
         num_shared: Tokens that all prompts begin with, run once.
     """
-    cache = prefix_cache(model, keep=True)
+    cache, decoder = prefix_cache(model, keep=True), decoder_of(model)
     start_B, first_B, width = _bounds(batch)
     num_prompt, num_response = widths
     prompts = _moved_to_right_end(batch, start_B, first_B, num_prompt)
     mask_BT = prompts["attention_mask"]
     with torch.no_grad():
         if num_shared:
-            prompts = inputs_after_prefix(model, prompts, num_shared, cache)
+            prompts = inputs_after_prefix(model, prompts, num_shared, cache, decoder)
             mask_BT = prompts["attention_mask"]
         if num_prompt > num_shared:
-            fill_cache(model, prompts, cache)
+            fill_cache(decoder, prompts, cache)
     torch.clear_autocast_cache()  # of weights cast without a graph
     for layer in cache.layers:
         cast("SharedPrefixCacheLayer", layer).keep = False

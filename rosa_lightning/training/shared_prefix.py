@@ -24,6 +24,7 @@ from rosa_lightning.models.kv_cache import (
     new_cache,
 )
 from rosa_lightning.training.compile import is_compiled
+from rosa_lightning.training.head import decoder_of
 from rosa_lightning.training.probes import difference
 from rosa_lightning.utils.modules import in_mode, is_checkpointed
 
@@ -37,7 +38,8 @@ def rows_after_prefix(
     model: PreTrainedModel, batch: dict[str, Any], num_shared: int
 ) -> dict[str, Any]:
     """Compute the shared prefix with gradients; arguments as for `inputs_after_prefix`."""
-    return inputs_after_prefix(model, batch, num_shared, prefix_cache(model, keep=False))
+    cache = prefix_cache(model, keep=False)
+    return inputs_after_prefix(model, batch, num_shared, cache, decoder_of(model))
 
 
 def prefix_cache(model: PreTrainedModel, *, keep: bool) -> DynamicCache:

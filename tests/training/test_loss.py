@@ -315,8 +315,10 @@ def test_after_a_shared_prefix_loss_and_gradients_are_those_of_single_rows(famil
     run = LossComputer(model)
     run.loss(batch)
     widths.decoder.clear()
+    widths.head.clear()
     run.loss(batch)
     assert widths.decoder == [(1, 20), (3, 14)]
+    assert widths.head == [12]  # the prefix needs no logits
     assert not said
     check(model, batch)
     check(model, batch, loss_chunk=5)
