@@ -242,7 +242,8 @@ class _Step:
         num_parts = min(3, -(-len(batch["labels"]) // num_rows))
         batch = {k: v[:num_rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
         before = self.memory.now
-        self.computer.assume_supported(batch["input_ids"], batch["num_label_positions"])
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            self.computer.assume_supported(batch["input_ids"], batch["num_label_positions"])
         head: nn.Module = self.model.get_output_embeddings()
         with head.register_forward_pre_hook(self._enter_head), self.memory:
             with torch.autocast("cpu", autocast, enabled=autocast is not None):

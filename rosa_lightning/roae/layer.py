@@ -274,10 +274,14 @@ class RoAELinear(nn.Module):
 
     def low_rank(self, x_BTD: Tensor) -> Tensor:
         """The scaled term alone, (..., D) to (..., L)."""
+        return F.linear(self.reduced(x_BTD) * self.scale, self.roae_B)
+
+    def reduced(self, x_BTD: Tensor) -> Tensor:
+        """A's product with the input, (..., D) to (..., R)."""
         x_BTD = self.dropout(x_BTD)
         if not torch.is_autocast_enabled(x_BTD.device.type):
             x_BTD = x_BTD.to(self.roae_A.dtype)
-        return F.linear(F.linear(x_BTD, self.roae_A) * self.scale, self.roae_B)
+        return F.linear(x_BTD, self.roae_A)
 
     @property
     def rows(self) -> Tensor:

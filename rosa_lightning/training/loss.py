@@ -37,8 +37,11 @@ from rosa_lightning.training.microbatches import (
     microbatches,
     sum_at_once,
 )
+from rosa_lightning.training.norms import RMSNorm, fast_norms, rms_norms
 from rosa_lightning.training.pack_attention import Pack
+from rosa_lightning.training.products import HalfProducts
 from rosa_lightning.training.recompute import recomputable, recomputed
+from rosa_lightning.training.rotary import fast_rotation, rotating_files
 from rosa_lightning.training.speed import SpeedConfig
 from rosa_lightning.training.support import Support
 from rosa_lightning.utils.modules import is_checkpointed
@@ -92,24 +95,46 @@ class LossComputer:
         self.support = Support(self.model, self.speed)
         self._assumed_widths: tuple[int, int] | None = None
         self._cheap: list[nn.Module] | None = None
+        self._norms: list[RMSNorm] | None = None
+        self._rotating: list[tuple[Any, bool]] = []
+        self._products: HalfProducts | None = None
         self._tokens_at_once = self.speed.microbatch_tokens
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Within it, a model runs for a backward pass with less work and memory.
 
-        Cheap activations are not held, and short rows attend as is fastest.
+        Cheap activations are not held, norms and rotations take few passes over memory, and short
+        rows attend as is fastest.
         """
         if self._cheap is None:
             self._cheap = recomputable(self.model)
-        # What a layer computes again has to be what it computed at first.
-        as_written = is_compiled(self.model) or is_checkpointed(self.model)
         with ExitStack() as stack:
+            if not self._runs_as_written():
+                stack.enter_context(fast_norms(self._norms or ()))
+                stack.enter_context(fast_rotation(self._rotating))
+                if self._products and self._computes_in_half():
+                    stack.enter_context(self._products.running())
+                if self._chooses_attention:
+                    stack.enter_context(short_rows_by_products())
             if self._cheap and self.speed.recompute_activations and torch.is_grad_enabled():
                 stack.enter_context(recomputed(self._cheap))
-            if self._chooses_attention and not as_written:
-                stack.enter_context(short_rows_by_products())
             yield
+
+    def _runs_as_written(self) -> bool:
+        """Whether layers must be left alone: what they compute again has to be the same."""
+        return is_compiled(self.model) or is_checkpointed(self.model)
+
+    def _look(self, ids_BT: Tensor) -> None:
+        """Find what `saving` can do in fewer passes, once."""
+        if self.support.sharded or self._runs_as_written():
+            return
+        if self._norms is None:
+            with torch.autocast(ids_BT.device.type, enabled=False):
+                self._norms, self._rotating = rms_norms(self.model), rotating_files(self.model)
+        if self._products is None and self._computes_in_half():
+            self._products = HalfProducts(self.model, ids_BT[:1, -8:], use_cache=False)
+            torch.clear_autocast_cache()  # of weights cast without a graph
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy of a batch over its supervised positions, in nats.
@@ -118,7 +143,9 @@ class LossComputer:
         here. The loss can then be differentiated once, by leaves, and hooks see each part.
         ValueError for batches that cannot be used, and packed ones whose rows the model mixes.
         """
-        parts = self._parts(self.complete_batch(batch))
+        batch = self.complete_batch(batch)
+        self._look(batch["input_ids"])
+        parts = self._parts(batch)
         # Counted apart, which waits for the device, where parts do not know of each other.
         count = sum(_num_supervised(part) for part in parts) if len(parts) > 1 else None
 
@@ -263,9 +290,10 @@ class LossComputer:
 
     def _rounds_up(self, batch: dict[str, Any]) -> bool:
         """Whether columns and positions are added, so that few shapes occur."""
-        device = self._device or batch["labels"].device.type
-        half = is_half_on_cpu(device, self.model.dtype)
-        return half and not is_packed_batch(batch)
+        return self._computes_in_half() and not is_packed_batch(batch)
+
+    def _computes_in_half(self) -> bool:
+        return is_half_on_cpu(self._device or self.model.device.type, self.model.dtype)
 
     def _pack(self, batch: dict[str, Any]) -> Pack | None:
         """How a packed batch is run row by row; None for others, and where that is impossible."""
@@ -312,6 +340,8 @@ class LossComputer:
         All responses are taken to be of one length, in tokens.
         """
         self.support.assume(ids_BT)
+        self._norms = []  # they cannot be tried, and hold the same as they are
+        self._look(ids_BT)
         self._assumed_widths = (ids_BT.shape[1] - response_length - 1, response_length + 1)
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:

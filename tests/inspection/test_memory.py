@@ -333,7 +333,8 @@ def test_parts_of_a_batch_are_in_the_figures(scoring):
     module.loss_computer.reset()
     parts = estimate(scoring=scoring, speed=SpeedConfig(microbatch_tokens=400))
     measured = measure(module, 8, 128, 16, scoring=scoring)
-    assert parts.peak == pytest.approx(measured["peak"], rel=0.05)
+    # Norms are estimated as the model has them, which takes more for a moment.
+    assert parts.peak == pytest.approx(measured["peak"], rel=0.08)
     assert parts.gradients == measured["gradients"]
     assert parts.activations < 0.45 * whole.activations
 

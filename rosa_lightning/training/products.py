@@ -1,0 +1,202 @@
+"""Products of frozen weights in bfloat16 on a CPU, where autocast casts too much.
+
+Autocast casts a frozen weight in each pass, and holds the cast of each for the backward pass; it
+casts what several projections read (the input of Q, K and V, and of RoAE's A) once for each, and
+adds their gradients in float32. Here one function computes all products of one input, and a weight
+is cast once for all passes of a step. Which projections read the same tensor is seen in a short run
+of the model.
+
+Axes: M tokens of all rows, D input width, R ranks of all terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rosa_lightning.roae.layer import RoAELinear
+from rosa_lightning.training.attention import is_half_on_cpu
+from rosa_lightning.utils.modules import in_mode, replaced
+
+
+class HalfProducts:
+    """The frozen projections of a model, in groups that read the same input."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Runs the model on some arguments to see who reads what."""
+        terms = {
+            module.base: module for module in model.modules() if isinstance(module, RoAELinear)
+        }
+        self._groups = [_Group(found, terms) for found in _readers(model, *args, **kwargs)]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, projections that are frozen run so, where products are in bfloat16."""
+        with ExitStack() as stack:
+            for group in self._groups:
+                group.replace(stack)
+            yield
+
+
+@torch.no_grad()
+def _readers(model: nn.Module, *args: Any, **kwargs: Any) -> list[list[nn.Linear]]:
+    """Frozen linear layers by what they read; those that do not run on the arguments in none."""
+    read: dict[int, tuple[Tensor, list[nn.Linear]]] = {}
+    known: set[nn.Module] = set()
+
+    def look(module: nn.Linear, given: tuple[Any, ...]) -> None:
+        if len(given) == 1 and module not in known:
+            known.add(module)
+            # The tensors are held, so that no number stands for two.
+            read.setdefault(id(given[0]), (given[0], []))[1].append(module)
+
+    with ExitStack() as stack:
+        stack.enter_context(in_mode(model, False))
+        for module in filter(_is_frozen, model.modules()):
+            stack.enter_context(module.register_forward_pre_hook(look))
+        model(*args, **kwargs)
+    return [found for _, found in read.values()]
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer that does not train."""
+    weights = [*module.parameters()]
+    return type(module) is nn.Linear and all(
+        weight.is_floating_point() and not weight.requires_grad for weight in weights
+    )
+
+
+class _Group:
+    """Projections of one input, the first of which computes all."""
+
+    def __init__(self, modules: list[nn.Linear], terms: dict[nn.Module, RoAELinear]) -> None:
+        self.modules = modules
+        self.terms = [terms[module] for module in modules if module in terms]
+        self.halves: WeakValueDictionary[Tensor, Tensor] = WeakValueDictionary()
+        self.given: Tensor | None = None
+        self.made: dict[nn.Module, Tensor] = {}
+
+    def replace(self, stack: ExitStack) -> None:
+        """Let the modules run so within a stack, as long as they are frozen."""
+        stack.callback(self._forget)
+        if not all(_is_frozen(module) for module in self.modules):
+            return
+        for module in self.modules:
+            run = partial(self._result, module, module.forward)
+            stack.enter_context(replaced(module, "forward", run))
+        for term in self.terms:
+            run = partial(self._result, term, term.reduced)
+            stack.enter_context(replaced(term, "reduced", run))
+
+    def _result(self, module: nn.Module, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        known = module in self.modules or module in self.terms
+        if not known or not is_half_on_cpu(x.device.type, x.dtype):
+            return own(x)
+        if x is not self.given:
+            self._forget()
+            self._compute(x)
+        if module not in self.made:  # a term with dropout, or a second call
+            return own(x)
+        result = self.made.pop(module)
+        if not self.made:
+            self._forget()
+        return result
+
+    def _compute(self, x: Tensor) -> None:
+        # Without autocast the term is computed in float32.
+        in_half = torch.is_autocast_enabled(x.device.type)
+        terms = [t for t in self.terms if in_half and not (t.training and t.dropout.p)]
+        frozen = [(self._half(m.weight), self._half(m.bias)) for m in self.modules]
+        factors = [term.roae_A for term in terms]
+        found = _Products.apply(x, frozen, *factors)  # type: ignore[no-untyped-call]
+        self.given, self.made = x, dict(zip([*self.modules, *terms], found, strict=True))
+
+    def _half(self, weight: Tensor | None) -> Tensor | None:
+        """A weight in bfloat16: the copy that waits for a backward pass, if there is one."""
+        if weight is None or weight.dtype == torch.bfloat16:
+            return weight
+        half = self.halves.get(weight)
+        if half is None:
+            half = self.halves[weight] = weight.detach().bfloat16()
+        return half
+
+    def _forget(self) -> None:
+        """Compute no more beforehand what nobody asked for, as of a block that reads fewer rows."""
+        self.modules = [module for module in self.modules if module not in self.made]
+        self.terms = [term for term in self.terms if term not in self.made]
+        self.given, self.made = None, {}
+
+
+class _Products(torch.autograd.Function):
+    """Products of one input with frozen weights, and with A of some terms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen: list[tuple[Tensor, Tensor | None]], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        x_MD = x.reshape(-1, x.shape[-1]).bfloat16()
+        out = [_linear(x_MD, x.shape[:-1], *pair) for pair in frozen]
+        ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(*out)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.sizes = [len(factor) for factor in factors]
+        weights = [weight for weight, _ in frozen]
+        if not factors:
+            ctx.save_for_backward(*weights)
+            return tuple(out)
+        A_RD = torch.cat(factors).bfloat16()
+        ctx.save_for_backward(*weights, x_MD, A_RD)
+        ctx.dtypes = [factor.dtype for factor in factors]
+        parts_MR = torch.split(x_MD @ A_RD.T, ctx.sizes, -1)
+        # No views, which could not be changed in place.
+        return *out, *(part.reshape(*x.shape[:-1], -1).clone() for part in parts_MR)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        number = len(grads) - len(ctx.sizes)
+        flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        weights = ctx.saved_tensors[:number]
+        both = zip(flat[:number], weights, strict=True)
+        pairs = [(grad, weight) for grad, weight in both if grad is not None]
+        of_factors: list[Any] = []
+        if ctx.sizes:
+            x_MD, A_RD = ctx.saved_tensors[number:]
+            grad_MR = torch.cat(
+                [
+                    x_MD.new_zeros(len(x_MD), size) if grad is None else grad
+                    for grad, size in zip(flat[number:], ctx.sizes, strict=True)
+                ],
+                dim=-1,
+            )
+            pairs.append((grad_MR, A_RD))
+            parts = torch.split(grad_MR.T @ x_MD, ctx.sizes)
+            of_factors = [part.to(d) for part, d in zip(parts, ctx.dtypes, strict=True)]
+        of_x = _sum_of_products(pairs) if ctx.needs_input_grad[0] else None
+        return None if of_x is None else of_x.view(ctx.shape).to(ctx.dtype), None, *of_factors
+
+
+def _linear(x_MD: Tensor, lead: torch.Size, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product, shape (*lead, rows), as a tensor of its own, which may be changed in place."""
+    out = x_MD.new_empty(*lead, len(weight))
+    flat = out.view(-1, len(weight))
+    if bias is None:
+        torch.mm(x_MD, weight.T, out=flat)
+    else:
+        torch.addmm(bias, x_MD, weight.T, out=flat)
+    return out
+
+
+def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    total: Tensor | None = None
+    for grad, weight in pairs:
+        total = grad @ weight if total is None else torch.addmm(total, grad, weight, out=total)
+    return total

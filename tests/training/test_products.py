@@ -1,0 +1,153 @@
+"""Products in bfloat16: error against float32, who is computed together, and what is cast anew."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, RowBlocks
+from rosa_lightning.training.loss import LossComputer
+from rosa_lightning.training.products import HalfProducts
+from rosa_lightning.utils.modules import replaced
+from tests.conftest import build
+from tests.training.test_loss import adapted, batch_of, gradients
+
+
+def projection(rows: int, *, bias: bool = False, term: bool = True, dropout: float = 0.0):
+    base = nn.Linear(24, rows, bias=bias).requires_grad_(False)
+    if not term:
+        return base
+    config = RoAEConfig(rank=4, dropout=dropout)
+    blocks = RowBlocks.find(range(2, 6), rows)
+    layer = RoAELinear(base, in_features=24, blocks=blocks, config=config)
+    nn.init.normal_(layer.roae_B)
+    return layer
+
+
+class Block(nn.Module):
+    """Three projections of one tensor, and one of another."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.q, self.k = projection(8, bias=True, **options), projection(12, **options)
+        self.v, self.out = projection(8, term=False), projection(24, term=False)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = [self.q(x), self.k(x), self.v(x)]
+        q, k, v = self.seen
+        return self.out(torch.cat([q, k.float().square().to(k.dtype), v[..., :4]], dim=-1))
+
+
+def run(block: Block, x: Tensor, *, half: bool = True) -> list[Tensor]:
+    """Outputs, and the gradients of the input and of all terms."""
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", enabled=half):
+        out = block(x)
+    weights = [weight for weight in block.parameters() if weight.requires_grad]
+    total = out.double().square().sum()
+    return [*block.seen, out, *torch.autograd.grad(total, [x, *weights], allow_unused=True)]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    pairs = zip(found, exact, strict=True)
+    return [((one - wanted).norm() / wanted.norm()).item() for one, wanted in pairs]
+
+
+def groups(products: HalfProducts) -> list[int]:
+    return [len(group.modules) for group in products._groups or ()]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (7, 24)])
+def test_outputs_and_gradients_are_as_exact_as_under_autocast(shape):
+    block, x = Block(), torch.randn(shape)
+    products, plain = HalfProducts(block, x), run(block, x)
+    assert groups(products) == [3, 1]
+    with products.running():
+        found = run(block, x)
+    assert [one.dtype for one in found] == [one.dtype for one in plain]
+    exact = run(block, x, half=False)
+    for error, of_plain in zip(errors(found, exact), errors(plain, exact), strict=True):
+        assert error <= max(1.5 * of_plain, 0.004)
+        assert error <= 0.03
+    assert not any("forward" in vars(module) for module in block.modules())
+
+
+def test_in_float32_and_for_other_inputs_projections_run_as_they_are():
+    block, x = Block(), torch.randn(2, 5, 24)
+    products = HalfProducts(block, x)
+    wanted = run(block, x, half=False)
+    with products.running():
+        found = run(block, x, half=False)
+        with torch.autocast("cpu"):
+            q, k = block.q(x), block.k(x.clone())  # each alone, in any order
+            again = block.q(x)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    assert torch.equal(q, again)
+    assert max(errors([q, k], [block.q(x), block.k(x)])) < 0.01
+
+
+def test_a_term_with_dropout_draws_its_own_input():
+    block, x = Block(dropout=0.5), torch.randn(2, 5, 24)
+    with HalfProducts(block, x).running():
+        torch.manual_seed(0)
+        found = run(block, x)
+        torch.manual_seed(1)
+        other = run(block, x)
+    assert not torch.equal(found[0], other[0])
+    torch.manual_seed(0)
+    assert max(errors(found, run(block, x))) < 0.02
+
+
+def test_a_weight_that_changes_is_cast_anew():
+    block, x = Block(), torch.randn(2, 5, 24)
+    products = HalfProducts(block, x)
+    with products.running():
+        before = run(block, x)[2].detach()
+    with torch.no_grad():
+        block.v.weight.mul_(2)
+    with products.running():
+        after = run(block, x)
+    assert torch.equal(after[2], 2 * before)
+
+
+def test_a_weight_that_trains_has_its_gradient():
+    block, x = Block(), torch.randn(2, 5, 24)
+    products = HalfProducts(block, x)
+    block.v.weight.requires_grad_(True)
+    with products.running():
+        found = run(block, x)
+    assert max(errors(found, run(block, x, half=False))) < 0.03
+
+
+class AsAutocast(LossComputer):
+    """Without products of several projections."""
+
+    @contextmanager
+    def saving(self):
+        with replaced(self, "_products", None), super().saving():
+            yield
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "gemma3", "phi"])
+@pytest.mark.parametrize("targets", [("q", "k"), ("q", "k", "v", "o", "up", "down")])
+def test_losses_and_gradients_of_a_model_are_as_exact_as_under_autocast(family, targets):
+    model, batch = adapted(build(family), targets=targets), batch_of()
+
+    def step(half: bool, kind: type[LossComputer] = LossComputer) -> tuple[Tensor, int]:
+        computer = kind(model)
+        with torch.autocast("cpu", enabled=half):
+            computer.loss(batch)  # finds out what can be done, and what is not asked for
+            with FlopCounterMode(display=False) as counted:
+                loss = computer.loss(batch)
+                found = torch.cat([loss[None], gradients(model, loss)])
+        return found, counted.get_total_flops()
+
+    exact, _ = step(False)
+    found, operations = step(True)
+    plain, plain_operations = step(True, AsAutocast)
+    assert not torch.equal(found, plain)
+    assert errors([found], [exact])[0] <= 1.5 * errors([plain], [exact])[0]
+    assert operations <= 1.005 * plain_operations
