@@ -66,10 +66,13 @@ def _readers(model: nn.Module, *args: Any, **kwargs: Any) -> list[list[nn.Linear
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer that does not train."""
-    weights = [*module.parameters()]
+    """Whether a module is a plain linear layer that does not train.
+
+    Quantised and sharded weights are of types of their own.
+    """
     return type(module) is nn.Linear and all(
-        weight.is_floating_point() and not weight.requires_grad for weight in weights
+        type(weight) is nn.Parameter and weight.is_floating_point() and not weight.requires_grad
+        for weight in module.parameters()
     )
 
 

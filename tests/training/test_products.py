@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rosa_lightning.models.loading import load_base
 from rosa_lightning.roae.layer import RoAEConfig, RoAELinear, RowBlocks
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.products import HalfProducts
 from rosa_lightning.utils.modules import replaced
 from tests.conftest import build
-from tests.training.test_loss import adapted, batch_of, gradients
+from tests.training.test_loss import adapted, batch_of, gradients, single_rows
 
 
 def projection(rows: int, *, bias: bool = False, term: bool = True, dropout: float = 0.0):
@@ -120,6 +121,20 @@ def test_a_weight_that_trains_has_its_gradient():
     with products.running():
         found = run(block, x)
     assert max(errors(found, run(block, x, half=False))) < 0.03
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantised_base_keeps_its_own_products(dtype, base_folder):
+    pytest.importorskip("torchao")
+    model, batch = (
+        adapted(load_base(str(base_folder), dtype=dtype, quantization="int8")),
+        batch_of(),
+    )
+    with torch.autocast("cpu"):
+        wanted = single_rows(model, batch).detach()
+        found = LossComputer(model).loss(batch)
+        gradients(model, found)
+    assert errors([found], [wanted])[0] < 0.02
 
 
 class AsAutocast(LossComputer):
