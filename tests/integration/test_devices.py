@@ -36,6 +36,7 @@ GPU = pytest.param(
     marks=[
         pytest.mark.gpu,
         pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is at hand"),
+        pytest.mark.filterwarnings("default"),  # libraries warn of what a CPU has not
     ],
 )
 devices = pytest.mark.parametrize("device", ["cpu", GPU])
@@ -46,8 +47,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "default": {},
     "chunks and parts": {"loss_chunk": 5, "microbatch_tokens": 40},
 }
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
-"""Largest error of a loss, and of gradients by their norm, in each precision."""
+CLOSE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (4e-3, 6e-2)}
+"""Largest relative error of a loss, and of gradients by their norm, in each precision."""
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +70,9 @@ def check(model, batch: dict[str, Any], device: str, dtype: torch.dtype, rows=No
     with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         found = LossComputer(model, SpeedConfig(**levers)).loss(batch)
     error_N = gradients(model, found).double().cpu() - gradient_N
-    assert_close(found.double().cpu(), loss, rtol=CLOSE[dtype], atol=0, check_dtype=False)
-    assert error_N.norm() < CLOSE[dtype] * gradient_N.norm()
+    of_loss, of_gradients = CLOSE[dtype]
+    assert_close(found.double().cpu(), loss, rtol=of_loss, atol=0)
+    assert error_N.norm() < of_gradients * gradient_N.norm()
 
 
 @devices
@@ -144,4 +146,4 @@ def test_answers_and_likelihoods_are_those_of_a_cpu(device):
     assert generate(model, tokenizer, move_data_to_device(batch, model.device), 8) == wanted[0]
     found = log_likelihoods(model, prompts, answers, 0)
     for one, other in zip(found, wanted[1], strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
