@@ -7,17 +7,10 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from rosa_lightning.adapters.methods import apply_method
-from rosa_lightning.adapters.peft_method import PeftMethod
 from rosa_lightning.cli.main import main
 from rosa_lightning.comparison.compare import Comparison, summary
 from rosa_lightning.comparison.plan import ComparisonConfig, Method
 from rosa_lightning.comparison.runner import RunFailedError, Runner
-from rosa_lightning.comparison.sizing import sized, with_rank
-from rosa_lightning.models.loading import load_base
-from rosa_lightning.module import RoSAModule
-from rosa_lightning.roae.inject import PEFT_ADAPTER
-from rosa_lightning.roae.layer import RoAEConfig
 from rosa_lightning.utils.files import file_digest
 
 
@@ -171,36 +164,6 @@ def test_the_best_validation_counts_and_a_diverged_run_has_none():
     assert summary(record(0.5))["val_loss"] == 0.5
     found = summary(record(float("nan")))
     assert (found["status"], found["val_loss"]) == ("diverged", None)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        RoAEConfig(rank=4, alpha=8.0),
-        PeftMethod("peft.LoraConfig", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}),
-        PeftMethod(
-            "peft.LoraConfig",
-            {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "use_rslora": True},
-        ),
-    ],
-)
-def test_another_rank_has_the_same_scale(method):
-    def scale(of):
-        model = load_base("tiny")
-        apply_method(model, of)
-        module = model.get_submodule("model.layers.0.self_attn.q_proj")
-        return module.scale if isinstance(of, RoAEConfig) else module.scaling[PEFT_ADAPTER]
-
-    assert scale(with_rank(method, 16)) == pytest.approx(scale(method))
-
-
-def test_a_method_that_looks_at_the_weights_issized():
-    shira = {"class_path": "peft.ShiraConfig", "init_args": {"r": 2, "target_modules": ["q_proj"]}}
-    found = sized(RoSAModule("tiny", peft=shira), "SHiRA", {}, 3_000)
-    model = load_base("tiny")
-    method = with_rank(PeftMethod.of(shira), found.rank)
-    assert found.trainable_parameters == apply_method(model, method).num_trainable
-    assert abs(found.trainable_parameters / 3_000 - 1) < 0.3
 
 
 def test_extending_takes_two_rates(tmp_path):

@@ -3,8 +3,6 @@
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rosa_lightning.comparison.plan import (
     ComparisonConfig,
@@ -13,7 +11,6 @@ from rosa_lightning.comparison.plan import (
     nested,
     next_learning_rate,
 )
-from rosa_lightning.comparison.sizing import solve_rank
 
 
 def test_dotted_keys_become_mappings_and_keys_within_values_stay():
@@ -51,15 +48,6 @@ def test_runs_that_failed_or_diverged_are_no_choice():
     assert best_learning_rate({1e-3: None, 1e-2: math.nan, 1e-1: 2.0}).value == 1e-1
     assert best_learning_rate({1e-3: None, 1e-2: math.nan}) is None
     assert next_learning_rate({1e-3: None}) is None
-
-
-@given(budget=st.integers(1, 10**6), step=st.integers(1, 5000), fixed=st.integers(0, 5000))
-def test_the_rank_comes_closest_to_the_budget(budget, step, fixed):
-    def count(rank):
-        return fixed + step * rank
-
-    found = solve_rank(count, budget, most=64)
-    assert abs(count(found) - budget) == min(abs(count(rank) - budget) for rank in range(1, 65))
 
 
 @pytest.mark.parametrize(
