@@ -340,7 +340,7 @@ class LossComputer:
         All responses are taken to be of one length, in tokens.
         """
         self.support.assume(ids_BT)
-        self._norms = []  # they cannot be tried, and hold the same as they are
+        self._norms = rms_norms(self.model, compare=False)
         self._look(ids_BT)
         self._assumed_widths = (ids_BT.shape[1] - response_length - 1, response_length + 1)
 

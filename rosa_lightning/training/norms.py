@@ -40,9 +40,10 @@ class RMSNorm:
         return _RMSNorm.apply(given, scale_D, self.eps)  # type: ignore[no-untyped-call]
 
 
-def rms_norms(model: nn.Module) -> list[RMSNorm]:
-    """The norms of a model that compute this formula."""
-    return [found for module in model.modules() if (found := _known(module)) is not None]
+def rms_norms(model: nn.Module, *, compare: bool = True) -> list[RMSNorm]:
+    """The norms of a model that compute this formula; by name, where nothing can be compared."""
+    known = (_known(module, compare) for module in model.modules())
+    return [norm for norm in known if norm is not None]
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def fast_norms(norms: Sequence[RMSNorm]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _known(module: nn.Module) -> RMSNorm | None:
+def _known(module: nn.Module, compare: bool) -> RMSNorm | None:
     """The formula that a module computes, if it holds no more than such a norm does."""
     weights, eps = dict(module.named_parameters()), _epsilon(module)
     if [*weights] != ["weight"] or weights["weight"].ndim != 1 or not isinstance(eps, float):
@@ -63,6 +64,8 @@ def _known(module: nn.Module) -> RMSNorm | None:
     weight = weights["weight"]
     if [*module.children(), *module.buffers()] or not weight.is_floating_point():
         return None
+    if not compare:
+        return RMSNorm(module, eps, 0.0) if "RMSNorm" in type(module).__name__ else None
     # So small that eps counts, and so large that it does not.
     sizes = weight.new_tensor([[1e-3], [1.0], [30.0]])
     numbers = torch.linspace(-1, 1, weight.numel(), device=weight.device).sin().to(weight.dtype)
