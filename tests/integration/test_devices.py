@@ -7,7 +7,6 @@ the CPU, too, so that it is known to work before a GPU is at hand.
 from __future__ import annotations
 
 import copy
-import csv
 import json
 from typing import Any
 
@@ -17,7 +16,6 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rosa_lightning.cli.main import main
 from rosa_lightning.data.collators import PackedCollator, TrainCollator
 from rosa_lightning.evaluation.generation import generate
 from rosa_lightning.evaluation.likelihood import log_likelihoods
@@ -27,7 +25,7 @@ from rosa_lightning.training.compile import compile_layers
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.speed import SpeedConfig
 from tests.conftest import build
-from tests.integration.test_pinned import CONFIG, PINNED
+from tests.integration.test_pinned import PINNED, losses_of
 from tests.training.test_loss import adapted, batch_of, gradients, single_rows
 from tests.training.test_packing import examples
 
@@ -99,36 +97,19 @@ def test_compiled_layers_have_the_loss_and_gradients_of_single_rows(dtype, devic
     check(adapted(build("llama")), batch_of(), device, dtype, compile=True)
 
 
-def losses_of(folder, device: str, precision: str, **options: Any) -> list[float]:
-    """Training losses of the demonstration, as the shipped configuration runs it."""
-    options = {
-        "trainer.accelerator": "gpu" if device == "cuda" else "cpu",
-        "trainer.devices": 1,
-        "trainer.precision": precision,
-        "trainer.log_every_n_steps": 1,
-        "trainer.enable_progress_bar": "false",
-        "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
-        "trainer.logger.save_dir": folder,
-        "data.loading.val_generate": 0,
-        "lr_scheduler": "rosa_lightning.WarmupCosine",
-        "lr_scheduler.total_steps": 100,
-        **options,
-    }
-    assert main(["fit", "--config", str(CONFIG), *(f"--{k}={v}" for k, v in options.items())]) == 0
-    (table,) = folder.rglob("metrics.csv")
-    with table.open() as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
-
-
 @long_on_cpu
 @pytest.mark.parametrize(("precision", "close"), [("32-true", 1e-3), ("bf16-mixed", 5e-2)])
 def test_the_demonstration_trains_and_resumes_with_the_losses_of_a_cpu(
     precision, close, device, tmp_path
 ):
-    first = losses_of(tmp_path / "a", device, precision, **{"trainer.max_steps": 3})
+    here = {
+        "trainer.accelerator": "gpu" if device == "cuda" else "cpu",
+        "trainer.devices": 1,
+        "trainer.precision": precision,
+    }
+    first = losses_of(tmp_path / "a", **here, **{"trainer.max_steps": 3})
     (saved,) = (tmp_path / "a").rglob("last.ckpt")
-    more = {"trainer.max_steps": 6, "ckpt_path": saved}
-    second = losses_of(tmp_path / "b", device, precision, **more)
+    second = losses_of(tmp_path / "b", **here, **{"trainer.max_steps": 6, "ckpt_path": saved})
     pinned = json.loads((PINNED / "losses.json").read_text())
     assert first + second == pytest.approx(pinned[:6], rel=close)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,22 +25,27 @@ LOGITS = [-7.083056449890137, 2.937856435775757, 3.981388807296753, 4.5733599662
 OF_THE_BASE = [-7.083703517913818, 2.934520959854126, 3.97686767578125, 4.562214374542236]
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(100, marks=pytest.mark.slow)])
-def test_the_losses_of_the_demonstration_are_those_of_earlier_versions(steps, tmp_path):
+def losses_of(folder: Path, **options: Any) -> list[float]:
+    """Training losses of the demonstration, as the shipped configuration runs it."""
     options = {
-        "trainer.max_steps": steps,
         "trainer.log_every_n_steps": 1,
         "trainer.enable_progress_bar": "false",
         "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
-        "trainer.logger.save_dir": tmp_path,
+        "trainer.logger.save_dir": folder,
         "data.loading.val_generate": 0,
         "lr_scheduler": "rosa_lightning.WarmupCosine",
         "lr_scheduler.total_steps": 100,
+        **options,
     }
     assert main(["fit", "--config", str(CONFIG), *(f"--{k}={v}" for k, v in options.items())]) == 0
-    (table,) = tmp_path.rglob("metrics.csv")
+    (table,) = folder.rglob("metrics.csv")
     with table.open() as file:
-        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+@pytest.mark.parametrize("steps", [6, pytest.param(100, marks=pytest.mark.slow)])
+def test_the_losses_of_the_demonstration_are_those_of_earlier_versions(steps, tmp_path):
+    losses = losses_of(tmp_path, **{"trainer.max_steps": steps})
     pinned = json.loads((PINNED / "losses.json").read_text())
     assert losses == pytest.approx(pinned[:steps], rel=1e-6)
 
