@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rosa_lightning.models.quantization import is_quantized
 from rosa_lightning.roae.layer import RoAELinear
 from rosa_lightning.training.attention import is_half_on_cpu
 from rosa_lightning.utils.modules import in_mode, replaced
@@ -66,14 +67,9 @@ def _readers(model: nn.Module, *args: Any, **kwargs: Any) -> list[list[nn.Linear
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer that does not train.
-
-    Quantised and sharded weights are of types of their own.
-    """
-    return type(module) is nn.Linear and all(
-        type(weight) is nn.Parameter and weight.is_floating_point() and not weight.requires_grad
-        for weight in module.parameters()
-    )
+    """Whether a module is a plain linear layer that does not train."""
+    fixed = not any(weight.requires_grad for weight in module.parameters())
+    return type(module) is nn.Linear and fixed and not is_quantized(module)
 
 
 class _Group:
