@@ -131,8 +131,7 @@ class Casts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        # Of matrices: a norm's vector is next to nothing.
-        is_copy = func is torch.ops.aten._to_copy.default and args[0].ndim > 1
+        is_copy = func is torch.ops.aten._to_copy.default
         if is_copy and args[0].untyped_storage().data_ptr() in self.weights:
             self.copies.append(weakref.ref(out))
         return out

@@ -36,8 +36,9 @@ class RMSNorm:
         if not isinstance(given, Tensor) or given.dtype != weight.dtype or weight.requires_grad:
             return self._own(*args, **kwargs)
         wide = torch.promote_types(given.dtype, torch.float32)
-        scale_D = weight.to(wide) + self.offset if self.offset else weight.to(wide)
-        return _RMSNorm.apply(given, scale_D, self.eps)  # type: ignore[no-untyped-call]
+        # Without a copy where none is needed: kernels widen what they read.
+        scale_D = weight.to(wide) + self.offset if self.offset else weight.detach()
+        return _RMSNorm.apply(given, scale_D, self.eps, wide)  # type: ignore[no-untyped-call]
 
 
 def rms_norms(model: nn.Module, *, compare: bool = True) -> list[RMSNorm]:
@@ -96,8 +97,8 @@ def _same(found: Tensor, wanted: Tensor) -> bool:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
-        wide = x.to(scale_D.dtype)
+    def forward(ctx: Any, x: Tensor, scale_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(dtype)
         lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = lengths.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale_D, inverse)
@@ -106,9 +107,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, scale_D, inverse = ctx.saved_tensors
-        wide, same = x.to(scale_D.dtype), grad.dtype == scale_D.dtype
-        scaled = grad * scale_D if same else grad.to(scale_D.dtype).mul_(scale_D)
+        wide, same = x.to(inverse.dtype), grad.dtype == inverse.dtype
+        scaled = grad * scale_D if same else grad.to(inverse.dtype).mul_(scale_D)
         along = torch.linalg.vecdot(scaled, wide)[..., None] * inverse.pow(3).div_(-x.shape[-1])
-        return scaled.mul_(inverse).addcmul_(wide, along).to(x.dtype), None, None
+        return scaled.mul_(inverse).addcmul_(wide, along).to(x.dtype), None, None, None
