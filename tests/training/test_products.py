@@ -1,10 +1,12 @@
 """Products in bfloat16: error against float32, who is computed together, and what is cast anew."""
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rosa_lightning.models.loading import load_base
@@ -112,6 +114,36 @@ def test_a_weight_that_changes_is_cast_anew():
     with products.running():
         after = run(block, x)
     assert torch.equal(after[2], 2 * before)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the copies in another dtype of some tensors."""
+
+    def __init__(self, tensors) -> None:
+        super().__init__()
+        self.counts = {tensor.data_ptr(): 0 for tensor in tensors}
+        self.copies: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+            self.copies.append(weakref.ref(out))
+        return out
+
+
+def test_a_weight_is_cast_once_for_all_passes_of_a_step():
+    block = Block()
+    frozen = [w for w in block.parameters() if w.ndim == 2 and not w.requires_grad]
+    products = HalfProducts(block, torch.randn(2, 5, 24))
+    with Casts(frozen) as casts:
+        with products.running(), torch.autocast("cpu"):
+            prefix, rest = block(torch.randn(1, 3, 24)), block(torch.randn(2, 5, 24))
+        (prefix.sum() + rest.sum()).backward()
+        block.seen.clear()
+        assert set(casts.counts.values()) == {1}
+        del prefix, rest
+    assert not any(copy() is not None for copy in casts.copies)
 
 
 def test_a_weight_that_trains_has_its_gradient():
