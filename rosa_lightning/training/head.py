@@ -139,6 +139,13 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return found
 
 
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a decoder; none where it has no list of them."""
+    lists = outermost_lists(decoder_of(model), lambda _: True)
+    own = [layers for name, layers in lists.items() if "." not in name]
+    return own[-1] if own else nn.ModuleList()
+
+
 def close(found: Tensor, wanted: Tensor, half: float = 0.02) -> bool:
     """Whether two results differ by rounding alone; `half` bounds the difference in 16 bits."""
     bound = 2e-4 if torch.get_float32_matmul_precision() == "highest" else 5e-3
@@ -152,10 +159,8 @@ def _candidate(model: PreTrainedModel) -> nn.Module | None:
     """What looks like the last layer's feed-forward block: its largest part without attention."""
     if is_compiled(model) or is_checkpointed(model):  # those layers run whole
         return None
-    lists = outermost_lists(decoder_of(model), lambda _: True)
-    own = [layers for name, layers in lists.items() if "." not in name]
-    sizes = {}
-    for part in own[-1][-1].children() if own else ():
+    layers, sizes = decoder_layers(model), {}
+    for part in layers[-1].children() if len(layers) else ():
         weights = [*part.parameters(), *part.buffers()]  # weights in few bits may be buffers
         adapted = any(isinstance(module, RoAELinear) for module in part.modules())
         # No norm, which attention may follow.

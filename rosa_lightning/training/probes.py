@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rosa_lightning.training.head import close
+from rosa_lightning.training.head import close, decoder_layers
 from rosa_lightning.utils.text import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HALF = 0.1
 """Bound on relative differences in 16 bits: another way uses other kernels."""
@@ -17,6 +22,65 @@ _HALF = 0.1
 
 class RefusedError(ValueError):
     """Says by itself why a model cannot be run in some way."""
+
+
+def tried(model: PreTrainedModel, try_out: Callable[[], str]) -> str:
+    """Why something cannot be done, tried with few layers; where it seems so, with all of them."""
+    with few_layers(model):
+        reason = try_out()
+    return reason and try_out()
+
+
+@contextmanager
+def few_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, a model has no more than its first, its last and one layer of each other kind.
+
+    So a way to run it is tried in little time.
+    """
+    layers = decoder_layers(model)
+    if not len(layers):
+        yield
+        return
+    kinds = [frozenset(settings.items()) for settings in _settings(model, layers)]
+    kept = {0, len(layers) - 1, *(kinds.index(kind) for kind in kinds)}
+    few = nn.ModuleList(layers[place] for place in sorted(kept))
+    holders = [m for m in model.modules() if any(child is layers for child in m.children())]
+    names = [next(name for name, m in holder.named_children() if m is layers) for holder in holders]
+    try:
+        for holder, name in zip(holders, names, strict=True):
+            holder._modules[name] = few
+        yield
+    finally:
+        for holder, name in zip(holders, names, strict=True):
+            holder._modules[name] = layers
+
+
+def _settings(model: PreTrainedModel, layers: nn.ModuleList) -> list[dict[Any, Any]]:
+    """What tells layers of different kinds apart."""
+    found = [_own_settings(layer) for layer in layers]
+    # What a configuration lists layer by layer.
+    for name, values in model.config.get_text_config(decoder=True).to_dict().items():
+        if isinstance(values, list) and len(values) == len(layers):
+            for settings, value in zip(found, values, strict=True):
+                settings[name] = str(value)
+    # What is another in each layer is the layer's number, or goes with it.
+    for key in {key for settings in found for key in settings}:
+        if len({settings.get(key) for settings in found}) == len(layers):
+            for settings in found:
+                settings.pop(key, None)
+    return found
+
+
+def _own_settings(layer: nn.Module) -> dict[Any, Any]:
+    """Types and settings of a layer's modules, its weights' shapes, and what trains."""
+    found: dict[Any, Any] = {}
+    for path, module in layer.named_modules():
+        found[path] = type(module)
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        found |= {(path, name): value for name, value in plain.items()}
+    for path, weight in layer.named_parameters():
+        found[path, "weight"] = weight.shape, weight.dtype, weight.requires_grad
+    return found
 
 
 def difference(

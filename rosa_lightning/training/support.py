@@ -6,6 +6,8 @@ the log says once why, and what is done instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from rosa_lightning.data.collators import is_packed_batch
 from rosa_lightning.training import head, pack_attention, prompts, shared_prefix
 from rosa_lightning.training.packing import check_can_pack
+from rosa_lightning.training.probes import few_layers, tried
 from rosa_lightning.training.recompute import has_gradient_hooks, is_reentrant
 from rosa_lightning.training.speed import SpeedConfig
 
@@ -56,11 +59,11 @@ class Support:
         if not self._speed.supervised_only:
             return False
         if "head" not in self._reasons:
-            ids_BT = batch["input_ids"]
-            reason = _SHARDED if self.sharded else head.unsupported_reason(self._model, ids_BT)
+            reason = self._tried(head.unsupported_reason, batch["input_ids"])
             if not reason:
-                self.block = head.last_block(self._model, ids_BT)
-            torch.clear_autocast_cache()  # of weights cast without a graph
+                with few_layers(self._model):
+                    self.block = head.last_block(self._model, batch["input_ids"])
+                torch.clear_autocast_cache()  # of weights cast without a graph
             instead = "logits are computed at the last columns of all rows"
             if isinstance(self._speed.loss_chunk, int):
                 instead += ", all at once in spite of model.speed.loss_chunk"
@@ -72,12 +75,8 @@ class Support:
         training = self._model.training
         mode = "training" if training else "evaluation"
         if mode not in self._reasons:
-            reason = _SHARDED
-            if not self.sharded:
-                longest_T = batch["input_ids"][batch["position_ids"][:, -1].argmax()]
-                reason = shared_prefix.unsupported_reason(self._model, longest_T, training=training)
-                torch.clear_autocast_cache()
-                self._window = shared_prefix.attention_window(self._model)
+            longest_T = batch["input_ids"][batch["position_ids"][:, -1].argmax()]
+            reason = self._tried(shared_prefix.unsupported_reason, longest_T, training=training)
             self._note(mode, reason, f"in {mode} the shared prefix is computed for each row")
         if self._reasons[mode]:
             return False
@@ -98,11 +97,8 @@ class Support:
         instead = "packed rows are not run one by one"
         if what not in self._reasons:
             check_can_pack(self._model)
-            reason = _SHARDED
-            if not self.sharded:
-                reason = pack_attention.unsupported_reason(self._model, training=training)
-                self._window = shared_prefix.attention_window(self._model)
             torch.clear_autocast_cache()
+            reason = self._tried(pack_attention.unsupported_reason, training=training)
             self._note(what, reason, instead)
         longest = int(batch["row_lengths"].max())
         if self._window is not None and longest > self._window:
@@ -124,14 +120,8 @@ class Support:
     def check_prompts(self, batch: dict[str, Any]) -> None:
         """Raise ValueError where prompts cannot be run apart."""
         if "prompts" not in self._reasons:
-            reason = _SHARDED if self.sharded else ""
-            if is_packed_batch(batch):
-                reason = "packed rows stand in one row"
-            if not reason:
-                reason = prompts.unsupported_reason(self._model)
-                torch.clear_autocast_cache()
-                self._window = shared_prefix.attention_window(self._model)
-            self._reasons["prompts"] = reason
+            reason = "packed rows stand in one row" if is_packed_batch(batch) else ""
+            self._reasons["prompts"] = reason or self._tried(prompts.unsupported_reason)
         if reason := self._reasons["prompts"]:
             raise _prompts_refused(reason)
 
@@ -171,6 +161,14 @@ class Support:
         if has_gradient_hooks(self._model):
             return "hooks on parameters would see gradients of parts"
         return ""
+
+    def _tried(self, unsupported_reason: Callable[..., str], *args: Any, **kwargs: Any) -> str:
+        if self.sharded:
+            return _SHARDED
+        self._window = shared_prefix.attention_window(self._model)
+        reason = tried(self._model, partial(unsupported_reason, self._model, *args, **kwargs))
+        torch.clear_autocast_cache()  # of weights cast without a graph
+        return reason
 
     def _note(self, what: str, reason: str, instead: str) -> None:
         if reason and what not in self._reasons:

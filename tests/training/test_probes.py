@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from rosa_lightning.training import pack_attention
-from rosa_lightning.training.probes import RefusedError, difference
+from rosa_lightning.training.head import decoder_layers
+from rosa_lightning.training.probes import RefusedError, difference, few_layers, tried
 from tests.conftest import build
 
 
@@ -53,3 +54,47 @@ def test_a_kernel_that_keeps_rows_apart_is_named():
     model = build("llama", attn_implementation="flex_attention")
     reason = pack_attention.unsupported_reason(model, training=False)
     assert reason == "flex_attention keeps rows apart by itself"
+
+
+def kept(model) -> list[int]:
+    """Numbers of the layers that a way is tried with."""
+    own = [*decoder_layers(model)]
+    with few_layers(model):
+        found = [own.index(layer) for layer in decoder_layers(model)]
+        assert [*model.base_model.layers] == [own[number] for number in found]
+    assert [*decoder_layers(model)] == own
+    return found
+
+
+def test_a_layer_of_each_kind_is_tried():
+    model = build("llama", num_hidden_layers=8)
+    assert kept(model) == [0, 7]
+    # Other settings, another type, and others that train.
+    model.base_model.layers[2].self_attn.attention_dropout = 0.1
+    model.base_model.layers[5].mlp.act_fn = nn.GELU()
+    model.base_model.layers[4].requires_grad_(False)
+    assert kept(model) == [0, 2, 4, 5, 7]
+    model.base_model.layers[6].requires_grad_(False)
+    assert kept(model) == [0, 2, 4, 5, 7]
+
+
+def test_what_a_configuration_says_of_layers_makes_kinds():
+    kinds = ["full_attention"] * 3 + ["sliding_attention", "full_attention"]
+    model = build("gemma3", num_hidden_layers=5, layer_types=kinds)
+    for layer in model.base_model.layers:
+        layer.attention_type = layer.self_attn.is_sliding = layer.self_attn.sliding_window = None
+        layer.self_attn.layer_type = None
+    assert kept(model) == [0, 3, 4]
+
+
+def test_what_seems_impossible_with_few_layers_is_tried_with_all():
+    model, tried_with = build("llama", num_hidden_layers=6), []
+
+    def reason(most: int) -> str:
+        tried_with.append(len(decoder_layers(model)))
+        return "too few layers" if len(decoder_layers(model)) < most else ""
+
+    assert tried(model, lambda: reason(6)) == ""
+    assert tried(model, lambda: reason(7)) == "too few layers"
+    assert tried(model, lambda: reason(0)) == ""
+    assert tried_with == [2, 6, 2, 6, 2]
