@@ -140,10 +140,11 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a decoder; none where it has no list of them."""
+    """The layers of a decoder: of its own lists the one with the most weights, if it has any."""
     lists = outermost_lists(decoder_of(model), lambda _: True)
     own = [layers for name, layers in lists.items() if "." not in name]
-    return own[-1] if own else nn.ModuleList()
+    sizes = {layers: sum(weight.numel() for weight in layers.parameters()) for layers in own}
+    return max(own, key=lambda layers: sizes[layers], default=nn.ModuleList())
 
 
 def close(found: Tensor, wanted: Tensor, half: float = 0.02) -> bool:

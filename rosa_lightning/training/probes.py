@@ -26,8 +26,11 @@ class RefusedError(ValueError):
 
 def tried(model: PreTrainedModel, try_out: Callable[[], str]) -> str:
     """Why something cannot be done, tried with few layers; where it seems so, with all of them."""
-    with few_layers(model):
-        reason = try_out()
+    try:
+        with few_layers(model):
+            reason = try_out()
+    except Exception:  # a model that needs them all
+        return try_out()
     return reason and try_out()
 
 

@@ -440,8 +440,12 @@ def test_every_adapted_model_gives_the_loss_of_single_rows(name, said):
     found = LossComputer(model).loss(batch)
     assert_close(found, wanted, rtol=1e-6, atol=2e-6)
     a, b = gradients(model, found), gradients(model, wanted)
-    assert (a - b).norm() < 2e-5 * b.norm()
     assert (widths.decoder[-1] == (3, 14)) != any("shared prefix" in line for line in said)
+    if (a - b).norm() >= 2e-5 * b.norm():
+        # Single rows can be far from those in float64, too: small Gemma 4 by 5e-4.
+        model.double()
+        exact = gradients(model, single_rows(model, batch))
+        assert (a - exact).norm() < 1.5 * (b - exact).norm()
 
 
 # Training.

@@ -107,6 +107,7 @@ def compiled(model):
     compile_layers(model, backend="eager")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("change", [checkpointed, pytest.param(compiled, marks=pytest.mark.slow)])
 def test_layers_that_cannot_run_row_by_row_see_all_pairs(change, said):
     model = llama()
