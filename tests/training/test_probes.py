@@ -1,13 +1,17 @@
 """What is told of a way to run a model that differs from the model's own."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from rosa_lightning.training import pack_attention
+from rosa_lightning import RoAEConfig, inject_roae
+from rosa_lightning.training import head, pack_attention, prompts, shared_prefix
 from rosa_lightning.training.head import decoder_layers
 from rosa_lightning.training.probes import RefusedError, difference, few_layers, tried
 from tests.conftest import build
+from tests.model_zoo.small import SMALL, build_small, causal_models
 
 
 @pytest.mark.parametrize(
@@ -98,3 +102,25 @@ def test_what_seems_impossible_with_few_layers_is_tried_with_all():
     assert tried(model, lambda: reason(7)) == "too few layers"
     assert tried(model, lambda: reason(0)) == ""
     assert tried_with == [2, 6, 2, 6, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", causal_models())
+def test_few_layers_decide_as_all_of_them(name, monkeypatch):
+    for size in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        monkeypatch.setitem(SMALL, size, 5)
+    try:
+        model = build_small(name)
+        inject_roae(model, RoAEConfig(rank=2))
+    except Exception as error:
+        pytest.skip(f"not adapted: {error}")
+    ids = torch.arange(40) * 7 % 60 + 3
+    ways = [
+        partial(shared_prefix.unsupported_reason, model, ids[:20], training=True),
+        partial(head.unsupported_reason, model, ids.view(2, 20)),
+        partial(prompts.unsupported_reason, model),
+        partial(pack_attention.unsupported_reason, model, training=True),
+    ]
+    for way in ways:
+        assert bool(tried(model, way)) == bool(way())
