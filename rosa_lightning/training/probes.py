@@ -51,11 +51,11 @@ def few_layers(model: PreTrainedModel) -> Iterator[None]:
     names = [next(name for name, m in holder.named_children() if m is layers) for holder in holders]
     try:
         for holder, name in zip(holders, names, strict=True):
-            holder._modules[name] = few
+            setattr(holder, name, few)
         yield
     finally:
         for holder, name in zip(holders, names, strict=True):
-            holder._modules[name] = layers
+            setattr(holder, name, layers)
 
 
 def _settings(model: PreTrainedModel, layers: nn.ModuleList) -> list[dict[Any, Any]]:
