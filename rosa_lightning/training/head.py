@@ -139,11 +139,11 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return found
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+def layer_list(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a decoder: of its own lists the one with the most weights, if it has any."""
     lists = outermost_lists(decoder_of(model), lambda _: True)
     own = [layers for name, layers in lists.items() if "." not in name]
-    sizes = {layers: sum(weight.numel() for weight in layers.parameters()) for layers in own}
+    sizes = {layers: sum(map(torch.numel, _weights(layers))) for layers in own}
     return max(own, key=lambda layers: sizes[layers], default=nn.ModuleList())
 
 
@@ -160,14 +160,18 @@ def _candidate(model: PreTrainedModel) -> nn.Module | None:
     """What looks like the last layer's feed-forward block: its largest part without attention."""
     if is_compiled(model) or is_checkpointed(model):  # those layers run whole
         return None
-    layers, sizes = decoder_layers(model), {}
+    layers, sizes = layer_list(model), {}
     for part in layers[-1].children() if len(layers) else ():
-        weights = [*part.parameters(), *part.buffers()]  # weights in few bits may be buffers
+        weights = _weights(part)
         adapted = any(isinstance(module, RoAELinear) for module in part.modules())
         # No norm, which attention may follow.
         if not adapted and any(weight.ndim > 1 for weight in weights):
             sizes[part] = sum(weight.numel() for weight in weights)
     return max(sizes, key=lambda part: sizes[part], default=None)
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]  # weights in few bits may be buffers
 
 
 def _at(output: Any, positions_N: Tensor) -> Any:

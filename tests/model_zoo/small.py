@@ -46,6 +46,9 @@ SMALL: dict[str, Any] = {
 }
 """Sizes of a small model, by the names that configurations give them."""
 
+REPEATS = 1
+"""How often the kinds of layers that a configuration lists follow one another."""
+
 _OPTIONAL = {
     *("head_dim", "num_key_value_heads", "num_experts_per_tok", "topk_group", "n_group"),
     *("n_routed_experts", "num_local_experts", "n_shared_experts", "attn_layer_indices"),
@@ -129,8 +132,8 @@ def _small_config(config_class: type[Any], sizes: dict[str, Any]) -> Any:
         given["num_key_value_heads"] = sizes["num_attention_heads"]
     types = getattr(default, "layer_types", None)
     if sizes.get("layer_types"):
-        given |= {"layer_types": sizes["layer_types"]}
-        given |= {"num_hidden_layers": len(sizes["layer_types"])}
+        given["layer_types"] = sizes["layer_types"] * REPEATS
+        given["num_hidden_layers"] = len(given["layer_types"])
     elif types and "layer_types" not in sizes:
         # Each kind of layer once, attention among them.
         kinds = list(dict.fromkeys(types))
@@ -138,7 +141,7 @@ def _small_config(config_class: type[Any], sizes: dict[str, Any]) -> Any:
             kind.endswith(("attention", "hybrid")) for kind in set(kinds) - {"linear_attention"}
         ):
             kinds.append(sizes.get("attention", "full_attention"))
-        given["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
+        given["layer_types"] = (kinds if len(kinds) > 1 else kinds * 2) * REPEATS
         given["num_hidden_layers"] = len(given["layer_types"])
     for name, inner in getattr(config_class, "sub_configs", {}).items():
         if getattr(default, name, None) is not None:

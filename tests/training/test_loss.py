@@ -445,7 +445,7 @@ def test_every_adapted_model_gives_the_loss_of_single_rows(name, said):
         # Single rows can be far from those in float64, too: small Gemma 4 by 5e-4.
         model.double()
         exact = gradients(model, single_rows(model, batch))
-        assert (a - exact).norm() < 1.5 * (b - exact).norm()
+        assert (a - exact).norm() < min(1.5 * (b - exact).norm(), 1e-3 * exact.norm())
 
 
 # Training.

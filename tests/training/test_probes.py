@@ -8,10 +8,10 @@ from torch import nn
 
 from rosa_lightning import RoAEConfig, inject_roae
 from rosa_lightning.training import head, pack_attention, prompts, shared_prefix
-from rosa_lightning.training.head import decoder_layers
+from rosa_lightning.training.head import layer_list
 from rosa_lightning.training.probes import RefusedError, difference, few_layers, tried
 from tests.conftest import build
-from tests.model_zoo.small import SMALL, build_small, causal_models
+from tests.model_zoo import small
 
 
 @pytest.mark.parametrize(
@@ -62,41 +62,58 @@ def test_a_kernel_that_keeps_rows_apart_is_named():
 
 def kept(model) -> list[int]:
     """Numbers of the layers that a way is tried with."""
-    own = [*decoder_layers(model)]
+    own = [*layer_list(model)]
     with few_layers(model):
-        found = [own.index(layer) for layer in decoder_layers(model)]
+        found = [own.index(layer) for layer in layer_list(model)]
         assert [*model.base_model.layers] == [own[number] for number in found]
-    assert [*decoder_layers(model)] == own
+    assert [*layer_list(model)] == own
     return found
 
 
-def test_a_layer_of_each_kind_is_tried():
+def test_a_way_is_tried_with_the_first_layers_of_each_kind_and_the_last():
     model = build("llama", num_hidden_layers=8)
+    layers = model.base_model.layers
     assert kept(model) == [0, 7]
-    # Other settings, another type, and others that train.
-    model.base_model.layers[2].self_attn.attention_dropout = 0.1
-    model.base_model.layers[5].mlp.act_fn = nn.GELU()
-    model.base_model.layers[4].requires_grad_(False)
-    assert kept(model) == [0, 2, 4, 5, 7]
-    model.base_model.layers[6].requires_grad_(False)
-    assert kept(model) == [0, 2, 4, 5, 7]
+    layers[2].self_attn.attention_dropout = 0.1
+    assert kept(model) == [0, 1, 2, 7]
+    layers[4].mlp.requires_grad_(False)
+    assert kept(model) == [0, 1, 2, 3, 4, 7]
+    # The last one stands in no place of another kind.
+    layers[6].mlp.act_fn = nn.GELU()
+    layers[7].mlp.act_fn = nn.GELU()
+    assert kept(model) == [*range(8)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: vars(layer).update(forward=layer.forward),
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.register_buffer("shift", torch.ones(1)),
+        lambda layer: layer.mlp.float().to(torch.bfloat16),
+    ],
+)
+def test_a_layer_that_differs_in_some_other_way_is_tried(change):
+    model = build("llama", num_hidden_layers=6)
+    change(model.base_model.layers[3])
+    assert kept(model) == [0, 1, 2, 3, 5]
 
 
 def test_what_a_configuration_says_of_layers_makes_kinds():
-    kinds = ["full_attention"] * 3 + ["sliding_attention", "full_attention"]
-    model = build("gemma3", num_hidden_layers=5, layer_types=kinds)
+    kinds = ["full_attention"] * 2 + ["sliding_attention"] + ["full_attention"] * 4
+    model = build("gemma3", num_hidden_layers=7, layer_types=kinds)
     for layer in model.base_model.layers:
         layer.attention_type = layer.self_attn.is_sliding = layer.self_attn.sliding_window = None
         layer.self_attn.layer_type = None
-    assert kept(model) == [0, 3, 4]
+    assert kept(model) == [0, 1, 2, 6]
 
 
 def test_what_seems_impossible_with_few_layers_is_tried_with_all():
     model, tried_with = build("llama", num_hidden_layers=6), []
 
     def reason(most: int) -> str:
-        tried_with.append(len(decoder_layers(model)))
-        return "too few layers" if len(decoder_layers(model)) < most else ""
+        tried_with.append(len(layer_list(model)))
+        return "too few layers" if len(layer_list(model)) < most else ""
 
     assert tried(model, lambda: reason(6)) == ""
     assert tried(model, lambda: reason(7)) == "too few layers"
@@ -106,19 +123,25 @@ def test_what_seems_impossible_with_few_layers_is_tried_with_all():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", causal_models())
+@pytest.mark.parametrize("name", small.causal_models())
 def test_few_layers_decide_as_all_of_them(name, monkeypatch):
+    monkeypatch.setattr(small, "REPEATS", 3)
     for size in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        monkeypatch.setitem(SMALL, size, 5)
+        monkeypatch.setitem(small.SMALL, size, 5)
     try:
-        model = build_small(name)
+        model = small.build_small(name)
         inject_roae(model, RoAEConfig(rank=2))
     except Exception as error:
         pytest.skip(f"not adapted: {error}")
+    whole = len(layer_list(model))
+    with few_layers(model):
+        if len(layer_list(model)) == whole:
+            pytest.skip("there are no fewer layers")
     ids = torch.arange(40) * 7 % 60 + 3
     ways = [
         partial(shared_prefix.unsupported_reason, model, ids[:20], training=True),
         partial(head.unsupported_reason, model, ids.view(2, 20)),
+        lambda: "" if head.last_block(model, ids.view(2, 20)) else "none",
         partial(prompts.unsupported_reason, model),
         partial(pack_attention.unsupported_reason, model, training=True),
     ]
