@@ -20,6 +20,10 @@ _HALF = 0.1
 """Bound on relative differences in 16 bits: another way uses other kernels."""
 
 
+_SMALL = 4096
+"""Numbers of a buffer that is compared by value, as frequencies are."""
+
+
 class RefusedError(ValueError):
     """Says by itself why a model cannot be run in some way."""
 
@@ -86,16 +90,17 @@ def _own_settings(layer: nn.Module) -> dict[Any, Any]:
     """Types, settings and hooks of a layer's modules, its weights and buffers, and what trains."""
     found: dict[Any, Any] = {}
     for path, module in layer.named_modules():
-        own = vars(module)
-        found[path] = type(module), "forward" in own
-        for name, value in own.items():
+        found[path] = type(module)
+        for name, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str)
-            # Of others, how many there are: hooks, weights, other modules.
+            # Of others, that they are there, and how many: hooks, weights, other modules.
             found[path, name] = value if plain else len(value) if isinstance(value, dict) else None
     for path, weight in layer.named_parameters():
         found[path, "weight"] = weight.shape, weight.dtype, weight.requires_grad
     for path, buffer in layer.named_buffers():
-        value = None if buffer.is_meta else buffer.double().sum().item()
+        # Large ones hold weights in few bits, which differ as all weights do.
+        read = buffer.numel() <= _SMALL and not buffer.is_meta
+        value = buffer.double().sum().item() if read else None
         found[path, "buffer"] = buffer.shape, buffer.dtype, value
     return found
 

@@ -142,7 +142,7 @@ def check(estimate: MemoryEstimate, measured: dict[str, int]) -> None:
     for line in ("weights", "gradients", "optimizer"):
         assert getattr(estimate, line) == measured[line], line
     # Products may need room of their own: with AMX 70 KiB for a head as small as these.
-    room = {"logits": 80 * 1024}
+    room = {"logits": 80 * 1024} if torch.cpu._is_amx_tile_supported() else {}
     for line, tolerance in {"activations": 0.03, "logits": 0.1, "peak": 0.1}.items():
         near = pytest.approx(measured[line], rel=tolerance, abs=room.get(line, 0))
         assert getattr(estimate, line) == near, line

@@ -44,15 +44,18 @@ def losses_of(folder: Path, **options: Any) -> list[float]:
 
 
 LONG = {"marks": pytest.mark.slow}
+CPU = Path("/proc/cpuinfo")
+SAME_CPU = CPU.exists() and "AuthenticAMD" in CPU.read_text()
+"""Whether products are rounded as where the losses were pinned; 100 steps multiply the rest."""
 
 
 @pytest.mark.parametrize(
     ("steps", "as_written", "close"),
     [
         (6, False, 1e-6),
-        # CPUs round otherwise, norms and rotations in few passes do, and steps multiply that.
-        pytest.param(100, True, 3e-3, **LONG),
-        pytest.param(100, False, 1e-2, **LONG),
+        pytest.param(100, True, 1e-6 if SAME_CPU else 3e-3, **LONG),
+        # Norms and rotations in few passes round otherwise, and steps multiply that.
+        pytest.param(100, False, 2e-3 if SAME_CPU else 1e-2, **LONG),
     ],
 )
 def test_the_losses_of_the_demonstration_are_those_of_earlier_versions(

@@ -79,7 +79,7 @@ def test_a_way_is_tried_with_the_first_layers_of_each_kind_and_the_last():
     layers[4].mlp.requires_grad_(False)
     assert kept(model) == [0, 1, 2, 3, 4, 7]
     # The last one stands in no place of another kind.
-    layers[6].mlp.act_fn = nn.GELU()
+    layers[5].mlp.act_fn = nn.GELU()
     layers[7].mlp.act_fn = nn.GELU()
     assert kept(model) == [*range(8)]
 
@@ -99,6 +99,16 @@ def test_a_layer_that_differs_in_some_other_way_is_tried(change):
     assert kept(model) == [0, 1, 2, 3, 5]
 
 
+def test_numbers_of_buffers_make_kinds_but_where_they_are_weights():
+    model = build("llama", num_hidden_layers=6)
+    for number, layer in enumerate(model.base_model.layers):
+        layer.register_buffer("packed", torch.randint(99, (80, 80)))
+        layer.register_buffer("base", torch.ones(1) + (number == 3))
+    assert kept(model) == [0, 1, 2, 3, 5]
+    model.base_model.layers[3].base.fill_(1)
+    assert kept(model) == [0, 5]
+
+
 def test_what_a_configuration_says_of_layers_makes_kinds():
     kinds = ["full_attention"] * 2 + ["sliding_attention"] + ["full_attention"] * 4
     model = build("gemma3", num_hidden_layers=7, layer_types=kinds)
@@ -106,6 +116,24 @@ def test_what_a_configuration_says_of_layers_makes_kinds():
         layer.attention_type = layer.self_attn.is_sliding = layer.self_attn.sliding_window = None
         layer.self_attn.layer_type = None
     assert kept(model) == [0, 1, 2, 6]
+
+
+def test_layers_are_the_list_with_the_most_weights():
+    model = build("llama")
+    model.base_model.projections = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    assert layer_list(model) is model.base_model.layers
+
+
+def test_what_fails_with_few_layers_is_tried_with_all():
+    model = build("llama", num_hidden_layers=6)
+
+    def reason() -> str:
+        model.base_model.layers[5]
+        return ""
+
+    with few_layers(model), pytest.raises(IndexError):
+        reason()
+    assert tried(model, reason) == ""
 
 
 def test_what_seems_impossible_with_few_layers_is_tried_with_all():
