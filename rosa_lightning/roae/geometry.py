@@ -3,10 +3,13 @@
 Each attention module is run alone, the outputs of its projections replaced by chosen numbers.
 Numbers that spell out each output row's index show which row becomes which dimension of which
 head; unit vectors then show how those dimensions turn. Weights play no part, so the cost is small
-whatever the model's size, and fused, latent or shared projections need no case of their own.
+whatever the model's size, and fused, latent or shared projections need no case of their own. A
+module that makes of the first numbers what another made is taken to be like it.
 
 Axes: N runs at once, T = 2 tokens, H heads, D head dimension, R rows of all projections of a layer.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -83,7 +86,8 @@ def read_geometry(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trac
     kind = type(model).__name__
     with run_on_meta(model):
         seen = trace(model)
-        layers = [_read_layer(call, kind) for call in seen.attentions]
+        known: list[_Known] = []
+        layers = [_read_layer(call, kind, known) for call in seen.attentions]
     rotated = tuple(layer for layer in layers if layer.table.pairs)
     if not rotated:
         what = "rotates neither Q nor K, so it has no rotary position embedding to adapt"
@@ -96,9 +100,15 @@ def read_geometry(model: nn.Module) -> tuple[tuple[AttentionGeometry, ...], Trac
     return rotated, seen
 
 
-def _read_layer(call: AttentionCall, kind: str) -> AttentionGeometry:
+def _read_layer(call: AttentionCall, kind: str, known: list[_Known]) -> AttentionGeometry:
     try:
-        return _measure(call)
+        codes_NTR = _row_codes(call.num_rows)
+        states = _states(call, codes_NTR)
+        same = (found for one in known if (found := _renamed(one, call, states)) is not None)
+        if (found := next(same, None)) is None:
+            found = _measure(call, codes_NTR, states)
+            known.append(_Known(call, states, found))
+        return found
     except Exception as error:  # of whatever code the model has
         reason = one_line(error) or type(error).__name__
         raise ValueError(
@@ -108,10 +118,29 @@ def _read_layer(call: AttentionCall, kind: str) -> AttentionGeometry:
         ) from error
 
 
-def _measure(call: AttentionCall) -> AttentionGeometry:
+def _renamed(known: _Known, call: AttentionCall, states: _States) -> AttentionGeometry | None:
+    """What is known of a module, for another with the same states; None where they differ."""
+
+    def own(path: str) -> str:
+        return call.path + path.removeprefix(known.call.path)
+
+    def shapes(outputs: dict[str, Tensor]) -> list[tuple[str, torch.Size]]:
+        return [(path, output.shape) for path, output in outputs.items()]
+
+    projections = {own(path): output for path, output in known.call.projections.items()}
+    norm_inputs = {own(path): inputs for path, inputs in known.states.norm_inputs.items()}
+    alike = shapes(projections) == shapes(call.projections) and not known.found.notes
+    if not alike or not states.equal(known.states._replace(norm_inputs=norm_inputs)):
+        return None
+    sources = {
+        kind: replace(rows, projection=own(rows.projection), norm=rows.norm and own(rows.norm))
+        for kind, rows in known.found.sources.items()
+    }
+    return replace(known.found, path=call.path, output=call.output, sources=sources)
+
+
+def _measure(call: AttentionCall, codes_NTR: Tensor, states: _States) -> AttentionGeometry:
     """Map the rows of one attention module's projections, then read how they turn."""
-    codes_NTR = _row_codes(call.num_rows)
-    states = _states(call, codes_NTR)
     maps = {"q": _decode(states.query, len(codes_NTR)), "k": _decode(states.key, len(codes_NTR))}
     mapped = [kind for kind, rows_HD in maps.items() if (rows_HD != NO_ROW).any()]
     if not mapped:
@@ -194,8 +223,9 @@ def _name_sources(call: AttentionCall, found: AttentionGeometry, maps: dict[str,
     # All widths at once: asking a tensor for its shape is slow where a model is made under a mode.
     widths = [(path, output.shape[-1]) for path, output in call.projections.items()]
     owners = [(path, row) for path, width in widths for row in range(width)]
+    rotated = {*found.table.rotated_dims}
     for kind, rows_HD in maps.items():
-        dims = [d for d in range(rows_HD.shape[1]) if kind == "v" or d in found.table.rotated_dims]
+        dims = [d for d in range(rows_HD.shape[1]) if kind == "v" or d in rotated]
         others = torch.cat([rows.flatten() for other, rows in maps.items() if other != kind])
         wanted_HD = rows_HD[:, dims]
         paths = {owners[row][0] for row in set(wanted_HD.flatten().tolist()) - {NO_ROW}}
@@ -245,6 +275,25 @@ class _States(NamedTuple):
     key: Tensor
     value: Tensor
     norm_inputs: dict[str, list[Tensor]]
+
+    def equal(self, other: _States) -> bool:
+        """Whether two calls gave the same numbers, bit for bit."""
+        if self.norm_inputs.keys() != other.norm_inputs.keys():
+            return False
+        both = [*zip(self[:3], other[:3], strict=True)]
+        for path, inputs in self.norm_inputs.items():
+            if len(inputs) != len(other.norm_inputs[path]):
+                return False
+            both += zip(inputs, other.norm_inputs[path], strict=True)
+        return all(torch.equal(*pair) for pair in both)
+
+
+class _Known(NamedTuple):
+    """A module that was measured, and the states that tell whether another one is like it."""
+
+    call: AttentionCall
+    states: _States
+    found: AttentionGeometry
 
 
 class AttentionReached(Exception):  # noqa: N818

@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import yaml
 
 TASKS = {"arc_easy": "arc", "arc_challenge": "arc", "piqa": "piqa"}
@@ -53,6 +52,8 @@ def row_of(record: dict[str, str]) -> dict[str, Any]:
 
 
 def write(folder: Path, name: str, records: list[dict[str, str]]) -> None:
+    import lm_eval  # which `row_of` does without
+
     (folder / f"{name}.json").write_text(json.dumps(records))
     rows = folder / f"{name}.jsonl"
     rows.write_text("".join(json.dumps(row_of(record)) + "\n" for record in records))

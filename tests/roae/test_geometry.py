@@ -15,8 +15,11 @@ PAIRS = {(0, 4): 0.5, (1, 3): 0.01}  # dimensions 2 and 5 are not rotated
 class Attention(nn.Module):
     """Queries, keys and values in one projection, its rows in any order, multiplied by hand."""
 
-    def __init__(self, order: torch.Tensor, mix: torch.Tensor, values_are_keys: bool) -> None:
+    def __init__(
+        self, order: torch.Tensor, mix: torch.Tensor, values_are_keys: bool, speed: float = 1.0
+    ) -> None:
         super().__init__()
+        self.speed = speed
         self.everything = nn.Linear(8, 3 * HEADS * DIM)
         self.back = nn.Linear(HEADS * DIM, 8)
         self.order, self.mix, self.values_are_keys = order, mix, values_are_keys
@@ -25,7 +28,7 @@ class Attention(nn.Module):
         turn = torch.eye(DIM).repeat(x.shape[2], 1, 1)
         for t in range(x.shape[2]):
             for (a, b), angle in PAIRS.items():
-                cosine, sine = math.cos(t * angle), math.sin(t * angle)
+                cosine, sine = math.cos(t * angle * self.speed), math.sin(t * angle * self.speed)
                 turn[t, a, a] = turn[t, b, b] = cosine
                 turn[t, a, b], turn[t, b, a] = -sine, sine
         return torch.einsum("tij,bhtj->bhti", turn, x)
@@ -49,6 +52,33 @@ class Language(nn.Module):
 
     def forward(self, input_ids, use_cache=False):
         return self.layer(self.words(input_ids))
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: Attention) -> None:
+        super().__init__()
+        self.words, self.layers = nn.Embedding(9, 8), nn.ModuleList(layers)
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.words(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_of_a_model_have_the_geometry_that_they_have_alone():
+    straight, turned = torch.arange(3 * HEADS * DIM), torch.arange(3 * HEADS * DIM).flip(0)
+    kinds = [(straight, 1.0), (straight, 1.0), (turned, 1.0), (straight, 0.5), (turned, 1.0)]
+    layers = [Attention(order, torch.eye(DIM), False, speed) for order, speed in kinds]
+    together, _ = read_geometry(Stack(*layers))
+    for number, (layer, found) in enumerate(zip(layers, together, strict=True)):
+        ((alone,), _) = read_geometry(Stack(layer))
+        path = f"layers.{number}"
+        assert (found.path, found.output) == (path, f"{path}.back")
+        assert (found.table, found.notes) == (alone.table, alone.notes)
+        for kind in "qkv":
+            assert found.sources[kind].rows == alone.sources[kind].rows
+            assert found.sources[kind].projection == f"{path}.everything"
 
 
 def test_rows_in_any_order_are_found_head_by_head_with_their_pairs():
