@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,16 +105,31 @@ def test_a_term_with_dropout_draws_its_own_input():
     assert max(errors(found, run(block, x))) < 0.02
 
 
-def test_a_weight_that_changes_is_cast_anew():
+def in_place(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight[3, 5] += 1
+
+
+def other_memory(weight: nn.Parameter) -> None:
+    weight.data = 2 * weight.data
+
+
+def behind_autograd(weight: nn.Parameter) -> None:
+    """As PEFT merges; in two rows, as a merge of RoAE would."""
+    weight.data[2:4] += torch.randn(2, 1) @ torch.randn(1, 24)
+
+
+@pytest.mark.parametrize("change", [in_place, other_memory, behind_autograd])
+def test_a_weight_that_changes_is_cast_anew(change):
     block, x = Block(), torch.randn(2, 5, 24)
     products = HalfProducts(block, x)
     with products.running():
         before = run(block, x)[2].detach()
-    with torch.no_grad():
-        block.v.weight.mul_(2)
+    change(block.v.weight)
     with products.running():
-        after = run(block, x)
-    assert torch.equal(after[2], 2 * before)
+        after = run(block, x)[2].detach()
+    assert not torch.equal(after, before)
+    assert torch.equal(after, F.linear(x.bfloat16(), block.v.weight.bfloat16()))
 
 
 class Casts(TorchDispatchMode):
@@ -132,18 +148,28 @@ class Casts(TorchDispatchMode):
         return out
 
 
-def test_a_weight_is_cast_once_for_all_passes_of_a_step():
+def test_a_weight_is_cast_once_for_all_steps():
     block = Block()
     frozen = [w for w in block.parameters() if w.ndim == 2 and not w.requires_grad]
     products = HalfProducts(block, torch.randn(2, 5, 24))
     with Casts(frozen) as casts:
-        with products.running(), torch.autocast("cpu"):
-            prefix, rest = block(torch.randn(1, 3, 24)), block(torch.randn(2, 5, 24))
-        (prefix.sum() + rest.sum()).backward()
-        block.seen.clear()
-        assert set(casts.counts.values()) == {1}
-        del prefix, rest
-    assert not any(copy() is not None for copy in casts.copies)
+        for _ in range(2):
+            with products.running(), torch.autocast("cpu"):
+                prefix, rest = block(torch.randn(1, 3, 24)), block(torch.randn(2, 5, 24))
+            (prefix.sum() + rest.sum()).backward()
+    assert set(casts.counts.values()) == {1}
+
+
+def test_casts_of_weights_that_begin_to_train_are_let_go():
+    block, x = Block(), torch.randn(2, 5, 24)
+    products = HalfProducts(block, x)
+    with Casts([block.v.weight]) as casts, products.running():
+        run(block, x)
+    assert [copy() is not None for copy in casts.copies] == [True]
+    block.v.requires_grad_(True)
+    with products.running():
+        pass
+    assert casts.copies[0]() is None
 
 
 def test_a_weight_that_trains_has_its_gradient():
