@@ -174,13 +174,18 @@ def load_records(
         table = _disk_table(chain(first, records), content, task, purpose, cache)
         kept = Records(table, task, source.label, f"file {content}")
         return kept.select(_drawn(len(kept), source, task, seed))
-    found = list(records)
-    found = [found[position] for position in _drawn(len(found), source, task, seed)]
     if purpose != "train":
-        return found
+        found = list(records)
+        return [found[position] for position in _drawn(len(found), source, task, seed)]
     import datasets  # late, as it takes a second
+    import pyarrow
 
-    return Records(datasets.Dataset.from_dict(_columns(found), _features()), task, source.label)
+    features = _features()
+    whole = pyarrow.Table.from_batches(_batches(records, features), features.arrow_schema)
+    drawn = _drawn(len(whole), source, task, seed)
+    table = whole if len(drawn) == len(whole) else whole.take(drawn)
+    info = datasets.DatasetInfo(features=features)
+    return Records(datasets.Dataset(table, info), task, source.label)
 
 
 def _features() -> datasets.Features:
@@ -188,6 +193,16 @@ def _features() -> datasets.Features:
 
     text, number = datasets.Value("large_string"), datasets.Value("int32")
     return datasets.Features(dict.fromkeys(_COLUMNS, text) | {"index": number})
+
+
+def _batches(records: Iterable[Record], features: datasets.Features) -> Iterator[Any]:
+    """Records as Arrow batches."""
+    import pyarrow
+
+    schema, rest = features.arrow_schema, iter(records)
+    while some := list(islice(rest, _CHUNK)):
+        arrays = map(pyarrow.array, _columns(some).values(), schema.types)
+        yield pyarrow.RecordBatch.from_arrays([*arrays], schema=schema)
 
 
 def _drawn(count: int, source: Source, task: Task, seed: int) -> NDArray[np.int64]:
@@ -215,12 +230,11 @@ def _disk_table(
     digest = hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
     def write(path: Path) -> None:
+        rows = datasets.utils.tqdm(records, desc="Reading", unit=" records")
         schema = features.arrow_schema
-        rows = iter(datasets.utils.tqdm(records, desc="Reading", unit=" records"))
         with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as out:
-            while some := list(islice(rows, _CHUNK)):
-                arrays = map(pyarrow.array, _columns(some).values(), schema.types)
-                out.write_batch(pyarrow.RecordBatch.from_arrays([*arrays], schema=schema))
+            for batch in _batches(rows, features):
+                out.write_batch(batch)
 
     return cached_table(cache / f"records-{digest}.arrow", features, None, write)
 

@@ -218,7 +218,9 @@ def _json(path: Path) -> Iterator[Any]:
             f"{path} holds {kind_of(rows)} at the top; expected a list of objects: "
             '[{"instruction": ..., "output": ..., "answer": ...}, ...].'
         )
-    yield from rows
+    rows.reverse()
+    while rows:  # none is held longer than it is read
+        yield rows.pop()
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

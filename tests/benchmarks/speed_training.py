@@ -28,6 +28,8 @@ HALF = {"layer_ratio": 0.5}
 HF, TRL, OURS = "LoRA, HF Trainer, length groups", "LoRA, TRL, random order (default)", "LoRA"
 ALL, UPPER = ("RoAE", "RoAE+"), ("RoAE, upper half", "RoAE+, upper half")
 NO_PROMPTS = {"prompt_gradients": False}
+IN_HALF = {"dtype": "bfloat16"}
+HF_HALF = "LoRA, HF Trainer, base in bfloat16"
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {"peft": LORA},
     "RoAE": {},
@@ -36,9 +38,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "RoAE+, upper half": {"targets": ["q", "k", "v", "up", "down"], **HALF},
     "LoRA, no gradients through prompts": {"peft": LORA, **NO_PROMPTS},
     "RoAE+, no gradients through prompts": {**PLUS, **NO_PROMPTS},
+    "RoAE, base in bfloat16": IN_HALF,
+    "RoAE, upper half, base in bfloat16": {**HALF, **IN_HALF},
 }
-GROUPS = (*zip(ALL, UPPER, strict=True), tuple(METHODS)[-2:])
+"""All but the last two start from the float32 that the file holds."""
+GROUPS = (*zip(ALL, UPPER, strict=True), tuple(METHODS)[-4:-2])
 """What is in memory at once, beside the two that others are set against."""
+GROUP_IN_HALF = (HF_HALF, *tuple(METHODS)[-2:])
 OVER_HF = {
     ("commonsense", "32-true"): (2.5, 3.5),
     ("commonsense", "bf16-mixed"): (3.3, 4.6),
@@ -108,11 +114,12 @@ def train_ours(
                 turns.seen.append(self.counter.get_total_flops())
 
     speed = SpeedConfig(prompt_gradients=method.pop("prompt_gradients", True))
+    dtype = method.pop("dtype", "auto")
     if lora := method.pop("peft", None):
         options: dict[str, Any] = {"peft": PeftMethod("peft.LoraConfig", lora)}
     else:
         options = {"roae": RoAEConfig(rank=4, alpha=8, low_freq_ratio=0.25, **method)}
-    module = RoSAModule("smollm2", speed=speed, **options)
+    module = RoSAModule("smollm2", dtype=dtype, speed=speed, **options)
     data = ReasoningDataModule(
         sources=paths, tokenizer="smollm2", batch_size=batch_size, max_length=1024, val_fraction=0
     )
@@ -139,7 +146,13 @@ def settings(batch_size: int, precision: str, order: str) -> dict[str, Any]:
 
 
 def train_theirs(
-    turns: Turns, base: str, paths: list[str], batch_size: int, precision: str, trl: bool
+    turns: Turns,
+    base: str,
+    paths: list[str],
+    batch_size: int,
+    precision: str,
+    trl: bool = False,
+    dtype: str = "auto",
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -148,7 +161,7 @@ def train_theirs(
             turns.before_step()
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = lora_on(AutoModelForCausalLM.from_pretrained(base), **LORA)
+    model = lora_on(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), **LORA)
     rows = encoded(paths, tokenizer)
     # Its own length groups need hundreds of records: these lie in such groups.
     more = settings(batch_size, precision, "random" if trl else "sequential")
@@ -210,6 +223,14 @@ class Race:
     def start(self, train: Callable[..., None], **more: Any) -> Contender:
         return Contender(train, **{**self.job, **more})
 
+    def start_as(self, name: str) -> Contender:
+        """One of `METHODS`, or of other trainers."""
+        if name in METHODS:
+            return self.start(train_ours, **METHODS[name])
+        if name == TRL:
+            return self.start(train_theirs, trl=True, paths=[self.mixed])
+        return self.start(train_theirs, **(IN_HALF if name == HF_HALF else {}))
+
     def run(self, contenders: dict[str, Contender]) -> None:
         interleave(contenders, self.options.batches, self.options.rounds, 1, self.options.batches)
 
@@ -220,19 +241,16 @@ def training(options: Any, task: str, precision: str) -> dict[str, Any]:
     with TemporaryDirectory() as name:
         race = Race(options, task, precision, Path(name))
         examples = race.batch_size * options.batches
-        both = {HF: race.start(train_theirs, trl=False), OURS: race.start(train_ours, peft=LORA)}
+        both = {name: race.start_as(name) for name in (HF, OURS)}
         groups: list[tuple[str, ...]] = list(GROUPS)
+        if precision == "bf16-mixed":
+            groups.append(GROUP_IN_HALF)
         if find_spec("trl"):
             groups.append((TRL,))
         for group in groups:
             if group == (TRL,):
                 both.pop(OURS).stop()  # for its memory
-            own = {
-                name: race.start(train_theirs, trl=True, paths=[race.mixed])
-                if name == TRL
-                else race.start(train_ours, **METHODS[name])
-                for name in group
-            }
+            own = {name: race.start_as(name) for name in group}
             race.run(both | own)
             for name, one in (both | own).items():
                 row = rows.setdefault(name, {"seconds": [], "over_hf": [], "time_of_lora_here": []})
