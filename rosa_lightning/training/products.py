@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from rosa_lightning.models.quantization import is_quantized
 from rosa_lightning.roae.layer import RoAELinear
 from rosa_lightning.training.attention import is_half_on_cpu
+from rosa_lightning.training.recompute import version
 from rosa_lightning.utils.modules import in_mode, replaced
 
 
@@ -159,7 +160,7 @@ class _Half:
         """What tells of a change: place, version, and a column for what is done by ``.data``."""
         rows = slice(None, None, 1 + len(weight) // 4096)
         column = weight.detach()[rows, weight.shape[1] // 2].clone()
-        return weight.data_ptr(), weight._version, column
+        return weight.data_ptr(), version(weight), column
 
 
 class _Products(torch.autograd.Function):

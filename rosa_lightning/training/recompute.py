@@ -46,6 +46,12 @@ def recomputable(model: nn.Module) -> list[nn.Module]:
     return [m for m in modules if _is_activation(m) or (_is_row_wise(m) and not flat)]
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as autograd counts."""
+    found: int = tensor._version
+    return found
+
+
 def has_gradient_hooks(model: nn.Module) -> bool:
     """Whether a trained parameter has a hook on its gradient."""
     return any(weight.requires_grad and weight._backward_hooks for weight in model.parameters())
