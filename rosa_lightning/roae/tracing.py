@@ -433,6 +433,11 @@ def fake_tensors() -> Iterator[None]:
         logger.disabled = disabled
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor holds no numbers."""
+    return tensor.is_meta or isinstance(tensor, fake_tensor.FakeTensor)
+
+
 class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Products of experts in any data type and width; torch has few of them for fake tensors."""
 

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from rosa_lightning.models.quantization import is_quantized
 from rosa_lightning.roae.layer import RoAELinear
+from rosa_lightning.roae.tracing import is_fake
 from rosa_lightning.training.attention import is_half_on_cpu
 from rosa_lightning.training.recompute import version
 from rosa_lightning.utils.modules import in_mode, replaced
@@ -145,12 +146,14 @@ class _Half:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._made_of = self._marks(weight)
+        self._made_of = None if is_fake(weight) else self._marks(weight)
         half = weight.detach().bfloat16()
         self.values = half.T.contiguous().T if len(half) > half.shape[1] else half
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether a weight is what it was."""
+        if self._made_of is None:
+            return True
         *known, column = self._made_of
         *found, now = self._marks(weight)
         return known == found and torch.equal(column, now)
