@@ -126,9 +126,10 @@ class _Group:
         bias = None if module.bias is None else module.bias.detach().bfloat16()
         if module.weight.dtype == torch.bfloat16:
             return module.weight, bias
-        if module not in self.halves:
-            self.halves[module] = _Half(module.weight)
-        return self.halves[module].values, bias
+        half = self.halves.get(module) or _Half(module.weight)
+        if torch.is_grad_enabled():  # else memory is not to grow, and no other pass may come
+            self.halves[module] = half
+        return half.values, bias
 
     def _forget(self) -> None:
         """Compute no more beforehand what nobody asked for, as of a block that reads fewer rows."""
