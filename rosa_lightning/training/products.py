@@ -91,6 +91,8 @@ class _Group:
             return
         halves = self.halves.items()
         self.halves = {module: half for module, half in halves if half.is_of(module.weight)}
+        if not torch.is_grad_enabled():  # no step that would need them follows
+            stack.callback(self.halves.clear)
         for module in self.modules:
             run = partial(self._result, module, module.forward)
             stack.enter_context(replaced(module, "forward", run))
@@ -126,10 +128,9 @@ class _Group:
         bias = None if module.bias is None else module.bias.detach().bfloat16()
         if module.weight.dtype == torch.bfloat16:
             return module.weight, bias
-        half = self.halves.get(module) or _Half(module.weight)
-        if torch.is_grad_enabled():  # else memory is not to grow, and no other pass may come
-            self.halves[module] = half
-        return half.values, bias
+        if module not in self.halves:
+            self.halves[module] = _Half(module.weight)
+        return self.halves[module].values, bias
 
     def _forget(self) -> None:
         """Compute no more beforehand what nobody asked for, as of a block that reads fewer rows."""
