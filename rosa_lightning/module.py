@@ -156,11 +156,14 @@ class RoSAModule(AdaptedModel):
             check_states_fit(checkpoint, self.trainer)
 
     def on_fit_end(self) -> None:
-        """Refuse a resumed run that had reached its limit already, so that nothing was trained.
+        """Free what only training needs.
+
+        Refuse a resumed run that had reached its limit already, so that nothing was trained.
 
         Raises:
             ValueError: Names the limit that stands in the way.
         """
+        self.loss_computer.let_go()
         # Lightning calls no hook between restoring its counts and finding that they are reached.
         if self.trainer.global_step and not self._has_trained:
             raise ValueError(untrained_reason(self.trainer))

@@ -150,7 +150,8 @@ def _training(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     lengths = {"data.max_length": about.get("max_length"), "data.batching": batching}
     rows += [(key, str(value)) for key, value in lengths.items() if value is not None]
     rows += _settings("trainer", config, _TRAINER)
-    if ((config.get("model") or {}).get("speed") or {}).get("prompt_gradients") is False:
+    speed = checkpoint.get("hyper_parameters", {}).get("speed", {})
+    if isinstance(speed, Mapping) and speed.get("prompt_gradients") is False:
         rows.append(("gradients", "through responses alone (model.speed.prompt_gradients: false)"))
     callbacks = checkpoint.get("callbacks", {})
     selections = [k for k in callbacks if k.startswith(DynamicLayerSelection.__name__)]

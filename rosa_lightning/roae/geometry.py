@@ -107,7 +107,8 @@ def _read_layer(call: AttentionCall, kind: str, known: list[_Known]) -> Attentio
         same = (found for one in known if (found := _renamed(one, call, states)) is not None)
         if (found := next(same, None)) is None:
             found = _measure(call, codes_NTR, states)
-            known.append(_Known(call, states, found))
+            if not found.notes:  # which name paths in words
+                known.append(_Known(call, states, found))
         return found
     except Exception as error:  # of whatever code the model has
         reason = one_line(error) or type(error).__name__
@@ -129,7 +130,7 @@ def _renamed(known: _Known, call: AttentionCall, states: _States) -> AttentionGe
 
     projections = {own(path): output for path, output in known.call.projections.items()}
     norm_inputs = {own(path): inputs for path, inputs in known.states.norm_inputs.items()}
-    alike = shapes(projections) == shapes(call.projections) and not known.found.notes
+    alike = shapes(projections) == shapes(call.projections)
     if not alike or not states.equal(known.states._replace(norm_inputs=norm_inputs)):
         return None
     sources = {
@@ -278,14 +279,15 @@ class _States(NamedTuple):
 
     def equal(self, other: _States) -> bool:
         """Whether two calls gave the same numbers, bit for bit."""
-        if self.norm_inputs.keys() != other.norm_inputs.keys():
+        if [*self.norm_inputs] != [*other.norm_inputs]:
             return False
         both = [*zip(self[:3], other[:3], strict=True)]
         for path, inputs in self.norm_inputs.items():
             if len(inputs) != len(other.norm_inputs[path]):
                 return False
             both += zip(inputs, other.norm_inputs[path], strict=True)
-        return all(torch.equal(*pair) for pair in both)
+        # A model may lie on several devices, between which nothing is compared.
+        return all(a.device == b.device and a.dtype == b.dtype and a.equal(b) for a, b in both)
 
 
 class _Known(NamedTuple):

@@ -100,6 +100,10 @@ class LossComputer:
         self._products: HalfProducts | None = None
         self._tokens_at_once = self.speed.microbatch_tokens
 
+    def let_go(self) -> None:
+        """Hold no weights in bfloat16, as after the last step of a training."""
+        self._products = None
+
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Within it, a model runs for a backward pass with less work and memory.

@@ -69,8 +69,9 @@ def _readers(model: nn.Module, *args: Any, **kwargs: Any) -> list[list[nn.Linear
 
 def _is_frozen(module: nn.Module) -> bool:
     """Whether a module is a plain linear layer that does not train."""
-    fixed = not any(weight.requires_grad for weight in module.parameters())
-    return type(module) is nn.Linear and fixed and not is_quantized(module)
+    if type(module) is not nn.Linear or is_quantized(module) or not module.weight.numel():
+        return False
+    return not any(weight.requires_grad for weight in module.parameters())
 
 
 class _Group:
@@ -89,8 +90,8 @@ class _Group:
         if not all(_is_frozen(module) for module in self.modules):
             self.halves.clear()
             return
-        halves = self.halves.items()
-        self.halves = {module: half for module, half in halves if half.is_of(module.weight)}
+        held = [(module, self.halves.get(module)) for module in self.modules]
+        self.halves = {module: half for module, half in held if half and half.is_of(module.weight)}
         if not torch.is_grad_enabled():  # no step that would need them follows
             stack.callback(self.halves.clear)
         for module in self.modules:
@@ -136,6 +137,8 @@ class _Group:
         """Compute no more beforehand what nobody asked for, as of a block that reads fewer rows."""
         self.modules = [module for module in self.modules if module not in self.made]
         self.terms = [term for term in self.terms if term not in self.made]
+        if self.made:
+            self.halves = {m: half for m, half in self.halves.items() if m in self.modules}
         self.given, self.made = None, {}
 
 
@@ -148,24 +151,28 @@ class _Half:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._made_of = None if is_fake(weight) else self._marks(weight)
-        half = weight.detach().bfloat16()
-        self.values = half.T.contiguous().T if len(half) > half.shape[1] else half
+        self._made_of = None if is_fake(weight) else _marks(weight)
+        with torch.inference_mode(False):  # whose tensors no backward pass takes
+            half = weight.detach().bfloat16()
+            self.values = half.T.contiguous().T if len(half) > half.shape[1] else half
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether a weight is what it was."""
+        """Whether a weight is what it was, as far as its marks tell."""
         if self._made_of is None:
             return True
-        *known, column = self._made_of
-        *found, now = self._marks(weight)
-        return known == found and torch.equal(column, now)
+        known, now = self._made_of, _marks(weight)
+        return known[0] == now[0] and all(map(torch.equal, known[1], now[1]))
 
-    @staticmethod
-    def _marks(weight: Tensor) -> tuple[int, int, Tensor]:
-        """What tells of a change: place, version, and a column for what is done by ``.data``."""
-        rows = slice(None, None, 1 + len(weight) // 4096)
-        column = weight.detach()[rows, weight.shape[1] // 2].clone()
-        return weight.data_ptr(), version(weight), column
+
+def _marks(weight: Tensor) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """What tells of a change: place and version, and for ``.data``, which has none, some numbers.
+
+    Of each row and of each column one: merges and pruning change whole ones.
+    """
+    where = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, version(weight)
+    middle = [size // 2 for size in weight.shape]
+    bare = weight.detach()
+    return where, [bare[:, middle[1]].clone(), bare[middle[0]].clone()]
 
 
 class _Products(torch.autograd.Function):

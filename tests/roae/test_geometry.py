@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from rosa_lightning.roae import geometry
 from rosa_lightning.roae.geometry import read_geometry
 
 HEADS, DIM = 3, 6
@@ -66,11 +67,15 @@ class Stack(nn.Module):
         return x
 
 
-def test_layers_of_a_model_have_the_geometry_that_they_have_alone():
+def test_layers_of_a_model_have_the_geometry_that_they_have_alone(monkeypatch):
     straight, turned = torch.arange(3 * HEADS * DIM), torch.arange(3 * HEADS * DIM).flip(0)
     kinds = [(straight, 1.0), (straight, 1.0), (turned, 1.0), (straight, 0.5), (turned, 1.0)]
     layers = [Attention(order, torch.eye(DIM), False, speed) for order, speed in kinds]
+    measured = []
+    measure = geometry._measure
+    monkeypatch.setattr(geometry, "_measure", lambda *a: measured.append(a) or measure(*a))
     together, _ = read_geometry(Stack(*layers))
+    assert len(measured) == 3  # of each kind one
     for number, (layer, found) in enumerate(zip(layers, together, strict=True)):
         ((alone,), _) = read_geometry(Stack(layer))
         path = f"layers.{number}"

@@ -111,7 +111,9 @@ def in_place(weight: nn.Parameter) -> None:
 
 
 def other_memory(weight: nn.Parameter) -> None:
-    weight.data = 2 * weight.data
+    """One number, so that nothing but the place tells."""
+    weight.data = weight.data.clone()
+    weight.data[3, 5] += 1
 
 
 def behind_autograd(weight: nn.Parameter) -> None:
@@ -119,7 +121,11 @@ def behind_autograd(weight: nn.Parameter) -> None:
     weight.data[2:4] += torch.randn(2, 1) @ torch.randn(1, 24)
 
 
-@pytest.mark.parametrize("change", [in_place, other_memory, behind_autograd])
+def some_columns(weight: nn.Parameter) -> None:
+    weight.data[:, :3] = 0
+
+
+@pytest.mark.parametrize("change", [in_place, other_memory, behind_autograd, some_columns])
 def test_a_weight_that_changes_is_cast_anew(change):
     block, x = Block(), torch.randn(2, 5, 24)
     products = HalfProducts(block, x)
@@ -158,6 +164,49 @@ def test_a_weight_is_cast_once_for_all_steps():
                 prefix, rest = block(torch.randn(1, 3, 24)), block(torch.randn(2, 5, 24))
             (prefix.sum() + rest.sum()).backward()
     assert set(casts.counts.values()) == {1}
+
+
+def test_casts_made_for_inference_serve_training():
+    block, x = Block(), torch.randn(2, 5, 24)
+    products = HalfProducts(block, x)
+    with products.running():
+        with torch.inference_mode(), torch.autocast("cpu"):
+            block(x)
+        found = run(block, x)
+    assert all(torch.equal(*pair) for pair in zip(found, run_anew(block, x), strict=True))
+
+
+def run_anew(block: Block, x: Tensor) -> list[Tensor]:
+    products = HalfProducts(block, x)
+    with products.running():
+        return run(block, x)
+
+
+def test_casts_of_projections_that_read_apart_later_are_let_go():
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = projection(8, term=False), projection(12, term=False)
+            self.few = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x[:, :2] if self.few else x).sum() + self.k(x).sum()
+
+    block, x = Apart(), torch.randn(2, 5, 24, requires_grad=True)
+    products = HalfProducts(block, x)
+    block.few = True
+    with Casts([block.q.weight, block.k.weight]) as casts:
+        for _ in range(2):
+            with products.running(), torch.autocast("cpu"):
+                block(x).backward()
+    assert not any(copy() is not None for copy in casts.copies)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_an_empty_projection_runs_as_it_is():
+    model, x = nn.Sequential(nn.Linear(4, 0, bias=False)).requires_grad_(False), torch.randn(2, 4)
+    with HalfProducts(model, x).running(), torch.autocast("cpu"):
+        assert model(x).shape == (2, 0)
 
 
 def test_casts_of_weights_that_begin_to_train_are_let_go():
