@@ -69,7 +69,9 @@ def bars(content: dict[str, Any]) -> Rows:
             value = median(one["values"])
             met = value <= one["bar"] if one["at_most"] else value >= one["bar"]
             bar = f"at {'most' if one['at_most'] else 'least'} {one['bar']:g}"
-            yield [section, one["name"], f"{value:.2f}", bar, "yes" if met else "no"]
+            # As many digits as tell it from a bar that it misses.
+            digits = 2 if met or round(value, 2) != one["bar"] else 3
+            yield [section, one["name"], f"{value:.{digits}f}", bar, "yes" if met else "no"]
 
 
 def readme(content: dict[str, Any]) -> Rows:

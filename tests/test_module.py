@@ -164,6 +164,22 @@ def test_autocast_keeps_copies_of_what_trains_and_none_of_the_frozen_base(base_f
         assert casts.alive() > 8
 
 
+def test_a_training_that_ends_lets_go_of_copies_of_the_base(base_folder, sources, tmp_path):
+    built = module(base_folder, dtype="float32")
+    built.configure_model()
+    alive: list[int] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_) -> None:
+            alive.append(casts.alive())
+
+    with Casts(built) as casts:
+        run = trainer(tmp_path, precision="bf16-mixed", callbacks=[Look()], max_steps=3)
+        run.fit(built, data(sources))
+    assert alive[-1] > 8
+    assert casts.alive() == 0
+
+
 def test_16_mixed_trains_with_a_loss_scale(base_folder, sources, tmp_path):
     """Lightning turns 16-mixed into bf16-mixed on a CPU, unless it is given the plugin itself."""
     plugin = MixedPrecision("16-mixed", "cpu")

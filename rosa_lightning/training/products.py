@@ -137,8 +137,6 @@ class _Group:
         """Compute no more beforehand what nobody asked for, as of a block that reads fewer rows."""
         self.modules = [module for module in self.modules if module not in self.made]
         self.terms = [term for term in self.terms if term not in self.made]
-        if self.made:
-            self.halves = {m: half for m, half in self.halves.items() if m in self.modules}
         self.given, self.made = None, {}
 
 

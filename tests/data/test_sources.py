@@ -127,6 +127,27 @@ def test_records_beyond_max_examples_are_left_out_as_the_seed_chooses(write, str
     assert len(load_records(replace(source, max_examples=51))) == 50
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_records_are_those_of_the_file_however_many_are_converted_at_once(
+    chunk, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rosa_lightning.data.records._CHUNK", chunk)
+    rows = [{"instruction": f"q{n}", "output": f"a{n}" * n, "answer": str(n)} for n in range(1, 31)]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(rows))
+    found = load_records(Source(path=str(path)))
+    said = [(row["instruction"], row["output"], row["answer"]) for row in rows]
+    assert [(one.instruction, one.output, one.answer) for one in found] == said
+    assert [one.index for one in found] == [*range(1, 31)]
+    assert [one.answer for one in found[5:16]] == [str(n) for n in range(6, 17)]
+    assert [one.answer for one in found.take([29, 3, 8])] == ["30", "4", "9"]
+    texts = (len(row["instruction"] + row["output"]) for row in rows)
+    assert found.sizes().tolist() == list(texts)
+    few = load_records(Source(path=str(path), max_examples=9), seed=3)
+    assert len(few) == 9
+    assert [*few] == sorted(few, key=lambda one: one.index)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_empty_file_on_disk_or_not_holds_no_records(write, stream):
     assert "holds no records" in message(write("a.jsonl", "\n\n"), stream=stream)
