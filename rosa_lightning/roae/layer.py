@@ -156,17 +156,32 @@ class RowBlocks:
         blocks = z.narrow(-1, self.start, self.count * self.stride)
         return blocks.view(*z.shape[:-1], self.count, -1)
 
-    def add(self, z: Tensor, low_rows: Tensor) -> Tensor:
-        """Add ``low_rows`` (..., L) in place to these rows of ``z`` (..., rows); return ``z``."""
-        if not (torch.is_grad_enabled() and (z.requires_grad or low_rows.requires_grad)):
+    def take(self, z: Tensor) -> Tensor:
+        """These rows of ``z`` (..., rows), in shape (..., L); a view where all are taken."""
+        blocks = self.view(z)
+        parts = [blocks[..., start:stop] for start, stop in self.runs]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).flatten(-2)
+
+    def add(self, z: Tensor, x_BTR: Tensor, B_LR: Tensor, scale: float) -> Tensor:
+        """Add ``scale * x_BTR B_LR^T`` in place to these rows of ``z`` (..., rows); return ``z``.
+
+        The term is computed in the dtype of ``x_BTR`` (..., R), A's product with the input.
+        """
+        given = z, x_BTR, B_LR
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
             # Without a backward pass the compiler would look into the function, and break off.
-            return _add(z, low_rows, self)
-        out: Tensor = _AddToRows.apply(z, low_rows, self)  # type: ignore[no-untyped-call]
+            return _add(*given, scale, self)
+        out: Tensor = _AddTerm.apply(*given, scale, self)  # type: ignore[no-untyped-call]
         return out
 
 
-def _add(z: Tensor, low_rows: Tensor, blocks: RowBlocks) -> Tensor:
+def _add(z: Tensor, x_BTR: Tensor, B_LR: Tensor, scale: float, blocks: RowBlocks) -> Tensor:
+    B_LR = (scale * B_LR).to(x_BTR.dtype)
+    if len(B_LR) == z.shape[-1] and z.dtype == x_BTR.dtype and z.is_contiguous():
+        z.view(-1, len(B_LR)).addmm_(x_BTR.reshape(-1, B_LR.shape[1]), B_LR.T)
+        return z
     z_blocks = blocks.view(z)
+    low_rows = F.linear(x_BTR, B_LR).to(z.dtype)
     low_blocks = low_rows.view(*low_rows.shape[:-1], blocks.count, -1)
     column = 0
     for start, stop in blocks.runs:  # not by torch.split, whose parts the compiler mixes up
@@ -176,23 +191,32 @@ def _add(z: Tensor, low_rows: Tensor, blocks: RowBlocks) -> Tensor:
     return z
 
 
-class _AddToRows(torch.autograd.Function):
+class _AddTerm(torch.autograd.Function):
     """`RowBlocks.add` with its gradient: autograd's own slice assignment copies it once a slice.
 
     In place is safe: a projection saves its input for the backward pass, never its output.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, low_rows: Tensor, blocks: RowBlocks) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, x_BTR: Tensor, B_LR: Tensor, scale: float, blocks: RowBlocks
+    ) -> Tensor:
         ctx.mark_dirty(z)
-        ctx.blocks = blocks
-        return _add(z, low_rows, blocks)
+        ctx.save_for_backward(x_BTR, B_LR)
+        ctx.scale, ctx.blocks = scale, blocks
+        return _add(z, x_BTR, B_LR, scale, blocks)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        blocks = ctx.blocks.view(grad)
-        low_rows = torch.cat([blocks[..., start:stop] for start, stop in ctx.blocks.runs], dim=-1)
-        return grad, low_rows.flatten(-2), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTR, B_LR = ctx.saved_tensors
+        low_rows = ctx.blocks.take(grad).to(x_BTR.dtype)
+        of_x = of_B = None
+        if ctx.needs_input_grad[1]:
+            of_x = low_rows @ (ctx.scale * B_LR).to(x_BTR.dtype)
+        if ctx.needs_input_grad[2]:
+            product = low_rows.flatten(0, -2).T @ x_BTR.flatten(0, -2)
+            of_B = ctx.scale * product.to(B_LR.dtype)
+        return grad, of_x, of_B, None, None
 
 
 def contiguous_runs(dims: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -267,14 +291,14 @@ class RoAELinear(nn.Module):
         """Project and add the term; (..., D) to (..., rows)."""
         z: Tensor = self.base(x_BTD)
         if self.defer:
-            self.deferred = self.low_rank(x_BTD)
+            self.deferred = self.reduced(x_BTD)
             return z
         z = z.clone() if self.copies_output else z
-        return self.blocks.add(z, self.low_rank(x_BTD).to(z.dtype))
+        return self.add_term(z, self.reduced(x_BTD), self.blocks)
 
-    def low_rank(self, x_BTD: Tensor) -> Tensor:
-        """The scaled term alone, (..., D) to (..., L)."""
-        return F.linear(self.reduced(x_BTD) * self.scale, self.roae_B)
+    def add_term(self, z: Tensor, x_BTR: Tensor, blocks: RowBlocks) -> Tensor:
+        """Add the scaled term to some rows of ``z``, in place; ``x_BTR`` is `reduced`."""
+        return blocks.add(z, x_BTR, self.roae_B, self.scale)
 
     def reduced(self, x_BTD: Tensor) -> Tensor:
         """A's product with the input, (..., D) to (..., R)."""
@@ -346,12 +370,12 @@ class RoAENorm(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Norm, then add the term."""
         out: Tensor = self.base(*args, **kwargs)
-        low_rows, self.source[0].deferred = self.source[0].deferred, None
-        assert low_rows is not None, "the projection runs before its norm"
-        low_rows = low_rows.to(out.dtype)
+        x_BTR, self.source[0].deferred = self.source[0].deferred, None
+        assert x_BTR is not None, "the projection runs before its norm"
         if self.layout == "T(HD)":
-            return self.blocks.add(out, low_rows)
+            return self.source[0].add_term(out, x_BTR, self.blocks)
+        flat = out.transpose(1, 2) if self.layout == "HTD" else out
+        flat = self.source[0].add_term(flat.flatten(-2), x_BTR, self.blocks)
         if self.layout == "THD":
-            return self.blocks.add(out.flatten(-2), low_rows).view(out.shape)
-        flat = self.blocks.add(out.transpose(1, 2).flatten(-2), low_rows)
+            return flat.view(out.shape)
         return flat.view(*flat.shape[:-1], self.blocks.count, -1).transpose(1, 2)

@@ -59,8 +59,8 @@ def test_weights_are_float32_and_take_float32_gradients_on_a_half_precision_base
 def test_inside_autocast_the_term_is_computed_in_the_autocast_dtype():
     made = with_random_term(layer())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert made.low_rank(torch.randn(2, 5, 12)).dtype == torch.bfloat16
-    assert made.low_rank(torch.randn(2, 5, 12, dtype=torch.bfloat16)).dtype == torch.float32
+        assert made.reduced(torch.randn(2, 5, 12)).dtype == torch.bfloat16
+    assert made.reduced(torch.randn(2, 5, 12, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_dropout_acts_on_the_term_in_training_only():
@@ -195,17 +195,25 @@ def test_groups_of_query_heads_between_keys_are_blocks_of_several_heads():
 @given(st.sets(st.integers(0, 20), min_size=1), st.integers(1, 4))
 def test_adding_equals_a_dense_scatter_forward_and_backward(rows, num_heads):
     wanted = sorted(rows)
-    z = torch.randn(2, 3, 21, dtype=torch.float64, requires_grad=True)
-    low = torch.randn(2, 3, len(wanted), dtype=torch.float64, requires_grad=True)
+    f64 = {"dtype": torch.float64, "requires_grad": True}
+    z, x, B = (
+        torch.randn(2, 3, 21, **f64),
+        torch.randn(2, 3, 4, **f64),
+        torch.randn(len(rows), 4, **f64),
+    )
     weight = torch.randn(2, 3, 21, dtype=torch.float64)
     scatter = torch.zeros(len(wanted), 21, dtype=torch.float64)
     scatter[torch.arange(len(wanted)), wanted] = 1
-    dense = z + low @ scatter
-    ours = RowBlocks.find(wanted, 21, num_heads).add(z * 1.0, low)
-    assert torch.equal(ours, dense)
-    for got, expected in zip(
-        torch.autograd.grad((ours * weight).sum(), [z, low]),
-        torch.autograd.grad((dense * weight).sum(), [z, low]),
-        strict=True,
-    ):
-        assert torch.equal(got, expected)
+    dense = z + 0.3 * x @ B.T @ scatter
+    ours = RowBlocks.find(wanted, 21, num_heads).add(z * 1.0, x, B, 0.3)
+    assert_close(ours, dense)
+    # Of second order, too, as what is measured of a training may ask for it.
+    for _ in range(2):
+        got, expected = (
+            torch.autograd.grad((out.square() * weight).sum(), [z, x, B], create_graph=True)
+            for out in (ours, dense)
+        )
+        for one, other in zip(got, expected, strict=True):
+            assert_close(one, other)
+        ours, dense = (torch.cat([grad.flatten() for grad in grads]) for grads in (got, expected))
+        weight = torch.randn_like(ours)
