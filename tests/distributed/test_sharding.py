@@ -186,18 +186,21 @@ class Joint(RoSAModule):
         pass
 
 
-def reference(seen: list[dict], whole_rows: bool) -> dict[str, torch.Tensor]:
+def reference(
+    runs: list[dict], *, whole_rows: bool = False, dtype: str = "bfloat16", **options
+) -> dict[str, torch.Tensor]:
+    """What one process trains on what all ranks trained on."""
     seed_everything(0)
     roae = RoAEConfig(rank=16, alpha=32.0, low_freq_ratio=0.5)
     optimizer = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0, eps=1e-3)
     schedule = partial(WarmupCosine, total_steps=STEPS)
-    module = Joint("tiny", roae, dtype="bfloat16")
+    module = Joint("tiny", roae, dtype=dtype, **options)
     module.make_optimizer, module.make_lr_scheduler = optimizer, schedule
     module.whole_rows = whole_rows
-    pairs = list(zip(*(rank["ddp"]["straight"]["batches"] for rank in seen), strict=True))
+    pairs = list(zip(*(rank["batches"] for rank in runs), strict=True))
     dls = DynamicLayerSelection(num_active=2, interval=2, policy="sample")
-    options = {"max_steps": STEPS, "limit_val_batches": 0, "gradient_clip_val": 0.05}
-    run = trainer(Path(), callbacks=[dls], **options)
+    limits = {"max_steps": STEPS, "limit_val_batches": 0, "gradient_clip_val": 0.05}
+    run = trainer(Path(), callbacks=[dls], **limits)
     run.fit(module, DataLoader(pairs, batch_size=None))
     return {n: p.detach() for n, p in module.named_parameters() if is_adapter_key(n)}
 
@@ -206,7 +209,10 @@ def reference(seen: list[dict], whole_rows: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_the_shipped_configurations_train_alike_under_every_strategy(tmp_path):
     seen = ranks.launch(on_every_strategy, tmp_path)
-    references = {whole_rows: reference(seen, whole_rows) for whole_rows in (False, True)}
+    runs = [rank["ddp"]["straight"] for rank in seen]
+    references = {
+        whole_rows: reference(runs, whole_rows=whole_rows) for whole_rows in (False, True)
+    }
     for name in STRATEGIES:
         expected = references["fsdp" in name]
         straight, resumed = seen[0][name]["straight"], seen[0][name]["resumed"]

@@ -11,10 +11,13 @@ from torch.testing import assert_close
 
 import rosa_lightning.adapted
 from rosa_lightning import DynamicLayerSelection, RoAEConfig, RoSAModule
-from rosa_lightning.models.loading import enable_checkpointing
+from rosa_lightning.models.loading import enable_checkpointing, load_base
 from rosa_lightning.training.loss import LossComputer
 from rosa_lightning.training.speed import SpeedConfig
+from tests import ranks
 from tests.conftest import FAMILIES, build, data_module
+from tests.distributed.test_sharding import reference
+from tests.distributed.test_sharding import run as run_configured
 from tests.integration.test_settings import trainer
 from tests.model_zoo.small import build_small
 from tests.training.test_loss import (
@@ -86,6 +89,19 @@ def test_the_loss_is_the_same_and_its_gradient_that_of_rows_cut_after_their_prom
             assert_close(found, wanted, rtol=1e-6, atol=1e-6)
             assert_close(gradients(model, found), wanted_gradient, rtol=1e-4, atol=1e-6)
     assert not said
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_quantised_base_gradients_are_those_of_cut_rows(dtype, base_folder):
+    pytest.importorskip("torchao")
+    model = adapted(load_base(str(base_folder), dtype=dtype, quantization="int8"))
+    batch = batch_of()
+    found, wanted = LossComputer(model, SpeedConfig(**CUT)).loss(batch), cut_rows(model, batch)
+    near = 0.01 if dtype == "float32" else 0.1  # inputs are quantised by row, states rounded
+    both = gradients(model, found), gradients(model, wanted)
+    assert abs(found - wanted) < 0.01 * wanted
+    assert (both[0] - both[1]).norm() < near * both[1].norm()
+    assert (gradients(model, single_rows(model, batch)) - both[1]).norm() > 0.3 * both[1].norm()
 
 
 def test_prompts_and_responses_are_run_at_their_own_widths():
@@ -232,3 +248,19 @@ def test_a_run_that_selects_layers_resumes_bit_for_bit(precision, sources, tmp_p
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     through_all = trained()
     assert not all(torch.equal(whole[name], through_all[name]) for name in whole)
+
+
+def under_ddp(folder) -> dict:
+    return run_configured("ddp", folder, "float32", "--model.speed.prompt_gradients", "false")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path):
+    runs = ranks.launch(under_ddp, tmp_path)
+    cut, through_all = (
+        reference(runs, dtype="float32", speed=SpeedConfig(**speed)) for speed in (CUT, {})
+    )
+    for run in runs:
+        assert_close(run["adapters"], cut, rtol=0, atol=1e-6)
+    assert not all(torch.allclose(cut[name], through_all[name], atol=1e-5) for name in cut)
