@@ -1,4 +1,4 @@
-"""Tables of docs/speed.md and the README, made from docs/results/speed.json.
+"""Tables of docs/speed.md, docs/memory.md and the README, made from docs/results/speed.json.
 
     python -m tests.speed_table
 
@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md"]
 FIGURES = ROOT / "docs" / "results" / "speed.json"
 MARKED = re.compile(r"(<!-- speed: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 IN_README = ("RoAE", "RoAE, upper half", "RoAE+", "RoAE+, upper half")
@@ -62,6 +62,16 @@ def start(content: dict[str, Any]) -> Rows:
         yield [about, name, middle(row["seconds"], 1), middle(row.get("peak_mib", []), 0)]
 
 
+def memory(content: dict[str, Any]) -> Rows:
+    rows = content["memory"]["rows"] if "memory" in content else {}
+    steps = list(next(iter(rows.values()))["peak_mib"]) if rows else []
+    yield ["peak MiB after", *(f"{step} step{'s' * (step != '1')}" for step in steps), "last by 10"]
+    for name, row in rows.items():
+        peaks = row["peak_mib"]
+        growth = peaks[steps[-1]] / peaks["10"]
+        yield [name, *(f"{peaks[step]:,.0f}" for step in steps), f"{growth:.2f}"]
+
+
 def bars(content: dict[str, Any]) -> Rows:
     yield ["section", "figure", "measured", "bar", "met"]
     for section, found in content.items():
@@ -98,7 +108,8 @@ def machines(content: dict[str, Any]) -> Rows:
 
 
 TABLES = {
-    table.__name__: table for table in (training, limit, evaluation, start, bars, readme, machines)
+    table.__name__: table
+    for table in (training, limit, evaluation, start, memory, bars, readme, machines)
 }
 
 

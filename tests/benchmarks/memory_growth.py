@@ -38,17 +38,17 @@ def short_records(data: Path, folder: Path) -> list[str]:
 
 
 class Peaks:
-    """Prints the peak after each step that is shown, and keeps it."""
+    """Prints the peak after some steps, the last one among them, and keeps it."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.steps = name, 0
+    def __init__(self, name: str, last: int) -> None:
+        self.name, self.last, self.steps = name, last, 0
         self.found: dict[int, float] = {}
 
     def after_step(self) -> None:
         self.steps += 1
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self.found[self.steps] = peak
-        if self.steps in SHOWN:
+        if self.steps in {*SHOWN, self.last}:
             print(f"{self.name}, step {self.steps}: {peak:,.0f} MiB", flush=True)
 
 
@@ -105,7 +105,7 @@ def work(name: str, paths: list[str], steps: int, precision: str) -> None:
 
     torch.set_num_threads(1)
     quiet()
-    peaks = Peaks(name)
+    peaks = Peaks(name, steps)
     TRAININGS[name](peaks, paths, steps, precision)
     if steps > 10:
         growth = peaks.found[steps] / peaks.found[10]

@@ -34,7 +34,7 @@ import start_up
 import torch
 from timing import Figure, quiet
 
-GROWN = re.compile(r"(.*): the peak of \d+ steps is (.*) of the tenth's")
+PEAK = re.compile(r"^(.*), step (\d+): ([\d,]+) MiB$", re.MULTILINE)
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -44,9 +44,18 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(
         [*command, "--steps", str(options.steps)], capture_output=True, text=True, check=True
     )
-    rows = {name: {"growth": float(value)} for name, value in GROWN.findall(done.stdout)}
-    figures = [Figure("RoAE+: peak by that of step 10", [rows["RoAE+"]["growth"]], 1.2)]
-    return {"setting": {"steps": options.steps}, "rows": rows, "figures": figures}
+    return peaks(done.stdout, options.steps)
+
+
+def peaks(output: str, steps: int) -> dict[str, Any]:
+    """What memory_growth.py printed."""
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for name, step, peak in PEAK.findall(output):
+        rows.setdefault(name, {"peak_mib": {}})["peak_mib"][step] = float(peak.replace(",", ""))
+    by_step = rows["RoAE+"]["peak_mib"]
+    growth = by_step[str(steps)] / by_step["10"]
+    figures = [Figure(f"RoAE+: peak of {steps} steps by that of 10", [growth], 1.2)]
+    return {"setting": {"steps": steps, "threads": 1}, "rows": rows, "figures": figures}
 
 
 Section = Callable[[Any], dict[str, Any]]
