@@ -208,19 +208,19 @@ def _decoded(where: str, content: bytes) -> str:
 
 
 def _json(path: Path) -> Iterator[Any]:
+    text = _whole(path)
     try:
-        rows = strict_json.parse(_whole(path))
+        if text.lstrip(" \t\n\r").startswith("["):
+            yield from strict_json.items(text)
+            return
+        found = strict_json.parse(text)
     except strict_json.JSONError as error:
         hint = " If it holds one object a line, name it .jsonl." if error.extra_data else ""
         raise ValueError(f"{path} {error}. Expected a list of objects.{hint}") from error
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{path} holds {kind_of(rows)} at the top; expected a list of objects: "
-            '[{"instruction": ..., "output": ..., "answer": ...}, ...].'
-        )
-    rows.reverse()
-    while rows:  # none is held longer than it is read
-        yield rows.pop()
+    raise ValueError(
+        f"{path} holds {kind_of(found)} at the top; expected a list of objects: "
+        '[{"instruction": ..., "output": ..., "answer": ...}, ...].'
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

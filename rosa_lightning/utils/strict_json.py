@@ -1,8 +1,9 @@
 """JSON: of what comes from elsewhere, what cannot be kept without loss is an error of one line."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,37 @@ def parse(text: str) -> Any:
         JSONError: It is no JSON, is nested too deeply, holds an integer too long to read, or an
             object that gives a name twice, of which all values but one would be ignored.
     """
-    try:
+    with _told():
         return _DECODER.decode(text)
+
+
+def items(text: str) -> Iterator[Any]:
+    """The items of a JSON list, each read when it is its turn, so that no other is held.
+
+    JSONError as `parse`, after the items before it.
+    """
+    with _told():
+        start = _START.match(text)
+        if start is None:
+            raise JSONError("is no list")
+        position, end = start.end(), _END.match(text, start.end())
+        while end is None:
+            item, position = _DECODER.raw_decode(text, position)
+            yield item
+            if (end := _END.match(text, position)) is None:
+                if (comma := _COMMA.match(text, position)) is None:
+                    position += len(text[position:]) - len(text[position:].lstrip(_BLANK))
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+                position = comma.end()
+        if end.end() < len(text):
+            raise json.JSONDecodeError("Extra data", text, end.end())
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the decoder says, as `JSONError`."""
+    try:
+        yield
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise JSONError(
@@ -87,3 +117,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_BLANK = " \t\n\r"
+_START, _COMMA, _END = (re.compile(f"[{_BLANK}]*{mark}[{_BLANK}]*") for mark in (r"\[", ",", r"\]"))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosa_lightning.utils.strict_json import JSONError, half_character, parse, read_object
+from rosa_lightning.utils.strict_json import JSONError, half_character, items, parse, read_object
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(
@@ -21,6 +21,48 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_what_is_written_is_read(value):
     assert parse(json.dumps(value)) == value
+
+
+def outcome(read, text: str):
+    try:
+        return read(text)
+    except JSONError as error:
+        return str(error)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(LEAVES | st.lists(LEAVES, max_size=2), max_size=5),
+    st.sampled_from([None, 0, 2]),
+    st.integers(0, 200),
+    st.sampled_from(["", " ", "\n", ",", "]", "[", "1", '"', "\xa0"]),
+    st.booleans(),
+)
+def test_a_list_read_by_item_is_the_list_or_the_same_error(values, indent, at, odd, replace):
+    text = f" {json.dumps(values, indent=indent)}\n"
+    text = text[:at] + odd + text[at + replace :]
+    wanted = outcome(parse, text)
+    if isinstance(wanted, list) or text.lstrip(" \n").startswith("["):
+        found = outcome(lambda text: [*items(text)], text)
+        if isinstance(wanted, list):
+            assert repr(found) == repr(wanted)
+        else:
+            # Versions of Python say and place it otherwise.
+            assert found.startswith("is not JSON") == wanted.startswith("is not JSON")
+
+
+def test_items_are_read_one_by_one():
+    found = items('[{"a": 1}, {"b": 2, "b": 3}]')
+    assert next(found) == {"a": 1}
+    with pytest.raises(JSONError, match="gives 'b' twice"):
+        next(found)
+    with pytest.raises(JSONError, match="no list"):
+        next(items("{}"))
+
+
+@pytest.mark.parametrize("text", ["[1\n 2]", "[1] 2", "[1, {2}]", "[", " [1 ", "[1,\n\n,2]"])
+def test_an_error_among_items_stands_where_it_would_in_the_whole(text):
+    assert outcome(lambda text: [*items(text)], text) == outcome(parse, text)
 
 
 @pytest.mark.parametrize(
