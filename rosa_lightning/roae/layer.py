@@ -146,6 +146,11 @@ class RowBlocks:
         raise AssertionError("one block always holds all rows")
 
     @property
+    def width(self) -> int:
+        """How many rows of a block there are."""
+        return sum(stop - start for start, stop in self.runs)
+
+    @property
     def rows(self) -> list[int]:
         """The rows, ascending."""
         dims = [dim for run in self.runs for dim in range(*run)]
@@ -154,35 +159,43 @@ class RowBlocks:
     def view(self, z: Tensor) -> Tensor:
         """(..., rows) seen as (..., count, stride)."""
         blocks = z.narrow(-1, self.start, self.count * self.stride)
-        return blocks.view(*z.shape[:-1], self.count, -1)
+        return blocks.view(*z.shape[:-1], self.count, self.stride)
 
     def take(self, z: Tensor) -> Tensor:
-        """These rows of ``z`` (..., rows), in shape (..., L); a view where all are taken."""
+        """These rows of ``z`` (..., rows), in shape (..., L); a view where they are one run."""
         blocks = self.view(z)
         parts = [blocks[..., start:stop] for start, stop in self.runs]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).flatten(-2)
 
-    def add(self, z: Tensor, x_BTR: Tensor, B_LR: Tensor, scale: float) -> Tensor:
+    def add(
+        self, z: Tensor, x_BTR: Tensor, B_LR: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
         """Add ``scale * x_BTR B_LR^T`` in place to these rows of ``z`` (..., rows); return ``z``.
 
-        The term is computed in the dtype of ``x_BTR`` (..., R), A's product with the input.
+        The product is computed in the dtype of ``x_BTR`` (..., R), which is A's product with the
+        input. Without ``B_LR`` ``x_BTR`` (..., L) itself is added.
         """
         given = z, x_BTR, B_LR
-        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+        tensors = (tensor for tensor in given if tensor is not None)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             # Without a backward pass the compiler would look into the function, and break off.
             return _add(*given, scale, self)
         out: Tensor = _AddTerm.apply(*given, scale, self)  # type: ignore[no-untyped-call]
         return out
 
 
-def _add(z: Tensor, x_BTR: Tensor, B_LR: Tensor, scale: float, blocks: RowBlocks) -> Tensor:
-    B_LR = (scale * B_LR).to(x_BTR.dtype)
-    if len(B_LR) == z.shape[-1] and z.dtype == x_BTR.dtype and z.is_contiguous():
-        z.view(-1, len(B_LR)).addmm_(x_BTR.reshape(-1, B_LR.shape[1]), B_LR.T)
-        return z
+def _add(z: Tensor, x_BTR: Tensor, B_LR: Tensor | None, scale: float, blocks: RowBlocks) -> Tensor:
+    # First of all z: the compiler passes arguments in the order of their use, and autograd takes
+    # the first for what is changed in place.
     z_blocks = blocks.view(z)
-    low_rows = F.linear(x_BTR, B_LR).to(z.dtype)
-    low_blocks = low_rows.view(*low_rows.shape[:-1], blocks.count, -1)
+    low_rows = x_BTR
+    if B_LR is not None:
+        B_LR = (scale * B_LR).to(x_BTR.dtype)
+        if len(B_LR) == z.shape[-1] and z.dtype == x_BTR.dtype and z.is_contiguous():
+            z.view(-1, len(B_LR)).addmm_(x_BTR.reshape(-1, B_LR.shape[1]), B_LR.T)
+            return z
+        low_rows = F.linear(x_BTR, B_LR)
+    low_blocks = low_rows.to(z.dtype).view(*z_blocks.shape[:-1], blocks.width)
     column = 0
     for start, stop in blocks.runs:  # not by torch.split, whose parts the compiler mixes up
         width = stop - start
@@ -199,23 +212,25 @@ class _AddTerm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, x_BTR: Tensor, B_LR: Tensor, scale: float, blocks: RowBlocks
+        ctx: Any, z: Tensor, x_BTR: Tensor, B_LR: Tensor | None, scale: float, blocks: RowBlocks
     ) -> Tensor:
+        out = _add(z, x_BTR, B_LR, scale, blocks)  # the first to use any of them, see there
         ctx.mark_dirty(z)
-        ctx.save_for_backward(x_BTR, B_LR)
-        ctx.scale, ctx.blocks = scale, blocks
-        return _add(z, x_BTR, B_LR, scale, blocks)
+        # Of a frozen B the gradient of x alone is needed.
+        ctx.save_for_backward(x_BTR if ctx.needs_input_grad[2] else None, B_LR)
+        ctx.scale, ctx.blocks, ctx.dtype = scale, blocks, x_BTR.dtype
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_BTR, B_LR = ctx.saved_tensors
-        low_rows = ctx.blocks.take(grad).to(x_BTR.dtype)
-        of_x = of_B = None
-        if ctx.needs_input_grad[1]:
-            of_x = low_rows @ (ctx.scale * B_LR).to(x_BTR.dtype)
-        if ctx.needs_input_grad[2]:
-            product = low_rows.flatten(0, -2).T @ x_BTR.flatten(0, -2)
-            of_B = ctx.scale * product.to(B_LR.dtype)
+        of_x = ctx.blocks.take(grad).to(ctx.dtype)
+        of_B = None
+        if x_BTR is not None:
+            flat = of_x.reshape(-1, len(B_LR)), x_BTR.reshape(-1, B_LR.shape[1])
+            of_B = ctx.scale * (flat[0].T @ flat[1]).to(B_LR.dtype)
+        if B_LR is not None:
+            of_x = of_x @ (ctx.scale * B_LR).to(ctx.dtype)
         return grad, of_x, of_B, None, None
 
 
@@ -290,15 +305,12 @@ class RoAELinear(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Project and add the term; (..., D) to (..., rows)."""
         z: Tensor = self.base(x_BTD)
+        x_BTR = self.reduced(x_BTD)
         if self.defer:
-            self.deferred = self.reduced(x_BTD)
+            self.deferred = F.linear(x_BTR * self.scale, self.roae_B)
             return z
         z = z.clone() if self.copies_output else z
-        return self.add_term(z, self.reduced(x_BTD), self.blocks)
-
-    def add_term(self, z: Tensor, x_BTR: Tensor, blocks: RowBlocks) -> Tensor:
-        """Add the scaled term to some rows of ``z``, in place; ``x_BTR`` is `reduced`."""
-        return blocks.add(z, x_BTR, self.roae_B, self.scale)
+        return self.blocks.add(z, x_BTR, self.roae_B, self.scale)
 
     def reduced(self, x_BTD: Tensor) -> Tensor:
         """A's product with the input, (..., D) to (..., R)."""
@@ -370,12 +382,11 @@ class RoAENorm(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Norm, then add the term."""
         out: Tensor = self.base(*args, **kwargs)
-        x_BTR, self.source[0].deferred = self.source[0].deferred, None
-        assert x_BTR is not None, "the projection runs before its norm"
+        low_rows, self.source[0].deferred = self.source[0].deferred, None
+        assert low_rows is not None, "the projection runs before its norm"
         if self.layout == "T(HD)":
-            return self.source[0].add_term(out, x_BTR, self.blocks)
-        flat = out.transpose(1, 2) if self.layout == "HTD" else out
-        flat = self.source[0].add_term(flat.flatten(-2), x_BTR, self.blocks)
+            return self.blocks.add(out, low_rows)
         if self.layout == "THD":
-            return flat.view(out.shape)
+            return self.blocks.add(out.flatten(-2), low_rows).view(out.shape)
+        flat = self.blocks.add(out.transpose(1, 2).flatten(-2), low_rows)
         return flat.view(*flat.shape[:-1], self.blocks.count, -1).transpose(1, 2)

@@ -75,7 +75,8 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
     RoAE adapters are units of their own: FSDP joins or reduces the weights of a unit in one data
     type, and theirs is float32 whatever the base's. So are the norms of a layer, or scoring would
     take room for gradients of the whole base under FSDP1. Weights of PEFT belong to the unit of
-    their layer, since PEFT also reads them outside the forward of the module that holds them.
+    their layer, since PEFT also reads them outside the forward of the module that holds them, and
+    so do terms that are added after a norm.
     Returns the model, which FSDP1 wraps.
 
     Raises:
@@ -154,7 +155,8 @@ def _units(model: nn.Module) -> Iterator[str]:
     """Paths of the units inside the model, inner ones first."""
     for path, block in decoder_layers(model).items():
         inside = [(f"{path}.{name}", module) for name, module in block.named_modules()]
-        adapters = {name: module for name, module in inside if isinstance(module, RoAELinear)}
+        # A term that is deferred is added outside of its module, so it belongs to its layer.
+        adapters = {n: m for n, m in inside if isinstance(m, RoAELinear) and not m.defer}
         yield from (f"{n}.base" for n, m in adapters.items() if not isinstance(m.base, RoAELinear))
         yield from reversed(adapters)  # of adapters around one another, the inner one first
         for name, child in block.named_children():

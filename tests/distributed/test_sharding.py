@@ -4,7 +4,9 @@ import contextlib
 import io
 import pickle
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
+from shutil import copy
 
 import pytest
 import torch
@@ -245,6 +247,24 @@ def test_the_shipped_configurations_train_alike_under_every_strategy(tmp_path):
     for name in ("fsdp1 sharded", "fsdp2 sharded"):
         size = sum(path.stat().st_size for path in seen[0][name]["path"].iterdir())
         assert size < 2_000_000
+
+
+def after_norms(folder: Path) -> dict:
+    given = ["--model.base", str(folder / "base"), "--model.roae.placement", "state"]
+    names = ("ddp", "fsdp1 full", "fsdp2 sharded")
+    return {name: run(name, folder / name[:5], "float32", *given)["adapters"] for name in names}
+
+
+@pytest.mark.slow
+def test_terms_after_norms_train_alike_under_every_strategy(tmp_path):
+    build("qwen3", vocab_size=822, max_position_embeddings=512).save_pretrained(tmp_path / "base")
+    tiny = files("rosa_lightning") / "models" / "tiny"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        copy(tiny / name, tmp_path / "base")
+    for seen in ranks.launch(after_norms, tmp_path):
+        ddp, *sharded = seen.values()
+        for adapters in sharded:
+            assert_close(adapters, ddp, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

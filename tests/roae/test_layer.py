@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
@@ -46,9 +48,12 @@ def test_outputs_and_gradients_equal_those_of_the_formula_with_a_dense_scatter(b
         assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [LOW_ROWS, range(24)], ids=["some", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_are_float32_and_take_float32_gradients_on_a_half_precision_base(dtype):
-    made = with_random_term(layer(dtype=dtype))
+def test_weights_are_float32_and_take_float32_gradients_on_a_half_precision_base(dtype, rows):
+    base, blocks = nn.Linear(12, 24).to(dtype).requires_grad_(False), RowBlocks.find(rows, 24, 3)
+    made = RoAELinear(base, in_features=12, blocks=blocks, config=RoAEConfig(rank=4))
+    with_random_term(made)
     out = made(torch.randn(2, 5, 12, dtype=dtype))
     out.float().sum().backward()
     assert out.dtype == dtype
@@ -56,11 +61,49 @@ def test_weights_are_float32_and_take_float32_gradients_on_a_half_precision_base
     assert made.roae_A.grad.dtype == torch.float32
 
 
-def test_inside_autocast_the_term_is_computed_in_the_autocast_dtype():
-    made = with_random_term(layer())
+@pytest.mark.parametrize("rows", [LOW_ROWS, range(24)], ids=["some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inside_autocast_the_term_is_computed_in_the_autocast_dtype(rows, dtype):
+    base = nn.Linear(12, 24, bias=False).to(dtype).requires_grad_(False)
+    blocks, config = RowBlocks.find(rows, 24, 3), RoAEConfig(rank=4, alpha=8.0)
+    made = with_random_term(RoAELinear(base, in_features=12, blocks=blocks, config=config))
+    x, weights = torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 5, 24)
+    inputs = [x, made.roae_A, made.roae_B]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert made.reduced(torch.randn(2, 5, 12)).dtype == torch.bfloat16
-    assert made.reduced(torch.randn(2, 5, 12, dtype=torch.bfloat16)).dtype == torch.float32
+        out, read = made(x), made.reduced(x)
+    found = [out, *torch.autograd.grad((out * weights).sum(), inputs)]
+    assert out.dtype == read.dtype == torch.bfloat16
+    assert made.reduced(x.bfloat16()).dtype == torch.float32
+    delta = 2.0 * made.roae_B @ made.roae_A
+    exact = x @ base.weight.float().T
+    exact[..., list(rows)] += x @ delta.T
+    wanted = [exact, *torch.autograd.grad((exact * weights).sum(), inputs)]
+    for one, other in zip(found, wanted, strict=True):
+        assert 1e-5 < (one - other).norm() / other.norm() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (0, 5, 12), (2, 0, 12)])
+@pytest.mark.parametrize("rows", [LOW_ROWS, range(24)], ids=["some", "all"])
+def test_inputs_of_any_number_of_rows_are_taken(rows, shape):
+    base, blocks = nn.Linear(12, 24).requires_grad_(False), RowBlocks.find(rows, 24, 3)
+    made = RoAELinear(base, in_features=12, blocks=blocks, config=RoAEConfig(rank=4))
+    out = with_random_term(made)(torch.randn(shape, requires_grad=True))
+    assert out.shape == (*shape[:-1], 24)
+    out.sum().backward()
+    assert made.roae_B.grad.shape == made.roae_B.shape
+
+
+def test_a_frozen_term_holds_nothing_of_its_input():
+    made, x = with_random_term(layer()), torch.randn(640, 12, requires_grad=True)
+    held = []
+    hooks = (lambda tensor: held.append(tensor.numel()) or tensor, lambda tensor: tensor)
+    for trains in (True, False):
+        made.roae_A.requires_grad_(trains)
+        made.roae_B.requires_grad_(trains)
+        held.clear()
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            made(x)
+        assert (640 * 4 in held) == trains
 
 
 def test_dropout_acts_on_the_term_in_training_only():
@@ -145,18 +188,34 @@ def test_a_deferred_term_is_added_after_the_norm_to_the_same_dimensions(layout, 
 
 
 class _Normed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layout: str) -> None:
         super().__init__()
+        self.arrange = LAYOUTS[layout]
         options = {"in_features": 12, "blocks": BLOCKS, "config": RoAEConfig(rank=4), "defer": True}
         self.proj = RoAELinear(nn.Linear(12, 24), **options)
-        self.norm = RoAENorm(nn.RMSNorm(8), self.proj, layout="HTD", blocks=BLOCKS)
+        norm = nn.RMSNorm(24 if layout == "T(HD)" else 8)
+        self.norm = RoAENorm(norm, self.proj, layout=layout, blocks=BLOCKS)
         with_random_term(self.proj)
 
     def forward(self, x):
-        return self.norm(self.proj(x).unflatten(-1, (3, 8)).transpose(1, 2))
+        return self.norm(self.arrange(self.proj(x)))
 
 
-@pytest.mark.parametrize("make", [lambda: with_random_term(layer()), fused, _Normed])
+def of_a_view() -> RoAELinear:
+    parts = nn.Linear(12, 24).requires_grad_(False), nn.Unflatten(-1, (24, 1)), nn.Flatten(-2)
+    base, config = nn.Sequential(*parts), RoAEConfig(rank=4)
+    return with_random_term(RoAELinear(base, in_features=12, blocks=BLOCKS, config=config))
+
+
+MADE = {
+    "some rows": lambda: with_random_term(layer()),
+    "fused": fused,
+    "a view": of_a_view,
+    **{layout: partial(_Normed, layout) for layout in LAYOUTS},
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
 def test_forward_and_backward_compile_without_a_graph_break(make):
     made = make()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
@@ -192,8 +251,10 @@ def test_groups_of_query_heads_between_keys_are_blocks_of_several_heads():
 
 
 @settings(max_examples=50)
-@given(st.sets(st.integers(0, 20), min_size=1), st.integers(1, 4))
-def test_adding_equals_a_dense_scatter_forward_and_backward(rows, num_heads):
+@given(st.sets(st.integers(0, 20), min_size=1), st.integers(1, 4), st.booleans())
+@example({*range(21)}, 1, True)
+@example({*range(21)}, 1, False)
+def test_adding_equals_a_dense_scatter_forward_and_backward(rows, num_heads, contiguous):
     wanted = sorted(rows)
     f64 = {"dtype": torch.float64, "requires_grad": True}
     z, x, B = (
@@ -205,9 +266,11 @@ def test_adding_equals_a_dense_scatter_forward_and_backward(rows, num_heads):
     scatter = torch.zeros(len(wanted), 21, dtype=torch.float64)
     scatter[torch.arange(len(wanted)), wanted] = 1
     dense = z + 0.3 * x @ B.T @ scatter
-    ours = RowBlocks.find(wanted, 21, num_heads).add(z * 1.0, x, B, 0.3)
+    changed = z * 1.0 if contiguous else (z * 1.0).transpose(0, 1).contiguous().transpose(0, 1)
+    assert changed.is_contiguous() == contiguous
+    ours = RowBlocks.find(wanted, 21, num_heads).add(changed, x, B, 0.3)
     assert_close(ours, dense)
-    # Of second order, too, as what is measured of a training may ask for it.
+    # Second derivatives, too.
     for _ in range(2):
         got, expected = (
             torch.autograd.grad((out.square() * weight).sum(), [z, x, B], create_graph=True)
