@@ -28,6 +28,10 @@ from rosa_lightning.training.recompute import version
 from rosa_lightning.utils.modules import in_mode, replaced
 
 
+_HEAD_ROWS = 2**15
+"""From so many outputs on a projection is taken for the head, or is as wide as one."""
+
+
 class HalfProducts:
     """The frozen projections of a model, in groups that read the same input."""
 
@@ -145,14 +149,16 @@ class _Half:
 
     In memory so that the product with the wider output, forward or backward, reads it row by row:
     where outputs are not in the cache the other order takes up to 1.4 times as long (oneDNN 3.12,
-    AMX).
+    AMX). But for the head, which gains little: there oneDNN divides by zero in the backward product
+    of some sizes, such as 32 rows of 49,152 columns, and the process ends.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._made_of = None if is_fake(weight) else _marks(weight)
         with torch.inference_mode(False):  # whose tensors no backward pass takes
             half = weight.detach().bfloat16()
-            self.values = half.T.contiguous().T if len(half) > half.shape[1] else half
+            is_wide = half.shape[1] < len(half) < _HEAD_ROWS
+            self.values = half.T.contiguous().T if is_wide else half
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether a weight is what it was, as far as its marks tell."""
