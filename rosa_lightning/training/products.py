@@ -27,7 +27,6 @@ from rosa_lightning.training.attention import is_half_on_cpu
 from rosa_lightning.training.recompute import version
 from rosa_lightning.utils.modules import in_mode, replaced
 
-
 _HEAD_ROWS = 2**15
 """From so many outputs on a projection is taken for the head, or is as wide as one."""
 
