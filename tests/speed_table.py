@@ -65,7 +65,11 @@ def start(content: dict[str, Any]) -> Rows:
 def memory(content: dict[str, Any]) -> Rows:
     rows = content["memory"]["rows"] if "memory" in content else {}
     steps = list(next(iter(rows.values()))["peak_mib"]) if rows else []
-    yield ["peak MiB after", *(f"{step} step{'s' * (step != '1')}" for step in steps), "last by 10"]
+    yield [
+        "peak MiB after",
+        *(f"{step} step{'s' * (step != '1')}" for step in steps),
+        "last / step 10",
+    ]
     for name, row in rows.items():
         peaks = row["peak_mib"]
         growth = peaks[steps[-1]] / peaks["10"]

@@ -210,7 +210,7 @@ def _decoded(where: str, content: bytes) -> str:
 def _json(path: Path) -> Iterator[Any]:
     text = _whole(path)
     try:
-        if text.lstrip(" \t\n\r").startswith("["):
+        if strict_json.is_list(text):
             yield from strict_json.items(text)
             return
         found = strict_json.parse(text)

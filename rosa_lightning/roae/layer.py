@@ -27,6 +27,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, Literal, Self, get_args
 
@@ -173,7 +174,7 @@ class RowBlocks:
         """Add ``scale * x_BTR B_LR^T`` in place to these rows of ``z`` (..., rows); return ``z``.
 
         The product is computed in the dtype of ``x_BTR`` (..., R), which is A's product with the
-        input. Without ``B_LR`` ``x_BTR`` (..., L) itself is added.
+        input. Without ``B_LR`` ``scale * x_BTR`` (..., L) itself is added.
         """
         given = z, x_BTR, B_LR
         tensors = (tensor for tensor in given if tensor is not None)
@@ -190,16 +191,17 @@ def _add(z: Tensor, x_BTR: Tensor, B_LR: Tensor | None, scale: float, blocks: Ro
     z_blocks = blocks.view(z)
     low_rows = x_BTR
     if B_LR is not None:
-        B_LR = (scale * B_LR).to(x_BTR.dtype)
+        B_LR = B_LR.to(x_BTR.dtype)
         if len(B_LR) == z.shape[-1] and z.dtype == x_BTR.dtype and z.is_contiguous():
-            z.view(-1, len(B_LR)).addmm_(x_BTR.reshape(-1, B_LR.shape[1]), B_LR.T)
+            flat = z.view(-1, len(B_LR)), x_BTR.reshape(-1, B_LR.shape[1])
+            flat[0].addmm_(flat[1], B_LR.T, alpha=scale)
             return z
         low_rows = F.linear(x_BTR, B_LR)
     low_blocks = low_rows.to(z.dtype).view(*z_blocks.shape[:-1], blocks.width)
     column = 0
     for start, stop in blocks.runs:  # not by torch.split, whose parts the compiler mixes up
         width = stop - start
-        z_blocks[..., start:stop].add_(low_blocks[..., column : column + width])
+        z_blocks[..., start:stop].add_(low_blocks[..., column : column + width], alpha=scale)
         column += width
     return z
 
@@ -230,8 +232,8 @@ class _AddTerm(torch.autograd.Function):
             flat = of_x.reshape(-1, len(B_LR)), x_BTR.reshape(-1, B_LR.shape[1])
             of_B = ctx.scale * (flat[0].T @ flat[1]).to(B_LR.dtype)
         if B_LR is not None:
-            of_x = of_x @ (ctx.scale * B_LR).to(ctx.dtype)
-        return grad, of_x, of_B, None, None
+            of_x = of_x @ B_LR.to(ctx.dtype)
+        return grad, ctx.scale * of_x, of_B, None, None
 
 
 def contiguous_runs(dims: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -307,7 +309,7 @@ class RoAELinear(nn.Module):
         z: Tensor = self.base(x_BTD)
         x_BTR = self.reduced(x_BTD)
         if self.defer:
-            self.deferred = F.linear(x_BTR * self.scale, self.roae_B)
+            self.deferred = F.linear(x_BTR, self.roae_B)
             return z
         z = z.clone() if self.copies_output else z
         return self.blocks.add(z, x_BTR, self.roae_B, self.scale)
@@ -384,9 +386,10 @@ class RoAENorm(nn.Module):
         out: Tensor = self.base(*args, **kwargs)
         low_rows, self.source[0].deferred = self.source[0].deferred, None
         assert low_rows is not None, "the projection runs before its norm"
+        add = partial(self.blocks.add, x_BTR=low_rows, scale=self.source[0].scale)
         if self.layout == "T(HD)":
-            return self.blocks.add(out, low_rows)
+            return add(out)
         if self.layout == "THD":
-            return self.blocks.add(out.flatten(-2), low_rows).view(out.shape)
-        flat = self.blocks.add(out.transpose(1, 2).flatten(-2), low_rows)
+            return add(out.flatten(-2)).view(out.shape)
+        flat = add(out.transpose(1, 2).flatten(-2))
         return flat.view(*flat.shape[:-1], self.blocks.count, -1).transpose(1, 2)

@@ -27,8 +27,8 @@ from rosa_lightning.training.attention import is_half_on_cpu
 from rosa_lightning.training.recompute import version
 from rosa_lightning.utils.modules import in_mode, replaced
 
-_HEAD_ROWS = 2**15
-"""From so many outputs on a projection is taken for the head, or is as wide as one."""
+_MOST_TURNED = 2**14
+"""Outputs of the widest projection whose cast may lie transposed."""
 
 
 class HalfProducts:
@@ -148,16 +148,17 @@ class _Half:
 
     In memory so that the product with the wider output, forward or backward, reads it row by row:
     where outputs are not in the cache the other order takes up to 1.4 times as long (oneDNN 3.12,
-    AMX). But for the head, which gains little: there oneDNN divides by zero in the backward product
-    of some sizes, such as 32 rows of 49,152 columns, and the process ends.
+    AMX). Not so of very wide ones, such as heads, which gain little: there oneDNN divides by zero,
+    which ends the process, in products of 32 rows over 49,152 columns of a transposed matrix, and
+    in others of 1.5 * 2**20 numbers in at most 32 rows.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._made_of = None if is_fake(weight) else _marks(weight)
         with torch.inference_mode(False):  # whose tensors no backward pass takes
             half = weight.detach().bfloat16()
-            is_wide = half.shape[1] < len(half) < _HEAD_ROWS
-            self.values = half.T.contiguous().T if is_wide else half
+            turns = half.shape[1] < len(half) <= _MOST_TURNED
+            self.values = half.T.contiguous().T if turns else half.contiguous()
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether a weight is what it was, as far as its marks tell."""

@@ -119,7 +119,7 @@ def shard_and_broadcast(model: nn.Module, strategy: Strategy | None) -> nn.Modul
 
 
 def _check_dtypes(path: str, dtypes: set[torch.dtype]) -> None:
-    """Refuse a unit that FSDP1 cannot join, as of a method of PEFT in a base in fewer bits."""
+    """Refuse a unit that FSDP1 cannot join, as of PEFT or of terms after norms in 16 bits."""
     if len(dtypes) > 1:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(

@@ -30,8 +30,13 @@ def parse(text: str) -> Any:
         return _DECODER.decode(text)
 
 
+def is_list(text: str) -> bool:
+    """Whether a JSON text begins as a list."""
+    return _START.match(text) is not None
+
+
 def items(text: str) -> Iterator[Any]:
-    """The items of a JSON list, each read when it is its turn, so that no other is held.
+    """The items of a JSON list, each read when it is its turn, so that not all are held.
 
     JSONError as `parse`, after the items before it.
     """
@@ -45,8 +50,9 @@ def items(text: str) -> Iterator[Any]:
             yield item
             if (end := _END.match(text, position)) is None:
                 if (comma := _COMMA.match(text, position)) is None:
-                    position += len(text[position:]) - len(text[position:].lstrip(_BLANK))
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+                    raise json.JSONDecodeError(
+                        "Expecting ',' delimiter", text, _after_space(text, position)
+                    )
                 position = comma.end()
         if end.end() < len(text):
             raise json.JSONDecodeError("Extra data", text, end.end())
@@ -117,5 +123,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
-_BLANK = " \t\n\r"
-_START, _COMMA, _END = (re.compile(f"[{_BLANK}]*{mark}[{_BLANK}]*") for mark in (r"\[", ",", r"\]"))
+_SPACE, _START, _COMMA, _END = (
+    re.compile(f"[ \t\n\r]*{mark}[ \t\n\r]*") for mark in ("", r"\[", ",", r"\]")
+)
+
+
+def _after_space(text: str, position: int) -> int:
+    found = _SPACE.match(text, position)
+    return found.end() if found else position

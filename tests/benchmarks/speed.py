@@ -151,6 +151,8 @@ def main() -> None:
     options = parser.parse_args()
     if wrong := [one for one in options.only if not any(n.startswith(one) for n in SECTIONS)]:
         parser.error(f"--only {wrong[0]}: there are {', '.join(SECTIONS)}")
+    if options.steps is not None and options.steps < 10:
+        parser.error("--steps: at least 10, which the peak is set against")
     for name, amounts in AMOUNTS.items():
         key = name.replace("-", "_")
         if getattr(options, key) is None:
