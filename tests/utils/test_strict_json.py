@@ -48,6 +48,7 @@ def test_a_list_read_by_item_is_the_list_or_the_same_error(values, indent, at, o
             assert repr(found) == repr(wanted)
         else:
             # Versions of Python say and place it otherwise.
+            assert isinstance(found, str)
             assert found.startswith("is not JSON") == wanted.startswith("is not JSON")
 
 
